@@ -1,0 +1,226 @@
+"""Settings: what is accepted, and that every fault is said at once and without secrets."""
+
+from __future__ import annotations
+
+import dataclasses
+from datetime import timedelta
+from pathlib import Path
+from urllib.parse import quote_plus
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from config import ConfigError, Settings, load, read_env_file
+
+URI = "mongodb://localhost"
+
+
+def faults(**values: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load({"MONGODB_URI": URI, **values})
+    return list(caught.value.faults)
+
+
+def test_only_the_uri_is_required_and_the_rest_has_the_documented_defaults() -> None:
+    assert load({"MONGODB_URI": URI}) == Settings(
+        mongodb_uri=URI,
+        database="oms_db",
+        orders="orders",
+        users="users",
+        recounts="loyalty_recounts",
+        order_statuses=("Shipped",),
+        points_per_order=1,
+        recount_interval=timedelta(hours=2),
+        count_timeout=timedelta(minutes=10),
+        max_decrease_percent=90,
+        batch_size=1000,
+        log_level="INFO",
+    )
+
+
+def test_env_example_names_every_setting_with_its_default(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / ".env.example").read_text()
+    lines = [line.lstrip("#") for line in text.splitlines() if line.lstrip("#")[:1].isupper()]
+    values = dict(line.split("=", 1) for line in lines if "=" in line)
+    assert values.pop("MONGODB_URI_FILE")
+    assert load(values) == load({"MONGODB_URI": values["MONGODB_URI"]})
+    assert len(values) == len(dataclasses.fields(Settings))
+
+
+def test_every_setting_is_read() -> None:
+    settings = load(
+        {
+            "MONGODB_URI": "mongodb://u:p@a:1,b:2/shop?replicaSet=rs&w=majority",
+            "ORDERS_COLLECTION": "o",
+            "USERS_COLLECTION": "u",
+            "RECOUNTS_COLLECTION": "",
+            "ORDER_STATUSES": " Shipped, Delivered ,,Shipped",
+            "POINTS_PER_ORDER": "5",
+            "RECOUNT_INTERVAL": "90s",
+            "COUNT_TIMEOUT": "1d",
+            "MAX_DECREASE_PERCENT": "100",
+            "BATCH_SIZE": "1",
+            "LOG_LEVEL": "debug",
+        }
+    )
+    assert settings.database == "shop"
+    assert settings.hosts == "a:1,b:2"
+    assert (settings.orders, settings.users, settings.recounts) == ("o", "u", "")
+    assert settings.order_statuses == ("Shipped", "Delivered")
+    assert settings.points_per_order == 5
+    assert settings.recount_interval == timedelta(seconds=90)
+    assert settings.count_timeout == timedelta(days=1)
+    assert (settings.max_decrease_percent, settings.batch_size) == (100, 1)
+    assert settings.log_level == "DEBUG"
+    assert load({"MONGODB_URI": URI + "/a", "MONGODB_DATABASE": "b"}).database == "b"
+
+
+BAD = {
+    "MONGODB_DATABASE": ["a b", "a.b", "a/b", "x" * 64],
+    "ORDERS_COLLECTION": ["a$b", "system.x", ".a", "a..b"],
+    "USERS_COLLECTION": ["a$b"],
+    "RECOUNTS_COLLECTION": ["a$b"],
+    "ORDER_STATUSES": [",", " , "],
+    "POINTS_PER_ORDER": ["0", "-1", "1.5", "x", "٣", "1e3", "9" * 30],
+    "RECOUNT_INTERVAL": ["0s", "2", "2 h", "-2h", "2w", "h", "400d", "2H", "9" * 12 + "d"],
+    "COUNT_TIMEOUT": ["0m", "30d"],
+    "MAX_DECREASE_PERCENT": ["-1", "101", "90%"],
+    "BATCH_SIZE": ["0", "100001", "1k"],
+    "LOG_LEVEL": ["LOUD", "5"],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n, vs in BAD.items() for v in vs])
+def test_a_bad_value_is_one_fault_that_names_its_variable(name: str, value: str) -> None:
+    (fault,) = faults(**{name: value})
+    assert fault.startswith(f"{name}: ")
+
+
+def test_all_faults_are_said_at_once() -> None:
+    found = faults(**{name: values[0] for name, values in BAD.items()}, MONGODB_URI="http://x")
+    assert sorted(fault.split(":")[0] for fault in found) == sorted([*BAD, "MONGODB_URI"])
+
+
+def test_collections_must_differ() -> None:
+    for name in ("USERS_COLLECTION", "RECOUNTS_COLLECTION"):
+        (fault,) = faults(**{name: "orders"})
+        assert "must be different" in fault
+
+
+@pytest.mark.parametrize(
+    ("uri", "words"),
+    [
+        ("", "required"),
+        ("localhost:27017", "must begin with"),
+        ("mongodb://", "host"),
+        ("mongodb://a:0x", "host"),
+        ("mongodb://a:99999", "Port"),
+        ("mongodb://a b", "host"),
+        ("mongodb://a,,b", "host"),
+        ("mongodb://u:p/w@h/d", "percent-encoded"),
+        ("mongodb://u:p?w@h/d", "percent-encoded"),
+        ("mongodb://u:p@w@h/d", "percent-encoded"),
+        ("mongodb://u:p:w@h/d", "percent-encoded"),
+        ("mongodb://u:p%w@h/d", "percent-encoded"),
+        ("mongodb://@h/d", "not valid username"),
+        ("mongodb://h/a b", "database name"),
+        ("mongodb://h/?retryWritess=true", "unknown option retryWritess"),
+        ("mongodb://h/?connectTimeoutMS=soon", "bad value of option connectTimeoutMS"),
+        ("mongodb://h/?tls", "name=value"),
+        ("mongodb://a,b/?directConnection=true", "multiple hosts"),
+        ("mongodb://h/?tls=true&ssl=false", "conflicting"),
+        ("mongodb+srv://h.example.com:27017/", "port"),
+        ("mongodb+srv://a.example.com,b.example.com/", "only one, hostname"),
+    ],
+)
+def test_a_bad_uri_is_one_fault_in_plain_words(uri: str, words: str) -> None:
+    (fault,) = faults(MONGODB_URI=uri)
+    assert fault.startswith("MONGODB_URI")
+    assert words in fault
+
+
+def test_two_bad_options_are_two_faults() -> None:
+    assert len(faults(MONGODB_URI="mongodb://h/?a=1&w=majority&timeoutMS=x")) == 2
+
+
+SECRET = st.text(st.sampled_from("/?#%@:$&=,[]{}\\\"'` ;+!XYZ0"), min_size=4, max_size=20)
+
+
+@given(secret=SECRET, tail=st.sampled_from(["", "/", "/shop", "/shop?w=1", "?w=1", "/?tls=x"]))
+@example(secret="SECRET/hunter2", tail="/shop")
+@example(secret="SECRET?hunter2=1", tail="")
+@example(secret="%hunter2", tail="")
+def test_no_part_of_a_raw_password_is_in_a_fault_or_repr(secret: str, tail: str) -> None:
+    password = f"qJ7{secret}qJ7"
+    try:
+        settings = load({"MONGODB_URI": f"mongodb://user:{password}@host{tail}"})
+    except ConfigError as error:
+        said = str(error) + repr(error)
+    else:
+        said = repr(settings) + str(settings) + settings.hosts
+    assert "qJ7" not in said
+    assert password not in said
+
+
+@given(password=st.text(min_size=1), user=st.text(min_size=1))
+def test_an_encoded_password_of_any_characters_is_accepted(password: str, user: str) -> None:
+    try:
+        uri = f"mongodb://{quote_plus(user)}:{quote_plus(password)}@host/shop"
+    except UnicodeEncodeError:
+        return
+    assert load({"MONGODB_URI": uri}).hosts == "host"
+    assert load({"MONGODB_URI": uri.replace("+", "%20")}).database == "shop"
+
+
+@given(values=st.dictionaries(st.sampled_from([*BAD, "MONGODB_URI"]), st.text(max_size=30)))
+def test_whatever_is_set_ends_in_settings_or_in_faults(values: dict[str, str]) -> None:
+    try:
+        load(values)
+    except ConfigError as error:
+        assert error.faults
+        assert all("\n" not in fault for fault in error.faults)
+
+
+@given(rest=st.text(st.sampled_from("ab:/?@&=%,.[]+1"), max_size=25))
+def test_any_malformed_uri_is_a_fault_not_a_traceback(rest: str) -> None:
+    for scheme in ("mongodb://", "mongodb+srv://"):
+        try:
+            load({"MONGODB_URI": scheme + rest})
+        except ConfigError as error:
+            assert error.faults
+
+
+def test_the_uri_can_come_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "uri"
+    file.write_text("mongodb://from-file/shop\n")
+    assert load({"MONGODB_URI_FILE": str(file)}).hosts == "from-file"
+    (fault,) = faults(MONGODB_URI_FILE=str(file))
+    assert "not both" in fault
+    for text, words in ((b"", "empty"), (b"\xff\xfe", "UTF-8")):
+        file.write_bytes(text)
+        (fault,) = faults(MONGODB_URI="", MONGODB_URI_FILE=str(file))
+        assert words in fault
+    (fault,) = faults(MONGODB_URI="", MONGODB_URI_FILE=str(tmp_path / "none"))
+    assert "No such file" in fault
+
+
+@pytest.mark.parametrize("password", ["a#b", "a%b", "a$b", "${HOME}", "a'b", "$$", "a\\b", "é#"])
+def test_an_env_file_is_taken_literally(tmp_path: Path, password: str) -> None:
+    file = tmp_path / "env"
+    uri = f"mongodb://u:{password.replace('%', '%25')}@host"
+    file.write_text(f"# comment\nMONGODB_URI={uri}\n\nexport BATCH_SIZE=5\n", encoding="utf-8-sig")
+    assert read_env_file(file) == {"MONGODB_URI": uri, "BATCH_SIZE": "5"}
+
+
+def test_a_bad_env_file_says_which_line(tmp_path: Path) -> None:
+    file = tmp_path / "env"
+    file.write_text("A=1\nnonsense here\nB='open\nC\n")
+    with pytest.raises(ConfigError) as caught:
+        read_env_file(file)
+    assert [f.split(": ")[0] for f in caught.value.faults] == [f"{file} line {n}" for n in (2, 3, 4)]
+    with pytest.raises(ConfigError, match="No such file"):
+        read_env_file(tmp_path / "none")
+    file.write_bytes(b"A=\xff\n")
+    with pytest.raises(ConfigError, match="UTF-8"):
+        read_env_file(file)
