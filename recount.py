@@ -1,0 +1,278 @@
+"""One recount: count the orders, compare with the stored points, write the differences.
+
+The server counts and compares; only users whose points differ come back. They are spooled to a
+temporary file, so that all of them are known before the first write, in constant memory.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import math
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from datetime import datetime
+from itertools import islice
+from typing import Any, Self
+
+import bson
+from bson import ObjectId
+from bson.codec_options import CodecOptions
+from bson.errors import InvalidBSON
+from bson.raw_bson import RawBSONDocument
+from pymongo import UpdateOne
+from pymongo.client_session import ClientSession
+
+from config import Settings
+from database import Connection, RefusedWrites, ServiceError, TooSlow, Unavailable, sorted_errors
+from pipeline import COLLATION, NO_CUSTOMER, POINTS, customer_orders, pipeline
+
+log = logging.getLogger("loyalty")
+
+# Ids go back to the server byte for byte: some that MongoDB stores (text that is not UTF-8, a date
+# after the year 9999) have no Python value.
+_RAW: CodecOptions[RawBSONDocument] = CodecOptions(document_class=RawBSONDocument)
+_SPOOL_BYTES = 4 * 1024 * 1024
+_COUNT_ATTEMPTS = 3
+_GUARD_USERS = 10
+_SAMPLES = 5
+_LARGEST = 10
+_PROGRESS_SECONDS = 5.0
+
+
+class Refused(ServiceError):
+    """The guard: this recount would take points from too many users. Nothing was written."""
+
+    exit_code = 65  # EX_DATAERR
+
+
+class Incomplete(ServiceError):
+    """Some users refused their update; all others were written."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Change:
+    """A user whose stored points differ from the counted ones."""
+
+    size: float
+    user: str
+    before: str
+    after: int
+
+
+@dataclass(slots=True)
+class Totals:
+    """What a recount counted: orders, users, and as of when."""
+
+    as_of: datetime | None = None
+    exact: bool = False
+    users: int = 0
+    holders: int = 0  # users who held points before
+    counted_orders: int = 0
+    changed: int = 0
+    increased: int = 0
+    decreased: int = 0
+    unknown_customers: int = 0
+    orders_of_unknown_customers: int = 0
+    orders_without_customer: int = 0
+    unknown_sample: list[str] = field(default_factory=list)
+    largest: list[Change] = field(default_factory=list)  # a heap
+
+
+class Recount:
+    """One pass over everyone, or over one `customer`: `count`, then `write`; close it at the end.
+
+    Both call `on_progress` whenever they have moved on, and raise ServiceError. What had been
+    written by then is right, and the next recount does the rest.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        settings: Settings,
+        started_at: datetime,
+        *,
+        customer: str | None = None,
+        on_progress: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.totals = Totals()
+        self.started_at = started_at
+        self._connection = connection
+        self._settings = settings
+        self._customer = customer
+        self._on_progress = on_progress
+        self._changes = tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._changes.close()
+
+    def count(self) -> None:
+        """Fill `totals`, and find out what to write."""
+        for attempt in range(1, _COUNT_ATTEMPTS + 1):
+            try:
+                return self._count()
+            except TooSlow:
+                raise
+            except Unavailable as error:
+                # The driver does not retry a cursor that died under it (the primary was killed,
+                # the snapshot became too old), and a snapshot belongs to its session.
+                if attempt == _COUNT_ATTEMPTS:
+                    raise
+                log.warning('counting_again attempt=%d error="%s"', attempt + 1, error)
+                self._on_progress()
+
+    def _count(self) -> None:
+        self.totals = Totals()
+        self._changes.seek(0)
+        self._changes.truncate()
+        orders = self._connection.orders
+        with sorted_errors("find in", orders.full_name), self._session() as session:
+            self.totals.exact = session is not None
+            self.totals.as_of = self._point_in_time(session) if session else self.started_at
+            rows = orders.with_options(_RAW).aggregate(
+                pipeline(self._settings, self._customer),
+                session=session,
+                allowDiskUse=True,
+                collation=COLLATION,
+                maxTimeMS=int(self._settings.count_timeout.total_seconds() * 1000),
+            )
+            for row in rows:
+                self._take(row)
+                self._on_progress()
+
+    def _session(self) -> AbstractContextManager[ClientSession | None]:
+        if self._connection.snapshots:
+            return self._connection.client.start_session(snapshot=True)
+        return nullcontext()
+
+    def _point_in_time(self, session: ClientSession) -> datetime:
+        """Pin the session to a point in time and return it: the driver keeps it to itself."""
+        users = self._connection.users
+        read = {"find": users.name, "limit": 1, "singleBatch": True, "projection": {"_id": 1}}
+        reply = users.database.command(read, session=session)
+        moment: datetime = reply["cursor"]["atClusterTime"].as_datetime()
+        return moment
+
+    def _take(self, row: RawBSONDocument) -> None:
+        """Add one row of the pipeline to the totals, and what is to be written to the changes."""
+        totals, key, orders, users = self.totals, row["_id"], row["n"], row["c"]
+        totals.counted_orders += orders
+        totals.users += users
+        if "held" in key:
+            totals.holders += users if key["held"] else 0
+        elif users:
+            self._take_users(row["u"], orders * self._settings.points_per_order)
+        elif _value(key, "id") == NO_CUSTOMER:
+            totals.orders_without_customer += orders
+        elif orders:
+            totals.unknown_customers += 1
+            totals.orders_of_unknown_customers += orders
+            if len(totals.unknown_sample) < _SAMPLES:
+                totals.unknown_sample.append(shown(key, "id"))
+
+    def _take_users(self, users: list[RawBSONDocument], after: int) -> None:
+        totals = self.totals
+        for user in users:
+            stored = user["p"]
+            before = _number(stored)
+            totals.holders += before > 0
+            totals.changed += stored != after  # of two users with one customer id, one may be right
+            totals.increased += after > before
+            totals.decreased += after < before
+            text = shown(stored, "w") if isinstance(stored, RawBSONDocument) else str(stored)
+            change = Change(abs(after - before), shown(user["k"], "_id"), text, after)
+            if len(totals.largest) < _LARGEST:
+                heapq.heappush(totals.largest, change)
+            else:
+                heapq.heappushpop(totals.largest, change)
+            if stored != after:
+                self._changes.write(bson.encode({"k": user["k"], "n": after}))
+
+    def refusal(self) -> str | None:
+        """Return why the guard refuses to write what was counted, or None if it does not."""
+        totals, limit = self.totals, self._settings.max_decrease_percent
+        few = totals.decreased < _GUARD_USERS
+        if few or limit == 100 or totals.decreased * 100 <= limit * totals.holders:
+            return None
+        return (
+            f"{totals.decreased:,} of the {totals.holders:,} users with points would lose some, "
+            f"more than MAX_DECREASE_PERCENT={limit} allows: are ORDER_STATUSES and the database "
+            "right? If so, let one recount through with --once --force"
+        )
+
+    def write(self) -> None:
+        """Write what was counted. Raises Incomplete if the server refused some users."""
+        users, total = self._connection.users, self.totals.changed
+        self._changes.seek(0)
+        rows = bson.decode_file_iter(self._changes, _RAW)
+        refused: Counter[str] = Counter()
+        sample: list[str] = []
+        started = reported = time.monotonic()
+        done = 0
+        while batch := list(islice(rows, self._settings.batch_size)):
+            updates = [UpdateOne(row["k"], {"$set": {POINTS: row["n"]}}) for row in batch]
+            try:
+                with sorted_errors("update", users.full_name):
+                    users.bulk_write(updates, ordered=False)
+            except RefusedWrites as error:
+                refused.update(error.reasons.values())
+                sample += [shown(batch[index]["k"], "_id") for index in error.reasons]
+                del sample[_SAMPLES:]
+            done += len(batch)
+            self._on_progress()
+            now = time.monotonic()
+            if now - reported >= _PROGRESS_SECONDS:
+                reported, percent, rate = (now, 100 * done // total, done / (now - started))
+                log.info(
+                    "writing done=%d total=%d percent=%d rate=%d/s", done, total, percent, rate
+                )
+        if refused:
+            raise Incomplete(
+                f"{refused.total():,} of {total:,} users refused the update, the others are "
+                f"written; refused: {', '.join(sample)}; because: "
+                + ", ".join(f"{reason} ({n:,} times)" for reason, n in refused.most_common(3))
+            )
+
+
+def orders_by_status(connection: Connection, customer: str) -> dict[str, int]:
+    """Return how many orders a customer has in each status."""
+    orders = connection.orders
+    with sorted_errors("find in", orders.full_name):
+        found = customer_orders(customer, orders.distinct("status"))
+        return {str(row["_id"]): row["n"] for row in orders.aggregate(found, collation=COLLATION)}
+
+
+def shown(document: RawBSONDocument, key: str) -> str:
+    """Return a value for a person to read, on one short line, even one that Python cannot hold."""
+    value = _value(document, key)
+    text = str(value) if isinstance(value, ObjectId | _Odd) else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _value(document: RawBSONDocument, key: str) -> Any:
+    try:
+        return document[key]
+    except KeyError:
+        return _Odd("missing")
+    except InvalidBSON:
+        return _Odd("(unreadable)")
+
+
+class _Odd(str):
+    """In the place of a value that is not there, or that Python cannot hold."""
+
+
+def _number(stored: int | RawBSONDocument) -> float:
+    """Return the points that a user holds; 0 if what is stored is no number."""
+    value = stored if isinstance(stored, int) else _value(stored, "w")
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number and not math.isnan(value) else 0
