@@ -1,0 +1,155 @@
+"""When to run: the schedule, the retries, the signals and systemd. Never orders or points.
+
+A worker thread connects and does the work; the main thread only waits for signals and speaks to
+systemd. So a signal is answered at once, also while the worker waits for a server that counts, or
+hangs: every write can be repeated, and the worker is simply left behind.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+
+import schedule
+
+from database import Misconfigured, ServiceError
+
+log = logging.getLogger("loyalty")
+
+FIRST_PAUSE = 10.0
+LONGEST_PAUSE = 300.0
+_TICK = 1.0  # the longest time, in seconds, between two looks at the clocks
+
+
+class Daemon:
+    """Runs `connect` until it succeeds, then `work` at once and after every `interval`.
+
+    `work` gets a function to call whenever it has moved on, and returns what it did in a few
+    words. `patience` is how long it may be silent before systemd's watchdog is no longer fed.
+    Whatever fails is logged and tried again after a pause; only Misconfigured from the first
+    `connect` ends the daemon.
+    """
+
+    def __init__(
+        self,
+        connect: Callable[[], None],
+        work: Callable[[Callable[[], None]], str],
+        *,
+        interval: timedelta,
+        patience: timedelta,
+    ) -> None:
+        self._connect = connect
+        self._work = work
+        self._interval = interval.total_seconds()
+        self._patience = patience.total_seconds()
+        self._connected = False
+        self._pause = 0.0
+        self._due = 0.0
+        self._moved = time.monotonic()
+        self._fatal: BaseException | None = None
+        # Not the module-wide scheduler of `schedule`, which belongs to whoever imports it.
+        self.scheduler = schedule.Scheduler()
+        self.scheduler.every(int(self._interval)).seconds.do(self._attempt, self._work_once)
+
+    def run(self) -> None:
+        """Run until SIGTERM or SIGINT. Raises what ended the worker, should that happen."""
+        receive, send = socket.socketpair()
+        with receive, send:
+            # A handler may interrupt anything, so ours do nothing: Python itself writes the
+            # signal's number to the socket. They stay set, so that a second signal is harmless.
+            send.setblocking(False)
+            signal.set_wakeup_fd(send.fileno())
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, _ignore)
+            worker = threading.Thread(target=self._run_worker, args=(send,), daemon=True)
+            worker.start()
+            seconds = _watchdog_seconds()
+            while not select.select([receive], [], [], min(_TICK, seconds / 2))[0]:
+                if time.monotonic() - self._moved < self._patience:
+                    _notify("WATCHDOG=1")
+            received = receive.recv(1)[0]
+            signal.set_wakeup_fd(-1)
+        if self._fatal is not None:
+            raise self._fatal
+        _notify("STOPPING=1")
+        log.info("stopped signal=%s", signal.Signals(received).name)
+
+    def _run_worker(self, wake: socket.socket) -> None:
+        try:
+            while not self._attempt(self._connect_once):
+                self._wait()
+            self._due = 0.0
+            while True:
+                # The scheduler goes by the wall clock, so the hours count that a machine sleeps.
+                # A clock set back would stall it; the monotonic one would not.
+                if time.monotonic() >= self._due:
+                    self.scheduler.run_all()
+                else:
+                    self.scheduler.run_pending()
+                self._wait()
+        except BaseException as error:  # noqa: BLE001 -- the main thread raises it again
+            self._fatal = error
+            wake.send(b"\0")
+
+    def _connect_once(self) -> str:
+        self._connect()
+        self._connected = True
+        _notify("READY=1")
+        return "connected"
+
+    def _work_once(self) -> str:
+        return self._work(self._move)
+
+    def _attempt(self, step: Callable[[], str]) -> bool:
+        """Do `step` and decide when it is due next. This is where errors end."""
+        try:
+            status = step()
+            self._pause = 0.0
+        except ServiceError as error:
+            if isinstance(error, Misconfigured) and not self._connected:
+                raise  # only a person can put that right, and is likely still watching
+            status = f"failed: {error}"
+            self._pause = min(LONGEST_PAUSE, 2 * self._pause or FIRST_PAUSE)
+            log.error('failed error="%s" retry_in=%gs', error, self._pause)
+        except Exception:
+            status = "failed: a bug, see the log"
+            self._pause = min(LONGEST_PAUSE, 2 * self._pause or FIRST_PAUSE)
+            log.exception("bug retry_in=%gs", self._pause)
+        pause = min(self._pause or self._interval, self._interval)
+        self._due = time.monotonic() + pause
+        at = datetime.now(UTC) + timedelta(seconds=pause)
+        _notify(f"STATUS={status}; next at {at:%Y-%m-%d %H:%M:%S} UTC")
+        return not self._pause
+
+    def _wait(self) -> None:
+        self._move()
+        time.sleep(min(_TICK, max(0.0, self._due - time.monotonic())))
+
+    def _move(self) -> None:
+        self._moved = time.monotonic()
+
+
+def _ignore(number: int, frame: object) -> None: ...
+
+
+def _notify(state: str) -> None:
+    """Tell systemd, as sd_notify(3) does; nothing happens where no one listens."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if address:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out, suppress(OSError):
+            out.sendto(state.encode(), address.replace("@", "\0", 1))
+
+
+def _watchdog_seconds() -> float:
+    """Return the time within which systemd wants to hear from us, see sd_watchdog_enabled(3)."""
+    if os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
+        return float("inf")
+    return int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6 or float("inf")
