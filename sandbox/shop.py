@@ -1,0 +1,258 @@
+"""An invented shop, as dirty as a real one, and an independent count of its points.
+
+The count owes the service nothing: it reads every document, and the rest is plain Python.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import uuid
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from itertools import islice
+from typing import Any
+
+import bson
+from bson import Binary, Decimal128, Int64, ObjectId
+from bson.codec_options import CodecOptions, DatetimeConversion
+from pymongo.database import Database
+
+Document = dict[str, Any]
+
+STATUSES = {"Pending": 15, "Paid": 20, "Shipped": 45, "Returned": 10, "Cancelled": 10}
+"""The statuses of clean orders, with the share of each in percent."""
+
+_WRONG_STATUSES: tuple[Any, ...] = (
+    "shipped",
+    "SHIPPED",
+    "Shipped ",
+    ["Shipped"],
+    ["Paid", "Shipped"],
+    3,
+    None,
+)
+_WRONG_POINTS: tuple[Any, ...] = (
+    None,
+    "3",
+    "",
+    2.0,
+    1.5,
+    True,
+    [3],
+    {},
+    Decimal128("2"),
+    -4,
+    1,
+    2,
+    3,
+    4,
+)
+_FIRST = ("Ada", "Ben", "Chi", "Dora", "Emil", "Femi", "Gita", "Hugo", "Ines", "Jun", "Kofi")
+_LAST = ("Abara", "Berg", "Costa", "Dias", "Eriksen", "Farah", "Gruber", "Haddad", "Ito", "Jansen")
+_BATCH = 10_000
+
+# Also what has no Python value of its own: dates past the year 9999, text that is not UTF-8.
+_ANYTHING: CodecOptions[Document] = CodecOptions(
+    datetime_conversion=DatetimeConversion.DATETIME_AUTO,
+    unicode_decode_error_handler="surrogateescape",
+)
+
+
+class Shop:
+    """Collections `users` and `orders` of a database, and the business that goes on in them.
+
+    The same seed makes the same shop.
+    """
+
+    def __init__(self, database: Database[Document], rng: random.Random) -> None:
+        self.users = database["users"]
+        self.orders = database["orders"]
+        self._rng = rng
+
+    def fill(self, users: int = 1_000, orders: int = 10_000, dirty: float = 0.03) -> None:
+        """Make customers and their orders, once, in batches: millions are fine.
+
+        `dirty` is the share of users, and of orders, that are not as they should be.
+        """
+        ids: list[Any] = []
+        for batch in _batches(self._new_users(users, dirty, ids)):
+            self.users.insert_many(batch, ordered=False)
+        for batch in _batches(self._new_orders(orders, dirty, ids)):
+            self.orders.insert_many(batch, ordered=False)
+
+    def ship(self, n: int) -> int:
+        """Ship `n` random orders that are not shipped; return how many there were."""
+        return self._move(n, [s for s in STATUSES if s != "Shipped"], "Shipped")
+
+    def return_(self, n: int) -> int:
+        """Take back `n` random shipped orders; return how many there were."""
+        return self._move(n, ["Shipped"], "Returned")
+
+    def _move(self, n: int, sources: list[str], target: str) -> int:
+        found = self.orders.find({"status": {"$in": sources}}, {"_id": 1}).sort("_id")
+        numbers = [order["_id"] for order in found]
+        chosen = self._rng.sample(numbers, min(n, len(numbers)))
+        change = {"$set": {"status": target}}
+        return self.orders.update_many({"_id": {"$in": chosen}}, change).modified_count
+
+    def _new_users(self, n: int, dirty: float, ids: list[Any]) -> Iterator[Document]:
+        """Yield users, and append their ids to `ids`."""
+        rng = self._rng
+        empty_ids = iter([None, ""])
+        for number in range(n):
+            own: Any = _object_id(rng, number)
+            user: Document = {"loyalty_points": 0}
+            if rng.random() < dirty / 2:
+                before = ids[-1] if ids else None
+                other = _other_id(rng, number, own, before)
+                own = next(empty_ids, other)
+            elif rng.random() < dirty / 2:
+                user = rng.choice([{}, *({"loyalty_points": wrong} for wrong in _WRONG_POINTS)])
+            ids.append(own)
+            name = f"{rng.choice(_FIRST)} {rng.choice(_LAST)}"
+            yield {"_id": own, "name": name, "email": f"{number}@example.com", **user}
+
+    def _new_orders(self, n: int, dirty: float, ids: Sequence[Any]) -> Iterator[Document]:
+        rng = self._rng
+        statuses, shares = list(STATUSES), list(STATUSES.values())
+        for number in range(1, n + 1):
+            # A few customers order a lot.
+            customer = ids[int(len(ids) * rng.random() ** 1.5)]
+            order: Document = {
+                "_id": number,
+                "customer_id": str(customer) if isinstance(customer, ObjectId) else customer,
+                "status": rng.choices(statuses, shares)[0],
+                "total_cents": rng.randrange(500, 20_000),
+            }
+            if rng.random() < dirty:
+                self._spoil(order, customer)
+            yield order
+
+    def _spoil(self, order: Document, customer: Any) -> None:
+        rng = self._rng
+        kind = rng.randrange(4)
+        if kind == 0:
+            order["status"] = rng.choice(_WRONG_STATUSES)
+        elif kind == 1:
+            del order["customer_id"]
+        elif kind == 2:  # another form of the same id, which counts
+            order["customer_id"] = _other_form(rng, customer)
+        else:  # refers to nobody, or to nobody for sure
+            deleted = rng.randbytes(12).hex()
+            order["customer_id"] = rng.choice(
+                [None, "", deleted, ObjectId(deleted), deleted[:-1], f" {deleted}", "n/a", True]
+                + [-1, 0.5, [deleted], {"id": deleted}, Binary.from_uuid(uuid.UUID(int=7))]
+            )
+
+
+def _object_id(rng: random.Random, number: int) -> ObjectId:
+    seconds = 1_600_000_000 + 60 * number
+    return ObjectId(seconds.to_bytes(4, "big") + rng.randbytes(8))
+
+
+def _other_id(rng: random.Random, number: int, own: ObjectId, before: Any) -> Any:
+    choices: list[Any] = [f"customer-{number}", number, float(number), str(own).upper()]
+    choices += [Binary.from_uuid(uuid.UUID(int=rng.getrandbits(128)))]
+    if isinstance(before, ObjectId):  # the customer before, a second time in the other form
+        choices += [str(before), str(before).upper()]
+    return rng.choice(choices)
+
+
+def _other_form(rng: random.Random, customer: Any) -> Any:
+    if isinstance(customer, ObjectId):
+        return rng.choice([str(customer).upper(), str(customer).title(), customer])
+    if isinstance(customer, float):
+        return int(customer)
+    if isinstance(customer, int):
+        return rng.choice([float(customer), Int64(customer), Decimal128(str(customer))])
+    return customer
+
+
+def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    while batch := list(islice(documents, _BATCH)):
+        yield batch
+
+
+def key(value: Any) -> Any:
+    """Return what two ids have in common if, and only if, they are of one customer.
+
+    That is equality as MongoDB sees it (5 is 5.0, and True is not 1), save that 24 hex digits are
+    the ObjectId that they spell.
+    """
+    if isinstance(value, str):
+        return ObjectId(value) if re.fullmatch("[0-9a-fA-F]{24}", value) else value
+    if isinstance(value, bool):
+        return "bool", value
+    if isinstance(value, Decimal128):
+        value = value.to_decimal()
+    if isinstance(value, int | float | Decimal):
+        return "number", value if value == value else "NaN"
+    if isinstance(value, dict):
+        return "document", tuple((name, _plain(part)) for name, part in value.items())
+    if isinstance(value, list):
+        return "array", tuple(map(_plain, value))
+    if value is None or isinstance(value, ObjectId):
+        return value
+    return type(value).__name__, bson.encode({"": value})
+
+
+def _plain(part: Any) -> Any:
+    # Inside a document or an array, hex digits are only text.
+    return part if isinstance(part, str) else key(part)
+
+
+def count(
+    database: Database[Document],
+    statuses: Collection[str] = ("Shipped",),
+    points_per_order: int = 1,
+    *,
+    orders: str = "orders",
+    users: str = "users",
+) -> dict[Any, int]:
+    """Return the right points of every user, by the `key` of its `_id`.
+
+    It is only right while no order changes.
+    """
+    found: Counter[Any] = Counter()
+    for order in _read(database, orders, ["status", "customer_id"]):
+        status, customer = order.get("status"), order.get("customer_id")
+        if isinstance(status, str) and status in statuses and customer not in (None, ""):
+            found[key(customer)] += points_per_order
+    return {key(user["_id"]): found[key(user["_id"])] for user in _read(database, users, [])}
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """A user whose stored points are not the counted ones, or not an integer."""
+
+    user: Any
+    stored: Any
+    counted: int
+
+
+def disagreements(
+    database: Database[Document],
+    statuses: Collection[str] = ("Shipped",),
+    points_per_order: int = 1,
+    *,
+    orders: str = "orders",
+    users: str = "users",
+) -> list[Disagreement]:
+    """Return the users whose stored points are wrong; a missing field is wrong, too."""
+    right = count(database, statuses, points_per_order, orders=orders, users=users)
+    return [
+        Disagreement(user["_id"], stored, right[key(user["_id"])])
+        for user in _read(database, users, ["loyalty_points"])
+        if type(stored := user.get("loyalty_points")) not in (int, Int64)
+        or stored != right[key(user["_id"])]
+    ]
+
+
+def _read(
+    database: Database[Document], collection: str, fields: Iterable[str]
+) -> Iterator[Document]:
+    wanted = dict.fromkeys(["_id", *fields], 1)
+    yield from database.get_collection(collection, codec_options=_ANYTHING).find({}, wanted)
