@@ -1,0 +1,326 @@
+"""The demo: the real service beside an invented shop, checked after every recount.
+
+Ctrl-C at any moment ends it with one line and exit code 130, and leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+
+def _say_stopped() -> None:
+    # On a terminal, write over its own ^C and what stands before it.
+    start = "\r\x1b[K" if sys.stderr.isatty() and os.environ.get("TERM") != "dumb" else ""
+    os.write(2, f"{start}Stopped by Ctrl-C; nothing is left behind.\n".encode())
+
+
+def _leave(_number: int, _frame: object) -> None:
+    _say_stopped()
+    os._exit(130)
+
+
+# Until `main` takes over, nothing is there that has to be cleaned up.
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, _leave)
+
+import random
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from pymongo.database import Database
+from pymongo.errors import PyMongoError
+
+from sandbox.mongod import Deployment, Failed, NoMongod, bound
+from sandbox.shop import Document, Shop, disagreements
+
+SERVICE = Path(__file__).parents[1] / "loyalty_microservice.py"
+RECOUNTS = 6
+INTERVAL = timedelta(seconds=5)
+# The shop holds still from this long before a recount is due, so that the two counts can be
+# compared. The service itself does not need that.
+QUIET = timedelta(seconds=1.5)
+PATIENCE = timedelta(seconds=30)
+SETTINGS = {
+    "MONGODB_URI",
+    "MONGODB_URI_FILE",
+    "MONGODB_DATABASE",
+    "ORDERS_COLLECTION",
+    "USERS_COLLECTION",
+    "RECOUNTS_COLLECTION",
+    "ORDER_STATUSES",
+    "POINTS_PER_ORDER",
+    "RECOUNT_INTERVAL",
+    "COUNT_TIMEOUT",
+    "MAX_DECREASE_PERCENT",
+    "BATCH_SIZE",
+    "LOG_LEVEL",
+    "NOTIFY_SOCKET",
+    "WATCHDOG_USEC",
+}
+GREEN, RED, BOLD, DIM = "32", "31", "1", "2"
+
+
+class Interrupt:
+    """The handler of Ctrl-C: raises KeyboardInterrupt once, so that nothing disturbs cleaning up.
+
+    An exception from a signal handler can get lost in a destructor, so the flag is looked at, too.
+    """
+
+    def __init__(self) -> None:
+        self.came = False
+
+    def __call__(self, _number: int, _frame: object) -> None:
+        if not self.came:
+            self.came = True
+            raise KeyboardInterrupt
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+        if self.came:
+            raise KeyboardInterrupt
+
+
+class Screen:
+    """Standard output: styled on a terminal, plain text elsewhere or with NO_COLOR."""
+
+    def __init__(self) -> None:
+        self._styled = (
+            sys.stdout.isatty()
+            and not os.environ.get("NO_COLOR")
+            and os.environ.get("TERM") != "dumb"
+        )
+
+    def say(self, text: str = "", style: str = "") -> None:
+        print(("\r\x1b[K" if self._styled else "") + self.styled(text, style), flush=True)
+
+    def styled(self, text: str, style: str) -> str:
+        return f"\x1b[{style}m{text}\x1b[0m" if self._styled and style and text else text
+
+    def progress(self, text: str) -> None:
+        """Show a line that the next one replaces; only on a terminal."""
+        if self._styled:
+            print(f"\r\x1b[K{self.styled(text, DIM)}", end="", flush=True)
+
+
+@dataclass
+class Service:
+    """The real service, a process of its own."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def check(self) -> None:
+        """Raise Failed with the end of its log if it has ended."""
+        if self.process.poll() is not None:
+            raise Failed(f"the service ended by itself, see its log:\n{self.log_end()}")
+
+    def log_end(self) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-5:])
+
+    def connected(self) -> str:
+        """Return the line of its log that confirms the connection."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        found = (line.partition(" INFO ")[2] for line in lines if " connected " in line)
+        return next(found, "(no such line)")
+
+    def stop(self) -> int:
+        self.process.terminate()
+        return self.process.wait(PATIENCE.total_seconds())
+
+
+@contextmanager
+def _running_service(deployment: Deployment) -> Iterator[Service]:
+    """Start the service with settings of the demo's own, none of the reader's."""
+    empty, log = deployment.folder / "empty.env", deployment.folder / "service.log"
+    empty.touch(mode=0o600)
+    env = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    env |= {"MONGODB_URI": deployment.uri}
+    env |= {"RECOUNT_INTERVAL": f"{INTERVAL.seconds}s"}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            bound([sys.executable, str(SERVICE), "--env-file", str(empty)], signal.SIGTERM),
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    try:
+        yield Service(process, log)
+    finally:
+        process.kill()
+        process.wait()
+
+
+class Demo:
+    """One run of the demo; `failures` counts what was not as it should be."""
+
+    def __init__(self, interrupt: Interrupt) -> None:
+        self.failures = 0
+        self._interrupt = interrupt
+        self._screen = Screen()
+
+    def run(self) -> int:
+        """Show everything and return the exit code."""
+        say = self._screen.say
+        say("Loyalty Microservice, the demo", BOLD)
+        say("The real service on a private MongoDB; about 30 seconds, Ctrl-C ends it.\n")
+        self._screen.progress("  Starting MongoDB ...")
+        with Deployment() as deployment, deployment.client() as client:
+            database = client["oms_db"]
+            say(f"  MongoDB   {client.server_info()['version']} {deployment.uri}")
+            self._screen.progress("  Filling the shop ...")
+            shop = Shop(database, random.Random())
+            shop.fill()
+            say("  shop      1,000 customers, 10,000 orders, 3 % of them dirty on purpose")
+            with _running_service(deployment) as service:
+                say(f"  service   python {SERVICE.name}, process {service.process.pid}")
+                self._watch(database, shop, service)
+                code = service.stop()
+                self.failures += code != 0
+                say(f"\nSIGTERM: the service ended with exit code {code}.")
+        say("The database and its folder are gone.\n")
+        if self.failures:
+            say("SOMETHING WAS WRONG, see above.", RED)
+            return 1
+        say("With your own database:", BOLD)
+        say("  cp .env.example .env                                # put your MONGODB_URI there")
+        say("  .venv/bin/python loyalty_microservice.py --check-config")
+        say("  .venv/bin/python loyalty_microservice.py --dry-run  # writes nothing")
+        say("  .venv/bin/python loyalty_microservice.py")
+        return 0
+
+    def _watch(self, database: Database[Document], shop: Shop, service: Service) -> None:
+        before = _points(database)
+        last_write = datetime.now(UTC)
+        since = last_write
+        compared = 0
+        while compared < RECOUNTS:
+            record = self._next_record(database, service, since)
+            since = record["started_at"]
+            if not compared:
+                self._screen.say(f"  its log   {service.connected()}")
+            if record["outcome"] != "succeeded":
+                raise Failed(f"a recount {record['outcome']}: {record['error']}")
+            after = _points(database)
+            self._show(compared + 1, record, before, after)
+            # Nobody but this very thread moves orders, so they stand as they stood at `last_write`.
+            if record["started_at"] > last_write:
+                compared += 1
+                self._compare(database, len(after))
+            else:
+                self._screen.say("  not compared: orders moved during this recount")
+            before = after
+            if compared < RECOUNTS:
+                last_write = self._trade(shop, INTERVAL - QUIET)
+
+    def _next_record(
+        self, database: Database[Document], service: Service, since: datetime
+    ) -> Document:
+        deadline = time.monotonic() + PATIENCE.total_seconds()
+        while time.monotonic() < deadline:
+            service.check()
+            newer = {"started_at": {"$gt": since}}
+            record = database["loyalty_recounts"].find_one(newer, sort=[("started_at", 1)])
+            if record:
+                return record
+            self._interrupt.sleep(0.05)
+        raise Failed(f"no recount within {PATIENCE.seconds} s:\n{service.log_end()}")
+
+    def _trade(self, shop: Shop, how_long: timedelta) -> datetime:
+        """Move orders for so long, and return when the last one was moved."""
+        until = time.monotonic() + how_long.total_seconds()
+        shipped = returned = 0
+        while (left := until - time.monotonic()) > 0:
+            shipped += shop.ship(random.randint(4, 12))
+            returned += shop.return_(random.randint(2, 8))
+            self._screen.progress(
+                f"The shop ships {shipped} and takes back {returned} ... "
+                f"next recount in {left + QUIET.total_seconds():.0f} s"
+            )
+            self._interrupt.sleep(0.2)
+        moved = datetime.now(UTC)
+        self._screen.say(f"\nThe shop has shipped {shipped} orders and taken back {returned}.", DIM)
+        self._screen.progress("Waiting for the recount ...")
+        return moved
+
+    def _show(
+        self, number: int, record: Document, before: dict[str, Any], after: dict[str, Any]
+    ) -> None:
+        screen = self._screen
+        screen.say(
+            f"\nRecount {number}: {record['changed']:,} of {len(after):,} customers changed, "
+            f"{record['increased']:,} up and {record['decreased']:,} down",
+            BOLD,
+        )
+        screen.say(f"  {'top customers':<16} {'before':>7}    {'after':>6}", DIM)
+        best = sorted(after, key=lambda user: -after[user][1])[:5]
+        for user in best:
+            name, now = after[user]
+            old = before[user][1]
+            difference = now - old if type(old) is int else 0
+            style = GREEN if difference > 0 else RED
+            row = f"  {name:<16} {str(old)[:7]:>7} -> {now:>6,}"
+            screen.say(row + (screen.styled(f"{difference:+7,}", style) if difference else ""))
+        screen.say(
+            f"  earning nothing: {record['orders_without_customer']:,} orders without customer, "
+            f"{record['orders_of_unknown_customers']:,} of unknown customers",
+            DIM,
+        )
+
+    def _compare(self, database: Database[Document], users: int) -> None:
+        wrong = disagreements(database)
+        if not wrong:
+            self._screen.say(f"  An independent count agrees on all {users:,} customers.", GREEN)
+            return
+        self.failures += 1
+        self._screen.say(f"  AN INDEPENDENT COUNT DISAGREES on {len(wrong):,} customers:", RED)
+        for one in wrong[:5]:
+            self._screen.say(f"    {one.user!r}: stored {one.stored!r}, counted {one.counted:,}")
+
+
+def _points(database: Database[Document]) -> dict[str, Any]:
+    """Return each user's name and stored points, by the `_id` as Python writes it."""
+    users = database["users"].find({}, {"name": 1, "loyalty_points": 1})
+    return {repr(u["_id"]): (u["name"], u.get("loyalty_points", "none")) for u in users}
+
+
+def _run(interrupt: Interrupt) -> int:
+    try:
+        return Demo(interrupt).run()
+    except BrokenPipeError:  # whoever read the output has had enough
+        _mute()
+    except (NoMongod, Failed, PyMongoError) as error:
+        print(f"\nThe demo cannot go on: {error}", file=sys.stderr)
+    return 1
+
+
+def _mute() -> None:
+    """Let Python write into nowhere what it still has to write, at its exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def main() -> int:
+    """Run the demo and return the exit code."""
+    interrupt = Interrupt()
+    try:
+        signal.signal(signal.SIGINT, interrupt)
+        code = _run(interrupt)
+        interrupt.came = True  # too late: all is done
+    except KeyboardInterrupt:
+        _mute()
+        _say_stopped()
+        return 130
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
