@@ -117,17 +117,20 @@ class Daemon:
             if isinstance(error, Misconfigured) and not self._connected:
                 raise  # only a person can put that right, and is likely still watching
             status = f"failed: {error}"
-            self._pause = min(LONGEST_PAUSE, 2 * self._pause or FIRST_PAUSE)
+            self._lengthen_pause()
             log.error('failed error="%s" retry_in=%gs', error, self._pause)
         except Exception:
             status = "failed: a bug, see the log"
-            self._pause = min(LONGEST_PAUSE, 2 * self._pause or FIRST_PAUSE)
+            self._lengthen_pause()
             log.exception("bug retry_in=%gs", self._pause)
-        pause = min(self._pause or self._interval, self._interval)
+        pause = self._pause or self._interval
         self._due = time.monotonic() + pause
         at = datetime.now(UTC) + timedelta(seconds=pause)
         _notify(f"STATUS={status}; next at {at:%Y-%m-%d %H:%M:%S} UTC")
         return not self._pause
+
+    def _lengthen_pause(self) -> None:
+        self._pause = min(2 * self._pause or FIRST_PAUSE, LONGEST_PAUSE, self._interval)
 
     def _wait(self) -> None:
         self._move()

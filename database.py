@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import pymongo
 from bson import ObjectId
@@ -59,7 +59,7 @@ class TooSlow(Unavailable):
 
 
 class RefusedWrites(ServiceError):
-    """Some operations of a bulk write were refused; `reasons` has their positions. The rest is done."""
+    """Some operations of a bulk write were refused, all others done; `reasons` by position."""
 
     def __init__(self, reasons: dict[int, str]) -> None:
         super().__init__(f"{len(reasons)} updates refused")
@@ -78,6 +78,12 @@ class Connection:
     server_version: str
     snapshots: bool
     """Whether the server can read as of one point in time; a standalone one cannot."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.client.close()
 
     @property
     def description(self) -> str:
@@ -119,10 +125,9 @@ def _prove(client: MongoClient[Any], settings: Settings, writing: bool) -> Conne
     # A ping succeeds without credentials, so access is proved by doing what will be done.
     for collection in (orders, users):
         with sorted_errors("find in", collection.full_name):
-            collection.find_one({}, {"_id": 1})
+            collection.find_one({"_id": ObjectId()})  # matches nothing: the id is new
     if writing:
         with sorted_errors("update", users.full_name):
-            # Matches nothing: the id has just been made.
             users.update_one({"_id": ObjectId()}, {"$set": {POINTS: 0}})
     return Connection(
         client=client,

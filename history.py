@@ -74,7 +74,7 @@ class History:
         name = self._collection.full_name
         try:
             with sorted_errors("find in", name):
-                self._collection.find_one({}, {"_id": 1})
+                self._collection.find_one({})
             with sorted_errors("insert into", name):
                 # Permissions are looked at first; then an _id that is an array is turned down.
                 self._collection.insert_one({"_id": []})

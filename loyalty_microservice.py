@@ -188,22 +188,22 @@ def _run(recount: Recount, history: History, *, force: bool = False) -> None:
 
 
 def _once(args: argparse.Namespace, settings: Settings) -> int:
-    connection = _connect(settings, writing=True)
-    if args.customer:
-        return _customers(connection, settings, args.customer, write=True)
-    recount = Recount(connection, settings, _now())
-    _run(recount, History(connection.recounts), force=args.force)
+    with _connect(settings, writing=True) as connection:
+        if args.customer:
+            return _customers(connection, settings, args.customer, write=True)
+        recount = Recount(connection, settings, _now())
+        _run(recount, History(connection.recounts), force=args.force)
     print(f"Recount succeeded in {(_now() - recount.started_at).total_seconds():.1f} s")
     report.print_totals(recount.totals)
     return 0
 
 
 def _dry_run(args: argparse.Namespace, settings: Settings) -> int:
-    connection = _connect(settings, writing=False)
-    if args.customer:
-        return _customers(connection, settings, args.customer, write=False)
-    with Recount(connection, settings, _now()) as recount:
-        recount.count()
+    with _connect(settings, writing=False) as connection:
+        if args.customer:
+            return _customers(connection, settings, args.customer, write=False)
+        with Recount(connection, settings, _now()) as recount:
+            recount.count()
     print("Dry run: nothing is written")
     report.print_totals(recount.totals)
     report.print_changes(recount.totals.largest)
@@ -233,22 +233,23 @@ def _customers(
 
 
 def _status(args: argparse.Namespace, settings: Settings) -> int:
-    history = History(connect(settings, writing=False).recounts)
-    report.print_records(history.newest(10))
-    fresh = report.print_age(history.age(_now()), settings.recount_interval)
+    with connect(settings, writing=False) as connection:
+        history = History(connection.recounts)
+        report.print_records(history.newest(10))
+        fresh = report.print_age(history.age(_now()), settings.recount_interval)
     return 0 if fresh else FOUND_SOMETHING
 
 
 def _check_config(args: argparse.Namespace, settings: Settings) -> int:
-    connection = _connect(settings, writing=True)
-    problem = History(connection.recounts).check()
-    report.print_settings(settings, connection, problem)
+    with _connect(settings, writing=True) as connection:
+        problem = History(connection.recounts).check()
+        report.print_settings(settings, connection, problem)
     return FOUND_SOMETHING if problem else 0
 
 
 def _create_index(args: argparse.Namespace, settings: Settings) -> int:
-    connection = connect(settings, writing=False)
-    print(f"{connection.orders.full_name} has the index {create_index(connection.orders)}")
+    with connect(settings, writing=False) as connection:
+        print(f"{connection.orders.full_name} has the index {create_index(connection.orders)}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What the server is asked: the aggregation that counts and compares, and what ids may look like."""
+"""What the server is asked: the aggregation that counts and compares, and the forms of ids."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import islice
 from typing import Any, Self
+from uuid import UUID
 
 import bson
 from bson import ObjectId
@@ -107,7 +108,9 @@ class Recount:
         self._settings = settings
         self._customer = customer
         self._on_progress = on_progress
-        self._changes = tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES)
+        self._changes = tempfile.SpooledTemporaryFile(  # noqa: SIM115 -- __exit__ closes it
+            max_size=_SPOOL_BYTES
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -119,7 +122,7 @@ class Recount:
         """Fill `totals`, and find out what to write."""
         for attempt in range(1, _COUNT_ATTEMPTS + 1):
             try:
-                return self._count()
+                self._count()
             except TooSlow:
                 raise
             except Unavailable as error:
@@ -129,6 +132,8 @@ class Recount:
                     raise
                 log.warning('counting_again attempt=%d error="%s"', attempt + 1, error)
                 self._on_progress()
+            else:
+                return
 
     def _count(self) -> None:
         self.totals = Totals()
@@ -157,18 +162,21 @@ class Recount:
     def _point_in_time(self, session: ClientSession) -> datetime:
         """Pin the session to a point in time and return it: the driver keeps it to itself."""
         users = self._connection.users
-        read = {"find": users.name, "limit": 1, "singleBatch": True, "projection": {"_id": 1}}
+        read = {"find": users.name, "filter": {"_id": ObjectId()}, "singleBatch": True}
         reply = users.database.command(read, session=session)
-        moment: datetime = reply["cursor"]["atClusterTime"].as_datetime()
-        return moment
+        # A collection that does not exist has no snapshot, only a last operation before it.
+        moment = reply["cursor"].get("atClusterTime", reply["operationTime"])
+        as_of: datetime = moment.as_datetime()
+        return as_of
 
     def _take(self, row: RawBSONDocument) -> None:
         """Add one row of the pipeline to the totals, and what is to be written to the changes."""
         totals, key, orders, users = self.totals, row["_id"], row["n"], row["c"]
         totals.counted_orders += orders
         totals.users += users
-        if "held" in key:
-            totals.holders += users if key["held"] else 0
+        held = _value(key, "held")
+        if isinstance(held, bool):
+            totals.holders += users if held else 0
         elif users:
             self._take_users(row["u"], orders * self._settings.points_per_order)
         elif _value(key, "id") == NO_CUSTOMER:
@@ -254,13 +262,16 @@ def orders_by_status(connection: Connection, customer: str) -> dict[str, int]:
 def shown(document: RawBSONDocument, key: str) -> str:
     """Return a value for a person to read, on one short line, even one that Python cannot hold."""
     value = _value(document, key)
-    text = str(value) if isinstance(value, ObjectId | _Odd) else repr(value)
+    if isinstance(value, bson.Binary) and value.subtype == bson.binary.UUID_SUBTYPE:
+        value = value.as_uuid()
+    text = str(value) if isinstance(value, ObjectId | UUID | _Odd) else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _value(document: RawBSONDocument, key: str) -> Any:
     try:
-        return document[key]
+        value = document[key]
+        return bson.decode(value.raw) if isinstance(value, RawBSONDocument) else value
     except KeyError:
         return _Odd("missing")
     except InvalidBSON:
@@ -269,6 +280,8 @@ def _value(document: RawBSONDocument, key: str) -> Any:
 
 class _Odd(str):
     """In the place of a value that is not there, or that Python cannot hold."""
+
+    __slots__ = ()
 
 
 def _number(stored: int | RawBSONDocument) -> float:

@@ -218,7 +218,9 @@ def test_a_bad_env_file_says_which_line(tmp_path: Path) -> None:
     file.write_text("A=1\nnonsense here\nB='open\nC\n")
     with pytest.raises(ConfigError) as caught:
         read_env_file(file)
-    assert [f.split(": ")[0] for f in caught.value.faults] == [f"{file} line {n}" for n in (2, 3, 4)]
+    assert [f.split(": ")[0] for f in caught.value.faults] == [
+        f"{file} line {n}" for n in (2, 3, 4)
+    ]
     with pytest.raises(ConfigError, match="No such file"):
         read_env_file(tmp_path / "none")
     file.write_bytes(b"A=\xff\n")

@@ -1,0 +1,61 @@
+"""The README's snippets run, and it says what --help and the settings say."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from conftest import ROOT, Process
+from pymongo import MongoClient
+
+from loyalty_microservice import main
+from sandbox.mongod import Deployment
+
+README = (ROOT / "README.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_every_python_snippet_runs_and_shows_the_points(
+    deployment: Deployment, client: MongoClient[Any], service: Callable[..., Process]
+) -> None:
+    shop = client["oms_db"]  # the name in the snippet, and the default
+    user = shop.users.insert_one({"name": "Ada"}).inserted_id
+    shop.orders.insert_many([{"customer_id": str(user), "status": "Shipped"} for _ in range(7)])
+    try:
+        assert service("--once", MONGODB_URI=deployment.uri).wait() == 0
+        assert SNIPPETS
+        for snippet in SNIPPETS:
+            ran = subprocess.run(
+                [sys.executable, "-W", "error", "-c", snippet],
+                env={**os.environ, "MONGODB_URI": deployment.uri},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert ran.stderr == ""
+            assert re.fullmatch(rf"{user} has 7 points as of [-0-9]+ [:0-9]+ UTC\n", ran.stdout)
+    finally:
+        client.drop_database("oms_db")
+
+
+def test_help_and_the_readme_name_the_same_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = capsys.readouterr().out
+    section = README.split("## Commands and exit codes")[1].split("\n## ")[0]
+    flag = r"--[a-z][a-z-]+"
+    assert set(re.findall(flag, said)) == set(re.findall(flag, section))
+    codes = re.search(r"Exit codes: (.*?)\. Settings", " ".join(said.split()))
+    assert codes
+    assert re.findall(r"\d+", codes[1]) == re.findall(r"\*\*(\d+)\*\*", section)
+
+
+def test_env_example_and_the_readme_name_the_same_settings() -> None:
+    example = set(re.findall(r"^#?([A-Z_]+)=", (ROOT / ".env.example").read_text(), re.MULTILINE))
+    section = README.split("## Settings")[1].split("\n## ")[0]
+    assert set(re.findall(r"`([A-Z_]{6,})`", section)) - {"ERROR", "WARNING"} == example

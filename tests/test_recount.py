@@ -1,0 +1,366 @@
+"""One recount leaves every user right, and nothing else touched."""
+
+from __future__ import annotations
+
+import random
+import re
+import uuid
+from datetime import UTC, datetime
+from typing import Any
+from uuid import uuid4
+
+import bson
+import pytest
+from bson import Binary, Decimal128, Int64, ObjectId
+from bson.raw_bson import RawBSONDocument
+from conftest import settings_for
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pymongo import MongoClient
+
+import recount as recount_module
+from database import Connection, connect
+from pipeline import pipeline
+from recount import Incomplete, Recount, Totals
+from sandbox.mongod import Deployment
+from sandbox.shop import Shop, count, disagreements, key
+
+Document = dict[str, Any]
+
+# Few enough that orders and users meet; of each kind one more that no user has.
+OBJECT_IDS = [ObjectId(f"{n:x}".rjust(2, "b") * 12) for n in (0xAB, 0xCD, 0x12, 0xFE)]
+UUIDS = [Binary.from_uuid(uuid.UUID(int=n)) for n in (1, 2)]
+
+
+def object_id_forms(oid: ObjectId) -> st.SearchStrategy[Any]:
+    mixed = st.randoms(use_true_random=False).map(
+        lambda rng: "".join(rng.choice((c, c.upper())) for c in str(oid))
+    )
+    return st.one_of(st.sampled_from([oid, str(oid), str(oid).upper()]), mixed)
+
+
+PLAIN_IDS = st.sampled_from(
+    [0, 1, 5, 5.0, Int64(5), Decimal128("5"), 5.5, float("nan"), -0.0, True, False]
+    + ["5", "ada", " ada", "Ada", "é", "x" * 24, "b" * 23, *UUIDS, {"a": 1, "b": "x"}, {"b": "x"}]
+    + [datetime(2026, 1, 2, tzinfo=UTC), bson.Timestamp(1, 1)]
+)
+IDS = st.one_of(st.sampled_from(OBJECT_IDS).flatmap(object_id_forms), PLAIN_IDS)
+USER_IDS = st.one_of(IDS, st.sampled_from([None, ""]))
+NOT_THERE = object()
+CUSTOMER_IDS = st.one_of(
+    IDS, IDS, st.sampled_from([NOT_THERE, None, "", [], [5], [str(OBJECT_IDS[0])], {"$gt": 1}])
+)
+STATUSES = st.sampled_from(
+    ["Shipped"] * 6
+    + ["Delivered", "shipped", "Shipped ", ["Shipped"], ["x", "Shipped"], 1, None]
+    + [NOT_THERE, {"Shipped": 1}]
+)
+POINTS = st.one_of(
+    st.integers(0, 4),
+    st.integers(0, 4),
+    st.sampled_from([NOT_THERE, None, "3", 0.0, 1.0, 2.5, float("nan"), float("inf"), -1, True])
+    | st.sampled_from([[1], [0], {}, {"w": 1}, Int64(2), Decimal128("1"), 2**40, Binary(b"")]),
+)
+
+
+def present(**fields: Any) -> Document:
+    return {name: value for name, value in fields.items() if value is not NOT_THERE}
+
+
+USERS = st.lists(
+    st.builds(lambda i, p: present(_id=i, loyalty_points=p, name="n", tags=[1]), USER_IDS, POINTS),
+    max_size=12,
+    unique_by=lambda user: _own(user["_id"]),
+)
+ORDERS = st.lists(
+    st.builds(lambda c, s: present(customer_id=c, status=s), CUSTOMER_IDS, STATUSES).filter(
+        # no index takes two arrays in one document
+        lambda o: not (isinstance(o.get("customer_id"), list) and isinstance(o.get("status"), list))
+    ),
+    max_size=40,
+)
+
+
+def _own(value: Any) -> Any:
+    """What MongoDB's unique index on _id tells apart: hex strings are no ObjectIds to it."""
+    return ("text", value) if isinstance(value, str) else key(value)
+
+
+@pytest.fixture(params=[True, False], ids=["index", "no_index"])
+def connection(deployment: Deployment, request: pytest.FixtureRequest) -> Any:
+    name = f"shop_{uuid4().hex[:12]}"
+    settings = settings_for(deployment.uri_for(database=name), BATCH_SIZE="3")
+    connection = connect(settings, writing=True)
+    if request.param:
+        connection.orders.create_index([("status", 1), ("customer_id", 1)])
+    yield connection
+    connection.client.drop_database(name)
+    connection.client.close()
+
+
+def run(connection: Connection, **values: str) -> Totals:
+    name = connection.users.database.name
+    settings = settings_for(f"mongodb://unused/{name}", **values)
+    with Recount(connection, settings, datetime.now(UTC)) as recount:
+        recount.count()
+        recount.write()
+    return recount.totals
+
+
+def everything(connection: Connection) -> list[Document]:
+    found = connection.users.find({}, sort=[("name", 1)])
+    return sorted(found, key=lambda user: bson.encode({"": user["_id"]}))
+
+
+@settings(max_examples=150, suppress_health_check=list(HealthCheck))
+@given(users=USERS, orders=ORDERS, edits=ORDERS)
+def test_after_a_recount_every_user_has_the_points_that_plain_python_counts(
+    connection: Connection, users: list[Document], orders: list[Document], edits: list[Document]
+) -> None:
+    shop = connection.users.database
+    connection.users.delete_many({})
+    connection.orders.delete_many({})
+    if users:
+        connection.users.insert_many(users)
+    if orders:
+        connection.orders.insert_many(orders)
+
+    check(connection, users)
+    if edits:  # orders change, come and go
+        connection.orders.insert_many(edits)
+    for n, status in enumerate(("Shipped", "Paid", "Returned")):
+        chosen = [order["_id"] for order in [*orders, *edits][n::4]]
+        connection.orders.update_many({"_id": {"$in": chosen}}, {"$set": {"status": status}})
+    connection.orders.delete_many({"status": "Delivered"})
+    check(connection, users)
+    assert disagreements(shop) == []
+
+
+def check(connection: Connection, users: list[Document]) -> None:
+    shop = connection.users.database
+    wrong = disagreements(shop)
+    before = everything(connection)
+    held = sum(
+        isinstance(p := user.get("loyalty_points"), int | float) and p > 0 and p is not True
+        for user in before
+    )
+
+    totals = run(connection)
+
+    assert disagreements(shop) == []
+    after = everything(connection)
+    strip = [{k: v for k, v in user.items() if k != "loyalty_points"} for user in after]
+    rest = [{k: v for k, v in user.items() if k != "loyalty_points"} for user in before]
+    assert [bson.encode(user) for user in strip] == [bson.encode(user) for user in rest]
+    assert len(after) == len(users) == totals.users
+    assert totals.changed == len(wrong)
+    assert totals.holders == held
+    counted = [o for o in connection.orders.find() if o.get("status") == "Shipped"]
+    customers = count(shop)
+    without = [o for o in counted if o.get("customer_id") in (None, "", [])]
+    unknown = [o for o in counted if o not in without and key(o["customer_id"]) not in customers]
+    assert totals.counted_orders == len(counted)
+    assert totals.orders_without_customer == len(without)
+    assert totals.orders_of_unknown_customers == len(unknown)
+    assert totals.unknown_customers == len({key(o["customer_id"]) for o in unknown})
+
+    again = run(connection)
+    assert (again.changed, again.increased, again.decreased) == (0, 0, 0)
+
+
+def test_ids_that_python_cannot_hold_are_counted_too(connection: Connection) -> None:
+    odd = [
+        b"\x12\x00\x00\x00\x02_id\x00\x03\x00\x00\x00\xff\xfe\x00\x00",  # text that is not UTF-8
+        b"\x12\x00\x00\x00\x09_id\x00\xff\xff\xff\xff\xff\xff\xff\x7f\x00",  # a date, far away
+    ]
+    odd = [len(raw).to_bytes(4, "little") + raw[4:] for raw in odd]
+    for raw in odd:
+        connection.users.insert_one(RawBSONDocument(raw))
+        order = bson.encode({"status": "Shipped"})[4:-1] + raw[4:-1].replace(b"_id", b"customer_id")
+        order = (len(order) + 5).to_bytes(4, "little") + order + b"\0"
+        connection.orders.insert_many([RawBSONDocument(order)])
+    stray = odd[0][4:-1].replace(b"_id", b"customer_id").replace(b"\xfe", b"\xfd")
+    stray = bson.encode({"status": "Shipped"})[4:-1] + stray
+    connection.orders.insert_one(
+        RawBSONDocument((len(stray) + 5).to_bytes(4, "little") + stray + b"\0")
+    )
+
+    totals = run(connection)
+
+    assert [u["loyalty_points"] for u in connection.users.find({}, {"_id": 0})] == [1, 1]
+    assert totals.unknown_sample == ["(unreadable)"]
+    assert run(connection).changed == 0
+
+
+def test_other_names_statuses_and_points_per_order_are_settings(
+    deployment: Deployment, client: MongoClient[Any]
+) -> None:
+    shop = client[f"warehouse_{uuid4().hex[:12]}"]
+    shop.people.insert_many([{"_id": n, "loyalty_points": 1} for n in range(5)])
+    shop.sales.insert_many(
+        [{"customer_id": n % 4, "status": s} for n in range(30) for s in ("Sent", "Arrived", "New")]
+    )
+    settings = settings_for(
+        deployment.uri,
+        MONGODB_DATABASE=shop.name,
+        ORDERS_COLLECTION="sales",
+        USERS_COLLECTION="people",
+        ORDER_STATUSES="Sent,Arrived",
+        POINTS_PER_ORDER="10",
+    )
+    connection = connect(settings, writing=True)
+    with Recount(connection, settings, datetime.now(UTC)) as recount:
+        recount.count()
+        recount.write()
+    points = {user["_id"]: user["loyalty_points"] for user in shop.people.find()}
+    assert points == {0: 160, 1: 160, 2: 140, 3: 140, 4: 0}
+    assert not disagreements(shop, ("Sent", "Arrived"), 10, orders="sales", users="people")
+    connection.client.close()
+    client.drop_database(shop.name)
+
+
+def test_a_dirty_shop_is_right_after_one_recount_and_quiet_after_that(
+    connection: Connection,
+) -> None:
+    shop = connection.users.database
+    shop_floor = Shop(shop, random.Random(7))
+    shop_floor.fill(600, 5_000, dirty=0.2)
+    assert disagreements(shop)
+    assert run(connection).changed > 100
+    assert disagreements(shop) == []
+    assert run(connection).changed == 0
+    assert shop_floor.ship(200) + shop_floor.return_(200) == 400
+    assert disagreements(shop)
+    assert run(connection).changed > 50
+    assert disagreements(shop) == []
+
+
+def test_a_recount_of_unchanged_data_sends_no_write(connection: Connection) -> None:
+    Shop(connection.users.database, random.Random(3)).fill(50, 500)
+    assert run(connection).changed
+    before = connection.client.admin.command("serverStatus")["opcounters"]["update"]
+    run(connection)
+    assert connection.client.admin.command("serverStatus")["opcounters"]["update"] == before
+
+
+def test_collections_with_a_collation_are_compared_exactly(
+    deployment: Deployment, client: MongoClient[Any]
+) -> None:
+    shop = client[f"shop_{uuid4().hex[:12]}"]
+    for name in ("orders", "users"):
+        shop.create_collection(name, collation={"locale": "en", "strength": 1})
+    shop.users.insert_many([{"_id": "ada"}, {"_id": "bob"}])
+    shop.orders.insert_many(
+        [{"customer_id": c, "status": s} for c in ("ada", "ADA") for s in ("Shipped", "SHIPPED")]
+    )
+    connection = connect(settings_for(deployment.uri_for(database=shop.name)), writing=True)
+    run(connection)
+    assert {u["_id"]: u["loyalty_points"] for u in shop.users.find()} == {"ada": 1, "bob": 0}
+    connection.client.close()
+    client.drop_database(shop.name)
+
+
+def test_users_that_the_server_refuses_are_named_and_all_others_written(
+    connection: Connection,
+) -> None:
+    shop = connection.users.database
+    shop.users.insert_many([{"_id": n, "locked": n in (3, 8)} for n in range(10)])
+    shop.orders.insert_many([{"customer_id": n, "status": "Shipped"} for n in range(10)])
+    rule = {"$or": [{"locked": False}, {"loyalty_points": {"$exists": False}}]}
+    shop.command("collMod", "users", validator=rule)
+
+    with pytest.raises(Incomplete) as caught:
+        run(connection, BATCH_SIZE="4")
+
+    assert caught.value.exit_code == 1
+    assert "2 of 10 users refused" in str(caught.value)
+    assert re.search("refused: (3, 8|8, 3);", str(caught.value))
+    assert "code 121, Document failed validation (2 times)" in str(caught.value)
+    stored = {u["_id"]: u.get("loyalty_points") for u in shop.users.find()}
+    assert stored == {n: None if n in (3, 8) else 1 for n in range(10)}
+    shop.command("collMod", "users", validator={})
+    assert run(connection).changed == 2
+    assert disagreements(shop) == []
+
+
+def test_a_long_write_shows_its_progress(
+    connection: Connection, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(recount_module, "_PROGRESS_SECONDS", 0.0)
+    connection.users.insert_many([{"_id": n, "loyalty_points": 1} for n in range(10)])
+    with caplog.at_level("INFO", "loyalty"):
+        run(connection, BATCH_SIZE="4")
+    done = [m.split(" rate")[0] for m in caplog.messages if m.startswith("writing ")]
+    assert done == [f"writing done={n} total=10 percent={n}0" for n in (4, 8, 10)][:2] + [
+        "writing done=10 total=10 percent=100"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("5", [5, "5", 5.0]),
+        ("5.5", [5.5, "5.5"]),
+        ("-3", [-3]),
+        ("ada", ["ada"]),
+        (str(uuid.UUID(int=9)), [Binary.from_uuid(uuid.UUID(int=9)), str(uuid.UUID(int=9))]),
+        ("66aBcDeFaBcDeFaBcDeFaBcD", [ObjectId("66abcdefabcdefabcdefabcd")]),
+    ],
+)
+def test_one_customer_is_found_whatever_the_type_of_the_id(
+    connection: Connection, text: str, ids: list[Any]
+) -> None:
+    shop = connection.users.database
+    users = [i for n, i in enumerate(ids) if key(i) not in [key(j) for j in ids[:n]]]
+    users += [ObjectId("66abcdefabcdefabcdefabcd")] if isinstance(ids[0], ObjectId) else []
+    connection.users.insert_many([{"_id": i} for i in {str(key(u)): u for u in users}.values()])
+    connection.users.insert_one({"_id": "somebody else", "loyalty_points": 77})
+    forms: list[Any] = [text, text.upper(), text.lower(), *ids, "somebody else"]
+    forms += ["66abcdefabcdefabcdefabce"]  # shares the prefix that the index is asked for
+    connection.orders.insert_many(
+        [{"customer_id": f, "status": s} for f in forms for s in ("Shipped", "Lost")]
+    )
+    right = count(shop)
+    settings = settings_for("mongodb://unused/x")
+    with Recount(connection, settings, datetime.now(UTC), customer=text) as recount:
+        recount.count()
+        recount.write()
+    stored = {key(u["_id"]): u["loyalty_points"] for u in connection.users.find()}
+    assert stored.pop("somebody else") == 77
+    del right["somebody else"]
+    assert stored == right
+    by_status = recount_module.orders_by_status(connection, text)
+    asked = {key(form) for form in (text, *ids)}
+    n = sum(key(form) in asked for form in forms)
+    assert by_status == {"Shipped": n, "Lost": n}
+    assert len(recount.totals.largest) == len(right)
+
+
+def stages(plan: Any) -> set[str]:
+    if isinstance(plan, dict):
+        own = {plan["stage"]} if isinstance(plan.get("stage"), str) else set()
+        return own.union(*map(stages, plan.values()))
+    return set().union(*map(stages, plan)) if isinstance(plan, list) else set()
+
+
+def explained(connection: Connection, asked: list[Any]) -> set[str]:
+    command = {"aggregate": "orders", "pipeline": asked, "cursor": {}}
+    command["collation"] = {"locale": "simple"}
+    return stages(connection.orders.database.command("explain", command))
+
+
+def test_with_the_index_a_recount_fetches_no_order(deployment: Deployment, uri: str) -> None:
+    settings = settings_for(uri)
+    connection = connect(settings, writing=True)
+    connection.orders.insert_many(
+        [{"customer_id": n % 50, "status": "Shipped"} for n in range(500)]
+    )
+    for statuses in ("Shipped", "Shipped,Delivered"):
+        settings = settings_for(uri, ORDER_STATUSES=statuses)
+        counting = pipeline(settings)
+        assert "COLLSCAN" in explained(connection, counting)
+        connection.orders.create_index([("status", 1), ("customer_id", 1)])
+        assert "IXSCAN" in explained(connection, counting)
+        assert not {"COLLSCAN", "FETCH"} & explained(connection, counting)
+        connection.orders.drop_indexes()
+    connection.client.close()
