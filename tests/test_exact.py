@@ -1,0 +1,464 @@
+"""One point in time, no mass mistakes: the proof under load, the guard, two services at once."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from multiprocessing.synchronize import Event
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from bson import ObjectId
+from conftest import Process, settings_for, wait_until
+from pymongo import InsertOne, MongoClient, UpdateOne
+from pymongo.client_session import ClientSession
+from pymongo.database import Database
+
+from config import Settings
+from database import Connection, connect
+from loyalty_microservice import main
+from recount import Recount, Totals
+from sandbox.mongod import Deployment
+from sandbox.shop import count, disagreements
+
+USERS, ORDERS = 2_000, 200_000
+ID_SECONDS = 1_700_000_000
+
+
+def object_id(number: int) -> ObjectId:
+    """Make the id of a user, so that the writers know it without reading."""
+    return ObjectId(f"{ID_SECONDS + number:08x}{number:016x}")
+
+
+STATUSES = {"move": ["Shipped", "Delivered"], "change": ["Shipped", "Delivered", "Returned"]}
+
+
+def write_forever(kind: str, uri: str, seed: int, stop: Event) -> None:
+    """Be one of the writers, in a process of its own, with w=1: as fast as the server allows.
+
+    Who moves orders between the two counted statuses, or swaps the customers of two orders,
+    changes nobody's count.
+    """
+    rng = random.Random(seed)
+    with MongoClient[Any](uri, w=1) as client, client.start_session() as session:
+        orders = client.get_default_database().orders
+
+        def swap(session: ClientSession) -> None:
+            one, other = orders.find(
+                {"_id": {"$in": rng.sample(range(ORDERS), 2)}}, session=session
+            )
+            for to, source in ((one, other), (other, one)):
+                change = {"$set": {"customer_id": source["customer_id"]}}
+                orders.update_one({"_id": to["_id"]}, change, session=session)
+
+        while not stop.is_set():
+            if kind == "swap":
+                session.with_transaction(swap)
+                continue
+            updates = [
+                UpdateOne({"_id": n}, {"$set": {"status": rng.choice(STATUSES[kind])}})
+                for n in rng.sample(range(ORDERS), 100)
+            ]
+            orders.bulk_write(updates, ordered=False)
+
+
+@contextmanager
+def writers(uri: str, *kinds: str) -> Iterator[None]:
+    context = multiprocessing.get_context("spawn")
+    stop = context.Event()
+    running = [
+        context.Process(target=write_forever, args=(kind, uri, n, stop), daemon=True)
+        for n, kind in enumerate(kinds)
+    ]
+    for process in running:
+        process.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        for process in running:
+            process.join(30)
+    assert all(process.exitcode == 0 for process in running)
+
+
+@pytest.fixture(scope="module")
+def busy(deployment: Deployment, client: MongoClient[Any]) -> Iterator[tuple[Connection, Settings]]:
+    """A shop of 200,000 orders, all of counted statuses, and points that are right."""
+    shop = client[f"busy_{uuid4().hex[:12]}"]
+    shop.users.insert_many([{"_id": object_id(n)} for n in range(USERS)])
+    rng = random.Random(1)
+    for start in range(0, ORDERS, 20_000):
+        shop.orders.insert_many(
+            {
+                "_id": n,
+                "customer_id": str(object_id(rng.randrange(USERS))),
+                "status": rng.choice(["Shipped", "Delivered"]),
+            }
+            for n in range(start, start + 20_000)
+        )
+    settings = settings_for(
+        deployment.uri_for(database=shop.name), ORDER_STATUSES="Shipped,Delivered"
+    )
+    connection = connect(settings, writing=True)
+    connection.orders.create_index([("status", 1), ("customer_id", 1)])
+    run(connection, settings)
+    yield connection, settings
+    connection.client.close()
+    client.drop_database(shop.name)
+
+
+def run(connection: Connection, settings: Settings, *, write: bool = True) -> Totals:
+    with Recount(connection, settings, datetime.now(UTC)) as recount:
+        recount.count()
+        if write:
+            recount.write()
+    return recount.totals
+
+
+def false_changes(
+    connection: Connection, settings: Settings, *, recounts: int, seconds: float, enough: bool
+) -> tuple[int, int]:
+    """Recount, back to back, beside the writers; return how many, and the changes they saw.
+
+    Nothing is written, so each false change is seen on its own. With `enough`, stop at the first.
+    """
+    done = found = 0
+    deadline = time.monotonic() + seconds
+    while done < recounts or time.monotonic() < deadline:
+        totals = run(connection, settings, write=False)
+        done += 1
+        found += totals.changed
+        assert totals.exact is connection.snapshots
+        if connection.snapshots:
+            assert totals.counted_orders == ORDERS
+        if enough and found:
+            break
+    return done, found
+
+
+def ordinary(connection: Connection) -> Connection:
+    """The same connection, reading as on a standalone server: not as of one point in time."""
+    return Connection(**{**vars(connection), "snapshots": False})
+
+
+@pytest.mark.parametrize(
+    ("index", "kinds", "recounts", "seconds"),
+    [
+        (True, ("move", "move", "move", "move"), 30, 12.0),
+        (False, ("move", "move", "move", "move"), 12, 5.0),
+        (True, ("swap", "swap", "swap", "swap"), 12, 5.0),
+    ],
+    ids=["moving_with_index", "moving_without_index", "swapping_customers"],
+)
+def test_a_recount_beside_busy_writers_sees_no_change_where_there_is_none(
+    busy: tuple[Connection, Settings],
+    index: bool,
+    kinds: tuple[str, ...],
+    recounts: int,
+    seconds: float,
+) -> None:
+    connection, settings = busy
+    if not index:
+        connection.orders.drop_indexes()
+    try:
+        with writers(settings.mongodb_uri, *kinds):
+            done, found = false_changes(
+                connection, settings, recounts=recounts, seconds=seconds, enough=False
+            )
+    finally:
+        connection.orders.create_index([("status", 1), ("customer_id", 1)])
+    print(f"{done} recounts, {found} false changes")
+    assert found == 0
+    assert done >= recounts
+
+
+def test_an_ordinary_read_beside_busy_writers_sees_changes_that_are_not_there(
+    busy: tuple[Connection, Settings],
+) -> None:
+    """Why a snapshot: an index scan misses an order, or sees it twice, that moves meanwhile."""
+    connection, settings = busy
+    with writers(settings.mongodb_uri, *["move"] * 4):
+        done, found = false_changes(
+            ordinary(connection), settings, recounts=1, seconds=60, enough=True
+        )
+    print(f"{done} recounts, {found} false changes")
+    assert found > 0
+
+
+def test_after_writers_that_change_counts_one_recount_is_right(
+    busy: tuple[Connection, Settings],
+) -> None:
+    connection, settings = busy
+    shop, statuses = connection.users.database, settings.order_statuses
+    with writers(settings.mongodb_uri, *["change"] * 4):
+        wait_until("changes", lambda: run(connection, settings).changed)
+    run(connection, settings)
+    assert disagreements(shop, statuses) == []
+
+
+def test_two_services_at_once_one_killed_and_the_next_recount_is_right(
+    busy: tuple[Connection, Settings], service: Callable[..., Process]
+) -> None:
+    connection, settings = busy
+    shop, statuses = connection.users.database, settings.order_statuses
+    env = {"MONGODB_URI": settings.mongodb_uri, "ORDER_STATUSES": ",".join(statuses)}
+    with writers(settings.mongodb_uri, "change", "change"):
+        one, two = (service(**env, RECOUNT_INTERVAL="1s") for _ in range(2))
+        one.wait_for("outcome=succeeded", times=3)
+        two.wait_for("outcome=succeeded", times=3)
+        one.kill()
+        two.wait_for("outcome=succeeded", times=5)
+    assert two.stop() == 0
+    assert service("--once", **env).wait() == 0
+    assert disagreements(shop, statuses) == []
+
+
+# The guard
+
+
+def fill(shop: Database[Any], users: int, points: int) -> None:
+    """Users who each hold `points`, rightly."""
+    shop.users.insert_many([{"_id": n, "loyalty_points": points} for n in range(users)])
+    orders = [{"customer_id": n, "status": "Shipped"} for n in range(users) for _ in range(points)]
+    shop.orders.bulk_write([InsertOne(order) for order in orders])
+
+
+def rename_status(shop: Database[Any]) -> None:
+    shop.orders.update_many({}, {"$set": {"status": "shipped"}})
+
+
+def empty_orders(shop: Database[Any]) -> None:
+    shop.orders.delete_many({})
+
+
+def drop_orders(shop: Database[Any]) -> None:
+    shop.orders.drop()
+
+
+MASS_MISTAKES = [rename_status, empty_orders, drop_orders]
+
+
+@pytest.fixture
+def command(uri: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Callable[..., int]:
+    """Run the command line in this process, against the test's own database."""
+    for name in [n for n in os.environ if n.startswith(("MONGODB_", "RECOUNT", "ORDER"))]:
+        monkeypatch.delenv(name)
+    env_file = tmp_path / "env"
+
+    def run(*arguments: str, **values: str) -> int:
+        env_file.touch(mode=0o600)
+        lines = [f"{name}={value}\n" for name, value in {"MONGODB_URI": uri, **values}.items()]
+        env_file.write_text("".join(lines))
+        return main(["--env-file", str(env_file), *arguments])
+
+    return run
+
+
+@pytest.mark.parametrize("mistake", MASS_MISTAKES)
+def test_the_guard_refuses_a_mass_mistake_and_writes_nothing(
+    database: Database[Any],
+    command: Callable[..., int],
+    mistake: Callable[[Any], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fill(database, 30, 2)
+    assert command("--once") == 0
+    mistake(database)
+
+    assert command("--once") == 65
+
+    assert "30 of the 30 users with points" in capsys.readouterr().err
+    assert {u["loyalty_points"] for u in database.users.find()} == {2}
+    (record,) = database.loyalty_recounts.find({"outcome": "refused"})
+    assert (record["changed"], record["decreased"]) == (30, 30)
+    assert "30 of the 30 users" in record["error"]
+    assert command("--dry-run") == 1
+    assert "The guard would refuse this: 30 of the 30" in capsys.readouterr().out
+    assert command("--once", "--force") == 0
+    assert disagreements(database) == []
+    assert {u["loyalty_points"] for u in database.users.find()} == {0}
+
+
+def test_the_guard_refuses_the_wrong_database(
+    database: Database[Any], command: Callable[..., int]
+) -> None:
+    database.users.insert_many([{"_id": n, "loyalty_points": 3} for n in range(50)])
+    database.other.insert_one({"customer_id": 1, "status": "Shipped"})
+    assert command("--once", ORDERS_COLLECTION="other") == 65
+    assert {u["loyalty_points"] for u in database.users.find()} == {3}
+
+
+def test_a_first_fill_is_never_refused(
+    database: Database[Any], command: Callable[..., int]
+) -> None:
+    fill(database, 40, 1)
+    database.users.update_many({}, {"$unset": {"loyalty_points": 1}})
+    assert command("--once", MAX_DECREASE_PERCENT="0") == 0
+    assert disagreements(database) == []
+
+
+@pytest.mark.parametrize(
+    ("users", "losers", "percent", "code"),
+    [
+        (9, 9, 0, 0),  # fewer than ten users: a small shop may clear out
+        (10, 10, 90, 65),
+        (100, 90, 90, 0),  # at most so many percent
+        (100, 91, 90, 65),
+        (100, 10, 9, 65),
+        (100, 100, 100, 0),  # turned off
+    ],
+)
+def test_the_guard_goes_by_the_share_of_users_who_hold_points(
+    database: Database[Any],
+    command: Callable[..., int],
+    users: int,
+    losers: int,
+    percent: int,
+    code: int,
+) -> None:
+    fill(database, users, 2)
+    database.users.insert_many([{"_id": f"none {n}", "loyalty_points": 0} for n in range(500)])
+    for n in range(losers):
+        database.orders.delete_one({"customer_id": n})
+    assert command("--once", MAX_DECREASE_PERCENT=str(percent)) == code
+    wrong = disagreements(database)
+    assert len(wrong) == (losers if code else 0)
+
+
+def test_the_guard_knows_a_change_set_of_any_size_before_it_writes(
+    database: Database[Any], command: Callable[..., int]
+) -> None:
+    """More changes than fit into the part of the spool that stays in memory."""
+    points = [{"_id": f"{n:>200}", "loyalty_points": 1} for n in range(60_000)]
+    database.users.insert_many(points, ordered=False)
+    assert command("--once") == 65
+    assert database.users.count_documents({"loyalty_points": 1}) == 60_000
+    assert command("--once", "--force") == 0
+    assert database.users.count_documents({"loyalty_points": 0}) == 60_000
+
+
+def test_the_daemon_logs_and_records_a_refusal_and_tries_again_on_schedule(
+    database: Database[Any], uri: str, service: Callable[..., Process]
+) -> None:
+    fill(database, 20, 1)
+    rename_status(database)
+    daemon = service(MONGODB_URI=uri, RECOUNT_INTERVAL="1s")
+    daemon.wait_for("ERROR refused 20 of the 20 users", times=2)
+    database.orders.update_many({}, {"$set": {"status": "Shipped"}})
+    daemon.wait_for("outcome=succeeded")
+    assert daemon.stop() == 0
+    outcomes = [r["outcome"] for r in database.loyalty_recounts.find().sort("finished_at")]
+    assert outcomes[:2] == ["refused", "refused"]
+    assert outcomes[-1] == "succeeded"
+    assert disagreements(database) == []
+
+
+# A standalone server, and reads that fail
+
+
+def test_a_standalone_server_is_read_in_the_ordinary_way_and_that_is_said_once(
+    service: Callable[..., Process],
+) -> None:
+    with Deployment(replica_set=False) as alone, alone.client() as client:
+        fill(client.oms_db, 5, 2)
+        client.oms_db.users.update_many({}, {"$set": {"loyalty_points": 7}})
+        daemon = service(MONGODB_URI=alone.uri, RECOUNT_INTERVAL="1s")
+        daemon.wait_for("exact=false", times=3)
+        assert daemon.stop() == 0
+        assert sum("not_exact" in line for line in daemon.lines) == 1
+        assert disagreements(client.oms_db) == []
+        assert [r["exact"] for r in client.oms_db.loyalty_recounts.find()][:2] == [False, False]
+        status = service("--status", MONGODB_URI=alone.uri)
+        assert status.wait() == 0
+        assert "2:00:00" in status.output
+
+
+@pytest.fixture
+def failing(deployment_with_failpoints: Deployment) -> Iterator[Callable[..., None]]:
+    with deployment_with_failpoints.client() as client:
+
+        def fail(times: int, **data: Any) -> None:
+            mode: Any = {"times": times} if times else "off"
+            client.admin.command("configureFailPoint", "failCommand", mode=mode, data=data)
+
+        yield fail
+        fail(0)
+
+
+@pytest.fixture(scope="module")
+def deployment_with_failpoints() -> Iterator[Deployment]:
+    with Deployment(options=("--setParameter", "enableTestCommands=1")) as deployment:
+        yield deployment
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [("aggregate", 239), ("aggregate", 43), ("getMore", 43), ("aggregate", 11602), ("find", 239)],
+    ids=["snapshot_too_old", "cursor_not_found", "cursor_killed", "interrupted", "find_fails"],
+)
+def test_a_count_whose_read_fails_is_done_again_in_a_new_session(
+    deployment_with_failpoints: Deployment,
+    failing: Callable[..., None],
+    command: str,
+    code: int,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    name = f"shop_{uuid4().hex[:12]}"
+    settings = settings_for(deployment_with_failpoints.uri_for(database=name))
+    connection = connect(settings, writing=True)
+    shop = connection.users.database
+    fill(shop, 300, 1)  # more than one batch of the cursor
+    shop.users.update_many({}, {"$set": {"loyalty_points": 5}})
+    failing(2, failCommands=[command], errorCode=code, appName="loyalty-microservice")
+
+    totals = run(connection, settings)
+
+    assert totals.changed == totals.users == totals.counted_orders == 300
+    assert disagreements(shop) == []
+    again = [m for m in caplog.messages if m.startswith("counting_again")]
+    assert 1 <= len(again) <= 2
+    connection.client.close()
+
+
+def test_a_count_that_fails_again_and_again_ends_with_exit_69(
+    deployment_with_failpoints: Deployment,
+    failing: Callable[..., None],
+    service: Callable[..., Process],
+) -> None:
+    failing(99, failCommands=["aggregate"], errorCode=239, appName="loyalty-microservice")
+    once = service("--once", MONGODB_URI=deployment_with_failpoints.uri)
+    assert once.wait() == 69
+    assert sum("counting_again" in line for line in once.lines) == 2
+    assert "(code 239)" in once.output
+    assert "Traceback" not in once.output
+
+
+def test_a_count_beyond_the_timeout_says_what_to_do(
+    deployment_with_failpoints: Deployment,
+    failing: Callable[..., None],
+    service: Callable[..., Process],
+) -> None:
+    failing(99, failCommands=["aggregate"], errorCode=50, appName="loyalty-microservice")
+    once = service("--once", MONGODB_URI=deployment_with_failpoints.uri)
+    assert once.wait() == 69
+    assert "raise COUNT_TIMEOUT" in once.output
+    assert "counting_again" not in once.output
+
+
+def test_as_of_is_when_the_orders_were_read(
+    database: Database[Any], command: Callable[..., int]
+) -> None:
+    fill(database, 3, 1)
+    before = datetime.now(UTC)
+    assert command("--once") == 0
+    (record,) = database.loyalty_recounts.find()
+    assert record["exact"] is True
+    assert abs((record["as_of"] - before).total_seconds()) < 15
+    assert count(database) == {0: 1, 1: 1, 2: 1} or len(count(database)) == 3
+    wait_until("the expiry index", lambda: len(database.loyalty_recounts.index_information()) == 2)
