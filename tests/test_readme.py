@@ -38,7 +38,9 @@ def test_every_python_snippet_runs_and_shows_the_points(
                 check=False,
             )
             assert ran.stderr == ""
-            assert re.fullmatch(rf"{user} has 7 points as of [-0-9]+ [:0-9]+ UTC\n", ran.stdout)
+            assert re.fullmatch(
+                rf"{user} has 7 points, counted as of [-0-9]+ [:0-9]+ UTC\n", ran.stdout
+            )
     finally:
         client.drop_database("oms_db")
 
