@@ -8,53 +8,37 @@ from __future__ import annotations
 
 import heapq
 import logging
-import math
 import tempfile
-import time
-from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime
-from itertools import islice
-from typing import Any, Self
-from uuid import UUID
+from typing import Self
 
 import bson
 from bson import ObjectId
-from bson.codec_options import CodecOptions
-from bson.errors import InvalidBSON
 from bson.raw_bson import RawBSONDocument
-from pymongo import UpdateOne
 from pymongo.client_session import ClientSession
 
 from config import Settings
-from database import Connection, RefusedWrites, ServiceError, TooSlow, Unavailable, sorted_errors
-from pipeline import COLLATION, NO_CUSTOMER, POINTS, customer_orders, pipeline
+from database import Connection, ServiceError, TooSlow, Unavailable, sorted_errors
+from pipeline import COLLATION, NO_CUSTOMER, customer_orders, pipeline
+from values import RAW, number_in, shown, value_of
+from writer import write
 
 log = logging.getLogger("loyalty")
 
-# Ids go back to the server byte for byte: some that MongoDB stores (text that is not UTF-8, a date
-# after the year 9999) have no Python value.
-_RAW: CodecOptions[RawBSONDocument] = CodecOptions(document_class=RawBSONDocument)
 _SPOOL_BYTES = 4 * 1024 * 1024
 _COUNT_ATTEMPTS = 3
 _GUARD_USERS = 10
 _SAMPLES = 5
 _LARGEST = 10
-_PROGRESS_SECONDS = 5.0
 
 
 class Refused(ServiceError):
     """The guard: this recount would take points from too many users. Nothing was written."""
 
     exit_code = 65  # EX_DATAERR
-
-
-class Incomplete(ServiceError):
-    """Some users refused their update; all others were written."""
-
-    exit_code = 1
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -143,7 +127,7 @@ class Recount:
         with sorted_errors("find in", orders.full_name), self._session() as session:
             self.totals.exact = session is not None
             self.totals.as_of = self._point_in_time(session) if session else self.started_at
-            rows = orders.with_options(_RAW).aggregate(
+            rows = orders.with_options(RAW).aggregate(
                 pipeline(self._settings, self._customer),
                 session=session,
                 allowDiskUse=True,
@@ -174,12 +158,12 @@ class Recount:
         totals, key, orders, users = self.totals, row["_id"], row["n"], row["c"]
         totals.counted_orders += orders
         totals.users += users
-        held = _value(key, "held")
+        held = value_of(key, "held")
         if isinstance(held, bool):
             totals.holders += users if held else 0
         elif users:
             self._take_users(row["u"], orders * self._settings.points_per_order)
-        elif _value(key, "id") == NO_CUSTOMER:
+        elif value_of(key, "id") == NO_CUSTOMER:
             totals.orders_without_customer += orders
         elif orders:
             totals.unknown_customers += 1
@@ -191,7 +175,7 @@ class Recount:
         totals = self.totals
         for user in users:
             stored = user["p"]
-            before = _number(stored)
+            before = number_in(stored)
             totals.holders += before > 0
             totals.changed += stored != after  # of two users with one customer id, one may be right
             totals.increased += after > before
@@ -219,36 +203,9 @@ class Recount:
 
     def write(self) -> None:
         """Write what was counted. Raises Incomplete if the server refused some users."""
-        users, total = self._connection.users, self.totals.changed
         self._changes.seek(0)
-        rows = bson.decode_file_iter(self._changes, _RAW)
-        refused: Counter[str] = Counter()
-        sample: list[str] = []
-        started = reported = time.monotonic()
-        done = 0
-        while batch := list(islice(rows, self._settings.batch_size)):
-            updates = [UpdateOne(row["k"], {"$set": {POINTS: row["n"]}}) for row in batch]
-            try:
-                with sorted_errors("update", users.full_name):
-                    users.bulk_write(updates, ordered=False)
-            except RefusedWrites as error:
-                refused.update(error.reasons.values())
-                sample += [shown(batch[index]["k"], "_id") for index in error.reasons]
-                del sample[_SAMPLES:]
-            done += len(batch)
-            self._on_progress()
-            now = time.monotonic()
-            if now - reported >= _PROGRESS_SECONDS:
-                reported, percent, rate = (now, 100 * done // total, done / (now - started))
-                log.info(
-                    "writing done=%d total=%d percent=%d rate=%d/s", done, total, percent, rate
-                )
-        if refused:
-            raise Incomplete(
-                f"{refused.total():,} of {total:,} users refused the update, the others are "
-                f"written; refused: {', '.join(sample)}; because: "
-                + ", ".join(f"{reason} ({n:,} times)" for reason, n in refused.most_common(3))
-            )
+        users, total = self._connection.users, self.totals.changed
+        write(users, self._changes, total, self._settings.batch_size, self._on_progress)
 
 
 def orders_by_status(connection: Connection, customer: str) -> dict[str, int]:
@@ -257,35 +214,3 @@ def orders_by_status(connection: Connection, customer: str) -> dict[str, int]:
     with sorted_errors("find in", orders.full_name):
         found = customer_orders(customer, orders.distinct("status"))
         return {str(row["_id"]): row["n"] for row in orders.aggregate(found, collation=COLLATION)}
-
-
-def shown(document: RawBSONDocument, key: str) -> str:
-    """Return a value for a person to read, on one short line, even one that Python cannot hold."""
-    value = _value(document, key)
-    if isinstance(value, bson.Binary) and value.subtype == bson.binary.UUID_SUBTYPE:
-        value = value.as_uuid()
-    text = str(value) if isinstance(value, ObjectId | UUID | _Odd) else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _value(document: RawBSONDocument, key: str) -> Any:
-    try:
-        value = document[key]
-        return bson.decode(value.raw) if isinstance(value, RawBSONDocument) else value
-    except KeyError:
-        return _Odd("missing")
-    except InvalidBSON:
-        return _Odd("(unreadable)")
-
-
-class _Odd(str):
-    """In the place of a value that is not there, or that Python cannot hold."""
-
-    __slots__ = ()
-
-
-def _number(stored: int | RawBSONDocument) -> float:
-    """Return the points that a user holds; 0 if what is stored is no number."""
-    value = stored if isinstance(stored, int) else _value(stored, "w")
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if is_number and not math.isnan(value) else 0

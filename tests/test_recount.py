@@ -19,11 +19,13 @@ from hypothesis import strategies as st
 from pymongo import MongoClient
 
 import recount as recount_module
+import writer
 from database import Connection, connect
-from pipeline import pipeline
-from recount import Incomplete, Recount, Totals
+from pipeline import INDEX, customer_orders, pipeline
+from recount import Recount, Totals
 from sandbox.mongod import Deployment
 from sandbox.shop import Shop, count, disagreements, key
+from writer import Incomplete
 
 Document = dict[str, Any]
 
@@ -92,7 +94,7 @@ def connection(deployment: Deployment, request: pytest.FixtureRequest) -> Any:
     settings = settings_for(deployment.uri_for(database=name), BATCH_SIZE="3")
     connection = connect(settings, writing=True)
     if request.param:
-        connection.orders.create_index([("status", 1), ("customer_id", 1)])
+        connection.orders.create_index(INDEX)
     yield connection
     connection.client.drop_database(name)
     connection.client.close()
@@ -286,7 +288,7 @@ def test_users_that_the_server_refuses_are_named_and_all_others_written(
 def test_a_long_write_shows_its_progress(
     connection: Connection, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(recount_module, "_PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr(writer, "_PROGRESS_SECONDS", 0.0)
     connection.users.insert_many([{"_id": n, "loyalty_points": 1} for n in range(10)])
     with caplog.at_level("INFO", "loyalty"):
         run(connection, BATCH_SIZE="4")
@@ -359,8 +361,22 @@ def test_with_the_index_a_recount_fetches_no_order(deployment: Deployment, uri: 
         settings = settings_for(uri, ORDER_STATUSES=statuses)
         counting = pipeline(settings)
         assert "COLLSCAN" in explained(connection, counting)
-        connection.orders.create_index([("status", 1), ("customer_id", 1)])
+        connection.orders.create_index(INDEX)
         assert "IXSCAN" in explained(connection, counting)
         assert not {"COLLSCAN", "FETCH"} & explained(connection, counting)
         connection.orders.drop_indexes()
     connection.client.close()
+
+
+@pytest.mark.parametrize("customer", [str(OBJECT_IDS[0]), str(OBJECT_IDS[0]).upper(), "5", "ada"])
+def test_one_customer_is_counted_without_a_scan(uri: str, customer: str) -> None:
+    settings = settings_for(uri)
+    with connect(settings, writing=True) as connection:
+        Shop(connection.users.database, random.Random(2)).fill(100, 1_000)
+        connection.orders.create_index(INDEX)
+        for asked in (pipeline(settings, customer), customer_orders(customer, ["Shipped", "Paid"])):
+            assert "IXSCAN" in explained(connection, asked)
+            assert "COLLSCAN" not in explained(connection, asked)
+        assert "DISTINCT_SCAN" in stages(
+            connection.orders.database.command("explain", {"distinct": "orders", "key": "status"})
+        )

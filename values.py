@@ -1,0 +1,50 @@
+"""Values as they are stored, some of which Python cannot hold."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+from uuid import UUID
+
+import bson
+from bson import ObjectId
+from bson.codec_options import CodecOptions
+from bson.errors import InvalidBSON
+from bson.raw_bson import RawBSONDocument
+
+# Ids go back to the server byte for byte: text that is not UTF-8 and a date after the year 9999
+# have no Python value.
+RAW: CodecOptions[RawBSONDocument] = CodecOptions(document_class=RawBSONDocument)
+
+
+def shown(document: RawBSONDocument, key: str) -> str:
+    """Return a value for a person to read, on one short line, even one that Python cannot hold."""
+    value = value_of(document, key)
+    if isinstance(value, bson.Binary) and value.subtype == bson.binary.UUID_SUBTYPE:
+        value = value.as_uuid()
+    text = str(value) if isinstance(value, ObjectId | UUID | _Odd) else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def value_of(document: RawBSONDocument, key: str) -> Any:
+    """Return a value, or an `_Odd` where there is none that Python can hold."""
+    try:
+        value = document[key]
+        return bson.decode(value.raw) if isinstance(value, RawBSONDocument) else value
+    except KeyError:
+        return _Odd("missing")
+    except InvalidBSON:
+        return _Odd("(unreadable)")
+
+
+class _Odd(str):
+    """In the place of a value that is not there, or that Python cannot hold."""
+
+    __slots__ = ()
+
+
+def number_in(stored: int | RawBSONDocument) -> float:
+    """Return the points that a user holds; 0 if what is stored is no number."""
+    value = stored if isinstance(stored, int) else value_of(stored, "w")
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number and not math.isnan(value) else 0
