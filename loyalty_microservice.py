@@ -99,7 +99,8 @@ def _settings(env_file: Path | None) -> Settings:
     path = env_file or ENV_FILE
     if env_file or path.exists():
         values = config.read_env_file(path)
-        if path.stat().st_mode & stat.S_IROTH:
+        mode = path.stat().st_mode
+        if stat.S_ISREG(mode) and mode & stat.S_IROTH:
             log.warning("others can read %s: chmod 600 %s", path, path)
     if os.environ.keys() & URI_NAMES:  # either of them outside replaces both in the file
         values = {name: value for name, value in values.items() if name not in URI_NAMES}

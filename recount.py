@@ -29,6 +29,7 @@ from writer import write
 log = logging.getLogger("loyalty")
 
 _SPOOL_BYTES = 4 * 1024 * 1024
+_ROWS = 20_000  # in one answer of the server; its own limit of 16 MB becomes 100 MB in Python
 _COUNT_ATTEMPTS = 3
 _GUARD_USERS = 10
 _SAMPLES = 5
@@ -131,6 +132,7 @@ class Recount:
                 pipeline(self._settings, self._customer),
                 session=session,
                 allowDiskUse=True,
+                batchSize=_ROWS,
                 collation=COLLATION,
                 maxTimeMS=int(self._settings.count_timeout.total_seconds() * 1000),
             )
