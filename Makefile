@@ -11,7 +11,7 @@ RUN := $(VENV)/bin/python
 .PHONY: help demo test lint format clean
 
 help: ## show this
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(STAMP) ## the real service on a private MongoDB, for about 30 seconds
 	@$(RUN) -m sandbox.demo
@@ -31,6 +31,8 @@ format: $(STAMP) ## put the code into ruff's format
 clean: ## remove all that the above has made
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+include deploy/install.mk
 
 # A stamp that is missing means a half-made environment, or another Python's: start over. Ctrl-C
 # takes away what is there so far, with the temporary files and the tracebacks of pip.
