@@ -29,6 +29,7 @@ from config import Settings
 from pipeline import INDEX, POINTS
 
 _CONNECT_SECONDS = 5  # one try; then it is logged and tried again
+_MONGODB_5 = 13  # as a wire version; the first with snapshot reads
 _LARGE = 100_000  # orders that are slow to read without an index
 
 _UNAUTHORIZED = 13
@@ -136,7 +137,8 @@ def _prove(client: MongoClient[Any], settings: Settings, writing: bool) -> Conne
         recounts=database[settings.recounts] if settings.recounts else None,
         hosts=settings.hosts,
         server_version=version,
-        snapshots="setName" in hello or hello.get("msg") == "isdbgrid",
+        snapshots=hello["maxWireVersion"] >= _MONGODB_5
+        and ("setName" in hello or hello.get("msg") == "isdbgrid"),
     )
 
 

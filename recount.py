@@ -42,6 +42,12 @@ class Refused(ServiceError):
     exit_code = 65  # EX_DATAERR
 
 
+class SpoolFailed(ServiceError):
+    """There is no room for the changes; nothing was written."""
+
+    exit_code = 69  # EX_UNAVAILABLE
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Change:
     """A user whose stored points differ from the counted ones."""
@@ -189,7 +195,14 @@ class Recount:
             else:
                 heapq.heappushpop(totals.largest, change)
             if stored != after:
-                self._changes.write(bson.encode({"k": user["k"], "n": after}))
+                self._spool(bson.encode({"k": user["k"], "n": after}))
+
+    def _spool(self, change: bytes) -> None:
+        try:
+            self._changes.write(change)
+        except OSError as error:
+            where = tempfile.gettempdir()
+            raise SpoolFailed(f"cannot keep the changes in {where}: {error.strerror}") from error
 
     def refusal(self) -> str | None:
         """Return why the guard refuses to write what was counted, or None if it does not."""

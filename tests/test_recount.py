@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import tempfile
 import uuid
 from datetime import UTC, datetime
 from typing import Any
@@ -283,6 +284,17 @@ def test_users_that_the_server_refuses_are_named_and_all_others_written(
     shop.command("collMod", "users", validator={})
     assert run(connection).changed == 2
     assert disagreements(shop) == []
+
+
+def test_no_room_for_the_changes_is_said_and_nothing_is_written(
+    connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connection.users.insert_many([{"_id": n} for n in range(10)])
+    monkeypatch.setattr(recount_module, "_SPOOL_BYTES", 100)
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    with pytest.raises(recount_module.SpoolFailed, match="in /nowhere: No such file"):
+        run(connection)
+    assert connection.users.count_documents({"loyalty_points": {"$exists": True}}) == 0
 
 
 def test_a_long_write_shows_its_progress(
