@@ -23,7 +23,8 @@ VERSION = "0.1.0"
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _SCHEME = re.compile(r"mongodb(\+srv)?://")
-_HOST = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[^\s:/\[\]%]+)(:\d{1,5})?|[^:/]+\.sock")
+_LABEL = r"[^\s:/\[\]%.]{1,63}"  # between dots; Python cannot look up others
+_HOST = re.compile(rf"(\[[0-9A-Fa-f:.%]+\]|{_LABEL}(\.{_LABEL})*\.?)(:\d{{1,5}})?|[^:/]+\.sock")
 _ENCODE = (
     "MONGODB_URI: user name and password must be percent-encoded "
     "(/ is %2F, : is %3A, @ is %40, ? is %3F, # is %23, % is %25)"
@@ -193,7 +194,7 @@ def _uri_faults(uri: str) -> list[str]:
                 split_options(option, warn=False)
             else:
                 faults.append("MONGODB_URI: options must be name=value, separated by &")
-        except (PyMongoError, ValueError, TypeError) as error:
+        except (PyMongoError, ValueError, TypeError, OSError) as error:
             wrong = "unknown option" if "Unknown option" in str(error) else "bad value of option"
             faults.append(f"MONGODB_URI: {wrong} {name}")
     if not faults:

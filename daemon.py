@@ -85,7 +85,8 @@ class Daemon:
     def _run_worker(self, wake: socket.socket) -> None:
         try:
             while not self._attempt(self._connect_once):
-                self._wait()
+                while time.monotonic() < self._due:
+                    self._wait()
             self._due = 0.0
             while True:
                 # The scheduler goes by the wall clock, so the hours count that a machine sleeps.

@@ -5,8 +5,9 @@ Outside this module and the two `with sorted_errors(...)` callers nobody sees a 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -26,7 +27,7 @@ from pymongo.errors import (
 from pymongo.uri_parser import split_options
 
 from config import Settings
-from pipeline import INDEX, POINTS
+from pipeline import INDEX, POINTS, Document
 
 _CONNECT_SECONDS = 5  # one try; then it is logged and tried again
 _MONGODB_5 = 13  # as a wire version; the first with snapshot reads
@@ -104,10 +105,13 @@ def connect(settings: Settings, *, writing: bool) -> Connection:
         client: MongoClient[Any] = MongoClient(settings.mongodb_uri, **_defaults(settings))
     try:
         with pymongo.timeout(_CONNECT_SECONDS):
-            return _prove(client, settings, writing)
+            connection = _prove(client, settings, writing)
+        if writing:
+            _outlast_dead_writers(connection)
     except BaseException:
         client.close()
         raise
+    return connection
 
 
 def _prove(client: MongoClient[Any], settings: Settings, writing: bool) -> Connection:
@@ -140,6 +144,26 @@ def _prove(client: MongoClient[Any], settings: Settings, writing: bool) -> Conne
         snapshots=hello["maxWireVersion"] >= _MONGODB_5
         and ("setName" in hello or hello.get("msg") == "isdbgrid"),
     )
+
+
+def _outlast_dead_writers(connection: Connection) -> None:
+    """Wait until the server has done the writes that it does for us now, before we have asked.
+
+    A service that was killed leaves one batch or a few on the way; one that landed after our
+    count would put older points back. To see one's own operations takes no permission.
+    """
+    client, users = connection.client, connection.users.full_name
+    ours = {"ns": users, "op": "update", "appName": client.options.pool_options.appname}
+    look: list[Document] = [{"$currentOp": {}}, {"$match": ours}, {"$project": {"opid": 1}}]
+    deadline = time.monotonic() + _CONNECT_SECONDS
+    # A hosted server may not let us look.
+    with sorted_errors("look at the operations of", connection.hosts), suppress(OperationFailure):
+        old = {operation["opid"] for operation in client.admin.aggregate(look)}
+        while old:
+            if time.monotonic() > deadline:
+                raise Unavailable(f"the server still updates {users} for a service that is gone")
+            time.sleep(0.05)
+            old &= {operation["opid"] for operation in client.admin.aggregate(look)}
 
 
 def _defaults(settings: Settings) -> dict[str, Any]:
