@@ -17,19 +17,18 @@ from typing import Self
 
 import bson
 from bson import ObjectId
-from bson.raw_bson import RawBSONDocument
 from pymongo.client_session import ClientSession
 
 from config import Settings
 from database import Connection, ServiceError, TooSlow, Unavailable, sorted_errors
-from pipeline import COLLATION, NO_CUSTOMER, customer_orders, pipeline
-from values import RAW, number_in, shown, value_of
+from pipeline import COLLATION, NO_CUSTOMER, Document, customer_orders, pipeline
+from values import decoded, number_in, shown, value_of
 from writer import write
 
 log = logging.getLogger("loyalty")
 
 _SPOOL_BYTES = 4 * 1024 * 1024
-_ROWS = 20_000  # in one answer of the server; its own limit of 16 MB becomes 100 MB in Python
+_ROWS = 10_000  # in one answer of the server; its own limit of 16 MB becomes 100 MB in Python
 _COUNT_ATTEMPTS = 3
 _GUARD_USERS = 10
 _SAMPLES = 5
@@ -134,7 +133,7 @@ class Recount:
         with sorted_errors("find in", orders.full_name), self._session() as session:
             self.totals.exact = session is not None
             self.totals.as_of = self._point_in_time(session) if session else self.started_at
-            rows = orders.with_options(RAW).aggregate(
+            answers = orders.aggregate_raw_batches(
                 pipeline(self._settings, self._customer),
                 session=session,
                 allowDiskUse=True,
@@ -142,8 +141,9 @@ class Recount:
                 collation=COLLATION,
                 maxTimeMS=int(self._settings.count_timeout.total_seconds() * 1000),
             )
-            for row in rows:
-                self._take(row)
+            for answer in answers:
+                for row in decoded(answer):
+                    self._take(row)
                 self._on_progress()
 
     def _session(self) -> AbstractContextManager[ClientSession | None]:
@@ -161,7 +161,7 @@ class Recount:
         as_of: datetime = moment.as_datetime()
         return as_of
 
-    def _take(self, row: RawBSONDocument) -> None:
+    def _take(self, row: Document) -> None:
         """Add one row of the pipeline to the totals, and what is to be written to the changes."""
         totals, key, orders, users = self.totals, row["_id"], row["n"], row["c"]
         totals.counted_orders += orders
@@ -179,7 +179,7 @@ class Recount:
             if len(totals.unknown_sample) < _SAMPLES:
                 totals.unknown_sample.append(shown(key, "id"))
 
-    def _take_users(self, users: list[RawBSONDocument], after: int) -> None:
+    def _take_users(self, users: list[Document], after: int) -> None:
         totals = self.totals
         for user in users:
             stored = user["p"]
@@ -188,12 +188,12 @@ class Recount:
             totals.changed += stored != after  # of two users with one customer id, one may be right
             totals.increased += after > before
             totals.decreased += after < before
-            text = shown(stored, "w") if isinstance(stored, RawBSONDocument) else str(stored)
-            change = Change(abs(after - before), shown(user["k"], "_id"), text, after)
-            if len(totals.largest) < _LARGEST:
-                heapq.heappush(totals.largest, change)
-            else:
-                heapq.heappushpop(totals.largest, change)
+            size = abs(after - before)
+            if len(totals.largest) < _LARGEST or size > totals.largest[0].size:
+                text = str(stored) if isinstance(stored, int) else shown(stored, "w")
+                heapq.heappush(totals.largest, Change(size, shown(user["k"], "_id"), text, after))
+                if len(totals.largest) > _LARGEST:
+                    heapq.heappop(totals.largest)
             if stored != after:
                 self._spool(bson.encode({"k": user["k"], "n": after}))
 

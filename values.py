@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 from uuid import UUID
 
@@ -12,12 +13,23 @@ from bson.codec_options import CodecOptions
 from bson.errors import InvalidBSON
 from bson.raw_bson import RawBSONDocument
 
+from pipeline import Document
+
 # Ids go back to the server byte for byte: text that is not UTF-8 and a date after the year 9999
 # have no Python value.
 RAW: CodecOptions[RawBSONDocument] = CodecOptions(document_class=RawBSONDocument)
+_PLAIN: CodecOptions[dict[str, Any]] = CodecOptions()
 
 
-def shown(document: RawBSONDocument, key: str) -> str:
+def decoded(answer: bytes) -> Sequence[Document]:
+    """Return the documents in an answer of the server; undecoded where one is not for Python."""
+    try:
+        return bson.decode_all(answer, _PLAIN)
+    except InvalidBSON:
+        return bson.decode_all(answer, RAW)
+
+
+def shown(document: Document, key: str) -> str:
     """Return a value for a person to read, on one short line, even one that Python cannot hold."""
     value = value_of(document, key)
     if isinstance(value, bson.Binary) and value.subtype == bson.binary.UUID_SUBTYPE:
@@ -26,7 +38,7 @@ def shown(document: RawBSONDocument, key: str) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def value_of(document: RawBSONDocument, key: str) -> Any:
+def value_of(document: Document, key: str) -> Any:
     """Return a value, or an `_Odd` where there is none that Python can hold."""
     try:
         value = document[key]
@@ -43,7 +55,7 @@ class _Odd(str):
     __slots__ = ()
 
 
-def number_in(stored: int | RawBSONDocument) -> float:
+def number_in(stored: int | Document) -> float:
     """Return the points that a user holds; 0 if what is stored is no number."""
     value = stored if isinstance(stored, int) else value_of(stored, "w")
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
