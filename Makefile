@@ -2,13 +2,16 @@
 # version or the requirements change: make test PYTHON=python3.13
 PYTHON ?= python3
 VENV ?= .venv
+MINUTES ?= 10
+ORDERS ?= 1000000
+USERS ?= 100000
 
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 STAMP := $(VENV)/installed-for-$(VERSION)
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test soak bench lint format clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,7 +20,13 @@ demo: $(STAMP) ## the real service on a private MongoDB, for about 30 seconds
 	@$(RUN) -m sandbox.demo
 
 test: $(STAMP) ## all tests, with coverage; ARGS="-k word" for some
-	$(RUN) -m pytest -n 4 --cov --cov-report=term-missing:skip-covered $(ARGS)
+	$(RUN) -m pytest -n 4 --dist loadgroup --cov --cov-report=term-missing:skip-covered $(ARGS)
+
+soak: $(STAMP) ## MINUTES=10 of random faults against the daemon while a shop changes
+	$(RUN) -m sandbox.soak $(MINUTES)
+
+bench: $(STAMP) ## what a recount costs, and what else a shop would do: ORDERS=1000000 USERS=100000
+	$(RUN) -m bench --orders $(ORDERS) --users $(USERS) $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy
 	$(RUN) -m ruff check .

@@ -209,7 +209,8 @@ def _driver_faults(uri: str) -> list[str]:
     except (PyMongoError, ValueError, TypeError, OSError) as error:
         reason = str(error)
         userinfo, _, _, options = _split_uri(uri)
-        secrets = {unquote_plus(part) for part in userinfo.split(":")} | set(userinfo.split(":"))
+        password = userinfo.partition(":")[2]
+        secrets = {password, unquote_plus(password)}
         secrets |= {o.partition("=")[2] for o in options.split("&") if "password" in o.lower()}
         if any(secret and secret in reason for secret in secrets):
             reason = "the driver rejects it (its reason would show a credential)"

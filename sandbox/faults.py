@@ -1,0 +1,120 @@
+"""Faults of a server: held up at a chosen moment of a recount, slowed down, and made well again.
+
+It takes the failpoints of mongod, which are there when it runs with OPTIONS.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from pymongo import MongoClient
+from pymongo.errors import PyMongoError
+
+from sandbox.mongod import START_SECONDS, Deployment, Failed, Server
+
+SERVICE = "loyalty-microservice"  # as it calls itself to the server
+OPTIONS = ("--setParameter", "enableTestCommands=1")
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What the server does with a collection, or with one document after `skip` others."""
+
+    name: str
+    failpoint: str
+    collection: str
+    skip: int = 0
+
+    def __str__(self) -> str:
+        return self.name
+
+
+COUNTING = Moment("counting", "hangBeforeDocumentSourceCursorLoadBatch", "users")
+FETCHING = Moment("fetching", "waitWithPinnedCursorDuringGetMoreBatch", "orders")
+WRITING = Moment("writing", "hangDuringBatchUpdate", "users", skip=500)
+RECORDING = Moment("recording", "hangDuringBatchInsert", "loyalty_recounts")
+
+
+@contextmanager
+def held(server: Server, database: str, moment: Moment) -> Iterator[Callable[[], None]]:
+    """Hold up whatever comes to that moment on `server`, until the end of the block.
+
+    Gives a function that returns once something has come there.
+    """
+    mode = {"skip": moment.skip} if moment.skip else "alwaysOn"
+    # What is held up can still be killed, and gives way when the server steps down.
+    data = {"nss": f"{database}.{moment.collection}", "shouldCheckForInterrupt": True}
+    with _failpoint(server, moment.failpoint, mode, data) as wait_until_reached:
+        yield wait_until_reached
+
+
+@contextmanager
+def slowed(server: Server, command: str, milliseconds: int) -> Iterator[None]:
+    """Let the service wait that long for each such command, until the end of the block."""
+    data = {"failCommands": [command], "appName": SERVICE, "blockConnection": True}
+    with _failpoint(server, "failCommand", "alwaysOn", {**data, "blockTimeMS": milliseconds}):
+        yield
+
+
+@contextmanager
+def failing(server: Server, command: str, times: int, **data: Any) -> Iterator[None]:
+    """Fail such commands of the service, a few times: `errorCode` or `closeConnection` says how."""
+    data |= {"failCommands": [command], "appName": SERVICE}
+    with _failpoint(server, "failCommand", {"times": times}, data):
+        yield
+
+
+@contextmanager
+def _failpoint(
+    server: Server, name: str, mode: str | dict[str, int], data: dict[str, Any]
+) -> Iterator[Callable[[], None]]:
+    with MongoClient[dict[str, Any]](server.uri, serverSelectionTimeoutMS=5000) as client:
+        reply = client.admin.command("configureFailPoint", name, mode=mode, data=data)
+        times = reply["count"] + 1
+
+        def wait_until_reached() -> None:
+            client.admin.command("waitForFailPoint", name, timesEntered=times, maxTimeMS=60_000)
+
+        try:
+            yield wait_until_reached
+        finally:
+            with suppress(PyMongoError):  # where the server is dead, so is the failpoint
+                client.admin.command("configureFailPoint", name, mode="off")
+
+
+def kill_cursors(client: MongoClient[Any], database: str, collection: str) -> int:
+    """Kill the cursors over a collection, as an administrator would; return how many."""
+    stages = [{"$currentOp": {"allUsers": True, "idleCursors": True}}]
+    operations = client.admin.aggregate(stages)
+    mine = [o for o in operations if o.get("ns") == f"{database}.{collection}" and "cursor" in o]
+    cursors = [operation["cursor"]["cursorId"] for operation in mine]
+    if cursors:
+        client[database].command("killCursors", collection, cursors=cursors)
+    return len(cursors)
+
+
+def step_down(server: Server) -> None:
+    """Let another server be primary. Raises PyMongoError if this one is not."""
+    with MongoClient[dict[str, Any]](server.uri, serverSelectionTimeoutMS=5000) as client:
+        client.admin.command("replSetStepDown", 20, force=True)
+
+
+def heal(deployment: Deployment) -> None:
+    """Thaw and start whatever needs it, and return once every server is well. Raises Failed."""
+    for server in deployment.servers:
+        server.thaw()
+        if not server.alive:
+            server.start()
+    deadline = time.monotonic() + START_SECONDS
+    with deployment.client() as client:
+        while time.monotonic() < deadline:
+            with suppress(PyMongoError):
+                members = client.admin.command("replSetGetStatus")["members"]
+                if {member["stateStr"] for member in members} <= {"PRIMARY", "SECONDARY"}:
+                    return
+            time.sleep(0.05)
+    raise Failed(f"not every server was well again after {START_SECONDS:.0f} s")

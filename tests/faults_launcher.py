@@ -1,0 +1,96 @@
+"""Runs the service in a process in which something is not as it should be.
+
+- `faults_launcher.py clock FILE [arguments]`: the clock is set to the seconds in FILE.
+- `faults_launcher.py bugs LIST [arguments]`: recounts raise what LIST says: count:KeyError,...
+- `faults_launcher.py recounts NUMBER`: does that many; prints how much memory and files they take.
+"""
+
+from __future__ import annotations
+
+import builtins
+import json
+import os
+import runpy
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import time_machine
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import config
+import loyalty_microservice
+from pipeline import POINTS
+from recount import Recount
+
+SAMPLE_EVERY = 100
+RECONNECT_EVERY = 25
+
+
+def clock(file: str) -> None:
+    """Set the clock now, and again whenever the file has changed."""
+    traveller = time_machine.travel(shown := float(Path(file).read_text()), tick=True).start()
+
+    def follow() -> None:
+        nonlocal shown
+        while True:
+            time.sleep(0.01)
+            if (wanted := float(Path(file).read_text())) != shown:
+                traveller.move_to(shown := wanted)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def bugs(listed: str) -> None:
+    """Let `count` and `write` of a recount raise what is listed, one by one, then work again."""
+    left = [bug.split(":") for bug in listed.split(",")]
+    for name in ("count", "write"):
+        setattr(Recount, name, _failing(name, getattr(Recount, name), left))
+
+
+def _failing(
+    name: str, works: Callable[[Recount], None], left: list[list[str]]
+) -> Callable[[Recount], None]:
+    def step(recount: Recount) -> None:
+        if left and left[0][0] == name:
+            raise getattr(builtins, left.pop(0)[1])("SECRET document")
+        works(recount)
+
+    return step
+
+
+def recounts(number: int) -> None:
+    """Do recounts as the daemon does them, each with something to write, some after reconnecting.
+
+    Prints the memory in KiB and the number of open files and threads after every 100.
+    """
+    settings = config.load(os.environ)
+    service = loyalty_microservice._Service(settings, lambda: settings)
+    samples = []
+    for done in range(1, number + 1):
+        service.work(lambda: None)
+        assert service._connection
+        service._connection.users.update_many({}, {"$set": {POINTS: -1}})
+        if done % SAMPLE_EVERY == 0:
+            status = Path("/proc/self/status").read_text()
+            memory = int(status.split("VmRSS:")[1].split()[0])
+            samples.append(
+                (memory, len([*Path("/proc/self/fd").iterdir()]), threading.active_count())
+            )
+        if done % RECONNECT_EVERY == 0:  # as after a permission was missing
+            service._connection.client.close()
+            service._connection = None
+    print(json.dumps(samples))
+
+
+if __name__ == "__main__":
+    mode, argument, *rest = sys.argv[1:]
+    if mode == "recounts":
+        recounts(int(argument))
+        sys.exit()
+    {"clock": clock, "bugs": bugs}[mode](argument)
+    sys.argv[1:] = rest
+    runpy.run_path(loyalty_microservice.__file__, run_name="__main__")

@@ -1,0 +1,882 @@
+"""The table of faults: each is done to the real process on a real server.
+
+Afterwards the stored points are compared with an independent count. Tests of one `xdist_group`
+share servers: run them side by side with `pytest -n 3 --dist loadgroup`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from io import StringIO
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from unittest import mock
+from urllib.parse import quote_plus
+from uuid import uuid4
+
+import pytest
+from conftest import ROOT, Process, wait_until
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pymongo.database import Database
+
+import loyalty_microservice
+from sandbox import faults
+from sandbox.faults import COUNTING, FETCHING, RECORDING, WRITING, Moment
+from sandbox.mongod import Deployment
+from sandbox.shop import Shop, count, disagreements
+
+Start = Callable[..., Process]
+
+LAUNCHER = ROOT / "tests" / "faults_launcher.py"
+NOBODY = "mongodb://127.0.0.1:1/shop"  # no one listens there
+TIMES = 20
+TERMINATE = 1 << (signal.SIGTERM - 1)
+
+
+@dataclass
+class Stage:
+    """A shop on a deployment, for the service to work on."""
+
+    deployment: Deployment
+    database: Database[Any]
+    shop: Shop
+
+    @property
+    def uri(self) -> str:
+        return self.deployment.uri_for(database=self.database.name)
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        return list(self.database["loyalty_recounts"].find().sort("finished_at"))
+
+    def spoil(self) -> None:
+        """Give every user wrong points, so that a recount has to write to everyone."""
+        self.shop.users.update_many({}, {"$set": {"loyalty_points": -1}})
+
+    def add_strangers(self) -> None:
+        """Add so many unknown customers that the count needs a second answer of the server."""
+        orders = ({"customer_id": f"nobody-{n}", "status": "Shipped"} for n in range(25_000))
+        self.shop.orders.insert_many(orders)
+
+    def assert_exact(self) -> None:
+        """Compare with the independent count, and look at the record."""
+        assert disagreements(self.database) == []
+        right = count(self.database)
+        assert sum(right.values()) > 0
+        newest = self.records[-1]
+        assert (newest["outcome"], newest["exact"], newest["error"]) == ("succeeded", True, None)
+
+
+@contextmanager
+def staged(deployment: Deployment, *, users: int = 2000, orders: int = 8000) -> Iterator[Stage]:
+    with deployment.client() as client:
+        database = client[f"faults_{uuid4().hex[:12]}"]
+        shop = Shop(database, random.Random(database.name))
+        shop.fill(users=users, orders=orders)
+        stage = Stage(deployment, database, shop)
+        stage.spoil()
+        yield stage
+        client.drop_database(database.name)
+
+
+@pytest.fixture(scope="module")
+def one() -> Iterator[Deployment]:
+    with Deployment(options=faults.OPTIONS) as deployment:
+        yield deployment
+
+
+@pytest.fixture(scope="module")
+def three() -> Iterator[Deployment]:
+    with Deployment(3, options=faults.OPTIONS) as deployment:
+        yield deployment
+
+
+@pytest.fixture
+def stage(one: Deployment) -> Iterator[Stage]:
+    with staged(one) as stage:
+        yield stage
+
+
+@pytest.fixture
+def wide(three: Deployment) -> Iterator[Stage]:
+    """A shop on three nodes, which are all well again afterwards."""
+    try:
+        with staged(three) as stage:
+            yield stage
+            faults.heal(three)
+    finally:
+        faults.heal(three)
+
+
+def lines_with(text: str, process: Process) -> list[str]:
+    return [line for line in process.lines if text in line]
+
+
+# --- the database goes away
+
+
+@pytest.mark.xdist_group("late")
+def test_a_database_that_comes_up_later_is_waited_for_with_growing_pauses(service: Start) -> None:
+    deployment = Deployment()
+    uri = deployment.uri_for(database="shop")
+    once = service("--once", MONGODB_URI=uri)
+    daemon = service(MONGODB_URI=uri, RECOUNT_INTERVAL="1m")
+    assert once.wait() == 69
+    assert len(once.lines) == 1
+    daemon.wait_for("retry_in=10s")
+    failed = time.monotonic()
+    daemon.wait_for("retry_in=20s")
+    assert time.monotonic() - failed >= 10
+    assert [line.split("retry_in=")[1] for line in daemon.lines] == ["10s", "20s"]
+    assert all("could not connect to" in line for line in daemon.lines)
+    with deployment, deployment.client() as client:
+        Shop(client["shop"], random.Random(1)).fill()
+        daemon.wait_for("outcome=succeeded")
+        # Should the first recount have come before all orders were there, the next follows.
+        wait_until("exact points", lambda: not disagreements(client["shop"]), 90)
+        assert daemon.stop() == 0
+
+
+@pytest.mark.xdist_group("three")
+@pytest.mark.parametrize("moment", [COUNTING, FETCHING, WRITING], ids=str)
+def test_a_recount_whose_primary_is_killed_ends_well_within_seconds(
+    wide: Stage, service: Start, moment: Moment
+) -> None:
+    wide.add_strangers()
+    primary = wide.deployment.primary()
+    with faults.held(primary, wide.database.name, moment) as wait_until_reached:
+        daemon = service(MONGODB_URI=wide.uri)
+        wait_until_reached()
+        primary.kill()
+        daemon.wait_for("outcome=succeeded")
+    wide.assert_exact()
+    assert daemon.stop() == 0
+    assert "Traceback" not in daemon.output
+
+
+@pytest.mark.xdist_group("three")
+@pytest.mark.parametrize("moment", [COUNTING, WRITING], ids=str)
+def test_a_recount_whose_primary_steps_down_ends_well_within_seconds(
+    wide: Stage, service: Start, moment: Moment
+) -> None:
+    primary = wide.deployment.primary()
+    with faults.held(primary, wide.database.name, moment) as wait_until_reached:
+        daemon = service(MONGODB_URI=wide.uri)
+        wait_until_reached()
+        faults.step_down(primary)
+    daemon.wait_for("outcome=succeeded")
+    wide.assert_exact()
+    assert daemon.stop() == 0
+    assert "Traceback" not in daemon.output
+
+
+@pytest.mark.xdist_group("three")
+def test_a_recount_whose_primary_freezes_ends_well_on_another(wide: Stage, service: Start) -> None:
+    primary = wide.deployment.primary()
+    with faults.held(primary, wide.database.name, WRITING) as wait_until_reached:
+        daemon = service(MONGODB_URI=wide.uri)
+        wait_until_reached()
+        primary.freeze()
+        daemon.wait_for("outcome=succeeded", seconds=90)
+        primary.thaw()
+    faults.heal(wide.deployment)
+    wide.assert_exact()  # also after the frozen one has woken up with half a batch
+    assert daemon.stop() == 0
+
+
+@pytest.mark.xdist_group("three")
+def test_with_all_nodes_frozen_it_stops_at_once_and_one_that_goes_on_recovers(
+    wide: Stage, service: Start
+) -> None:
+    servers = wide.deployment.servers
+    with faults.held(wide.deployment.primary(), wide.database.name, WRITING) as wait_until_reached:
+        stopped, patient = service(MONGODB_URI=wide.uri), service(MONGODB_URI=wide.uri)
+        wait_until_reached()
+        for server in servers:
+            server.freeze()
+        assert stopped.stop() == 0
+        late = service(MONGODB_URI=wide.uri)
+        late.wait_for("retry_in=10s")
+        for server in servers:
+            server.thaw()
+    for daemon in (patient, late):
+        daemon.wait_for("outcome=succeeded")
+    wide.assert_exact()
+    assert patient.stop() == late.stop() == 0
+    assert "Traceback" not in stopped.output + patient.output + late.output
+
+
+@pytest.mark.xdist_group("signals")
+def test_a_cursor_that_is_killed_during_the_count_is_no_more_than_a_second_try(
+    stage: Stage, service: Start
+) -> None:
+    stage.add_strangers()
+    server, name = stage.deployment.servers[0], stage.database.name
+    with faults.held(server, name, FETCHING) as wait_until_reached:
+        daemon = service(MONGODB_URI=stage.uri)
+        wait_until_reached()
+        assert faults.kill_cursors(stage.database.client, name, "orders") == 1
+    daemon.wait_for("outcome=succeeded")
+    assert len(lines_with("counting_again attempt=2", daemon)) == 1
+    assert len(stage.records) == 1
+    stage.assert_exact()
+
+
+@pytest.mark.xdist_group("disk")
+def test_a_full_disk_is_a_clear_error_and_points_are_exact_once_there_is_space(
+    tmp_path: Path, service: Start
+) -> None:
+    # Small files of the journal: the server soon needs space for the next one.
+    journal = "log=(enabled=true,remove=true,path=journal,prealloc=false,file_max=100KB)"
+    options = [*faults.OPTIONS, "--wiredTigerEngineConfigString", journal]
+    with ExitStack() as stack:
+        disk = stack.enter_context(small_disk(tmp_path / "disk"))
+        deployment = stack.enter_context(Deployment(options=options, parent=disk))
+        stage = stack.enter_context(staged(deployment))
+        server = deployment.servers[0]
+        with faults.held(server, stage.database.name, WRITING) as wait_until_reached:
+            daemon = service(MONGODB_URI=stage.uri)
+            wait_until_reached()
+            filler = fill(disk)
+        wait_until("a server that stops, as its disk is full", lambda: not server.alive)
+        daemon.wait_for("failed error=")
+        (line,) = lines_with("failed error=", daemon)
+        assert f"could not update {stage.database.name}.users" in line
+        filler.unlink()
+        faults.heal(deployment)
+        daemon.wait_for("outcome=succeeded")
+        stage.assert_exact()
+        assert daemon.stop() == 0
+        assert "Traceback" not in daemon.output
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[Path]:
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", folder],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if mounted.returncode:
+        pytest.fail(f"a full disk needs root, to mount a small one: {mounted.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def fill(disk: Path) -> Path:
+    """Take all the space that is left, and return the file that holds it."""
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    return filler
+
+
+@pytest.mark.xdist_group("signals")
+def test_users_that_refuse_the_update_are_named_and_all_others_are_written(
+    stage: Stage, service: Start
+) -> None:
+    stubborn = [user["_id"] for user in stage.shop.users.find().sort("_id").limit(3)]
+    rule = {"$or": [{"_id": {"$nin": stubborn}}, {"loyalty_points": -1}]}
+    stage.database.command("collMod", "users", validator=rule)
+    daemon = service(MONGODB_URI=stage.uri, RECOUNT_INTERVAL="1s")
+    daemon.wait_for("failed error=", times=2)
+    wrong = disagreements(stage.database)
+    assert [(user.user, user.stored) for user in wrong] == [(own, -1) for own in stubborn]
+    assert "3 of 2,000 users refused the update, the others are written" in daemon.lines[1]
+    assert "Document failed validation" in daemon.lines[1]
+    assert "3 of 3 users refused" in daemon.lines[2]
+    assert "@example.com" not in daemon.output  # the driver's text holds whole documents
+    assert [record["outcome"] for record in stage.records[:2]] == ["failed", "failed"]
+    stage.database.command("collMod", "users", validator={})
+    daemon.wait_for("outcome=succeeded")
+    stage.assert_exact()
+    assert daemon.stop() == 0
+
+
+# --- the service goes away
+
+
+@pytest.mark.xdist_group("kills")
+def test_killed_at_20_random_moments_the_next_start_makes_everything_exact(
+    stage: Stage, service: Start
+) -> None:
+    rng = random.Random()
+    for _ in range(TIMES):
+        stage.spoil()
+        daemon = service(MONGODB_URI=stage.uri, BATCH_SIZE="20")
+        daemon.wait_for("connected")
+        time.sleep(rng.uniform(0, 0.6))
+        daemon.kill()
+        stage.shop.ship(20)
+        stage.shop.return_(20)
+        assert service("--once", MONGODB_URI=stage.uri).wait() == 0
+        stage.assert_exact()
+
+
+@pytest.mark.xdist_group("kills")
+def test_the_next_start_is_exact_though_the_server_still_writes_the_dead_ones_batch(
+    stage: Stage, service: Start
+) -> None:
+    once = service("--once", MONGODB_URI=stage.uri)
+    assert once.wait() == 0
+    user = stage.shop.users.find_one({"loyalty_points": {"$gt": 2}, "_id": {"$type": "objectId"}})
+    assert user
+    orders = {"customer_id": str(user["_id"]), "status": "Shipped"}
+    with stage.database.client.start_session() as session, session.start_transaction():
+        # A lock holds up the batch at this user, as a busy server would.
+        stage.shop.users.update_one({"_id": user["_id"]}, {"$set": {"busy": True}}, session=session)
+        stage.shop.orders.update_one(orders, {"$set": {"status": "Returned"}})
+        killed = service(MONGODB_URI=stage.uri)
+        wait_until("the batch at the user", lambda: conflicts(stage) > 0)
+        killed.kill()
+        stage.shop.orders.update_one({**orders, "status": "Returned"}, {"$set": orders})
+        # So the stored points are right again, until the dead one's batch comes through.
+        following = service(MONGODB_URI=stage.uri)
+        wait_until("what it says first", lambda: following.lines)
+        session.abort_transaction()
+    following.wait_for("outcome=succeeded")
+    wait_until("the end of the batch", lambda: not updates(stage))
+    stage.assert_exact()
+
+
+def updates(stage: Stage) -> list[dict[str, Any]]:
+    """Return the updates of the service that the server is working on."""
+    operations = stage.database.client.admin.aggregate([{"$currentOp": {}}])
+    ours = [o for o in operations if o.get("appName") == "loyalty-microservice"]
+    return [operation for operation in ours if operation.get("op") == "update"]
+
+
+def conflicts(stage: Stage) -> int:
+    return sum(operation.get("writeConflicts", 0) for operation in updates(stage))
+
+
+def catches_sigterm(process: Process) -> bool:
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return bool(int(status.split("SigCgt:")[1].split()[0], 16) & 1 << (signal.SIGTERM - 1))
+
+
+def assert_ends_well(process: Process) -> None:
+    """SIGTERM it twice."""
+    process.send(signal.SIGTERM)
+    assert process.stop() == 0
+    assert "Traceback" not in process.output
+    assert "stopped signal=SIGTERM" in process.lines[-1]
+
+
+@pytest.mark.xdist_group("signals")
+@pytest.mark.parametrize("moment", [COUNTING, FETCHING, WRITING, RECORDING], ids=str)
+def test_sigterm_in_the_middle_ends_it_within_two_seconds(
+    stage: Stage, service: Start, moment: Moment
+) -> None:
+    stage.add_strangers()
+    server = stage.deployment.servers[0]
+    with faults.held(server, stage.database.name, moment) as wait_until_reached:
+        daemon = service(MONGODB_URI=stage.uri)
+        wait_until_reached()
+        assert_ends_well(daemon)
+    assert service("--once", MONGODB_URI=stage.uri).wait() == 0
+    stage.assert_exact()
+
+
+@pytest.mark.xdist_group("signals")
+def test_sigterm_while_it_is_idle_connecting_or_waiting_ends_it_within_two_seconds(
+    stage: Stage, service: Start
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        connecting = service(MONGODB_URI=f"mongodb://127.0.0.1:{silent.getsockname()[1]}")
+        waiting, idle = service(MONGODB_URI=NOBODY), service(MONGODB_URI=stage.uri)
+        silent.accept()[0].close()
+        assert_ends_well(connecting)
+    idle.wait_for("outcome=succeeded")
+    assert_ends_well(idle)
+    waiting.wait_for("retry_in=")
+    assert_ends_well(waiting)
+    stage.assert_exact()
+
+
+@pytest.mark.xdist_group("signals")
+def test_sigterm_at_20_random_moments_ends_it_within_two_seconds(
+    stage: Stage, service: Start
+) -> None:
+    rng = random.Random()
+    for _ in range(TIMES):
+        stage.spoil()
+        daemon = service(MONGODB_URI=stage.uri, BATCH_SIZE="20", RECOUNT_INTERVAL="1s")
+        wait_until("a signal handler", partial(catches_sigterm, daemon))
+        time.sleep(rng.uniform(0, 1.2))
+        assert_ends_well(daemon)
+    assert service("--once", MONGODB_URI=stage.uri).wait() == 0
+    stage.assert_exact()
+
+
+# --- time
+
+
+@pytest.fixture
+def set_clock(tmp_path: Path) -> Callable[[datetime], str]:
+    """Set the service's clock to a moment, and return the file for its launcher."""
+
+    def set_to(moment: datetime) -> str:
+        new = tmp_path / "clock.new"
+        new.write_text(str(moment.timestamp()))
+        return str(new.replace(tmp_path / "clock"))
+
+    return set_to
+
+
+@pytest.mark.xdist_group("clock")
+def test_a_clock_that_jumps_ten_hours_delays_no_recount_by_more_than_an_interval(
+    stage: Stage, service: Start, set_clock: Callable[[datetime], str], tmp_path: Path
+) -> None:
+    interval = 3.0
+    file = set_clock(datetime.now(UTC))
+    daemon = service(
+        *("clock", file, "--env-file", str(tmp_path / "empty.env")),
+        program=LAUNCHER,
+        MONGODB_URI=stage.uri,
+        RECOUNT_INTERVAL="3s",
+    )
+    done = 1
+    daemon.wait_for("outcome=succeeded")
+    for hours in (-10, 0, 10, 0):
+        stage.shop.ship(10)
+        set_clock(datetime.now(UTC) + timedelta(hours=hours))
+        done = len(lines_with("outcome=succeeded", daemon)) + 1
+        daemon.wait_for("outcome=succeeded", times=done, seconds=2 * interval + 10)
+        # One recount is made up for, not ten hours of them.
+        jumped = time.monotonic()
+        daemon.wait_for("outcome=succeeded", times=done + 1, seconds=2 * interval + 10)
+        assert time.monotonic() - jumped > interval - 1
+    assert daemon.stop() == 0
+    stage.assert_exact()
+
+
+@pytest.mark.xdist_group("clock")
+@pytest.mark.parametrize("change", ["2026-03-29T00:59:57Z", "2026-10-25T00:59:57Z"])
+def test_daylight_saving_delays_no_recount_by_more_than_an_interval(
+    stage: Stage, service: Start, set_clock: Callable[[datetime], str], tmp_path: Path, change: str
+) -> None:
+    interval = 4.0
+    file = set_clock(datetime.fromisoformat(change))  # three seconds before
+    daemon = service(
+        *("clock", file, "--env-file", str(tmp_path / "empty.env")),
+        program=LAUNCHER,
+        MONGODB_URI=stage.uri,
+        RECOUNT_INTERVAL="4s",
+        TZ="Europe/Berlin",
+    )
+    for done in range(1, 4):
+        daemon.wait_for("outcome=succeeded", times=done, seconds=2 * interval + 10)
+    as_logged = [line.split()[0] for line in lines_with("outcome=succeeded", daemon)]
+    assert as_logged[0] < change.replace("00:59:57", "01:00:00") < as_logged[2]
+    assert daemon.stop() == 0
+    stage.assert_exact()
+
+
+@pytest.mark.xdist_group("clock")
+def test_recounts_longer_than_the_interval_neither_overlap_nor_pile_up(
+    stage: Stage, service: Start
+) -> None:
+    with faults.slowed(stage.deployment.servers[0], "aggregate", 2500):
+        daemon = service(MONGODB_URI=stage.uri, RECOUNT_INTERVAL="1s")
+        daemon.wait_for("outcome=succeeded", times=3)
+    daemon.wait_for("outcome=succeeded", times=5)
+    assert daemon.stop() == 0
+    records = stage.records
+    for earlier, later in pairwise(records):
+        assert later["started_at"] - earlier["finished_at"] > timedelta(seconds=0.9)
+    assert records[0]["finished_at"] - records[0]["started_at"] > timedelta(seconds=2)
+    stage.assert_exact()
+
+
+# --- itself
+
+
+@pytest.mark.xdist_group("clock")
+def test_a_bug_is_logged_with_its_traceback_and_the_daemon_goes_on(
+    stage: Stage, service: Start, tmp_path: Path
+) -> None:
+    bugs = ["count:KeyError", "write:MemoryError", "count:RecursionError", "write:ValueError"]
+    daemon = service(
+        *("bugs", ",".join(bugs), "--env-file", str(tmp_path / "empty.env")),
+        program=LAUNCHER,
+        MONGODB_URI=stage.uri,
+        RECOUNT_INTERVAL="1s",
+    )
+    daemon.wait_for("outcome=succeeded")
+    assert len(lines_with("bug retry_in=1s", daemon)) == len(bugs)
+    assert len(lines_with("Traceback (most recent call last)", daemon)) == len(bugs)
+    errors = [record["error"] for record in stage.records]
+    assert errors == [*(bug.split(":")[1] for bug in bugs), None]
+    assert daemon.stop() == 0
+    stage.assert_exact()
+
+
+@pytest.mark.xdist_group("late")
+def test_500_recounts_in_a_row_leave_memory_and_open_files_flat(
+    one: Deployment, service: Start
+) -> None:
+    with staged(one, users=50, orders=300) as stage:
+        process = service("recounts", "600", program=LAUNCHER, MONGODB_URI=stage.uri)
+        assert process.wait(100) == 0
+        first, *later = json.loads(process.lines[-1])
+        assert len(later) == 5
+        for memory, files, threads in later:
+            assert memory - first[0] < 4096, process.lines[-1]  # KiB; the first 100 warm up
+            assert (files, threads) == tuple(first[1:]), process.lines[-1]
+
+
+# --- settings, credentials and permissions
+
+PASSWORD = "qJ7/p@5s:w0rd?kZ%#$x"
+ENCODED = quote_plus(PASSWORD)
+
+
+def assert_no_secret(text: str) -> None:
+    """Look for every part of the password of four characters or more."""
+    for secret in (PASSWORD, ENCODED):
+        parts = {secret[n : n + 4] for n in range(len(secret) - 3)}
+        assert not [part for part in parts if part in text], text
+
+
+@pytest.mark.xdist_group("auth")
+@pytest.mark.parametrize(
+    ("fault", "uri"),
+    [
+        ("MONGODB_URI: required", ""),
+        ("must begin with", f"http://loyalty:{ENCODED}@h"),
+        ("percent-encoded", f"mongodb://loyalty:{PASSWORD}@h/shop"),
+        ("unknown option", f"mongodb://loyalty:{ENCODED}@h/?retryWritess=true"),
+        ("bad value of option", f"mongodb://loyalty:{ENCODED}@h/?timeoutMS=soon"),
+        ("Port must be", f"mongodb://loyalty:{ENCODED}@h:99999"),
+        ("no such host name", f"mongodb://loyalty:{ENCODED}@nowhere.invalid"),
+        ("does not exist", f"mongodb+srv://loyalty:{ENCODED}@nowhere.example.invalid"),
+        ("host", f"mongodb://loyalty:{ENCODED}@empty..label"),
+        ("host", f"mongodb://loyalty:{ENCODED}@{'x' * 64}.example"),
+        ("tlsCAFile", f"mongodb://loyalty:{ENCODED}@h/?tls=true&tlsCAFile=/none"),
+    ],
+    ids=["nothing", "scheme", "password", "option", "value", "port"]
+    + ["name", "srv", "empty label", "long label", "file"],
+)
+def test_a_setting_that_cannot_work_ends_it_with_78_and_one_line(
+    service: Start, fault: str, uri: str
+) -> None:
+    daemon = service(LOG_LEVEL="DEBUG", MONGODB_URI=uri)
+    assert daemon.wait(10) == 78
+    told, *hint = daemon.lines
+    assert fault in told
+    assert all("settings come from" in line for line in hint)
+    assert_no_secret(daemon.output)
+
+
+@pytest.mark.xdist_group("auth")
+def test_ten_settings_that_cannot_work_are_ten_lines(service: Start) -> None:
+    bad = {
+        "MONGODB_URI": f"mongodb://u:{PASSWORD}@h/shop",
+        "MONGODB_DATABASE": "a b",
+        "ORDERS_COLLECTION": "a$b",
+        "ORDER_STATUSES": ",",
+        "POINTS_PER_ORDER": "0",
+        "RECOUNT_INTERVAL": "soon",
+        "COUNT_TIMEOUT": "1000d",
+        "MAX_DECREASE_PERCENT": "101",
+        "BATCH_SIZE": "1e3",
+        "LOG_LEVEL": "LOUD",
+    }
+    daemon = service(**bad)
+    assert daemon.wait(10) == 78
+    *told, _ = daemon.lines
+    assert len(told) == len(bad)
+    assert all(any(f"{name}: " in line for line in told) for name in bad)
+    assert_no_secret(daemon.output)
+
+
+@pytest.mark.xdist_group("auth")
+@given(
+    uri=st.text(st.sampled_from("ab:/?@&=%,.[]+1#$ "), max_size=25),
+    values=st.dictionaries(
+        st.sampled_from(["ORDER_STATUSES", "BATCH_SIZE", "COUNT_TIMEOUT", "USERS_COLLECTION"]),
+        st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20),
+    ),
+)
+@settings(max_examples=300)
+def test_whatever_the_settings_are_it_ends_with_78_and_never_a_traceback(
+    uri: str, values: dict[str, str]
+) -> None:
+    # The interval is always wrong, so that no example gets as far as a connection.
+    secret = {"MONGODB_URI": f"mongodb://user:{PASSWORD}{uri}", "RECOUNT_INTERVAL": "soon"}
+    said = StringIO()
+    with (
+        mock.patch.dict(os.environ, {**values, **secret, "LOG_LEVEL": "DEBUG"}),
+        redirect_stderr(said),
+        redirect_stdout(said),
+    ):
+        assert loyalty_microservice.main(["--env-file", os.devnull]) == 78
+    assert "RECOUNT_INTERVAL: 'soon' is not a time" in said.getvalue()
+    assert "Traceback" not in said.getvalue()
+    assert_no_secret(said.getvalue())
+
+
+@pytest.mark.xdist_group("auth")
+def test_an_env_file_that_others_can_read_is_a_warning(service: Start, tmp_path: Path) -> None:
+    file = tmp_path / ".env"
+    for mode, warnings in ((0o644, 1), (0o600, 0)):
+        file.write_text("MONGODB_URI=http://\n")
+        file.chmod(mode)
+        daemon = service("--env-file", str(file))
+        assert daemon.wait() == 78
+        assert len(lines_with(f"others can read {file}", daemon)) == warnings
+
+
+Privilege = dict[str, Any]
+
+
+def role(*, create_index: bool = False) -> tuple[str, str, list[Privilege]]:
+    """Read the names of the database and of the user, and the privileges, out of the file."""
+    text = (ROOT / "deploy" / "mongodb-role.js").read_text()
+    names = dict(re.findall(r'^const (\w+) = "(.*)";$', text, re.MULTILINE))
+    found = re.search(r"^const privileges = (\[.*?^\]);", text, re.MULTILINE | re.DOTALL)
+    assert found
+    body = found[1].replace("// {", "{") if create_index else found[1]
+    body = re.sub(r"//.*", "", body)
+    body = re.sub(r": (\w+)", lambda name: f': "{names[name[1]]}"', body)
+    body = re.sub(r"(\w+): ", r'"\1": ', body)
+    return names["database"], names["user"], json.loads(re.sub(r",(\s*\])", r"\1", body))
+
+
+@dataclass
+class Secured(Stage):
+    """A shop whose service is the user of the role, on a server with authentication."""
+
+    user: str
+
+    @property
+    def uri(self) -> str:
+        return self.deployment.uri_for(self.user, PASSWORD, self.database.name)
+
+    def allow(self, privileges: list[Privilege]) -> None:
+        """Let the role have these privileges and no others."""
+        admin = self.database.client.admin
+        admin.command("updateRole", "loyaltyMicroservice", privileges=privileges, roles=[])
+
+    def allow_all_but(self, collection: str, action: str) -> None:
+        """Let the role have what is in the file, less one action."""
+        privileges = role()[2]
+        kept = [p for p in privileges if p["resource"]["collection"] == collection]
+        assert any(action in p["actions"] for p in kept)
+        for privilege in kept:
+            privilege["actions"] = [a for a in privilege["actions"] if a != action]
+        self.allow(privileges)
+
+    def create_user(self) -> None:
+        self.database.client.admin.command(
+            "createUser", self.user, pwd=PASSWORD, roles=["loyaltyMicroservice"]
+        )
+
+
+@pytest.fixture(scope="module")
+def authenticating() -> Iterator[Deployment]:
+    with Deployment(auth=True) as deployment:
+        yield deployment
+
+
+@pytest.fixture
+def secured(authenticating: Deployment) -> Iterator[Secured]:
+    name, user, privileges = role()
+    with authenticating.client() as client:
+        shop = Shop(client[name], random.Random(1))
+        shop.fill()
+        client.admin.command("createRole", "loyaltyMicroservice", privileges=privileges, roles=[])
+        stage = Secured(authenticating, client[name], shop, user)
+        stage.create_user()
+        yield stage
+        client.admin.command("dropUser", user)
+        client.admin.command("dropRole", "loyaltyMicroservice")
+        client.drop_database(name)
+
+
+@pytest.mark.xdist_group("auth")
+def test_the_role_is_enough_for_everything_but_making_the_index(
+    secured: Secured, service: Start
+) -> None:
+    def run(flag: str) -> Process:
+        return service(flag, MONGODB_URI=secured.uri, LOG_LEVEL="DEBUG")
+
+    checked = run("--check-config")
+    assert checked.wait() == 0
+    assert re.search("permissions +fine", checked.output)
+    assert run("--dry-run").wait() == 1
+    daemon = service(MONGODB_URI=secured.uri, LOG_LEVEL="DEBUG")
+    daemon.wait_for("outcome=succeeded")
+    assert daemon.stop() == 0
+    secured.assert_exact()
+    expiry = secured.database["loyalty_recounts"].index_information()["finished_at_1"]
+    assert expiry["expireAfterSeconds"] == 90 * 24 * 3600
+    status = run("--status")
+    assert status.wait() == 0
+    refused = run("--create-index")
+    assert refused.wait() == 78
+    assert "no permission to create an index on oms_db.orders" in refused.output
+    secured.allow(role(create_index=True)[2])
+    made = run("--create-index")
+    assert made.wait() == 0
+    for process in (checked, daemon, status, refused, made):
+        assert_no_secret(process.output)
+        assert "Traceback" not in process.output
+        assert "WARNING" not in process.output
+
+
+@pytest.mark.xdist_group("auth")
+@pytest.mark.parametrize(
+    ("collection", "action"), [("orders", "find"), ("users", "find"), ("users", "update")]
+)
+def test_a_missing_permission_at_start_is_named_and_ends_it_with_78(
+    secured: Secured, service: Start, collection: str, action: str
+) -> None:
+    secured.allow_all_but(collection, action)
+    daemon = service(MONGODB_URI=secured.uri)
+    assert daemon.wait(10) == 78
+    (line,) = daemon.lines
+    assert f"no permission to {action}" in line
+    assert f"oms_db.{collection}" in line
+    assert_no_secret(daemon.output)
+
+
+@pytest.mark.xdist_group("auth")
+@pytest.mark.parametrize("action", ["insert", "createIndex"])
+def test_a_missing_permission_for_the_record_is_one_warning(
+    secured: Secured, service: Start, action: str
+) -> None:
+    secured.allow_all_but("loyalty_recounts", action)
+    daemon = service(MONGODB_URI=secured.uri, RECOUNT_INTERVAL="1s")
+    daemon.wait_for("outcome=succeeded", times=3)
+    assert len(lines_with("not_recorded", daemon)) == 1
+    words = {"insert": "insert into", "createIndex": "create the expiry index on"}[action]
+    assert len(lines_with(f"no permission to {words} oms_db.loyalty_recounts", daemon)) == 1
+    assert disagreements(secured.database) == []
+    assert daemon.stop() == 0
+
+
+@pytest.mark.xdist_group("auth")
+def test_without_permission_to_find_records_only_those_who_ask_are_told(
+    secured: Secured, service: Start
+) -> None:
+    secured.allow_all_but("loyalty_recounts", "find")
+    assert service("--once", MONGODB_URI=secured.uri).wait() == 0
+    secured.assert_exact()
+    for flag, code in (("--status", 78), ("--check-config", 1)):
+        asked = service(flag, MONGODB_URI=secured.uri)
+        assert asked.wait() == code
+        assert "no permission to find in oms_db.loyalty_recounts" in asked.output
+
+
+@pytest.mark.xdist_group("auth")
+def test_without_permission_to_list_indexes_there_is_only_no_advice(
+    secured: Secured, service: Start
+) -> None:
+    secured.allow_all_but("orders", "listIndexes")
+    once = service("--once", MONGODB_URI=secured.uri)
+    assert once.wait() == 0
+    assert "WARNING" not in once.output
+    secured.assert_exact()
+
+
+@pytest.mark.xdist_group("auth")
+@pytest.mark.parametrize(
+    ("login", "words"),
+    [
+        (("loyalty", PASSWORD + "x"), "rejects the user name or password"),
+        (("nobody", PASSWORD), "rejects the user name or password"),
+        (("", ""), "put a user name and password into MONGODB_URI"),
+    ],
+    ids=["wrong password", "unknown user", "no credentials"],
+)
+def test_credentials_that_do_not_work_at_start_end_it_with_78(
+    secured: Secured, service: Start, login: tuple[str, str], words: str
+) -> None:
+    uri = secured.deployment.uri_for(*login, secured.database.name)
+    daemon = service(MONGODB_URI=uri, LOG_LEVEL="DEBUG")
+    assert daemon.wait(10) == 78
+    (line,) = daemon.lines
+    assert words in line
+    assert_no_secret(daemon.output)
+
+
+@pytest.fixture
+def running(secured: Secured, service: Start, tmp_path: Path) -> Process:
+    """The service, after its first recount, with its URI in a file and no rights to spare."""
+    file = tmp_path / "uri"
+    file.write_text(secured.uri)
+    daemon = service(MONGODB_URI_FILE=str(file), RECOUNT_INTERVAL="1s")
+    daemon.wait_for("outcome=succeeded")
+    return daemon
+
+
+def assert_recovers(secured: Secured, running: Process) -> None:
+    done = len(lines_with("outcome=succeeded", running))
+    running.wait_for("outcome=succeeded", times=done + 2)
+    secured.assert_exact()
+    assert running.stop() == 0
+    assert_no_secret(running.output)
+    assert "Traceback" not in running.output
+
+
+@pytest.mark.xdist_group("auth")
+@pytest.mark.parametrize(
+    ("collection", "action"), [("orders", "find"), ("users", "find"), ("users", "update")]
+)
+def test_a_permission_taken_away_while_running_is_an_error_until_it_is_back(
+    secured: Secured, running: Process, collection: str, action: str
+) -> None:
+    secured.allow_all_but(collection, action)
+    secured.shop.ship(50)
+    running.wait_for(f"no permission to {action}", times=2)
+    secured.allow(role()[2])
+    assert_recovers(secured, running)
+
+
+@pytest.mark.xdist_group("auth")
+def test_a_user_dropped_while_running_is_an_error_until_it_is_back(
+    secured: Secured, running: Process
+) -> None:
+    secured.database.client.admin.command("dropUser", secured.user)
+    secured.shop.ship(50)
+    running.wait_for("failed error=", times=2)
+    secured.create_user()
+    assert_recovers(secured, running)
+
+
+@pytest.mark.xdist_group("auth")
+def test_a_password_changed_while_running_is_an_error_until_it_is_in_the_file(
+    secured: Secured, running: Process, tmp_path: Path
+) -> None:
+    new = PASSWORD[::-1]
+    secured.database.client.admin.command("updateUser", secured.user, pwd=new)
+    secured.deployment.servers[0].restart()  # connections that are open keep their rights
+    faults.heal(secured.deployment)
+    secured.shop.ship(50)
+    running.wait_for("rejects the user name or password", times=2)
+    assert "failed error=" in running.lines[-1]
+    file = tmp_path / "uri"
+    file.write_text(secured.deployment.uri_for(secured.user, new, secured.database.name))
+    assert_recovers(secured, running)
+    assert quote_plus(new)[:6] not in running.output
