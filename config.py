@@ -110,6 +110,8 @@ def load(values: Mapping[str, str]) -> Settings:
         named["RECOUNTS_COLLECTION"] = settings.recounts
     if len(set(named.values())) < len(named):
         faults.append(f"{', '.join(named)}: must be different collections")
+    if settings.database in ("admin", "config", "local"):  # in a URI, often for authentication
+        faults.append(f"MONGODB_DATABASE: {settings.database!r} is the server's, not a shop's")
     if faults:
         raise ConfigError(*faults)
     return settings

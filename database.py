@@ -1,6 +1,6 @@
 """The connection to MongoDB, and the one place where the driver's errors are sorted.
 
-Outside this module and the two `with sorted_errors(...)` callers nobody sees a driver exception.
+Whoever asks the driver for something does so inside `with sorted_errors(...)`.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ from pymongo.errors import (
 from pymongo.uri_parser import split_options
 
 from config import Settings
-from pipeline import INDEX, POINTS, Document
+from pipeline import COLLATION, INDEX, POINTS, Document
 
 _CONNECT_SECONDS = 5  # one try; then it is logged and tried again
 _MONGODB_5 = 13  # as a wire version; the first with snapshot reads
 _LARGE = 100_000  # orders that are slow to read without an index
 
 _UNAUTHORIZED = 13
+_FINAL = {166, 171}  # a view where a collection is needed; an index over two arrays
 _BAD_CREDENTIALS = {18, 8000}  # the server's own, and Atlas's
 _MAX_TIME_EXPIRED = 50
 
@@ -184,16 +185,17 @@ def index_is_missing(orders: Collection[Any]) -> bool:
     """Return whether `orders` is large and has no index that starts with what a recount reads."""
     try:
         with sorted_errors("list the indexes of", orders.full_name):
-            indexes = [index["key"][: len(INDEX)] for index in orders.index_information().values()]
-            return INDEX not in indexes and orders.estimated_document_count() > _LARGE
-    except Misconfigured:  # advice is not worth a permission
+            indexes = orders.index_information().values()
+            usable = [i["key"][: len(INDEX)] for i in indexes if "collation" not in i]
+            return INDEX not in usable and orders.estimated_document_count() > _LARGE
+    except ServiceError:  # advice is worth no permission, and a view has no indexes
         return False
 
 
 def create_index(orders: Collection[Any]) -> str:
     """Make the index that a recount reads, if it is not there; return its name."""
     with sorted_errors("create an index on", orders.full_name):
-        return orders.create_index(INDEX)
+        return orders.create_index(INDEX, collation=COLLATION)
 
 
 @contextmanager
@@ -234,7 +236,8 @@ def _sorted(error: PyMongoError | OSError, doing: str, where: str) -> ServiceErr
         )
     if isinstance(error, OperationFailure):
         reason = str((error.details or {}).get("errmsg", "no reason given"))
-        return Unavailable(f"could not {doing} {where}: {_one_line(reason)} (code {code})")
+        sort = Misconfigured if code in _FINAL else Unavailable
+        return sort(f"could not {doing} {where}: {_one_line(reason)} (code {code})")
     if isinstance(error, ConfigurationError) and not _passing_dns(error):
         return Misconfigured(f"could not {doing} {where}: {_one_line(str(error))}")
     if isinstance(error, ServerSelectionTimeoutError) and _no_such_name(str(error)):

@@ -9,6 +9,7 @@ import os
 import stat
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -46,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for fault in error.faults:
             log.error("%s", fault)
         log.error(
-            "settings come from the environment or from %s, see .env.example; "
-            "make demo shows the service without any",
+            "settings come from the environment or from %s; .env.example explains them; "
+            "to try the service without a database of your own: make demo",
             args.env_file or ENV_FILE,
         )
         return error.exit_code
@@ -56,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:  # `--status | head`: whoever reads stdout has seen enough
+        return 0
     except Exception:
         log.exception("bug")
         return BUG
@@ -89,6 +92,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.customer and args.run not in (_once, _dry_run):
         parser.error("--customer goes with --once or --dry-run")
+    if any("\udc80" <= character <= "\udcff" for character in "".join(args.customer)):
+        parser.error("--customer: not text in this terminal's encoding")
     if args.force and args.run is not _once:
         parser.error("--force goes with --once")
     return args
@@ -183,6 +188,8 @@ def _run(recount: Recount, history: History, *, force: bool = False) -> None:
         history.write(recount, outcome, text, _now())
         raise
     history.write(recount, "succeeded", None, _now())
+    if not recount.totals.users:
+        log.warning("no_users found: are MONGODB_DATABASE and USERS_COLLECTION right?")
     log.info(
         "recount outcome=succeeded %s", report.fields(recount.totals, _now() - recount.started_at)
     )
@@ -261,6 +268,7 @@ def _now() -> datetime:
 if __name__ == "__main__":
     code = main()
     # The driver's exit handler would wait a second for each server that does not answer.
-    sys.stdout.flush()
+    with suppress(AttributeError, BrokenPipeError):  # stdout may be closed, at either end
+        sys.stdout.flush()
     logging.shutdown()
     os._exit(code)

@@ -77,7 +77,7 @@ def customer_orders(customer: str, statuses: list[Any]) -> list[Document]:
     return [
         {"$match": {"status": {"$in": statuses}, "customer_id": {"$in": id_forms(customer)}}},
         {"$group": {"_id": {"c": "$customer_id", "s": "$status"}, "n": {"$sum": 1}}},
-        {"$match": {"$expr": {"$in": [canonical("$_id.c", NO_CUSTOMER), ids]}}},
+        {"$match": {"$expr": {"$in": [canonical("$_id.c", NO_CUSTOMER), {"$literal": ids}]}}},
         {"$group": {"_id": "$_id.s", "n": {"$sum": "$n"}}},
         {"$sort": {"n": -1, "_id": 1}},
     ]

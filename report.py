@@ -12,20 +12,11 @@ from datetime import datetime, timedelta
 
 from config import Settings
 from database import Connection
+from history import COUNTS
 from pipeline import Document
 from recount import Change, Totals
 
 _CHANGE = ("user", "from", "to")
-_NUMBERS = (
-    "users",
-    "counted_orders",
-    "changed",
-    "increased",
-    "decreased",
-    "unknown_customers",
-    "orders_of_unknown_customers",
-    "orders_without_customer",
-)
 
 
 def log_to_stderr() -> None:
@@ -55,14 +46,14 @@ class _JournalFormatter(logging.Formatter):
 def _under_journal() -> bool:
     try:
         stderr = os.fstat(sys.stderr.fileno())
-    except (OSError, ValueError):
+    except (AttributeError, OSError, ValueError):  # closed, or no file
         return False
     return os.environ.get("JOURNAL_STREAM") == f"{stderr.st_dev}:{stderr.st_ino}"
 
 
 def fields(totals: Totals, took: timedelta) -> str:
     """Return the totals as key=value, for the log."""
-    numbers = [f"{name}={getattr(totals, name)}" for name in _NUMBERS]
+    numbers = [f"{name}={getattr(totals, name)}" for name in ("users", *COUNTS)]
     exact = str(totals.exact).lower()
     numbers += [f"as_of={totals.as_of:%Y-%m-%dT%H:%M:%SZ}", f"exact={exact}"]
     numbers.append(f"seconds={took.total_seconds():.1f}")
@@ -78,6 +69,8 @@ def print_totals(totals: Totals) -> None:
         unknown += f", such as {', '.join(totals.unknown_sample)}"
     exact = "one point in time" if totals.exact else "not one point in time: standalone server"
     changed = f"{totals.changed:,} ({totals.increased:,} up, {totals.decreased:,} down)"
+    if same := totals.changed - totals.increased - totals.decreased:
+        changed = changed.replace(")", f", {same:,} only in type)")
     _print_table(
         ("users", f"{totals.users:,}"),
         ("counted orders", f"{totals.counted_orders:,}"),
@@ -104,6 +97,8 @@ def print_customer(customer: str, orders: dict[str, int], users: Sequence[Change
 
 def print_records(records: Sequence[Document]) -> None:
     """Print records of recounts, one a line."""
+    if not records:
+        return
     names = ("finished_at", "outcome", "changed", "counted_orders", "as_of", "exact", "error")
     rows = ([_cell(record[name]) for name in names] for record in records)
     _print_table([name.replace("_", " ") for name in names], *rows)
@@ -152,7 +147,7 @@ def _cell(value: object) -> str:
             return f"{value:%Y-%m-%d %H:%M:%S}"
         case tuple():
             return ", ".join(value)
-    return str(value)
+    return str(value) or "none"
 
 
 def _print_table(*rows: Sequence[str]) -> None:

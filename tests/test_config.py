@@ -140,6 +140,12 @@ def test_a_bad_uri_is_one_fault_in_plain_words(uri: str, words: str) -> None:
     assert words in fault
 
 
+def test_a_database_of_the_server_itself_is_a_fault_unless_another_is_named() -> None:
+    (fault,) = faults(MONGODB_URI="mongodb://h/admin")
+    assert "is the server's, not a shop's" in fault
+    assert load({"MONGODB_URI": "mongodb://h/admin", "MONGODB_DATABASE": "b"}).database == "b"
+
+
 def test_two_bad_options_are_two_faults() -> None:
     assert len(faults(MONGODB_URI="mongodb://h/?a=1&w=majority&timeoutMS=x")) == 2
 

@@ -205,6 +205,7 @@ def test_with_all_nodes_frozen_it_stops_at_once_and_one_that_goes_on_recovers(
     servers = wide.deployment.servers
     with faults.held(wide.deployment.primary(), wide.database.name, WRITING) as wait_until_reached:
         stopped, patient = service(MONGODB_URI=wide.uri), service(MONGODB_URI=wide.uri)
+        stopped.wait_for("connected")
         wait_until_reached()
         for server in servers:
             server.freeze()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -226,9 +227,63 @@ def test_create_index_makes_the_index_that_the_warning_asks_for(
     assert "no_index" not in capsys.readouterr().err
 
 
+def test_ids_that_look_like_expressions_are_ids(
+    database: Database[Any], command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    database.users.insert_many([{"_id": i} for i in ("$name", "$$ROOT", "$$foo")])
+    orders = [{"customer_id": u["_id"], "status": "Shipped"} for u in database.users.find()]
+    database.orders.insert_many(orders)
+    for text in ("$name", "$$ROOT", "$$foo"):
+        assert command("--once", "--customer", text) == 0
+        assert f"{text}: 1 Shipped\n" in capsys.readouterr().out
+    assert disagreements(database) == []
+
+
+def test_a_shop_without_users_is_a_warning(
+    command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("--once") == 0
+    assert "WARNING no_users found" in capsys.readouterr().err
+
+
+def test_a_view_is_a_wrong_setting_where_a_collection_is_needed(
+    shop: Database[Any], command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shop.create_collection("seen", viewOn="users", pipeline=[])
+    assert command("--once", USERS_COLLECTION="seen") == 78
+    assert "is a view" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ends", ["stdout", "stderr"])
+def test_whoever_reads_its_output_may_leave(
+    shop: Database[Any], uri: str, tmp_path: Path, ends: str
+) -> None:
+    close = {"stdout": ">&-", "stderr": "2>&-"}[ends]
+    program = (
+        f"exec {sys.executable} {ROOT / 'loyalty_microservice.py'} --env-file /dev/null --once"
+    )
+    env = {**os.environ, "MONGODB_URI": uri}
+    ran = subprocess.run(
+        ["sh", "-c", f"{program} {close}"], env=env, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0
+    assert "Traceback" not in ran.stderr
+    assert disagreements(shop) == []
+    gone = subprocess.run(
+        ["sh", "-c", f"({program}; echo exit $? >&2) | true"],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "exit 0" in gone.stderr
+    assert "Traceback" not in gone.stderr
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
+        ["--customer", "\udcff"],
         ["--customer", "1"],
         ["--status", "--customer", "1"],
         ["--force"],

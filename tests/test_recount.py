@@ -21,7 +21,7 @@ from pymongo import MongoClient
 
 import recount as recount_module
 import writer
-from database import Connection, connect
+from database import Connection, connect, create_index
 from pipeline import INDEX, customer_orders, pipeline
 from recount import Recount, Totals
 from sandbox.mongod import Deployment
@@ -373,7 +373,7 @@ def test_with_the_index_a_recount_fetches_no_order(deployment: Deployment, uri: 
         settings = settings_for(uri, ORDER_STATUSES=statuses)
         counting = pipeline(settings)
         assert "COLLSCAN" in explained(connection, counting)
-        connection.orders.create_index(INDEX)
+        create_index(connection.orders)
         assert "IXSCAN" in explained(connection, counting)
         assert not {"COLLSCAN", "FETCH"} & explained(connection, counting)
         connection.orders.drop_indexes()
@@ -392,3 +392,14 @@ def test_one_customer_is_counted_without_a_scan(uri: str, customer: str) -> None
         assert "DISTINCT_SCAN" in stages(
             connection.orders.database.command("explain", {"distinct": "orders", "key": "status"})
         )
+
+
+def test_the_index_serves_a_collection_with_a_collation_too(uri: str) -> None:
+    with connect(settings_for(uri), writing=True) as connection:
+        shop = connection.orders.database
+        shop.create_collection("orders", collation={"locale": "en", "strength": 2})
+        connection.orders.insert_many([{"customer_id": 1, "status": "Shipped"} for _ in range(9)])
+        asked = pipeline(settings_for(uri))
+        assert "COLLSCAN" in explained(connection, asked)
+        create_index(connection.orders)
+        assert "IXSCAN" in explained(connection, asked)
