@@ -34,22 +34,22 @@ def shown(document: Document, key: str) -> str:
     value = value_of(document, key)
     if isinstance(value, bson.Binary) and value.subtype == bson.binary.UUID_SUBTYPE:
         value = value.as_uuid()
-    text = str(value) if isinstance(value, ObjectId | UUID | _Odd) else repr(value)
+    text = str(value) if isinstance(value, ObjectId | UUID | Odd) else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def value_of(document: Document, key: str) -> Any:
-    """Return a value, or an `_Odd` where there is none that Python can hold."""
+    """Return a value, or an `Odd` where there is none that Python can hold."""
     try:
         value = document[key]
         return bson.decode(value.raw) if isinstance(value, RawBSONDocument) else value
     except KeyError:
-        return _Odd("missing")
+        return Odd("missing")
     except InvalidBSON:
-        return _Odd("(unreadable)")
+        return Odd("(unreadable)")
 
 
-class _Odd(str):
+class Odd(str):
     """In the place of a value that is not there, or that Python cannot hold."""
 
     __slots__ = ()

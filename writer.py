@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
@@ -13,12 +13,12 @@ from typing import IO, Any, TypeVar
 
 import bson
 from bson.raw_bson import RawBSONDocument
-from pymongo import UpdateOne
+from pymongo import UpdateMany, UpdateOne
 from pymongo.collection import Collection
 
-from database import RefusedWrites, ServiceError, sorted_errors
+from database import RefusedWrites, ServiceError, Unavailable, sorted_errors
 from pipeline import POINTS
-from values import RAW, shown
+from values import RAW, Odd, shown, value_of
 
 log = logging.getLogger("loyalty")
 
@@ -74,14 +74,39 @@ def _write_batch(
     users: Collection[Any], batch: list[RawBSONDocument]
 ) -> tuple[int, list[str], list[str]]:
     """Return how many updates were tried, why some were refused, and by which users."""
-    updates = [UpdateOne(row["k"], {"$set": {POINTS: row["n"]}}) for row in batch]
     try:
-        with sorted_errors("update", users.full_name):
-            users.bulk_write(updates, ordered=False)
-    except RefusedWrites as error:
-        refused = [shown(batch[position]["k"], "_id") for position in error.reasons]
-        return len(batch), list(error.reasons.values()), refused
+        _bulk_write(users, _by_points(batch))
+    except (RefusedWrites, Unavailable):
+        # A user that refuses ends an UpdateMany, and the driver does not try one again when the
+        # primary is lost. One by one the refusing are known, and the driver does try again.
+        try:
+            _bulk_write(users, [UpdateOne(row["k"], _set(row["n"])) for row in batch])
+        except RefusedWrites as error:
+            refused = [shown(batch[position]["k"], "_id") for position in error.reasons]
+            return len(batch), list(error.reasons.values()), refused
     return len(batch), [], []
+
+
+def _by_points(batch: list[RawBSONDocument]) -> Iterator[UpdateOne | UpdateMany]:
+    """Yield one update for all users who get the same points: half the time of one for each."""
+    ids: defaultdict[int, list[Any]] = defaultdict(list)
+    for row in batch:
+        own = value_of(row["k"], "_id")
+        if isinstance(own, Odd):
+            yield UpdateOne(row["k"], _set(row["n"]))
+        else:
+            ids[row["n"]].append(own)
+    for points, owns in ids.items():
+        yield UpdateMany({"_id": {"$in": owns}}, _set(points))
+
+
+def _bulk_write(users: Collection[Any], updates: Iterable[UpdateOne | UpdateMany]) -> None:
+    with sorted_errors("update", users.full_name):
+        users.bulk_write(list(updates), ordered=False)
+
+
+def _set(points: int) -> dict[str, Any]:
+    return {"$set": {POINTS: points}}
 
 
 def _overlapping(do: Callable[[T], R], items: Iterator[T]) -> Iterator[R]:

@@ -259,9 +259,7 @@ def test_whoever_reads_its_output_may_leave(
     shop: Database[Any], uri: str, tmp_path: Path, ends: str
 ) -> None:
     close = {"stdout": ">&-", "stderr": "2>&-"}[ends]
-    program = (
-        f"exec {sys.executable} {ROOT / 'loyalty_microservice.py'} --env-file /dev/null --once"
-    )
+    program = f"{sys.executable} {ROOT / 'loyalty_microservice.py'} --env-file /dev/null --once"
     env = {**os.environ, "MONGODB_URI": uri}
     ran = subprocess.run(
         ["sh", "-c", f"{program} {close}"], env=env, capture_output=True, text=True, check=False
