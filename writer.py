@@ -116,13 +116,14 @@ def _overlapping(do: Callable[[T], R], items: Iterator[T]) -> Iterator[R]:
     our memory, when one side dies.
     """
     pool = ThreadPoolExecutor(_WRITERS)
+    wait = True  # what is on the way must not land after a newer count
     try:
         pending = deque(pool.submit(do, item) for item in islice(items, _WRITERS))
         while pending:
             yield pending.popleft().result()
             pending.extend(pool.submit(do, item) for item in islice(items, 1))
-    except Exception:
-        pool.shutdown(cancel_futures=True)  # what is on the way must not land after a newer count
+    except KeyboardInterrupt:
+        wait = False
         raise
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(wait=wait, cancel_futures=True)

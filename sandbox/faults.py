@@ -22,7 +22,7 @@ OPTIONS = ("--setParameter", "enableTestCommands=1")
 
 @dataclass(frozen=True)
 class Moment:
-    """What the server does with a collection, or with one document after `skip` others."""
+    """What the server does with a collection, or the operation that comes after `skip` others."""
 
     name: str
     failpoint: str
@@ -35,7 +35,7 @@ class Moment:
 
 COUNTING = Moment("counting", "hangBeforeDocumentSourceCursorLoadBatch", "users")
 FETCHING = Moment("fetching", "waitWithPinnedCursorDuringGetMoreBatch", "orders")
-WRITING = Moment("writing", "hangDuringBatchUpdate", "users", skip=500)
+WRITING = Moment("writing", "hangDuringBatchUpdate", "users", skip=5)
 RECORDING = Moment("recording", "hangDuringBatchInsert", "loyalty_recounts")
 
 
