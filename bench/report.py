@@ -1,0 +1,165 @@
+"""The results as Markdown, and the growth as a picture (SVG)."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pymongo
+
+from bench.measure import OURS, ROOT, Results, middle, worst
+from bench.shop import Shop
+
+NAMES = {
+    "floor": "the floor: count, write nothing",
+    OURS: "this service",
+    "merge": "aggregate, `$merge`",
+    "bulk": "aggregate, `bulk_write` everyone",
+    "loop": "find, count in Python, `update_one` each",
+}
+# Mid-tones, readable on white and on black: no page tells a picture which of them it is on.
+_COLOURS = {"floor": "#8b95a1", OURS: "#2f9e6e", "merge": "#d9822b", "bulk": "#7c83db"}
+_TEXT = "#848d97"
+_SHORT = {"floor": "floor", OURS: "this service", "merge": "$merge", "bulk": "bulk_write"}
+
+
+FAR = """## A server that is {:g} ms away
+
+A relay in front of the server adds that to each round trip; near is the same relay without."""
+GROWTH = """## Growth
+
+Ten orders a user, with the index; seconds, and peak memory of the client.
+
+![Seconds over orders](growth.svg)"""
+
+
+def head(shop: Shop, rounds: int) -> str:
+    git = shutil.which("git") or "git"
+    asked = [[git, "rev-parse", "--short", "HEAD"], [git, "status", "--porcelain"]]
+    commit, changes = (
+        subprocess.run(ask, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+        for ask in asked
+    )
+    cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    model = next((line.split(":")[1].strip() for line in cpuinfo if "model name" in line), "?")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return (
+        "# What a recount costs\n\nMade by `python -m bench`. Each line is the median of processes "
+        "of its own, run in turns; seconds are\nof the whole process, start and connection "
+        "included. Server and client share the machine.\n\n"
+        f"- {os.cpu_count()} cores ({model}), {memory:.0f} GB of memory\n"
+        f"- MongoDB {shop.version()} (one node, 4 GB cache), Python {platform.python_version()}, "
+        f"pymongo {pymongo.version}\n"
+        f"- {shop.size:,} orders of {shop.order_bytes()} bytes, {shop.customers:,} users; "
+        f"rounds: {rounds}\n"
+        f"- {datetime.now(UTC):%Y-%m-%d}, commit {commit or '?'}"
+        + (" with changes" if changes else "")
+    )
+
+
+def state_table(title: str, results: Results) -> str:
+    floor, ours = middle(results["floor"]), middle(results[OURS])
+    rows = []
+    for name, runs in results.items():
+        label, seconds = NAMES[name], middle(runs)
+        if name == OURS:
+            label = f"**{label}** (the recount alone: {middle(runs, lambda r: r.recount):.1f} s)"
+        rows.append(
+            [
+                label,
+                f"{seconds:.2f}",
+                f"{seconds / floor:.2f}",
+                f"{seconds / ours:.2f}",
+                f"{middle(runs, lambda r: r.written):,.0f}",
+                f"{middle(runs, lambda r: r.client_mb):.0f}",
+                f"{middle(runs, lambda r: r.server_cpu):.2f}",
+                f"{middle(runs, lambda r: r.wire_mb):.2f}",
+                "" if name == "floor" else str(worst(runs)),
+            ]
+        )
+    columns = ["", "seconds", "of floor", "of ours", "users written", "client, MB", "server CPU, s"]
+    return f"## {title.capitalize()}\n\n" + _table(
+        [*columns, "wire, MB", "users wrong after it"], rows
+    )
+
+
+def growth_table(title: str, sizes: Mapping[int, Results]) -> str:
+    names = list(next(iter(sizes.values())))
+    rows = [
+        [f"{size:,}"]
+        + [
+            f"{middle(r):.2f} s, {middle(r, lambda r: r.client_mb):.0f} MB"
+            for r in results.values()
+        ]
+        for size, results in sizes.items()
+    ]
+    return f"### {title[0].upper()}{title[1:]}\n\n" + _table(
+        ["orders", *(NAMES[name] for name in names)], rows
+    )
+
+
+def latency_table(title: str, near: Results, far: Results) -> str:
+    rows = []
+    for name in near:
+        a, b = middle(near[name]), middle(far[name])
+        rows.append([NAMES[name], f"{a:.2f}", f"{b:.2f}", f"{b / a:.2f}"])
+    return f"### {title[0].upper()}{title[1:]}\n\n" + _table(
+        ["", "seconds, near", "seconds, far", "ratio"], rows
+    )
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    rule = ["---", *["---:"] * (len(columns) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [columns, rule, *rows])
+
+
+def chart(sizes: Mapping[int, Results]) -> str:
+    """Draw seconds over orders, both linear: what grows with the orders is straight."""
+    width, height, left, top = 560, 260, 50, 40
+    names = list(next(iter(sizes.values())))
+    most = max(sizes)
+    slowest = max(middle(runs) for results in sizes.values() for runs in results.values())
+    step = next(s for e in range(-1, 5) for m in (1, 2, 5) if (s := m * 10**e) * 5 >= slowest)
+
+    def x(orders: float) -> float:
+        return left + width * orders / most
+
+    def y(seconds: float) -> float:
+        return top + height * (1 - seconds / slowest)
+
+    def text(x: float, y: float, anchor: str, words: str, colour: str = _TEXT) -> str:
+        at = f'x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}" fill="{colour}"'
+        return f"<text {at}>{words}</text>"
+
+    parts = [text(0, 16, "start", "Seconds for a pass in which nothing has changed")]
+    for n in range(int(slowest / step) + 1):
+        level = y(n * step)
+        line = f'<path d="M{left} {level:.1f}h{width}" stroke="{_TEXT}" stroke-opacity=".3"/>'
+        parts += [line, text(left - 8, level + 4, "end", f"{n * step:g}")]
+    for size in sizes:
+        if size >= most / 12:
+            parts.append(text(x(size), top + height + 20, "middle", f"{size / 1e6:g} M"))
+    parts.append(text(left, top + height + 20, "middle", "orders"))
+    used: list[float] = []
+    for name in sorted(names, key=lambda name: middle(sizes[most][name])):
+        colour, last = _COLOURS[name], y(middle(sizes[most][name]))
+        dots = [(x(size), y(middle(results[name]))) for size, results in sizes.items()]
+        points = " ".join(f"{a:.1f},{b:.1f}" for a, b in dots)
+        parts.append(
+            f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>'
+        )
+        parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{colour}"/>' for a, b in dots]
+        used.append(min([last + 4, *(other - 15 for other in used)]))  # labels stay apart
+        parts.append(text(left + width + 8, used[-1], "start", _SHORT[name], colour))
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 100} '
+        f'{top + height + 34}" font-family="sans-serif" font-size="13" role="img">\n'
+        "<title>Seconds of a recount over the number of orders</title>\n"
+        + "\n".join(parts)
+        + "\n</svg>\n"
+    )

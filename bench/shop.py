@@ -1,0 +1,138 @@
+"""A large clean shop, filled fast, whose right points are known from the filling."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import islice
+from typing import Any
+
+import bson
+from bson import ObjectId
+from bson.raw_bson import RawBSONDocument
+from pymongo import WriteConcern
+from pymongo.collection import Collection
+
+from pipeline import INDEX, POINTS
+from sandbox.mongod import Deployment
+from sandbox.shop import STATUSES, Document
+
+DATABASE = "oms_db"
+STATES = {
+    "first": "first fill: no user has points yet",
+    "quiet": "quiet pass: all points are right",
+    "ordinary": "ordinary pass: 0.1 % of the customers changed",
+}
+_BATCH = 5_000
+_NUMBER, _CUSTOMER = b"\xaa" * 12, b"c" * 24  # placeholders
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """Users whose points are not the right ones: a wrong number, or none at all."""
+
+    stale: int = 0
+    missing: int = 0
+
+    def __str__(self) -> str:
+        numbers = {"wrong": self.stale, "without": self.missing}
+        return ", ".join(f"{n:,} {name}" for name, n in numbers.items() if n) or "none"
+
+
+class Shop:
+    """Orders of about 200 bytes; few customers order a lot, and many have no points."""
+
+    def __init__(self, deployment: Deployment, orders: int, users: int) -> None:
+        self.size, self.customers = orders, users
+        self._client = deployment.client()
+        concern = WriteConcern("majority")
+        self._database = self._client.get_database(DATABASE, write_concern=concern)
+        self._points = [0] * users
+        self.orders = self._database.orders
+        rng = random.Random(6)  # noqa: S311 -- an invented shop wants a seed, not security
+        _insert(self.orders, self._new_orders(rng))
+        changed = set(rng.sample(range(users), max(users // 1000, 1)))
+        for state in STATES:
+            _insert(self._database[state], self._new_users(state, changed))
+
+    def make_index(self) -> None:
+        self.orders.create_index(INDEX)
+
+    def restore(self, state: str) -> None:
+        """Give all users the points of `state` again, and let the server come to rest."""
+        self._database[state].aggregate([{"$out": "users"}])
+        self._client.admin.command("fsync")  # a checkpoint now, not while somebody is timed
+
+    def wrong(self) -> Wrong:
+        users = self._database.users.find({}, {POINTS: 1}).sort("_id", 1)
+        pairs = zip((user.get(POINTS) for user in users), self._points, strict=True)
+        found = [stored for stored, right in pairs if stored != right]
+        return Wrong(len(found) - found.count(None), found.count(None))
+
+    def status(self) -> dict[str, Any]:
+        return self._client.admin.command("serverStatus")
+
+    def order_bytes(self) -> int:
+        stats = self._database.command("collStats", "orders")
+        return int(stats["avgObjSize"])
+
+    def version(self) -> str:
+        return str(self._client.server_info()["version"])
+
+    def close(self) -> None:
+        self._client.close()
+
+    def _new_orders(self, rng: random.Random) -> Iterator[bytes]:
+        # One template for each percent; the id and the customer come between its three parts.
+        shipped = _template("Shipped")
+        kinds = [(s, shipped if s == "Shipped" else _template(s)) for s in STATUSES]
+        templates = [template for status, template in kinds for _ in range(STATUSES[status])]
+        ids = [str(_user_id(number)).encode() for number in range(self.customers)]
+        points, customers, chance = self._points, self.customers, rng.random
+        for number in range(self.size):
+            customer = int(customers * chance() ** 3)
+            template = templates[int(100 * chance())]
+            if template is shipped:
+                points[customer] += 1
+            head, middle, tail = template
+            yield b"".join((head, number.to_bytes(12, "big"), middle, ids[customer], tail))
+
+    def _new_users(self, state: str, changed: set[int]) -> Iterator[bytes]:
+        for number, right in enumerate(self._points):
+            user: Document = {"_id": _user_id(number), "name": f"Ada Abara {number}"}
+            user["email"] = f"ada.abara.{number}@example.com"
+            if state != "first":
+                user[POINTS] = right
+            if state == "ordinary" and number in changed:
+                user[POINTS] = right + 1 if number % 2 or not right else right - 1
+            yield bson.encode(user)
+
+
+def _template(status: str) -> tuple[bytes, bytes, bytes]:
+    order = {
+        "_id": ObjectId(_NUMBER),
+        "customer_id": _CUSTOMER.decode(),
+        "status": status,
+        "created_at": datetime(2026, 1, 1, tzinfo=UTC),
+        "total_cents": 4990,
+        "currency": "EUR",
+        "items": [{"sku": "SKU-004711", "n": 2}],
+    }
+    head, _, rest = bson.encode(order).partition(_NUMBER)
+    middle, _, tail = rest.partition(_CUSTOMER)
+    return head, middle, tail
+
+
+def _user_id(number: int) -> ObjectId:
+    """Return ids in ascending order."""
+    random_part = (number * 0x9E3779B97F4A7C15) % 2**64
+    return ObjectId((1_600_000_000 + number).to_bytes(4, "big") + random_part.to_bytes(8, "big"))
+
+
+def _insert(collection: Collection[Document], documents: Iterable[bytes]) -> None:
+    rows = map(RawBSONDocument, documents)
+    raw: Collection[Any] = collection.with_options(write_concern=WriteConcern(1))
+    while batch := list(islice(rows, _BATCH)):
+        raw.insert_many(batch, ordered=False)
