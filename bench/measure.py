@@ -62,10 +62,8 @@ class Bench:
     def rounds(self, n: int, names: Sequence[str], state: str, *, port: int = 0) -> Results:
         """Run all of `names` in turn, `n` times, always from `state`; through `port` if given."""
         results: Results = {name: [] for name in names}
-        for number in range(n):
+        for _ in range(n):
             for name in names:
-                if name == "loop" and number:  # it takes too long, and will not be close
-                    continue
                 run = self._run(name, state, port)
                 print(f"  {state} {name}: {run.seconds:.2f} s", file=sys.stderr, flush=True)
                 results[name].append(run)

@@ -33,7 +33,7 @@ FAR = """## A server that is {:g} ms away
 A relay in front of the server adds that to each round trip; near is the same relay without."""
 GROWTH = """## Growth
 
-Ten orders a user, with the index; seconds, and peak memory of the client.
+Ten orders a user, with the index, one run each; seconds, and peak memory of the client.
 
 ![Seconds over orders](growth.svg)"""
 
