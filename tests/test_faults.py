@@ -380,7 +380,8 @@ def assert_ends_well(process: Process) -> None:
     process.send(signal.SIGTERM)
     assert process.stop() == 0
     assert "Traceback" not in process.output
-    assert "stopped signal=SIGTERM" in process.lines[-1]
+    # Not always the last line: the work that is left behind may still have its say.
+    assert "stopped signal=SIGTERM" in process.output
 
 
 @pytest.mark.xdist_group("signals")
