@@ -22,49 +22,68 @@ COLLATION = {"locale": "simple"}  # whatever the collections' own: exactly `Ship
 NO_CUSTOMER: list[Any] = []
 """The key of the orders without customer: a user's _id is never an array."""
 
+_STORED = f"${POINTS}"
+# Few enough that the sum over all users is an integer too.
+_IS_PLAUSIBLE: Document = {
+    "$and": [
+        {"$in": [{"$type": _STORED}, ["int", "long"]]},
+        {"$gte": [_STORED, 0]},
+        {"$lt": [_STORED, 2**40]},
+    ]
+}
+_SUM: Document = {"$sum": "$v"}  # of the numbers
+_RIGHT: Document = {
+    "$or": [
+        # One user, with the canonical id: what the orders earn, less 1 + the points.
+        {"$and": [{"$eq": [_SUM, -1]}, {"$eq": ["$v.p", []]}]},
+        # One user, with another form of it.
+        {"$and": [{"$eq": ["$v.p", [_SUM]]}, {"$gte": [{"$min": "$v"}, 0]}]},
+    ]
+}
+_HOLDS: Document = {"$and": [{"$isNumber": _STORED}, {"$gt": [_STORED, 0]}]}
+_SUMS: Document = {
+    "$group": {
+        "_id": None,
+        "users": {"$sum": 1},
+        "holders": {"$sum": {"$cond": [_HOLDS, 1, 0]}},
+        "points": {"$sum": {"$cond": [_IS_PLAUSIBLE, _STORED, 0]}},
+    }
+}
+
 
 def pipeline(settings: Settings, customer: str | None = None) -> list[Document]:
     """Return the aggregation over the orders, of everyone or of one `customer`.
 
-    Its rows are `{_id, n, c, u}`: n orders, c users. Users that are right already are summed up,
-    with `_id` `{held: bool}`, whether they have points. All others have `_id` `{id: canonical id}`
-    and `u`, one `{k: {_id}, p}` for each user: the own id and the stored points, as `{w: points}`
-    where that is no integer.
+    Its rows are `{k: {_id: canonical id}, v}`: the customers whose points are not right, or all
+    forms of the one. v holds the points that the orders earn, a number for each form of the id in
+    them, and the users: `-1 - points` for one whose _id is the canonical id and whose points are
+    plausible, `{k: {_id}, p}` for any other, with p the points, as `{w: points}` if implausible.
+    At the end of everyone's comes `{users, holders, points}`, the sums over all users.
     """
     orders: Document = {"status": {"$in": list(settings.order_statuses)}}
     users: list[Document] = [_user_row()]
-    wanted: list[Document] = []
-    points = {"$multiply": ["$n", settings.points_per_order]}
-    # Right is: the set of stored points is the set of just the counted points.
-    right: Any = {"$setEquals": ["$u.p", [points]]}
+    wanted: list[Document] = [{"$match": {"$expr": {"$not": [_RIGHT]}}}]
+    sums: list[Document] = [{"$unionWith": {"coll": settings.users, "pipeline": [_SUMS]}}]
     if customer is not None:
         forms = {"$in": id_forms(customer)}
         orders = {**orders, "customer_id": forms}
         users.insert(0, {"$match": {"_id": forms}})
-        right = False  # so that the points of the users come back, right or not
         wanted = [{"$match": {"_id": {"$in": canonical_ids(customer)}}}]
+        sums = []
+    # $match lets an array through that holds a counted status. Both fields are in the index, so no
+    # order is fetched. ($type keeps MongoDB 6.0 from the engine that is slow with many groups.)
+    is_array = {"$eq": [{"$type": "$status"}, "array"]}
+    earned = {"$sum": {"$cond": [is_array, 0, settings.points_per_order]}}
     return [
         {"$match": orders},
-        # $match lets through an array that holds a counted status; as a part of the key it shows.
-        # Both fields are in the index, so no order is fetched.
-        {"$group": {"_id": {"c": "$customer_id", "s": "$status"}, "n": {"$sum": 1}}},
-        {
-            "$project": {
-                "_id": canonical("$_id.c", NO_CUSTOMER),
-                "n": {"$cond": [{"$isArray": "$_id.s"}, 0, "$n"]},
-            }
-        },
+        {"$group": {"_id": "$customer_id", "v": earned}},
+        {"$project": {"_id": canonical("$_id", NO_CUSTOMER), "v": 1}},
         {"$unionWith": {"coll": settings.users, "pipeline": users}},
-        {"$group": {"_id": "$_id", "n": {"$sum": "$n"}, "u": {"$push": "$u"}}},
+        # One accumulator, of mere numbers: beyond 100 MB the server turns to its disk.
+        {"$group": {"_id": "$_id", "v": {"$push": "$v"}}},
         *wanted,
-        {
-            "$group": {
-                "_id": {"$cond": [right, {"held": {"$gt": ["$n", 0]}}, {"id": "$_id"}]},
-                "n": {"$sum": "$n"},
-                "c": {"$sum": {"$size": "$u"}},
-                "u": {"$first": "$u"},
-            }
-        },
+        {"$project": {"_id": 0, "k": {"_id": "$_id"}, "v": 1}},
+        *sums,
     ]
 
 
@@ -84,10 +103,14 @@ def customer_orders(customer: str, statuses: list[Any]) -> list[Document]:
 
 
 def _user_row() -> Document:
-    stored = f"${POINTS}"
-    is_integer = {"$in": [{"$type": stored}, ["int", "long"]]}
-    points = {"$cond": [is_integer, stored, {"w": stored}]}
-    return {"$project": {"_id": canonical("$_id", None), "u": {"k": {"_id": "$_id"}, "p": points}}}
+    own = canonical("$_id", None)
+    row = {"k": {"_id": "$_id"}, "p": {"$cond": [_IS_PLAUSIBLE, _STORED, {"w": _STORED}]}}
+    branches = [
+        {"case": {"$ne": ["$_id", own]}, "then": row},
+        {"case": _IS_PLAUSIBLE, "then": {"$subtract": [-1, _STORED]}},
+        {"case": {"$lte": [_STORED, None]}, "then": -0.5},  # null or missing
+    ]
+    return {"$project": {"_id": own, "v": {"$switch": {"branches": branches, "default": row}}}}
 
 
 def canonical(value: str, nothing: Any) -> Document:

@@ -8,26 +8,24 @@ from __future__ import annotations
 
 import heapq
 import logging
-import tempfile
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Self
+from itertools import repeat
+from typing import Any, Self
 
-import bson
 from bson import ObjectId
 from pymongo.client_session import ClientSession
 
 from config import Settings
 from database import Connection, ServiceError, TooSlow, Unavailable, sorted_errors
 from pipeline import COLLATION, NO_CUSTOMER, Document, customer_orders, pipeline
-from values import decoded, number_in, shown, value_of
-from writer import write
+from values import Odd, decoded, number_in, shown, value_of
+from writer import Changes, overlapping
 
 log = logging.getLogger("loyalty")
 
-_SPOOL_BYTES = 4 * 1024 * 1024
 _ROWS = 10_000  # in one answer of the server; its own limit of 16 MB becomes 100 MB in Python
 _COUNT_ATTEMPTS = 3
 _GUARD_USERS = 10
@@ -39,12 +37,6 @@ class Refused(ServiceError):
     """The guard: this recount would take points from too many users. Nothing was written."""
 
     exit_code = 65  # EX_DATAERR
-
-
-class SpoolFailed(ServiceError):
-    """There is no room for the changes; nothing was written."""
-
-    exit_code = 69  # EX_UNAVAILABLE
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -93,14 +85,13 @@ class Recount:
         on_progress: Callable[[], None] = lambda: None,
     ) -> None:
         self.totals = Totals()
+        self._plausible_points = 0  # of the users who came back
         self.started_at = started_at
         self._connection = connection
         self._settings = settings
         self._customer = customer
         self._on_progress = on_progress
-        self._changes = tempfile.SpooledTemporaryFile(  # noqa: SIM115 -- __exit__ closes it
-            max_size=_SPOOL_BYTES
-        )
+        self._changes = Changes(settings.batch_size)
 
     def __enter__(self) -> Self:
         return self
@@ -126,9 +117,9 @@ class Recount:
                 return
 
     def _count(self) -> None:
-        self.totals = Totals()
-        self._changes.seek(0)
-        self._changes.truncate()
+        self._changes.close()
+        self._changes = Changes(self._settings.batch_size)
+        self.totals, self._plausible_points = Totals(), 0
         orders = self._connection.orders
         with sorted_errors("find in", orders.full_name), self._session() as session:
             self.totals.exact = session is not None
@@ -141,10 +132,11 @@ class Recount:
                 collation=COLLATION,
                 maxTimeMS=int(self._settings.count_timeout.total_seconds() * 1000),
             )
-            for answer in answers:
-                for row in decoded(answer):
-                    self._take(row)
-                self._on_progress()
+            with closing(overlapping(lambda _: next(answers, None), repeat(None), 1)) as ahead:
+                for answer in iter(lambda: next(ahead), None):
+                    for row in decoded(answer):
+                        self._take(row)
+                    self._on_progress()
 
     def _session(self) -> AbstractContextManager[ClientSession | None]:
         if self._connection.snapshots:
@@ -163,46 +155,62 @@ class Recount:
 
     def _take(self, row: Document) -> None:
         """Add one row of the pipeline to the totals, and what is to be written to the changes."""
-        totals, key, orders, users = self.totals, row["_id"], row["n"], row["c"]
-        totals.counted_orders += orders
-        totals.users += users
-        held = value_of(key, "held")
-        if isinstance(held, bool):
-            totals.holders += users if held else 0
-        elif users:
-            self._take_users(row["u"], orders * self._settings.points_per_order)
-        elif value_of(key, "id") == NO_CUSTOMER:
+        totals = self.totals
+        if "users" in row:
+            totals.users, totals.holders = row["users"], row["holders"]
+            # All who did not come back are right: their points are what their orders earn.
+            self._add_orders(row["points"] - self._plausible_points)
+            return
+        key, earned = row["k"], 0
+        users: list[tuple[Document, Any]] = []
+        for value in row["v"]:
+            if isinstance(value, float):
+                users.append((key, Odd("none")))
+            elif not isinstance(value, int):
+                users.append((value["k"], value["p"]))
+            elif value < 0:
+                users.append((key, -1 - value))
+            else:
+                earned += value
+        orders = self._add_orders(earned)
+        for own, stored in users:
+            self._take_user(own, stored, earned)
+        if users or not orders:
+            return
+        if value_of(key, "_id") == NO_CUSTOMER:
             totals.orders_without_customer += orders
-        elif orders:
+        else:
             totals.unknown_customers += 1
             totals.orders_of_unknown_customers += orders
             if len(totals.unknown_sample) < _SAMPLES:
-                totals.unknown_sample.append(shown(key, "id"))
+                totals.unknown_sample.append(shown(value_of(key, "_id")))
 
-    def _take_users(self, users: list[Document], after: int) -> None:
+    def _add_orders(self, earned: int) -> int:
+        orders = earned // self._settings.points_per_order
+        self.totals.counted_orders += orders
+        return orders
+
+    def _take_user(self, own: Document, stored: Any, after: int) -> None:
         totals = self.totals
-        for user in users:
-            stored = user["p"]
-            before = number_in(stored)
-            totals.holders += before > 0
-            totals.changed += stored != after  # of two users with one customer id, one may be right
-            totals.increased += after > before
-            totals.decreased += after < before
-            size = abs(after - before)
-            if len(totals.largest) < _LARGEST or size > totals.largest[0].size:
-                text = str(stored) if isinstance(stored, int) else shown(stored, "w")
-                heapq.heappush(totals.largest, Change(size, shown(user["k"], "_id"), text, after))
-                if len(totals.largest) > _LARGEST:
-                    heapq.heappop(totals.largest)
-            if stored != after:
-                self._spool(bson.encode({"k": user["k"], "n": after}))
-
-    def _spool(self, change: bytes) -> None:
-        try:
-            self._changes.write(change)
-        except OSError as error:
-            where = tempfile.gettempdir()
-            raise SpoolFailed(f"cannot keep the changes in {where}: {error.strerror}") from error
+        if isinstance(stored, int):
+            self._plausible_points += stored
+        elif not isinstance(stored, Odd):
+            stored = value_of(stored, "w")
+        before = number_in(stored)
+        totals.users += 1
+        totals.holders += before > 0
+        totals.increased += after > before
+        totals.decreased += after < before
+        size = abs(after - before)
+        if len(totals.largest) < _LARGEST or size > totals.largest[0].size:
+            change = Change(size, shown(value_of(own, "_id")), shown(stored), after)
+            heapq.heappush(totals.largest, change)
+            if len(totals.largest) > _LARGEST:
+                heapq.heappop(totals.largest)
+        # Of two users with one customer's id, one may be right.
+        if stored != after or isinstance(stored, bool | float):
+            totals.changed += 1
+            self._changes.add(own, after)
 
     def refusal(self) -> str | None:
         """Return why the guard refuses to write what was counted, or None if it does not."""
@@ -218,9 +226,7 @@ class Recount:
 
     def write(self) -> None:
         """Write what was counted. Raises Incomplete if the server refused some users."""
-        self._changes.seek(0)
-        users, total = self._connection.users, self.totals.changed
-        write(users, self._changes, total, self._settings.batch_size, self._on_progress)
+        self._changes.write(self._connection.users, self._on_progress)
 
 
 def orders_by_status(connection: Connection, customer: str) -> dict[str, int]:

@@ -8,7 +8,7 @@ from typing import Any
 from uuid import UUID
 
 import bson
-from bson import ObjectId
+from bson import Decimal128, ObjectId
 from bson.codec_options import CodecOptions
 from bson.errors import InvalidBSON
 from bson.raw_bson import RawBSONDocument
@@ -29,9 +29,8 @@ def decoded(answer: bytes) -> Sequence[Document]:
         return bson.decode_all(answer, RAW)
 
 
-def shown(document: Document, key: str) -> str:
-    """Return a value for a person to read, on one short line, even one that Python cannot hold."""
-    value = value_of(document, key)
+def shown(value: Any) -> str:
+    """Return a value for a person to read, on one short line."""
     if isinstance(value, bson.Binary) and value.subtype == bson.binary.UUID_SUBTYPE:
         value = value.as_uuid()
     text = str(value) if isinstance(value, ObjectId | UUID | Odd) else repr(value)
@@ -44,7 +43,7 @@ def value_of(document: Document, key: str) -> Any:
         value = document[key]
         return bson.decode(value.raw) if isinstance(value, RawBSONDocument) else value
     except KeyError:
-        return Odd("missing")
+        return Odd("none")
     except InvalidBSON:
         return Odd("(unreadable)")
 
@@ -55,8 +54,10 @@ class Odd(str):
     __slots__ = ()
 
 
-def number_in(stored: int | Document) -> float:
+def number_in(stored: Any) -> float:
     """Return the points that a user holds; 0 if what is stored is no number."""
-    value = stored if isinstance(stored, int) else value_of(stored, "w")
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if is_number and not math.isnan(value) else 0
+    if isinstance(stored, Decimal128):
+        stored = stored.to_decimal()
+        return 0 if stored.is_nan() else float(stored)
+    is_number = isinstance(stored, int | float) and not isinstance(stored, bool)
+    return stored if is_number and not math.isnan(stored) else 0

@@ -15,7 +15,7 @@ import pytest
 from bson import Binary, Decimal128, Int64, ObjectId
 from bson.raw_bson import RawBSONDocument
 from conftest import settings_for
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pymongo import MongoClient
 
@@ -62,7 +62,8 @@ POINTS = st.one_of(
     st.integers(0, 4),
     st.integers(0, 4),
     st.sampled_from([NOT_THERE, None, "3", 0.0, 1.0, 2.5, float("nan"), float("inf"), -1, True])
-    | st.sampled_from([[1], [0], {}, {"w": 1}, Int64(2), Decimal128("1"), 2**40, Binary(b"")]),
+    | st.sampled_from([[1], [0], {}, {"w": 1}, Int64(2), 2**40 - 1, 2**40, 2**63 - 1, Binary(b"")])
+    | st.sampled_from([Decimal128(text) for text in ("1", "0", "-2.5", "NaN", "sNaN", "Infinity")]),
 )
 
 
@@ -116,6 +117,11 @@ def everything(connection: Connection) -> list[Document]:
 
 
 @settings(max_examples=150, suppress_health_check=list(HealthCheck))
+@example(  # the sum of the points is no 64-bit integer, and nevertheless one user is right
+    users=[{"_id": n, "loyalty_points": 2**62 if n else 1} for n in range(5)],
+    orders=[{"customer_id": 0, "status": "Shipped"}],
+    edits=[],
+)
 @given(users=USERS, orders=ORDERS, edits=ORDERS)
 def test_after_a_recount_every_user_has_the_points_that_plain_python_counts(
     connection: Connection, users: list[Document], orders: list[Document], edits: list[Document]
@@ -139,14 +145,18 @@ def test_after_a_recount_every_user_has_the_points_that_plain_python_counts(
     assert disagreements(shop) == []
 
 
+def holds(user: Document) -> bool:
+    points = user.get("loyalty_points")
+    if isinstance(points, Decimal128):
+        return not points.to_decimal().is_nan() and points.to_decimal() > 0
+    return isinstance(points, int | float) and points is not True and points > 0
+
+
 def check(connection: Connection, users: list[Document]) -> None:
     shop = connection.users.database
     wrong = disagreements(shop)
     before = everything(connection)
-    held = sum(
-        isinstance(p := user.get("loyalty_points"), int | float) and p > 0 and p is not True
-        for user in before
-    )
+    held = sum(map(holds, before))
 
     totals = run(connection)
 
@@ -169,6 +179,9 @@ def check(connection: Connection, users: list[Document]) -> None:
 
     again = run(connection)
     assert (again.changed, again.increased, again.decreased) == (0, 0, 0)
+    # Now everyone is right, and the sum of the points is the count.
+    assert again.counted_orders == len(counted)
+    assert again.holders == sum(map(holds, after))
 
 
 def test_ids_that_python_cannot_hold_are_counted_too(connection: Connection) -> None:
@@ -290,9 +303,9 @@ def test_no_room_for_the_changes_is_said_and_nothing_is_written(
     connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     connection.users.insert_many([{"_id": n} for n in range(10)])
-    monkeypatch.setattr(recount_module, "_SPOOL_BYTES", 100)
+    monkeypatch.setattr(writer, "_SPOOL_BYTES", 100)
     monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
-    with pytest.raises(recount_module.SpoolFailed, match="in /nowhere: No such file"):
+    with pytest.raises(writer.SpoolFailed, match="in /nowhere: No such file"):
         run(connection)
     assert connection.users.count_documents({"loyalty_points": {"$exists": True}}) == 0
 
