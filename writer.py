@@ -26,7 +26,7 @@ log = logging.getLogger("loyalty")
 _SPOOL_BYTES = 4 * 1024 * 1024
 _PROGRESS_SECONDS = 5.0
 _SAMPLES = 5
-_WRITERS = 3
+_WRITERS = 8
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -15,6 +15,7 @@ from bench.shop import STATES, Shop, Wrong
 from sandbox.mongod import Deployment, NoMongod
 
 RIVALS = ["floor", OURS, "merge", "bulk"]
+GROWN = ["floor", OURS, "merge"]
 LOOP_ORDERS = 1_000_000  # beyond that, an update_one for each customer takes many minutes
 FOLDER = Path(__file__).parent
 SIZES = (100_000, 1_000_000, 3_000_000, 10_000_000)
@@ -62,14 +63,15 @@ def _bench(args: argparse.Namespace) -> tuple[list[str], str, list[Results]]:
     """Return the sections of the results, the picture if there is one, and all that was run."""
     rounds, picture = args.rounds, ""
     with _shop(args.orders, args.users) as (bench, shop):
-        bare = bench.rounds(rounds, RIVALS, "quiet")
+        bare = bench.rounds(1, RIVALS, "quiet")
         shop.make_index()
         states = {state: bench.rounds(rounds, RIVALS, state) for state in STATES}
         if args.orders <= LOOP_ORDERS:
             states["first"] |= bench.rounds(1, ["loop"], "first")
         sections = [report.head(shop, rounds)]
         sections += [report.state_table(STATES[state], runs) for state, runs in states.items()]
-        sections.append(report.state_table("The quiet pass without the index", bare))
+        sections.append(report.profile_table(shop.profile()))
+        sections.append(report.state_table("The quiet pass without the index, once", bare))
         runs = [bare, *states.values()]
         if args.latency_ms:
             sections.append(report.FAR.format(args.latency_ms))
@@ -78,10 +80,11 @@ def _bench(args: argparse.Namespace) -> tuple[list[str], str, list[Results]]:
                 sections.append(report.latency_table(STATES[state], near, far))
                 runs += [near, far]
     if args.growth:
-        grown = {size: _grown(size) for size in sorted(args.sizes)}
+        known = {args.orders: states} if args.orders == 10 * args.users else {}
+        grown = {size: known.get(size) or _grown(size) for size in sorted(args.sizes)}
         sections.append(report.GROWTH)
         for state in STATES:
-            sizes = {size: results[state] for size, results in grown.items()}
+            sizes = {size: _some(results[state]) for size, results in grown.items()}
             sections.append(report.growth_table(STATES[state], sizes))
             runs += sizes.values()
             if state == "quiet":
@@ -91,14 +94,18 @@ def _bench(args: argparse.Namespace) -> tuple[list[str], str, list[Results]]:
 
 def _far(bench: Bench, rounds: int, state: str, milliseconds: float) -> Results:
     with relay(bench.port, milliseconds / 1000) as port:
-        return bench.rounds(rounds, [OURS, "merge", "bulk"], state, port=port)
+        return bench.rounds(rounds, [OURS], state, port=port)
 
 
 def _grown(orders: int) -> dict[str, Results]:
     with _shop(orders, orders // 10) as (bench, shop):
         shop.make_index()
         # One run each: at the larger sizes it is long enough for its own noise.
-        return {state: bench.rounds(1, ["floor", OURS, "merge"], state) for state in STATES}
+        return {state: bench.rounds(1, GROWN, state) for state in STATES}
+
+
+def _some(results: Results) -> Results:
+    return {name: results[name] for name in GROWN}
 
 
 @contextmanager

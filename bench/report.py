@@ -13,7 +13,7 @@ from pathlib import Path
 import pymongo
 
 from bench.measure import OURS, ROOT, Results, middle, worst
-from bench.shop import Shop
+from bench.shop import Shop, Stage
 
 NAMES = {
     "floor": "the floor: count, write nothing",
@@ -33,7 +33,8 @@ FAR = """## A server that is {:g} ms away
 A relay in front of the server adds that to each round trip; near is the same relay without."""
 GROWTH = """## Growth
 
-Ten orders a user, with the index, one run each; seconds, and peak memory of the client.
+Ten orders a user, with the index, one run each except at the size above; seconds, and peak memory
+of the client.
 
 ![Seconds over orders](growth.svg)"""
 
@@ -85,6 +86,17 @@ def state_table(title: str, results: Results) -> str:
     columns = ["", "seconds", "of floor", "of ours", "users written", "client, MB", "server CPU, s"]
     return f"## {title.capitalize()}\n\n" + _table(
         [*columns, "wire, MB", "users wrong after it"], rows
+    )
+
+
+def profile_table(stages: Iterable[Stage]) -> str:
+    rows = [
+        [f"`{stage.name}`", f"{stage.seconds:.2f}", f"{stage.rows:,}", stage.disk]
+        for stage in stages
+    ]
+    return (
+        "## Where the server's time goes in a quiet pass\n\nFrom its own `explain`, which slows it "
+        "down somewhat.\n\n" + _table(["stage", "seconds", "rows out", "on disk"], rows)
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import bson
 from bson import ObjectId
@@ -15,7 +15,8 @@ from bson.raw_bson import RawBSONDocument
 from pymongo import WriteConcern
 from pymongo.collection import Collection
 
-from pipeline import INDEX, POINTS
+from config import load
+from pipeline import COLLATION, INDEX, POINTS, pipeline
 from sandbox.mongod import Deployment
 from sandbox.shop import STATUSES, Document
 
@@ -41,6 +42,15 @@ class Wrong:
         return ", ".join(f"{n:,} {name}" for name, n in numbers.items() if n) or "none"
 
 
+class Stage(NamedTuple):
+    """Seconds of one stage of an aggregation, the rows it gave, how often it turned to the disk."""
+
+    name: str
+    seconds: float
+    rows: int
+    disk: str
+
+
 class Shop:
     """Orders of about 200 bytes; few customers order a lot, and many have no points."""
 
@@ -49,6 +59,7 @@ class Shop:
         self._client = deployment.client()
         concern = WriteConcern("majority")
         self._database = self._client.get_database(DATABASE, write_concern=concern)
+        self._settings = load({"MONGODB_URI": deployment.uri_for(database=DATABASE)})
         self._points = [0] * users
         self.orders = self._database.orders
         rng = random.Random(6)  # noqa: S311 -- an invented shop wants a seed, not security
@@ -70,6 +81,22 @@ class Shop:
         pairs = zip((user.get(POINTS) for user in users), self._points, strict=True)
         found = [stored for stored, right in pairs if stored != right]
         return Wrong(len(found) - found.count(None), found.count(None))
+
+    def profile(self) -> list[Stage]:
+        """Return what the server says of the stages of a recount, in their order."""
+        self.restore("quiet")
+        asked: Document = {"aggregate": "orders", "pipeline": pipeline(self._settings)}
+        asked |= {"cursor": {}, "allowDiskUse": True, "collation": COLLATION}
+        said = self._database.command("explain", asked, verbosity="executionStats")
+        stages, before = [], 0
+        for stage in said["stages"]:
+            name = next(key for key in stage if key.startswith("$"))
+            until = int(stage["executionTimeMillisEstimate"])  # from the start of the pipeline
+            spills = f"{stage['spills']} times" if stage.get("usedDisk") else ""
+            label = "$match, the index" if name == "$cursor" else name
+            stages.append(Stage(label, (until - before) / 1000, int(stage["nReturned"]), spills))
+            before = until
+        return stages
 
     def status(self) -> dict[str, Any]:
         return self._client.admin.command("serverStatus")
