@@ -69,8 +69,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="loyalty_microservice.py",
         description="Counts each customer's shipped orders and keeps loyalty_points in the users "
         "collection right: at once, then every RECOUNT_INTERVAL (2h) until it is stopped.",
-        epilog="Exit codes: 0 fine; 1 a check found something; 2 usage; 65 refused by the guard; "
-        "69 database unreachable; 70 a bug; 78 configuration. Settings: see .env.example.",
+        epilog="Exit codes: 0 fine; 1 a check found something, or users refused their update; "
+        "2 usage; 65 refused by the guard; 69 database unreachable; 70 a bug; 78 configuration. "
+        "Settings: see .env.example.",
     )
     parser.set_defaults(run=_daemon)
     modes = parser.add_mutually_exclusive_group()

@@ -5,7 +5,6 @@ It takes the failpoints of mongod, which are there when it runs with OPTIONS.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any
 from pymongo import MongoClient
 from pymongo.errors import PyMongoError
 
-from sandbox.mongod import START_SECONDS, Deployment, Failed, Server
+from sandbox.mongod import Deployment, Server, wait_until
 
 SERVICE = "loyalty-microservice"  # as it calls itself to the server
 OPTIONS = ("--setParameter", "enableTestCommands=1")
@@ -109,12 +108,12 @@ def heal(deployment: Deployment) -> None:
         server.thaw()
         if not server.alive:
             server.start()
-    deadline = time.monotonic() + START_SECONDS
     with deployment.client() as client:
-        while time.monotonic() < deadline:
+
+        def well() -> bool:
             with suppress(PyMongoError):
                 members = client.admin.command("replSetGetStatus")["members"]
-                if {member["stateStr"] for member in members} <= {"PRIMARY", "SECONDARY"}:
-                    return
-            time.sleep(0.05)
-    raise Failed(f"not every server was well again after {START_SECONDS:.0f} s")
+                return {member["stateStr"] for member in members} <= {"PRIMARY", "SECONDARY"}
+            return False
+
+        wait_until("every server well again", well)

@@ -29,7 +29,7 @@ from pymongo.errors import PyMongoError
 
 T = TypeVar("T")
 
-START_SECONDS = 60.0
+SECONDS = 60.0  # a deadline for what takes about one, on a machine that does other things
 _OLDEST = 5  # MongoDB 5.0 is the first that reads orders and users as of one point in time
 
 # Becomes the command, after asking the kernel for a signal when the parent dies. Not a preexec_fn:
@@ -165,7 +165,7 @@ class Server:
                 return False
             return True
 
-        _wait_for(f"mongod on port {self.port}", listens)
+        wait_until(f"mongod on port {self.port}", listens)
 
     def kill(self) -> None:
         """SIGKILL, and return once it is gone."""
@@ -263,7 +263,7 @@ class Deployment:
 
     def primary(self) -> Server:
         """Return the server that takes writes, once there is one. Raises Failed."""
-        return _wait_for("a primary", self._find_primary)
+        return wait_until("a primary", self._find_primary)
 
     def _find_primary(self) -> Server | None:
         said = ((server, self._hello(server)) for server in self.servers)
@@ -300,7 +300,7 @@ class Deployment:
         if self._replica_set:
             self._initiate()
         primary = self.primary()
-        _wait_for("every node", self._all_ready)
+        wait_until("every node", self._all_ready)
         user, password = self._credentials
         if user:
             # MongoDB lets a client on this host make the first user without credentials.
@@ -362,10 +362,11 @@ def _free_port() -> int:
             return port
 
 
-def _wait_for(what: str, ready: Callable[[], T | None]) -> T:
-    deadline = time.monotonic() + START_SECONDS
+def wait_until(what: str, ready: Callable[[], T | None], seconds: float = SECONDS) -> T:
+    """Return what `ready` returns once that is true; raise Failed after `seconds`."""
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if result := ready():
             return result
         time.sleep(0.02)
-    raise Failed(f"{what} was not there after {START_SECONDS:.0f} s")
+    raise Failed(f"{what}: not within {seconds:g} s")

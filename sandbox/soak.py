@@ -23,7 +23,7 @@ from pymongo.errors import PyMongoError
 
 from sandbox import faults
 from sandbox.demo import SERVICE, SETTINGS
-from sandbox.mongod import Deployment, Failed, Server, bound
+from sandbox.mongod import Deployment, Failed, Server, bound, wait_until
 from sandbox.shop import Shop, disagreements
 
 PATIENCE = 120.0  # seconds until the service must have recovered
@@ -220,11 +220,11 @@ class Soak:
     def _wait_for_recounts(self, number: int) -> None:
         """Return after that many more recounts that succeeded, or when the service has ended."""
         wanted = self._recounts() + number
-        deadline = time.monotonic() + PATIENCE
-        while self._recounts() < wanted and self._service.poll() is None:
-            if time.monotonic() > deadline:
-                raise Failed(f"no recount succeeded for {PATIENCE:.0f} s")
-            time.sleep(0.02)
+
+        def there() -> bool:
+            return self._recounts() >= wanted or self._service.poll() is not None
+
+        wait_until("a recount that succeeds", there, PATIENCE)
 
     def _recounts(self) -> int:
         return self._log.read_bytes().count(b"outcome=succeeded")

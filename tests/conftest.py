@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -19,10 +20,10 @@ from pymongo import MongoClient
 from pymongo.database import Database
 
 from config import Settings, load
-from sandbox.mongod import Deployment
+from loyalty_microservice import main
+from sandbox.mongod import SECONDS, Deployment, Failed, wait_until
 
 ROOT = Path(__file__).parents[1]
-SECONDS = 60.0  # a deadline for what takes about one second, on a machine that does other things
 
 settings.register_profile(
     "real_server", deadline=None, suppress_health_check=[HealthCheck.too_slow]
@@ -57,18 +58,25 @@ def uri(deployment: Deployment, database: Database[Any]) -> str:
     return deployment.uri_for(database=database.name)
 
 
+Command = Callable[..., int]
+
+
+@pytest.fixture
+def command(uri: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
+    """Run the command line in this process, against the test's own database."""
+    file = tmp_path / "env"
+
+    def run(*arguments: str, **values: str) -> int:
+        file.touch(mode=0o600)
+        settings = {"MONGODB_URI": uri, **values}
+        file.write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
+        return main(["--env-file", str(file), *arguments])
+
+    return run
+
+
 def settings_for(uri: str, **values: str) -> Settings:
     return load({"MONGODB_URI": uri, **values})
-
-
-def wait_until(what: str, ready: Callable[[], Any], seconds: float = SECONDS) -> Any:
-    """Return what `ready` returns once that is true; fail after `seconds`."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if result := ready():
-            return result
-        time.sleep(0.02)
-    raise AssertionError(f"{what}: not within {seconds:g} s")
 
 
 class Process:
@@ -109,10 +117,11 @@ class Process:
         def ready() -> bool:
             return seen() or self._process.poll() is not None
 
-        wait_until(f"{text!r} in:\n{self.output}", ready, seconds)
-        if not seen():
+        with suppress(Failed):
+            wait_until(text, ready, seconds)
+        if self._process.poll() is not None:
             self._reader.join(SECONDS)
-        assert seen(), f"it ended without {text!r}:\n{self.output}"
+        assert seen(), f"{text!r} is not in:\n{self.output}"
 
     def send(self, number: signal.Signals) -> None:
         self._process.send_signal(number)

@@ -12,11 +12,12 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from conftest import settings_for, wait_until
+from conftest import settings_for
 
 import daemon as daemon_module
 from daemon import Daemon
 from database import Misconfigured, Unavailable
+from sandbox.mongod import wait_until
 
 Work = Callable[[Callable[[], None]], str]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -15,16 +14,15 @@ from uuid import uuid4
 
 import pytest
 from bson import ObjectId
-from conftest import Process, settings_for, wait_until
+from conftest import Command, Process, settings_for
 from pymongo import InsertOne, MongoClient, UpdateOne
 from pymongo.client_session import ClientSession
 from pymongo.database import Database
 
 from config import Settings
 from database import Connection, connect
-from loyalty_microservice import main
 from recount import Recount, Totals
-from sandbox.mongod import Deployment
+from sandbox.mongod import Deployment, wait_until
 from sandbox.shop import count, disagreements
 
 USERS, ORDERS = 2_000, 200_000
@@ -245,26 +243,10 @@ def drop_orders(shop: Database[Any]) -> None:
 MASS_MISTAKES = [rename_status, empty_orders, drop_orders]
 
 
-@pytest.fixture
-def command(uri: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Callable[..., int]:
-    """Run the command line in this process, against the test's own database."""
-    for name in [n for n in os.environ if n.startswith(("MONGODB_", "RECOUNT", "ORDER"))]:
-        monkeypatch.delenv(name)
-    env_file = tmp_path / "env"
-
-    def run(*arguments: str, **values: str) -> int:
-        env_file.touch(mode=0o600)
-        lines = [f"{name}={value}\n" for name, value in {"MONGODB_URI": uri, **values}.items()]
-        env_file.write_text("".join(lines))
-        return main(["--env-file", str(env_file), *arguments])
-
-    return run
-
-
 @pytest.mark.parametrize("mistake", MASS_MISTAKES)
 def test_the_guard_refuses_a_mass_mistake_and_writes_nothing(
     database: Database[Any],
-    command: Callable[..., int],
+    command: Command,
     mistake: Callable[[Any], None],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -286,18 +268,14 @@ def test_the_guard_refuses_a_mass_mistake_and_writes_nothing(
     assert {u["loyalty_points"] for u in database.users.find()} == {0}
 
 
-def test_the_guard_refuses_the_wrong_database(
-    database: Database[Any], command: Callable[..., int]
-) -> None:
+def test_the_guard_refuses_the_wrong_database(database: Database[Any], command: Command) -> None:
     database.users.insert_many([{"_id": n, "loyalty_points": 3} for n in range(50)])
     database.other.insert_one({"customer_id": 1, "status": "Shipped"})
     assert command("--once", ORDERS_COLLECTION="other") == 65
     assert {u["loyalty_points"] for u in database.users.find()} == {3}
 
 
-def test_a_first_fill_is_never_refused(
-    database: Database[Any], command: Callable[..., int]
-) -> None:
+def test_a_first_fill_is_never_refused(database: Database[Any], command: Command) -> None:
     fill(database, 40, 1)
     database.users.update_many({}, {"$unset": {"loyalty_points": 1}})
     assert command("--once", MAX_DECREASE_PERCENT="0") == 0
@@ -316,12 +294,7 @@ def test_a_first_fill_is_never_refused(
     ],
 )
 def test_the_guard_goes_by_the_share_of_users_who_hold_points(
-    database: Database[Any],
-    command: Callable[..., int],
-    users: int,
-    losers: int,
-    percent: int,
-    code: int,
+    database: Database[Any], command: Command, users: int, losers: int, percent: int, code: int
 ) -> None:
     fill(database, users, 2)
     database.users.insert_many([{"_id": f"none {n}", "loyalty_points": 0} for n in range(500)])
@@ -333,7 +306,7 @@ def test_the_guard_goes_by_the_share_of_users_who_hold_points(
 
 
 def test_the_guard_knows_a_change_set_of_any_size_before_it_writes(
-    database: Database[Any], command: Callable[..., int]
+    database: Database[Any], command: Command
 ) -> None:
     """More changes than fit into the part of the spool that stays in memory."""
     points = [{"_id": f"{n:>200}", "loyalty_points": 1} for n in range(60_000)]
@@ -452,9 +425,7 @@ def test_a_count_beyond_the_timeout_says_what_to_do(
     assert "counting_again" not in once.output
 
 
-def test_as_of_is_when_the_orders_were_read(
-    database: Database[Any], command: Callable[..., int]
-) -> None:
+def test_as_of_is_when_the_orders_were_read(database: Database[Any], command: Command) -> None:
     fill(database, 3, 1)
     before = datetime.now(UTC)
     assert command("--once") == 0

@@ -28,7 +28,7 @@ from urllib.parse import quote_plus
 from uuid import uuid4
 
 import pytest
-from conftest import ROOT, Process, wait_until
+from conftest import ROOT, Process
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pymongo.database import Database
@@ -36,7 +36,7 @@ from pymongo.database import Database
 import loyalty_microservice
 from sandbox import faults
 from sandbox.faults import COUNTING, FETCHING, RECORDING, WRITING, Moment
-from sandbox.mongod import Deployment
+from sandbox.mongod import Deployment, wait_until
 from sandbox.shop import Shop, count, disagreements
 
 Start = Callable[..., Process]

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 from bson import ObjectId
-from conftest import ROOT, Process, wait_until
+from conftest import ROOT, Command, Process
 from pymongo.database import Database
 
 import database as database_module
 from loyalty_microservice import main
 from recount import Recount
-from sandbox.mongod import Deployment
+from sandbox.mongod import Deployment, wait_until
 from sandbox.shop import count, disagreements
 
 ADA = ObjectId("66abcdefabcdefabcdefabcd")
@@ -108,23 +108,6 @@ def test_env_beside_the_program_is_read_wherever_it_is_started_from(
     assert once.wait() == 0
     assert disagreements(shop) == []
     assert f"WARNING others can read {tmp_path / '.env'}" in once.output
-
-
-Command = Callable[..., int]
-
-
-@pytest.fixture
-def command(uri: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
-    """Run the command line in this process, against the test's own database."""
-    file = tmp_path / "env"
-
-    def run(*arguments: str, **values: str) -> int:
-        file.touch(mode=0o600)
-        settings = {"MONGODB_URI": uri, **values}
-        file.write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
-        return main(["--env-file", str(file), *arguments])
-
-    return run
 
 
 def test_once_prints_a_summary_on_stdout(
