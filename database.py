@@ -150,7 +150,7 @@ def _prove(client: MongoClient[Any], settings: Settings, writing: bool) -> Conne
 def _outlast_dead_writers(connection: Connection) -> None:
     """Wait until the server has done the writes that it does for us now, before we have asked.
 
-    A service that was killed leaves one batch or a few on the way; one that landed after our
+    A service that was killed leaves a few batches on the way; one that landed after our
     count would put older points back. To see one's own operations takes no permission.
     """
     client, users = connection.client, connection.users.full_name

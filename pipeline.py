@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import uuid
 from collections.abc import Mapping
@@ -22,6 +23,9 @@ COLLATION = {"locale": "simple"}  # whatever the collections' own: exactly `Ship
 NO_CUSTOMER: list[Any] = []
 """The key of the orders without customer: a user's _id is never an array."""
 
+USER = 2**50
+"""Stands for a user among points: more than all points of a customer, so that one is not two."""
+
 _STORED = f"${POINTS}"
 # Few enough that the sum over all users is an integer too.
 _IS_PLAUSIBLE: Document = {
@@ -34,44 +38,50 @@ _IS_PLAUSIBLE: Document = {
 _SUM: Document = {"$sum": "$v"}  # of the numbers
 _RIGHT: Document = {
     "$or": [
-        # One user, with the canonical id: what the orders earn, less 1 + the points.
-        {"$and": [{"$eq": [_SUM, -1]}, {"$eq": ["$v.p", []]}]},
-        # One user, with another form of it.
-        {"$and": [{"$eq": ["$v.p", [_SUM]]}, {"$gte": [{"$min": "$v"}, 0]}]},
+        # One user, with the canonical id: what the orders earn, less USER and the points.
+        {"$and": [{"$eq": [_SUM, -USER]}, {"$eq": ["$v.p", []]}]},
+        # One user, with another form of it, and so no USER in the sum.
+        {"$eq": ["$v.p", [_SUM]]},
     ]
 }
 _HOLDS: Document = {"$and": [{"$isNumber": _STORED}, {"$gt": [_STORED, 0]}]}
-_SUMS: Document = {
-    "$group": {
-        "_id": None,
-        "users": {"$sum": 1},
-        "holders": {"$sum": {"$cond": [_HOLDS, 1, 0]}},
-        "points": {"$sum": {"$cond": [_IS_PLAUSIBLE, _STORED, 0]}},
-    }
-}
+_SUMS: list[Document] = [
+    {
+        "$group": {
+            "_id": None,
+            "users": {"$sum": 1},
+            "holders": {"$sum": {"$cond": [_HOLDS, 1, 0]}},
+            "points": {"$sum": {"$cond": [_IS_PLAUSIBLE, _STORED, 0]}},
+        }
+    },
+    {"$project": {"_id": NO_CUSTOMER, "v": "$$ROOT"}},
+]
 
 
 def pipeline(settings: Settings, customer: str | None = None) -> list[Document]:
     """Return the aggregation over the orders, of everyone or of one `customer`.
 
-    Its rows are `{k: {_id: canonical id}, v}`: the customers whose points are not right, or all
-    forms of the one. v holds the points that the orders earn, a number for each form of the id in
-    them, and the users: `-1 - points` for one whose _id is the canonical id and whose points are
-    plausible, `{k: {_id}, p}` for any other, with p the points, as `{w: points}` if implausible.
-    At the end of everyone's comes `{users, holders, points}`, the sums over all users.
+    Its rows are `{k: {_id: canonical id}, v}`, of the customers who are not one user with the right
+    points. v holds the points that the orders earn, a number for each form of the id in them, and
+    the users. One whose _id is the canonical id is `-USER - points` if those are plausible, and NaN
+    if there are none; any other is `{k: {_id}, p}`, p being the points, as `{w: points}` if
+    implausible. Everyone's v of NO_CUSTOMER also holds `{users, holders, points}`, the sums over
+    all users.
     """
     orders: Document = {"status": {"$in": list(settings.order_statuses)}}
     users: list[Document] = [_user_row()]
     wanted: list[Document] = [{"$match": {"$expr": {"$not": [_RIGHT]}}}]
-    sums: list[Document] = [{"$unionWith": {"coll": settings.users, "pipeline": [_SUMS]}}]
+    # Before the long $group: a snapshot is kept for five minutes only.
+    sums: list[Document] = [{"$unionWith": {"coll": settings.users, "pipeline": _SUMS}}]
     if customer is not None:
         forms = {"$in": id_forms(customer)}
         orders = {**orders, "customer_id": forms}
         users.insert(0, {"$match": {"_id": forms}})
         wanted = [{"$match": {"_id": {"$in": canonical_ids(customer)}}}]
         sums = []
-    # $match lets an array through that holds a counted status. Both fields are in the index, so no
-    # order is fetched. ($type keeps MongoDB 6.0 from the engine that is slow with many groups.)
+    # $match lets an array through that holds a counted status. Both fields are in the index, so
+    # without arrays no order is fetched. ($type keeps MongoDB 6.0 from the engine that is slow with
+    # many groups.)
     is_array = {"$eq": [{"$type": "$status"}, "array"]}
     earned = {"$sum": {"$cond": [is_array, 0, settings.points_per_order]}}
     return [
@@ -79,11 +89,11 @@ def pipeline(settings: Settings, customer: str | None = None) -> list[Document]:
         {"$group": {"_id": "$customer_id", "v": earned}},
         {"$project": {"_id": canonical("$_id", NO_CUSTOMER), "v": 1}},
         {"$unionWith": {"coll": settings.users, "pipeline": users}},
-        # One accumulator, of mere numbers: beyond 100 MB the server turns to its disk.
+        *sums,
+        # One accumulator, mostly of numbers: beyond 100 MB the server turns to its disk.
         {"$group": {"_id": "$_id", "v": {"$push": "$v"}}},
         *wanted,
         {"$project": {"_id": 0, "k": {"_id": "$_id"}, "v": 1}},
-        *sums,
     ]
 
 
@@ -107,8 +117,8 @@ def _user_row() -> Document:
     row = {"k": {"_id": "$_id"}, "p": {"$cond": [_IS_PLAUSIBLE, _STORED, {"w": _STORED}]}}
     branches = [
         {"case": {"$ne": ["$_id", own]}, "then": row},
-        {"case": _IS_PLAUSIBLE, "then": {"$subtract": [-1, _STORED]}},
-        {"case": {"$lte": [_STORED, None]}, "then": -0.5},  # null or missing
+        {"case": _IS_PLAUSIBLE, "then": {"$subtract": [-USER, _STORED]}},
+        {"case": {"$lte": [_STORED, None]}, "then": math.nan},  # null or missing
     ]
     return {"$project": {"_id": own, "v": {"$switch": {"branches": branches, "default": row}}}}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import repeat
@@ -20,7 +20,7 @@ from pymongo.client_session import ClientSession
 
 from config import Settings
 from database import Connection, ServiceError, TooSlow, Unavailable, sorted_errors
-from pipeline import COLLATION, NO_CUSTOMER, Document, customer_orders, pipeline
+from pipeline import COLLATION, NO_CUSTOMER, USER, Document, customer_orders, pipeline
 from values import Odd, decoded, number_in, shown, value_of
 from writer import Changes, overlapping
 
@@ -85,6 +85,7 @@ class Recount:
         on_progress: Callable[[], None] = lambda: None,
     ) -> None:
         self.totals = Totals()
+        self._sums: Document | None = None  # over all users
         self._plausible_points = 0  # of the users who came back
         self.started_at = started_at
         self._connection = connection
@@ -119,7 +120,7 @@ class Recount:
     def _count(self) -> None:
         self._changes.close()
         self._changes = Changes(self._settings.batch_size)
-        self.totals, self._plausible_points = Totals(), 0
+        self.totals, self._plausible_points, self._sums = Totals(), 0, None
         orders = self._connection.orders
         with sorted_errors("find in", orders.full_name), self._session() as session:
             self.totals.exact = session is not None
@@ -132,11 +133,15 @@ class Recount:
                 collation=COLLATION,
                 maxTimeMS=int(self._settings.count_timeout.total_seconds() * 1000),
             )
-            with closing(overlapping(lambda _: next(answers, None), repeat(None), 1)) as ahead:
+            with overlapping(lambda _: next(answers, None), repeat(None), 1) as ahead:
                 for answer in iter(lambda: next(ahead), None):
                     for row in decoded(answer):
                         self._take(row)
                     self._on_progress()
+        if self._sums is not None:
+            self.totals.users, self.totals.holders = self._sums["users"], self._sums["holders"]
+            # All who did not come back are right: their points are what their orders earn.
+            self._add_orders(self._sums["points"] - self._plausible_points)
 
     def _session(self) -> AbstractContextManager[ClientSession | None]:
         if self._connection.snapshots:
@@ -155,23 +160,19 @@ class Recount:
 
     def _take(self, row: Document) -> None:
         """Add one row of the pipeline to the totals, and what is to be written to the changes."""
-        totals = self.totals
-        if "users" in row:
-            totals.users, totals.holders = row["users"], row["holders"]
-            # All who did not come back are right: their points are what their orders earn.
-            self._add_orders(row["points"] - self._plausible_points)
-            return
-        key, earned = row["k"], 0
+        totals, key, earned = self.totals, row["k"], 0
         users: list[tuple[Document, Any]] = []
         for value in row["v"]:
             if isinstance(value, float):
                 users.append((key, Odd("none")))
-            elif not isinstance(value, int):
-                users.append((value["k"], value["p"]))
-            elif value < 0:
-                users.append((key, -1 - value))
-            else:
+            elif isinstance(value, int) and value < 0:
+                users.append((key, -USER - value))
+            elif isinstance(value, int):
                 earned += value
+            elif "users" in value:
+                self._sums = value
+            else:
+                users.append((value["k"], value["p"]))
         orders = self._add_orders(earned)
         for own, stored in users:
             self._take_user(own, stored, earned)
@@ -198,7 +199,6 @@ class Recount:
             stored = value_of(stored, "w")
         before = number_in(stored)
         totals.users += 1
-        totals.holders += before > 0
         totals.increased += after > before
         totals.decreased += after < before
         size = abs(after - before)

@@ -15,8 +15,8 @@ from bson.raw_bson import RawBSONDocument
 
 from pipeline import Document
 
-# Ids go back to the server byte for byte: text that is not UTF-8 and a date after the year 9999
-# have no Python value.
+# Text that is not UTF-8 and a date after the year 9999 have no Python value: such ids go back to
+# the server as they came.
 RAW: CodecOptions[RawBSONDocument] = CodecOptions(document_class=RawBSONDocument)
 _PLAIN: CodecOptions[dict[str, Any]] = CodecOptions()
 

@@ -6,8 +6,9 @@ import logging
 import tempfile
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
@@ -24,6 +25,7 @@ from values import RAW, Odd, shown, value_of
 log = logging.getLogger("loyalty")
 
 _SPOOL_BYTES = 4 * 1024 * 1024
+_PROGRESS = "writing done=%d total=%d percent=%d rate=%d/s"
 _PROGRESS_SECONDS = 5.0
 _SAMPLES = 5
 _WRITERS = 8
@@ -61,7 +63,8 @@ class Changes:
         self._total = 0
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # a full disk says so once more
+            self._file.close()
 
     def add(self, user: Document, points: int) -> None:
         """Add a user, given as `{_id}`. Raises SpoolFailed if there is no room."""
@@ -79,6 +82,7 @@ class Changes:
         batch = bson.encode({"size": self._in_batch, "updates": updates + self._odd})
         try:
             self._file.write(batch)
+            self._file.flush()  # or a full disk would show up much later
         except OSError as error:
             where = tempfile.gettempdir()
             raise SpoolFailed(f"cannot keep the changes in {where}: {error.strerror}") from error
@@ -88,7 +92,7 @@ class Changes:
         self._odd.clear()
 
     def write(self, users: Collection[Any], on_progress: Callable[[], None]) -> None:
-        """Set the points. Raises Incomplete, at the end, if the server refused some of them."""
+        """Set the points. Raises SpoolFailed, or Incomplete at the end if users refused theirs."""
         if self._in_batch:
             self._end_batch()
         self._file.seek(0)
@@ -97,18 +101,16 @@ class Changes:
         sample: list[str] = []
         started = reported = time.monotonic()
         done, total = 0, self._total
-        writing = overlapping(partial(_write_batch, users), batches, _WRITERS)
-        for size, reasons, refusing in writing:
-            done += size
-            refused.update(reasons)
-            sample = (sample + refusing)[:_SAMPLES]
-            on_progress()
-            now = time.monotonic()
-            if now - reported >= _PROGRESS_SECONDS:
-                reported, percent, rate = now, 100 * done // total, done / (now - started)
-                log.info(
-                    "writing done=%d total=%d percent=%d rate=%d/s", done, total, percent, rate
-                )
+        with overlapping(partial(_write_batch, users), batches, _WRITERS) as results:
+            for size, reasons, refusing in results:
+                done += size
+                refused.update(reasons)
+                sample = (sample + refusing)[:_SAMPLES]
+                on_progress()
+                now = time.monotonic()
+                if now - reported >= _PROGRESS_SECONDS:
+                    reported, percent, rate = now, 100 * done // total, done / (now - started)
+                    log.info(_PROGRESS, done, total, percent, rate)
         if refused:
             raise Incomplete(
                 f"{refused.total():,} of {total:,} users refused the update, the others are "
@@ -150,20 +152,26 @@ def _set(update: Document) -> dict[str, Any]:
     return {"$set": {POINTS: update["n"]}}
 
 
-def overlapping(do: Callable[[T], R], items: Iterator[T], workers: int) -> Generator[R, None, None]:
-    """Yield `do(item)` for each item in their order, with `workers` of them on the way at a time.
+@contextmanager
+def overlapping(do: Callable[[T], R], items: Iterator[T], workers: int) -> Iterator[Iterator[R]]:
+    """Yield the results of `do(item)` in their order, with `workers` of them on the way at a time.
 
     So the server has work while an answer travels, or while we take it apart; and little is left
-    for it to do, and in our memory, when one side dies.
+    for it to do, and in our memory, when one side dies. None is on the way any more at the end,
+    lest a write land after a newer count; only Ctrl-C does not wait.
     """
     pool = ThreadPoolExecutor(workers)
-    wait = True  # what is on the way must not land after a newer count
-    try:
+
+    def results() -> Iterator[R]:
         pending = deque(pool.submit(do, item) for item in islice(items, workers))
         while pending:
             result = pending.popleft().result()
             pending.extend(pool.submit(do, item) for item in islice(items, 1))
             yield result
+
+    wait = True
+    try:
+        yield results()
     except KeyboardInterrupt:
         wait = False
         raise

@@ -31,6 +31,11 @@ _SHORT = {"floor": "floor", OURS: "this service", "merge": "$merge", "bulk": "bu
 FAR = """## A server that is {:g} ms away
 
 A relay in front of the server adds that to each round trip; near is the same relay without."""
+PROFILE = """## Where the server's time goes in a quiet pass
+
+From its own `explain`, which slows it down somewhat. The index and the first `$group` are the
+count that everyone pays; a `$group` of more than 100 MB sorts on disk. The rest is the price of
+comparing: `$merge` does not compare, and writes every user again."""
 GROWTH = """## Growth
 
 Ten orders a user, with the index, one run each except at the size above; seconds, and peak memory
@@ -94,10 +99,7 @@ def profile_table(stages: Iterable[Stage]) -> str:
         [f"`{stage.name}`", f"{stage.seconds:.2f}", f"{stage.rows:,}", stage.disk]
         for stage in stages
     ]
-    return (
-        "## Where the server's time goes in a quiet pass\n\nFrom its own `explain`, which slows it "
-        "down somewhat.\n\n" + _table(["stage", "seconds", "rows out", "on disk"], rows)
-    )
+    return PROFILE + "\n\n" + _table(["stage", "seconds", "rows out", "on disk"], rows)
 
 
 def growth_table(title: str, sizes: Mapping[int, Results]) -> str:

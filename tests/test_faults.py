@@ -400,6 +400,22 @@ def test_sigterm_in_the_middle_ends_it_within_two_seconds(
 
 
 @pytest.mark.xdist_group("signals")
+@pytest.mark.parametrize("moment", [COUNTING, FETCHING, WRITING], ids=str)
+def test_ctrl_c_in_the_middle_of_once_ends_it_within_two_seconds(
+    stage: Stage, service: Start, moment: Moment
+) -> None:
+    stage.add_strangers()
+    server = stage.deployment.servers[0]
+    with faults.held(server, stage.database.name, moment) as wait_until_reached:
+        once = service("--once", MONGODB_URI=stage.uri)
+        wait_until_reached()
+        assert once.stop(signal.SIGINT) == 130
+    assert "Traceback" not in once.output
+    assert service("--once", MONGODB_URI=stage.uri).wait() == 0
+    stage.assert_exact()
+
+
+@pytest.mark.xdist_group("signals")
 def test_sigterm_while_it_is_idle_connecting_or_waiting_ends_it_within_two_seconds(
     stage: Stage, service: Start
 ) -> None:

@@ -7,6 +7,8 @@ import re
 import tempfile
 import uuid
 from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -306,6 +308,10 @@ def test_no_room_for_the_changes_is_said_and_nothing_is_written(
     monkeypatch.setattr(writer, "_SPOOL_BYTES", 100)
     monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
     with pytest.raises(writer.SpoolFailed, match="in /nowhere: No such file"):
+        run(connection)
+    full = partial(Path("/dev/full").open, "w+b")
+    monkeypatch.setattr(tempfile, "SpooledTemporaryFile", lambda **_: full())
+    with pytest.raises(writer.SpoolFailed, match="No space left on device"):
         run(connection)
     assert connection.users.count_documents({"loyalty_points": {"$exists": True}}) == 0
 
