@@ -84,15 +84,18 @@ class Recount:
         customer: str | None = None,
         on_progress: Callable[[], None] = lambda: None,
     ) -> None:
-        self.totals = Totals()
-        self._sums: Document | None = None  # over all users
-        self._plausible_points = 0  # of the users who came back
         self.started_at = started_at
         self._connection = connection
         self._settings = settings
         self._customer = customer
         self._on_progress = on_progress
-        self._changes = Changes(settings.batch_size)
+        self._begin()
+
+    def _begin(self) -> None:
+        self.totals = Totals()
+        self._sums: Document | None = None  # over all users
+        self._plausible_points = 0  # of the users who came back
+        self._changes = Changes(self._settings.batch_size)
 
     def __enter__(self) -> Self:
         return self
@@ -119,8 +122,7 @@ class Recount:
 
     def _count(self) -> None:
         self._changes.close()
-        self._changes = Changes(self._settings.batch_size)
-        self.totals, self._plausible_points, self._sums = Totals(), 0, None
+        self._begin()
         orders = self._connection.orders
         with sorted_errors("find in", orders.full_name), self._session() as session:
             self.totals.exact = session is not None
