@@ -62,6 +62,16 @@ def _failing(
     return step
 
 
+def await_closed_clients() -> None:
+    """Wait until the driver's threads are those of one client, or for 5 s if they never are."""
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        names = [thread.name for thread in threading.enumerate()]
+        if len(names) == len(set(names)):
+            return
+        time.sleep(0.02)
+
+
 def recounts(number: int) -> None:
     """Do recounts as the daemon does them, each with something to write, some after reconnecting.
 
@@ -75,6 +85,7 @@ def recounts(number: int) -> None:
         assert service._connection
         service._connection.users.update_many({}, {"$set": {POINTS: -1}})
         if done % SAMPLE_EVERY == 0:
+            await_closed_clients()
             status = Path("/proc/self/status").read_text()
             memory = int(status.split("VmRSS:")[1].split()[0])
             samples.append(

@@ -560,7 +560,7 @@ def test_500_recounts_in_a_row_leave_memory_and_open_files_flat(
         assert len(later) == 5
         for memory, files, threads in later:
             assert memory - first[0] < 4096, process.lines[-1]  # KiB; the first 100 warm up
-            # The driver may open a connection more for each of the three that write at a time.
+            # The driver may open a connection more where two threads of ours ask at a time.
             assert files - first[1] <= 2, process.lines[-1]
             assert threads == first[2], process.lines[-1]
 
