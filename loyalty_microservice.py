@@ -14,10 +14,11 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import config
-import report
 from config import VERSION, ConfigError, Settings
-from daemon import Daemon
-from database import (
+from loyalty import report
+from loyalty.daemon import Daemon
+from loyalty.history import History, Outcome
+from loyalty.mongo import (
     Connection,
     Misconfigured,
     ServiceError,
@@ -25,8 +26,7 @@ from database import (
     create_index,
     index_is_missing,
 )
-from history import History, Outcome
-from recount import Recount, Refused, orders_by_status
+from loyalty.recount import Recount, Refused, orders_by_status
 
 log = logging.getLogger("loyalty")
 

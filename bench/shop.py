@@ -16,7 +16,7 @@ from pymongo import WriteConcern
 from pymongo.collection import Collection
 
 from config import load
-from pipeline import COLLATION, INDEX, POINTS, pipeline
+from loyalty.counting import COLLATION, INDEX, POINTS, pipeline
 from sandbox.mongod import Deployment
 from sandbox.shop import STATUSES, Document
 

@@ -43,8 +43,10 @@ install: check-prefix ## install or upgrade the systemd service, as root
 	find '$(prefix)/venv.new/bin' ! -name 'python*' ! -type d -delete
 	rm -rf '$(prefix)/venv'
 	mv '$(prefix)/venv.new' '$(prefix)/venv'
-	rm -rf '$(prefix)/__pycache__' '$(prefix)/'*.py
+	rm -rf '$(prefix)/__pycache__' '$(prefix)/loyalty' '$(prefix)/'*.py
+	umask 022 && mkdir '$(prefix)/loyalty'
 	install -m 0644 *.py requirements.txt '$(prefix)'
+	install -m 0644 loyalty/*.py '$(prefix)/loyalty'
 	sed 's#/opt/loyalty-microservice#$(PREFIX)#g; s#/etc/loyalty-microservice#$(SYSCONFDIR)#g' \
 	  deploy/$(unit) > '$(DESTDIR)$(UNITDIR)/$(unit)'
 	chmod 0644 '$(DESTDIR)$(UNITDIR)/$(unit)'
@@ -61,7 +63,7 @@ uninstall: check-prefix ## remove the service; with PURGE=1 its settings too
 	rm -f '$(DESTDIR)$(UNITDIR)/$(unit)'
 	for folder in '$(DESTDIR)$(UNITDIR)' '$(dir $(DESTDIR)$(UNITDIR))'; do \
 	  test ! -d "$$folder" || rmdir --ignore-fail-on-non-empty "$$folder"; done
-	rm -rf '$(prefix)/venv' '$(prefix)/venv.new' '$(prefix)/__pycache__'
+	rm -rf '$(prefix)/venv' '$(prefix)/venv.new' '$(prefix)/__pycache__' '$(prefix)/loyalty'
 	rm -f '$(prefix)/'*.py '$(prefix)/requirements.txt'
 	test ! -d '$(prefix)' || rmdir --ignore-fail-on-non-empty '$(prefix)'
 ifeq ($(PURGE),1)

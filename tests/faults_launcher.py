@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import config
 import loyalty_microservice
-from pipeline import POINTS
-from recount import Recount
+from loyalty.counting import POINTS
+from loyalty.recount import Recount
 
 SAMPLE_EVERY = 100
 RECONNECT_EVERY = 25

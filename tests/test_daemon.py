@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from conftest import settings_for
 
-import daemon as daemon_module
-from daemon import Daemon
-from database import Misconfigured, Unavailable
+import loyalty.daemon as daemon_module
+from loyalty.daemon import Daemon
+from loyalty.mongo import Misconfigured, Unavailable
 from sandbox.mongod import wait_until
 
 Work = Callable[[Callable[[], None]], str]

@@ -49,6 +49,10 @@ def _files(top: Path) -> set[str]:
     return {str(path.relative_to(top)) for path in top.rglob("*") if not path.is_dir()}
 
 
+def _modules() -> set[Path]:
+    return {*TOP.glob("*.py"), *TOP.glob("loyalty/*.py")}
+
+
 def _mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
@@ -77,8 +81,9 @@ def test_install_lays_the_service_with_its_pinned_requirements_for_every_user_to
 ) -> None:
     _make("install", f"DESTDIR={dest}", f"INSTALL_PYTHON={sys.executable}")
     prefix = dest / PREFIX
-    modules = {path.name for path in TOP.glob("*.py")}
-    assert {path.name for path in prefix.iterdir()} == {*modules, "requirements.txt", "venv"}
+    modules = {str(path.relative_to(TOP)) for path in _modules()}
+    tops = {path.name for path in TOP.glob("*.py")} | {"loyalty", "requirements.txt", "venv"}
+    assert {path.name for path in prefix.iterdir()} == tops
     assert {f"{PREFIX}/{name}" for name in modules} | {SETTINGS, INSTALLED_UNIT} <= _files(dest)
     roots_own = {dest / SETTINGS, (dest / SETTINGS).parent}
     for path in {dest, *dest.rglob("*")} - roots_own:
@@ -119,10 +124,10 @@ def test_a_folder_that_the_service_could_not_see_is_refused(
 
 
 def test_the_sources_themselves_are_never_removed(quick: str) -> None:
-    modules = set(TOP.glob("*.py"))
+    modules = _modules()
     for target in ("install", "uninstall"):
         assert _make(target, quick, f"PREFIX={TOP}", check=False).returncode == 2
-    assert set(TOP.glob("*.py")) == modules
+    assert _modules() == modules
 
 
 def test_an_upgrade_keeps_the_settings_and_no_old_module(dest: Path, quick: str) -> None:

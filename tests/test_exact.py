@@ -20,8 +20,8 @@ from pymongo.client_session import ClientSession
 from pymongo.database import Database
 
 from config import Settings
-from database import Connection, connect
-from recount import Recount, Totals
+from loyalty.mongo import Connection, connect
+from loyalty.recount import Recount, Totals
 from sandbox.mongod import Deployment, wait_until
 from sandbox.shop import count, disagreements
 

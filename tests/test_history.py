@@ -11,9 +11,9 @@ from conftest import settings_for
 from pymongo.database import Database
 
 from config import VERSION
-from database import connect
-from history import History
-from recount import Recount
+from loyalty.history import History
+from loyalty.mongo import connect
+from loyalty.recount import Recount
 from sandbox.shop import Shop
 
 

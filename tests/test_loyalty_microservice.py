@@ -16,9 +16,9 @@ from bson import ObjectId
 from conftest import ROOT, Command, Process
 from pymongo.database import Database
 
-import database as database_module
+import loyalty.mongo as database_module
+from loyalty.recount import Recount
 from loyalty_microservice import main
-from recount import Recount
 from sandbox.mongod import Deployment, wait_until
 from sandbox.shop import count, disagreements
 
@@ -100,8 +100,9 @@ def test_the_environment_goes_before_the_env_file(
 def test_env_beside_the_program_is_read_wherever_it_is_started_from(
     shop: Database[Any], uri: str, service: Start, tmp_path: Path
 ) -> None:
-    for module in ROOT.glob("*.py"):
-        (tmp_path / module.name).write_text(module.read_text())
+    (tmp_path / "loyalty").mkdir()
+    for module in (*ROOT.glob("*.py"), *ROOT.glob("loyalty/*.py")):
+        (tmp_path / module.relative_to(ROOT)).write_text(module.read_text())
     (tmp_path / ".env").write_text(f"MONGODB_URI={uri}\n")
     (tmp_path / ".env").chmod(0o644)
     once = service("--once", program=tmp_path / "loyalty_microservice.py")
@@ -346,7 +347,7 @@ import os, sys
 sys.path.insert(0, {str(ROOT)!r})
 stderr = os.fstat(2)
 os.environ["JOURNAL_STREAM"] = f"{{stderr.st_dev}}:{{stderr.st_ino}}"
-import report, logging
+from loyalty import report; import logging
 report.log_to_stderr()
 log = logging.getLogger("loyalty")
 log.info("one"); log.warning("two\\nthree")

@@ -21,14 +21,14 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pymongo import MongoClient
 
-import recount as recount_module
-import writer
-from database import Connection, connect, create_index
-from pipeline import INDEX, customer_orders, pipeline
-from recount import Recount, Totals
+import loyalty.recount as recount_module
+from loyalty import writer
+from loyalty.counting import INDEX, customer_orders, pipeline
+from loyalty.mongo import Connection, connect, create_index
+from loyalty.recount import Recount, Totals
+from loyalty.writer import Incomplete
 from sandbox.mongod import Deployment
 from sandbox.shop import Shop, count, disagreements, key
-from writer import Incomplete
 
 Document = dict[str, Any]
 

@@ -20,7 +20,7 @@ from datetime import UTC, datetime, timedelta
 
 import schedule
 
-from database import Misconfigured, ServiceError
+from loyalty.mongo import Misconfigured, ServiceError
 
 log = logging.getLogger("loyalty")
 

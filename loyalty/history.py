@@ -11,9 +11,9 @@ import pymongo
 from pymongo.collection import Collection
 
 from config import VERSION
-from database import Misconfigured, ServiceError, sorted_errors
-from pipeline import Document
-from recount import Recount
+from loyalty.counting import Document
+from loyalty.mongo import Misconfigured, ServiceError, sorted_errors
+from loyalty.recount import Recount
 
 log = logging.getLogger("loyalty")
 

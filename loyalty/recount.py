@@ -19,10 +19,10 @@ from bson import ObjectId
 from pymongo.client_session import ClientSession
 
 from config import Settings
-from database import Connection, ServiceError, TooSlow, Unavailable, sorted_errors
-from pipeline import COLLATION, NO_CUSTOMER, USER, Document, customer_orders, pipeline
-from values import Odd, decoded, number_in, shown, value_of
-from writer import Changes, overlapping
+from loyalty.counting import COLLATION, NO_CUSTOMER, USER, Document, customer_orders, pipeline
+from loyalty.ids import Odd, decoded, number_in, shown, value_of
+from loyalty.mongo import Connection, ServiceError, TooSlow, Unavailable, sorted_errors
+from loyalty.writer import Changes, overlapping
 
 log = logging.getLogger("loyalty")
 

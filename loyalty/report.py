@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 
 from config import Settings
-from database import Connection
-from history import COUNTS
-from pipeline import Document
-from recount import Change, Totals
+from loyalty.counting import Document
+from loyalty.history import COUNTS
+from loyalty.mongo import Connection
+from loyalty.recount import Change, Totals
 
 _CHANGE = ("user", "from", "to")
 

@@ -18,9 +18,9 @@ from bson.raw_bson import RawBSONDocument
 from pymongo import UpdateMany, UpdateOne
 from pymongo.collection import Collection
 
-from database import RefusedWrites, ServiceError, Unavailable, sorted_errors
-from pipeline import POINTS, Document
-from values import RAW, Odd, shown, value_of
+from loyalty.counting import POINTS, Document
+from loyalty.ids import RAW, Odd, shown, value_of
+from loyalty.mongo import RefusedWrites, ServiceError, Unavailable, sorted_errors
 
 log = logging.getLogger("loyalty")
 

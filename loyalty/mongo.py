@@ -27,7 +27,7 @@ from pymongo.errors import (
 from pymongo.uri_parser import split_options
 
 from config import Settings
-from pipeline import COLLATION, INDEX, POINTS, Document
+from loyalty.counting import COLLATION, INDEX, POINTS, Document
 
 _CONNECT_SECONDS = 5  # one try; then it is logged and tried again
 _MONGODB_5 = 13  # as a wire version; the first with snapshot reads

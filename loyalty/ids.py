@@ -13,7 +13,7 @@ from bson.codec_options import CodecOptions
 from bson.errors import InvalidBSON
 from bson.raw_bson import RawBSONDocument
 
-from pipeline import Document
+from loyalty.counting import Document
 
 # Text that is not UTF-8 and a date after the year 9999 have no Python value: such ids go back to
 # the server as they came.

@@ -1,0 +1,1 @@
+"""The service itself: CONTRIBUTING.md has the map."""
