@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import socket
 from datetime import datetime, timedelta
-from typing import Any, Literal
+from typing import Any
 
 import pymongo
 from pymongo.collection import Collection
 
 from config import VERSION
-from loyalty.counting import Document
-from loyalty.mongo import Misconfigured, ServiceError, sorted_errors
-from loyalty.recount import Recount
+from loyalty.errors import Misconfigured, NoPermission, ServiceError
+from loyalty.ids import Document
+from loyalty.result import COUNTS, Result
+from loyalty.sorting import sorted_errors
 
 log = logging.getLogger("loyalty")
 
@@ -21,17 +22,10 @@ KEEP = timedelta(days=90)
 
 _SECONDS = 5
 
-Outcome = Literal["succeeded", "refused", "failed"]
+# What we wrote, and nothing else, is read again and expires.
+MARK = {"recorded_by": "loyalty-microservice"}
 
-COUNTS = (
-    "counted_orders",
-    "changed",
-    "increased",
-    "decreased",
-    "unknown_customers",
-    "orders_of_unknown_customers",
-    "orders_without_customer",
-)
+_FRESH = {"outcome": {"$in": ["succeeded", "incomplete"]}}
 
 
 class History:
@@ -42,9 +36,7 @@ class History:
         self._indexed = False
         self._warned = False
 
-    def write(
-        self, result: Recount, outcome: Outcome, error: str | None, finished_at: datetime
-    ) -> None:
+    def write(self, result: Result) -> None:
         """Write the record of one recount. Failing to is a warning, and only the first time."""
         if self._collection is None:
             return
@@ -53,11 +45,14 @@ class History:
             # The record is the least of the work: it must not hold up the next recount.
             with pymongo.timeout(_SECONDS):
                 with sorted_errors("insert into", name):
-                    self._collection.insert_one(_record(result, outcome, error, finished_at))
+                    self._collection.insert_one(_record(result))
                 if not self._indexed:
                     with sorted_errors("create the expiry index on", name):
                         self._collection.create_index(
-                            "finished_at", expireAfterSeconds=int(KEEP.total_seconds())
+                            "finished_at",
+                            name="loyalty_records_expire",
+                            expireAfterSeconds=int(KEEP.total_seconds()),
+                            partialFilterExpression=MARK,
                         )
                     self._indexed = True
         except ServiceError as problem:
@@ -68,48 +63,59 @@ class History:
             self._warned = False
 
     def check(self) -> str | None:
-        """Return why records cannot be read or written, if so."""
+        """Return why records cannot be read or written, if so.
+
+        Raises Misconfigured if this is no collection for them, and Unavailable.
+        """
         if self._collection is None:
             return None
         name = self._collection.full_name
+        hint = "RECOUNTS_COLLECTION must name a collection of its own, which need not exist"
         try:
             with sorted_errors("find in", name):
-                self._collection.find_one({})
+                foreign = self._collection.find_one({"recorded_by": {"$ne": MARK["recorded_by"]}})
+            if foreign is not None:
+                raise Misconfigured(f"{name} holds documents that are not this service's: {hint}")
             with sorted_errors("insert into", name):
                 # Permissions are looked at first; then an _id that is an array is turned down.
                 self._collection.insert_one({"_id": []})
-        except Misconfigured as error:
+        except NoPermission as error:
             return str(error)
+        except Misconfigured as error:
+            raise Misconfigured(
+                f"{error}: {hint}" if hint not in str(error) else str(error)
+            ) from error
         except ServiceError:
             pass
         return None
 
-    def newest(self, limit: int, **matching: str) -> list[Document]:
+    def newest(self, limit: int, matching: Document | None = None) -> list[Document]:
         """Return the newest records first. Raises ServiceError."""
         if self._collection is None:
             raise Misconfigured("RECOUNTS_COLLECTION is empty, so no record is kept")
         with sorted_errors("find in", self._collection.full_name):
-            found = self._collection.find(matching, {"_id": 0})
+            found = self._collection.find({**MARK, **(matching or {})}, {"_id": 0})
             return list(found.sort("finished_at", -1).limit(limit))
 
     def age(self, now: datetime) -> timedelta | None:
         """Return how old the points are that the last success left, None if there was none."""
-        newest = self.newest(1, outcome="succeeded")
+        newest = self.newest(1, _FRESH)
         return now - newest[0]["as_of"] if newest else None
 
 
-def _record(
-    result: Recount, outcome: Outcome, error: str | None, finished_at: datetime
-) -> dict[str, Any]:
-    totals = result.totals
+def _record(result: Result) -> dict[str, Any]:
     return {
+        **MARK,
         "started_at": result.started_at,
-        "finished_at": finished_at,
-        "as_of": totals.as_of,
-        "exact": totals.exact,
-        "outcome": outcome,
-        **{name: getattr(totals, name) for name in COUNTS},
-        "error": error,
+        "finished_at": result.finished_at,
+        "seconds": result.seconds,
+        "as_of": result.as_of,
+        "cluster_time": result.cluster_time if result.exact else None,
+        "exact": result.exact,
+        "outcome": result.outcome,
+        **{name: getattr(result.totals, name) for name in COUNTS},
+        "refused_updates": result.refusing.reasons.total(),
+        "error": result.error,
         "host": socket.gethostname(),
         "version": VERSION,
     }

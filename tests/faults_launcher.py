@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import time_machine
 
@@ -23,8 +24,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import config
 import loyalty_microservice
-from loyalty.counting import POINTS
-from loyalty.recount import Recount
+from loyalty.counting import Count
+from loyalty.overlap import still
+from loyalty.service import Service
+from loyalty.writer import Changes
 
 SAMPLE_EVERY = 100
 RECONNECT_EVERY = 25
@@ -47,17 +50,17 @@ def clock(file: str) -> None:
 def bugs(listed: str) -> None:
     """Let `count` and `write` of a recount raise what is listed, one by one, then work again."""
     left = [bug.split(":") for bug in listed.split(",")]
-    for name in ("count", "write"):
-        setattr(Recount, name, _failing(name, getattr(Recount, name), left))
+    steps: tuple[tuple[str, Any, str], ...]
+    steps = (("count", Count, "of_everyone"), ("write", Changes, "write"))
+    for name, kind, method in steps:
+        setattr(kind, method, _failing(name, getattr(kind, method), left))
 
 
-def _failing(
-    name: str, works: Callable[[Recount], None], left: list[list[str]]
-) -> Callable[[Recount], None]:
-    def step(recount: Recount) -> None:
+def _failing(name: str, works: Callable[..., Any], left: list[list[str]]) -> Callable[..., Any]:
+    def step(*given: Any, **named: Any) -> Any:
         if left and left[0][0] == name:
             raise getattr(builtins, left.pop(0)[1])("SECRET document")
-        works(recount)
+        return works(*given, **named)
 
     return step
 
@@ -78,12 +81,12 @@ def recounts(number: int) -> None:
     Prints the memory in KiB and the number of open files and threads after every 100.
     """
     settings = config.load(os.environ)
-    service = loyalty_microservice._Service(settings, lambda: settings)
+    service = Service(settings, lambda: settings)
     samples = []
     for done in range(1, number + 1):
-        service.work(lambda: None)
+        service.recount(still)
         assert service._connection
-        service._connection.users.update_many({}, {"$set": {POINTS: -1}})
+        service._connection.users.update_many({}, {"$set": {settings.points_field: -1}})
         if done % SAMPLE_EVERY == 0:
             await_closed_clients()
             status = Path("/proc/self/status").read_text()

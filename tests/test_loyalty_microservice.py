@@ -16,7 +16,8 @@ from bson import ObjectId
 from conftest import ROOT, Command, Process
 from pymongo.database import Database
 
-import loyalty.mongo as database_module
+from loyalty import index
+from loyalty.counting import Count
 from loyalty.recount import Recount
 from loyalty_microservice import main
 from sandbox.mongod import Deployment, wait_until
@@ -199,7 +200,7 @@ def test_create_index_makes_the_index_that_the_warning_asks_for(
 ) -> None:
     assert command("--once") == 0
     assert "no_index" not in capsys.readouterr().err  # a small collection needs none
-    monkeypatch.setattr(database_module, "_LARGE", 3)
+    monkeypatch.setattr(index, "_LARGE", 3)
     assert command("--once") == 0
     assert "WARNING no_index" in (said := capsys.readouterr().err)
     assert "--create-index" in said
@@ -304,7 +305,7 @@ def test_ctrl_c_during_once_ends_without_a_traceback(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Recount, "count", interrupted)
+    monkeypatch.setattr(Count, "of_everyone", interrupted)
     assert command("--once") == 130
     assert "Traceback" not in capsys.readouterr().err
 
@@ -347,8 +348,9 @@ import os, sys
 sys.path.insert(0, {str(ROOT)!r})
 stderr = os.fstat(2)
 os.environ["JOURNAL_STREAM"] = f"{{stderr.st_dev}}:{{stderr.st_ino}}"
-from loyalty import report; import logging
-report.log_to_stderr()
+import logging
+from loyalty.logs import log_to_stderr
+log_to_stderr()
 log = logging.getLogger("loyalty")
 log.info("one"); log.warning("two\\nthree")
 try: 1 / 0
