@@ -135,7 +135,7 @@ def _dry_run(args: argparse.Namespace, settings: Settings) -> int:
             return _customers(connection, settings, args.customer, write=False)
         result = perform(connection, settings, History(None), write=False)
     print("Dry run: nothing is written")
-    report.print_totals(result)
+    report.print_totals(result, names=True)
     report.print_changes(result.totals.largest)
     if result.refusal:
         print(f"The guard would refuse this: {result.refusal}")

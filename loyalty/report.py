@@ -48,13 +48,13 @@ def status_of(result: Result) -> str:
     return f"recounted as of {result.as_of:%Y-%m-%d %H:%M:%S} UTC, {changed}"
 
 
-def print_totals(result: Result) -> None:
-    """Print what a recount found."""
+def print_totals(result: Result, *, names: bool = False) -> None:
+    """Print what a recount found; with `names`, ids of unknown customers, too."""
     totals = result.totals
     unknown = f"{totals.unknown_customers:,}"
     if totals.unknown_customers:
         unknown += f" with {_count(totals.orders_of_unknown_customers, 'order')}"
-    if totals.unknown_sample:
+    if names and totals.unknown_sample:
         unknown += f", such as {', '.join(totals.unknown_sample)}"
     print_table(
         ("users", f"{totals.users:,}"),

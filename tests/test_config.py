@@ -11,7 +11,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from config import ConfigError, Settings, load, read_env_file
+from config import Settings, declared, load
+from loyalty.env_file import read_env_file
+from loyalty.errors import ConfigError
 
 URI = "mongodb://localhost"
 
@@ -31,8 +33,12 @@ def test_only_the_uri_is_required_and_the_rest_has_the_documented_defaults() -> 
         recounts="loyalty_recounts",
         order_statuses=("Shipped",),
         points_per_order=1,
+        status_field="status",
+        customer_field="customer_id",
+        points_field="loyalty_points",
         recount_interval=timedelta(hours=2),
         count_timeout=timedelta(minutes=10),
+        count_workers=2,
         max_decrease_percent=90,
         batch_size=1000,
         log_level="INFO",

@@ -50,7 +50,7 @@ def test_the_daemon_connects_recounts_at_once_and_again_until_it_is_stopped(
     assert " changed=2 increased=1 decreased=1 unknown_customers=1 " in first
     assert " orders_without_customer=1 " in first
     assert "exact=true" in first
-    assert "unknown_sample=\"'stranger'\"" in first
+    assert "stranger" not in daemon.output  # it may be an e-mail address
 
     shop.orders.update_many({"status": "Pending"}, {"$set": {"status": "Shipped"}})
     assert disagreements(shop)
@@ -122,11 +122,11 @@ def test_once_prints_a_summary_on_stdout(
         "  users                    2",
         "  counted orders           5",
         "  changed                  2 (1 up, 1 down)",
-        "  unknown customers        1 with 1 orders, such as 'stranger'",
+        "  unknown customers        1 with 1 order",
         "  orders without customer  1",
     ]
     assert re.fullmatch(
-        r"  as of +\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC \(one point in time\)", out[6]
+        r"  as of +\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC \(one point in time: .*\)", out[6]
     )
 
 
@@ -136,6 +136,7 @@ def test_a_dry_run_shows_the_largest_changes_and_writes_nothing(
     before = list(shop.users.find())
     assert command("--dry-run") == 1
     out = capsys.readouterr().out
+    assert "1 with 1 order, such as 'stranger'\n" in out
     assert "  'bob'                     9     0\n" in out
     assert "  66abcdefabcdefabcdefabcd  none  3\n" in out
     assert out.index("bob") < out.index("66abc")
@@ -172,7 +173,7 @@ def test_status_shows_the_records_and_whether_the_points_are_stale(
     assert command("--status") == 0
     out = capsys.readouterr().out
     assert re.search(r"succeeded  2 +5 +\S+ \S+  yes", out)
-    assert "fresh, at most twice the interval of 2:00:00" in out
+    assert "fresh, at most twice the interval of 2h" in out
     old = {"$set": {"as_of": ObjectId("5" * 24).generation_time}}
     shop.loyalty_recounts.update_many({}, old)
     assert command("--status") == 1
@@ -186,7 +187,7 @@ def test_check_config_shows_the_settings_and_writes_nothing(
 ) -> None:
     assert command("--check-config") == 0
     out = capsys.readouterr().out
-    assert re.search(r"order statuses +Shipped\n", out)
+    assert re.search(r"ORDER_STATUSES +Shipped\n", out)
     assert re.search(r"permissions +fine\n", out)
     assert shop.loyalty_recounts.count_documents({}) == 0
     assert shop.users.find_one({"_id": ADA}) == {"_id": ADA, "name": "Ada"}
@@ -302,7 +303,7 @@ def test_a_bug_is_logged_with_its_traceback_and_ends_with_70(
 def test_ctrl_c_during_once_ends_without_a_traceback(
     command: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Count, "of_everyone", interrupted)
