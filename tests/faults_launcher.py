@@ -1,6 +1,7 @@
 """Runs the service in a process in which something is not as it should be.
 
 - `faults_launcher.py clock FILE [arguments]`: the clock is set to the seconds in FILE.
+- `faults_launcher.py pause SECONDS [arguments]`: the first pause after a failure is that long.
 - `faults_launcher.py bugs LIST [arguments]`: recounts raise what LIST says: count:KeyError,...
 - `faults_launcher.py recounts NUMBER`: does that many; prints how much memory and files they take.
 """
@@ -23,11 +24,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import config
 import loyalty_microservice
+from loyalty import daemon
 from loyalty.counting import POINTS
 from loyalty.recount import Recount
 
-SAMPLE_EVERY = 100
-RECONNECT_EVERY = 25
+RECONNECT_EVERY = 10
 
 
 def clock(file: str) -> None:
@@ -42,6 +43,10 @@ def clock(file: str) -> None:
                 traveller.move_to(shown := wanted)
 
     threading.Thread(target=follow, daemon=True).start()
+
+
+def pause(seconds: str) -> None:
+    daemon.FIRST_PAUSE = float(seconds)
 
 
 def bugs(listed: str) -> None:
@@ -75,7 +80,7 @@ def await_closed_clients() -> None:
 def recounts(number: int) -> None:
     """Do recounts as the daemon does them, each with something to write, some after reconnecting.
 
-    Prints the memory in KiB and the number of open files and threads after every 100.
+    Prints the memory in KiB and the number of open files and threads, after each sixth of them.
     """
     settings = config.load(os.environ)
     service = loyalty_microservice._Service(settings, lambda: settings)
@@ -84,7 +89,7 @@ def recounts(number: int) -> None:
         service.work(lambda: None)
         assert service._connection
         service._connection.users.update_many({}, {"$set": {POINTS: -1}})
-        if done % SAMPLE_EVERY == 0:
+        if done % (number // 6) == 0:
             await_closed_clients()
             status = Path("/proc/self/status").read_text()
             memory = int(status.split("VmRSS:")[1].split()[0])
@@ -102,6 +107,6 @@ if __name__ == "__main__":
     if mode == "recounts":
         recounts(int(argument))
         sys.exit()
-    {"clock": clock, "bugs": bugs}[mode](argument)
+    {"clock": clock, "pause": pause, "bugs": bugs}[mode](argument)
     sys.argv[1:] = rest
     runpy.run_path(loyalty_microservice.__file__, run_name="__main__")
