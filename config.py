@@ -140,6 +140,9 @@ class Settings:
     recount_interval: timedelta = _setting(
         "RECOUNT_INTERVAL", "2h", _duration(timedelta(days=366)), "90s, 30m, 2h, 1d; at most 366d"
     )
+    live_updates: bool = _setting(
+        "LIVE_UPDATES", "no", _yes, "yes: right within a second; needs a replica set"
+    )
     # The server takes maxTimeMS as a 32-bit number, which ends after 24 days.
     count_timeout: timedelta = _setting(
         "COUNT_TIMEOUT",

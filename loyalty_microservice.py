@@ -25,7 +25,8 @@ from loyalty.ids import forms_of
 from loyalty.index import create_index
 from loyalty.logs import log_to_stderr
 from loyalty.mongo import Connection, connect
-from loyalty.service import Service, open_shop, perform
+from loyalty.perform import Task, perform
+from loyalty.service import Service, open_shop
 
 log = logging.getLogger("loyalty")
 
@@ -123,7 +124,7 @@ def _once(args: argparse.Namespace, settings: Settings) -> int:
     with open_shop(settings, writing=True) as connection:
         if args.customer:
             return _customers(connection, settings, args.customer, write=True)
-        result = perform(connection, settings, History(connection.recounts), force=args.force)
+        result = perform(connection, settings, History(connection.recounts), Task(force=args.force))
     print(f"Recount {result.outcome} in {result.seconds:.1f} s")
     report.print_totals(result)
     return Exit.FINE if result.outcome == "succeeded" else Exit.FOUND
@@ -133,7 +134,7 @@ def _dry_run(args: argparse.Namespace, settings: Settings) -> int:
     with open_shop(settings, writing=False) as connection:
         if args.customer:
             return _customers(connection, settings, args.customer, write=False)
-        result = perform(connection, settings, History(None), write=False)
+        result = perform(connection, settings, History(None), Task(write=False))
     print("Dry run: nothing is written")
     report.print_totals(result, names=True)
     report.print_changes(result.totals.largest)
@@ -148,7 +149,8 @@ def _customers(
     code = Exit.FINE
     for text in texts:
         forms = forms_of(text)
-        result = perform(connection, settings, History(None), customers=forms, write=write)
+        task = Task(customers=forms, write=write)
+        result = perform(connection, settings, History(None), task)
         totals = result.totals
         if totals.users:
             report.print_customer(
@@ -165,6 +167,7 @@ def _status(args: argparse.Namespace, settings: Settings) -> int:
     with connect(settings, writing=False) as connection:
         history = History(connection.recounts)
         report.print_records(history.newest(10))
+        report.print_live(history.heartbeat(), datetime.now(UTC))
         fresh = report.print_age(history.age(datetime.now(UTC)), settings.recount_interval)
     return Exit.FINE if fresh else Exit.FOUND
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -27,15 +27,36 @@ _ODD_CUSTOMERS = 10_000
 _AT_A_TIME = 1_000  # customers in one aggregation
 
 
+Customers = Sequence[tuple[Any, Sequence[Any]]]
+"""Canonical ids, each with the forms of it that an index finds."""
+
+
 class TooManyOddForms(Exception):
     """So many that everyone is to be counted in one piece, where all forms of an id meet."""
+
+
+def snapshot_time(connection: Connection, at: Timestamp | None = None) -> Timestamp | None:
+    """Return the newest time that everything can be read at, or `at` once it can be read at that.
+
+    None if the server has no such thing.
+    """
+    users = connection.users
+    if not connection.snapshots:
+        return None
+    concern = {"level": "snapshot"} if at is None else {"level": "snapshot", "atClusterTime": at}
+    read = {"find": users.name, "filter": {"_id": ObjectId()}, "singleBatch": True}
+    with sorted_errors("find in", users.full_name):
+        reply = users.database.command({**read, "readConcern": concern})
+    # A collection that does not exist has no snapshot, only a last operation before it.
+    moment: Timestamp | None = reply["cursor"].get("atClusterTime") or reply.get("operationTime")
+    return moment
 
 
 class Count:
     """One count: `of_everyone` or `of_customers`, once. Both raise ServiceError.
 
-    What they yield was read as of `cluster_time`, where the server can do that; `as_of` is the
-    oldest time that anything was read at, and `exact` whether all was read at one.
+    What they yield was read as of `cluster_time`, where the server can do that. Should that have
+    changed in between, `exact` is no longer true; `first_time`, or `as_of`, is the oldest.
     """
 
     def __init__(
@@ -43,56 +64,48 @@ class Count:
     ) -> None:
         self.as_of = started_at
         self.cluster_time: Timestamp | None = None
+        self.first_time: Timestamp | None = None
         self.exact = False
         self.odd_forms: dict[ObjectId, set[str]] = {}
+        self.knows_odd_forms = True
         self._connection = connection
         self._settings = settings
         self._moved = moved
         self._plan = Plan()
 
-    def of_everyone(self, *, in_one_piece: bool = False) -> Iterator[Row | Right]:
-        """Count everyone, in ranges where the index allows it. Raises TooManyOddForms then."""
-        self._begin()
-        if self._plan.ranges and not in_one_piece:
-            yield from self._in_ranges(ranges(self._edges()))
-        else:
-            yield from self._in_scope(Scope())
-
-    def of_customers(
-        self,
-        customers: Mapping[Any, Sequence[Any]],
-        *,
-        at: Timestamp | None = None,
-        everyone: bool = False,
+    def of_everyone(
+        self, *, at: Timestamp | None = None, in_one_piece: bool = False
     ) -> Iterator[Row | Right]:
-        """Count some customers: canonical ids, each with its forms; as of `at` or later.
-
-        With `everyone`, those who are right come as rows, too.
-        """
-        self._begin(at)
-        yield from self._of_customers(customers, everyone=everyone)
-
-    def _begin(self, at: Timestamp | None = None) -> None:
+        """Count everyone, in ranges where the index allows it. Raises TooManyOddForms then."""
         self._pin(at)
         self.exact = self.cluster_time is not None
         # After that: no array has been in an index at the pinned time if none has been by now.
         self._plan = plan_of(self._connection.orders, self._settings)
+        if self._plan.ranges and not in_one_piece:
+            yield from self._in_ranges(ranges(self._edges()))
+        else:
+            self.knows_odd_forms = False
+            yield from self._in_scope(Scope())
 
-    def _pin(self, at: Timestamp | None = None) -> None:
-        """Let everything from now on be read as of one point in time."""
-        users = self._connection.users
-        if not self._connection.snapshots:
-            return
-        read = {"find": users.name, "filter": {"_id": ObjectId()}, "singleBatch": True}
-        concern = (
-            {"level": "snapshot"} if at is None else {"level": "snapshot", "atClusterTime": at}
-        )
-        with sorted_errors("find in", users.full_name):
-            reply = users.database.command({**read, "readConcern": concern})
-        # A collection that does not exist has no snapshot, only a last operation before it.
-        moment = reply["cursor"].get("atClusterTime") or reply.get("operationTime")
+    def of_customers(
+        self, customers: Customers, *, at: Timestamp | None = None, everyone: bool = False
+    ) -> Iterator[Row | Right]:
+        """Count some customers, as of `at` or later.
+
+        With `everyone`, those who are right come as rows, too.
+        """
+        self._pin(at)
+        self.exact = self.cluster_time is not None
+        yield from self._of_customers(customers, everyone=everyone)
+
+    def _pin(self, at: Timestamp | None) -> None:
+        """Let everything from now on be read as of one point in time: `at`, or later."""
+        moment = snapshot_time(self._connection)
+        if at is not None and moment is not None and moment < at:  # a new primary may be behind
+            moment = snapshot_time(self._connection, at)
         if self.cluster_time is None and moment is not None:
             self.as_of = moment.as_datetime()
+            self.first_time = moment
         self.cluster_time = moment
 
     def _edges(self) -> list[Any]:
@@ -117,7 +130,7 @@ class Count:
                 log.warning('counting_on done=%d total=%d error="%s"', done, len(cut), error)
                 # Each customer is still counted as of one point in time, but not all of the same.
                 self.exact, pinned = False, done
-                self._pin()
+                self._pin(None)
         yield from self._with_odd_forms()
 
     def _without_odd_forms(self, spool: Spool) -> Iterator[Row | Right]:
@@ -139,22 +152,21 @@ class Count:
 
     def _with_odd_forms(self) -> Iterator[Row | Right]:
         """Count the customers with odd forms by themselves, and take back what is in the sums."""
-        counted = {customer: [customer, str(customer)] for customer in self.odd_forms}
+        counted = [(customer, [customer, str(customer)]) for customer in self.odd_forms]
         for row in self._of_customers(counted):
             if isinstance(row, Right):
                 yield Right(-row.orders, -row.users, -row.holders)
-        whole = {own: [*spellings(own), *forms] for own, forms in self.odd_forms.items()}
+        whole = [(own, [*spellings(own), *forms]) for own, forms in self.odd_forms.items()]
         yield from self._of_customers(whole)
 
     def _of_customers(
-        self, customers: Mapping[Any, Sequence[Any]], *, everyone: bool = False
+        self, customers: Customers, *, everyone: bool = False
     ) -> Iterator[Row | Right]:
-        ids = list(customers)
-        for start in range(0, len(ids), _AT_A_TIME):
-            chosen = ids[start : start + _AT_A_TIME]
-            forms = [form for customer in chosen for form in customers[customer]]
-            found = Range([[{"$in": forms}]])
-            yield from self._in_scope(Scope(found, customers=chosen, everyone=everyone))
+        for start in range(0, len(customers), _AT_A_TIME):
+            chosen = customers[start : start + _AT_A_TIME]
+            found = Range([[{"$in": [form for _, forms in chosen for form in forms]}]])
+            own = [customer for customer, _ in chosen]
+            yield from self._in_scope(Scope(found, customers=own, everyone=everyone))
 
     def _in_scope(self, scope: Scope) -> Iterator[Row | Right]:
         with self._ask(scope) as spool:

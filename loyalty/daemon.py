@@ -28,17 +28,21 @@ log = logging.getLogger("loyalty")
 
 FIRST_PAUSE = 10.0
 LONGEST_PAUSE = 300.0
+_CALM = 60.0  # seconds without a failure, after which pauses are short again
 _TICK = 1.0  # the longest time, in seconds, between two looks at the clocks
 
 
 class Work(Protocol):
-    """What a daemon does; both may raise ServiceError."""
+    """What a daemon does; all of it may raise ServiceError."""
 
     def connect(self) -> None:
         """Do once what has to succeed before anything else."""
 
     def recount(self, moved: Moved) -> str:
         """Do it all once, and return how it went in a few words; call `moved` meanwhile."""
+
+    def meanwhile(self, seconds: float, moved: Moved) -> None:
+        """Do what there is to do between two recounts, or nothing, for about so long."""
 
 
 class Daemon:
@@ -54,7 +58,8 @@ class Daemon:
         self._interval = interval.total_seconds()
         self._patience = patience.total_seconds()
         self._connected = False
-        self._pause = 0.0
+        self._pause = FIRST_PAUSE
+        self._failed = float("-inf")
         self._due = 0.0
         self._moved = time.monotonic()
         self._fatal: BaseException | None = None
@@ -113,38 +118,47 @@ class Daemon:
         return self._work.recount(self._move)
 
     def _attempt(self, step: Callable[[], str]) -> bool:
-        """Do `step`, decide when it is due next, and return whether it succeeded.
-
-        This is where errors end.
-        """
-        succeeded = False
+        """Do `step`, decide when it is due next, and return whether it succeeded."""
         try:
             status = step()
-            succeeded = True
-        except ServiceError as error:
+        except Exception as error:
             if isinstance(error, Misconfigured) and not self._connected:
                 raise  # only a person can put that right, and is likely still watching
-            status = f"failed: {error}"
-            self._lengthen_pause()
-            log.error('failed error="%s" retry_in=%gs', error, self._pause)
-        except Exception:
-            status = "failed: a bug, see the log"
-            self._lengthen_pause()
-            log.exception("bug retry_in=%gs", self._pause)
-        if succeeded:
-            self._pause = 0.0
-        wait = self._interval if succeeded else self._pause
-        self._due = time.monotonic() + wait
-        at = datetime.now(UTC) + timedelta(seconds=wait)
-        _notify(f"STATUS={status}; next at {at:%Y-%m-%d %H:%M:%S} UTC")
-        return succeeded
+            self._fail(error)
+            return False
+        self._plan(status, self._interval)
+        return True
 
-    def _lengthen_pause(self) -> None:
-        self._pause = min(2 * self._pause or FIRST_PAUSE, LONGEST_PAUSE, self._interval)
+    def _fail(self, error: Exception) -> None:
+        """Log an error, and plan the next recount after a pause. This is where errors end."""
+        now = time.monotonic()
+        longest = min(LONGEST_PAUSE, self._interval)
+        lately = now - self._failed < self._pause + _CALM
+        self._pause = min(2 * self._pause if lately else FIRST_PAUSE, longest)
+        self._failed = now
+        if isinstance(error, ServiceError):
+            log.error('failed error="%s" retry_in=%gs', error, self._pause)
+            status = f"failed: {error}"
+        else:
+            log.error("bug retry_in=%gs", self._pause, exc_info=error)
+            status = "failed: a bug, see the log"
+        self._plan(status, self._pause)
+
+    def _plan(self, status: str, seconds: float) -> None:
+        self._due = time.monotonic() + seconds
+        at = datetime.now(UTC) + timedelta(seconds=seconds)
+        _notify(f"STATUS={status}; next at {at:%Y-%m-%d %H:%M:%S} UTC")
 
     def _wait(self) -> None:
         self._move("")
-        time.sleep(min(_TICK, max(0.0, self._due - time.monotonic())))
+        seconds = min(_TICK, max(0.0, self._due - time.monotonic()))
+        if not self._connected:
+            time.sleep(seconds)
+            return
+        try:
+            self._work.meanwhile(seconds, self._move)
+        except Exception as error:  # noqa: BLE001 -- logged there
+            self._fail(error)
 
     def _move(self, progress: str) -> None:
         self._moved = time.monotonic()

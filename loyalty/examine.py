@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from config import Settings
+from loyalty.counting import Customers
 from loyalty.ids import NO_CUSTOMER, Document, canonical, shown
 from loyalty.index import COLLATION
 from loyalty.mongo import Connection
@@ -57,13 +57,15 @@ def _folded(status: str) -> str:
 
 
 def orders_by_status(
-    connection: Connection, settings: Settings, customers: Mapping[Any, Sequence[Any]]
+    connection: Connection, settings: Settings, customers: Customers
 ) -> dict[str, int]:
     """Return how many orders customers have in each status."""
     orders, status = connection.orders, settings.status_field
-    forms = [form for forms in customers.values() for form in forms]
+    forms = [form for _, each in customers for form in each]
     key = {"c": f"${settings.customer_field}", "s": f"${status}"}
-    is_theirs = {"$in": [canonical("$_id.c", NO_CUSTOMER), {"$literal": list(customers)}]}
+    is_theirs = {
+        "$in": [canonical("$_id.c", NO_CUSTOMER), {"$literal": [own for own, _ in customers]}]
+    }
     with sorted_errors("find in", orders.full_name):
         # To name every status makes the index's second field reachable.
         every = {"$in": orders.distinct(status)}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import socket
-from datetime import datetime, timedelta
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pymongo
@@ -19,13 +21,28 @@ from loyalty.sorting import sorted_errors
 log = logging.getLogger("loyalty")
 
 KEEP = timedelta(days=90)
+HEARTBEAT = timedelta(seconds=10)
 
 _SECONDS = 5
 
 # What we wrote, and nothing else, is read again and expires.
 MARK = {"recorded_by": "loyalty-microservice"}
 
+_RECOUNTS = {"outcome": {"$ne": "live"}}
 _FRESH = {"outcome": {"$in": ["succeeded", "incomplete"]}}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heartbeat:
+    """How live updates are doing; times are UTC."""
+
+    live_since: datetime
+    last_event: datetime | None
+    last_update: datetime | None
+    customers_updated: int
+    waiting: int
+    """Changed orders, and customers, that are still to be counted."""
+    at: datetime = field(default_factory=lambda: datetime.now(UTC))
 
 
 class History:
@@ -38,23 +55,40 @@ class History:
 
     def write(self, result: Result) -> None:
         """Write the record of one recount. Failing to is a warning, and only the first time."""
+
+        def insert(collection: Collection[Any]) -> None:
+            with sorted_errors("insert into", collection.full_name):
+                collection.insert_one(_record(result))
+            if not self._indexed:
+                with sorted_errors("create the expiry index on", collection.full_name):
+                    collection.create_index(
+                        "finished_at",
+                        name="loyalty_records_expire",
+                        expireAfterSeconds=int(KEEP.total_seconds()),
+                        partialFilterExpression=MARK,
+                    )
+                self._indexed = True
+
+        self._try(insert)
+
+    def beat(self, heartbeat: Heartbeat) -> None:
+        """Replace this host's heartbeat. Failing to is a warning, as with records."""
+        own = {"_id": f"live {socket.gethostname()}", **MARK}
+        values = {**asdict(heartbeat), "outcome": "live", "finished_at": heartbeat.at}
+
+        def replace(collection: Collection[Any]) -> None:
+            with sorted_errors("update", collection.full_name):
+                collection.update_one(own, {"$set": values}, upsert=True)
+
+        self._try(replace)
+
+    def _try(self, write: Callable[[Collection[Any]], None]) -> None:
         if self._collection is None:
             return
-        name = self._collection.full_name
         try:
             # The record is the least of the work: it must not hold up the next recount.
             with pymongo.timeout(_SECONDS):
-                with sorted_errors("insert into", name):
-                    self._collection.insert_one(_record(result))
-                if not self._indexed:
-                    with sorted_errors("create the expiry index on", name):
-                        self._collection.create_index(
-                            "finished_at",
-                            name="loyalty_records_expire",
-                            expireAfterSeconds=int(KEEP.total_seconds()),
-                            partialFilterExpression=MARK,
-                        )
-                    self._indexed = True
+                write(self._collection)
         except ServiceError as problem:
             if not self._warned:
                 log.warning('not_recorded error="%s"', problem)
@@ -90,17 +124,23 @@ class History:
         return None
 
     def newest(self, limit: int, matching: Document | None = None) -> list[Document]:
-        """Return the newest records first. Raises ServiceError."""
+        """Return the newest records of recounts first. Raises ServiceError."""
         if self._collection is None:
             raise Misconfigured("RECOUNTS_COLLECTION is empty, so no record is kept")
         with sorted_errors("find in", self._collection.full_name):
-            found = self._collection.find({**MARK, **(matching or {})}, {"_id": 0})
+            found = self._collection.find({**MARK, **(matching or _RECOUNTS)}, {"_id": 0})
             return list(found.sort("finished_at", -1).limit(limit))
 
     def age(self, now: datetime) -> timedelta | None:
         """Return how old the points are that the last success left, None if there was none."""
         newest = self.newest(1, _FRESH)
         return now - newest[0]["as_of"] if newest else None
+
+    def heartbeat(self) -> Heartbeat | None:
+        """Return the newest heartbeat, if there has been one. Raises ServiceError."""
+        for found in self.newest(1, {"outcome": "live"}):
+            return Heartbeat(**{name: found[name] for name in Heartbeat.__slots__})
+        return None
 
 
 def _record(result: Result) -> dict[str, Any]:

@@ -55,6 +55,11 @@ def is_hex_id(value: Any) -> bool:
     return isinstance(value, str) and ObjectId.is_valid(value)
 
 
+def canonical_of(value: Any) -> Any:
+    """Return the canonical form of an id, as `canonical` has it."""
+    return ObjectId(value) if is_hex_id(value) else value
+
+
 def spellings(customer: Any) -> list[Any]:
     """Return the forms of a canonical id that an index finds at once; mixed case is another."""
     if isinstance(customer, ObjectId):
@@ -62,14 +67,14 @@ def spellings(customer: Any) -> list[Any]:
     return [customer]
 
 
-def forms_of(text: str) -> dict[Any, list[Any]]:
+def forms_of(text: str) -> list[tuple[Any, list[Any]]]:
     """Return the canonical ids that `text` may mean, each with what finds all its forms.
 
     It may mean a text, a number, a UUID or an ObjectId.
     """
     if ObjectId.is_valid(text):
         own = ObjectId(text)
-        return {own: [own, *_any_case(str(own))]}
+        return [(own, [own, *any_case(own)])]
     ids: list[Any] = [text]
     if re.fullmatch(r"-?[0-9]{1,18}", text):
         ids.append(int(text))
@@ -77,15 +82,16 @@ def forms_of(text: str) -> dict[Any, list[Any]]:
         ids.append(float(text))
     elif re.fullmatch(r"[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}", text):
         ids.append(bson.Binary.from_uuid(uuid.UUID(text)))
-    return {own: [own] for own in ids}
+    return [(own, [own]) for own in ids]
 
 
-def _any_case(digits: str) -> list[bson.Regex[str]]:
-    """Return patterns that find 24 hex digits in any mix of cases.
+def any_case(customer: ObjectId) -> list[bson.Regex[str]]:
+    """Return patterns that find the hex digits of an id in any mix of cases.
 
     An index finds them by their prefixes up to the ninth letter, 256 at most; more than one
     customer may share those.
     """
+    digits = str(customer)
     letters = [match.start() for match in re.finditer("[a-f]", digits)]
     prefix = digits[: letters[8]] if len(letters) > 8 else digits
     cases = product(*(sorted({digit, digit.upper()}) for digit in prefix))

@@ -22,6 +22,7 @@ from loyalty.uri import options_of, split_uri
 
 _CONNECT_SECONDS = 5  # one try; then it is logged and tried again
 _MONGODB_5 = 13  # as a wire version; the first with snapshot reads
+_MONGODB_6 = 17  # the first with pre-images
 _LONGEST_SOCKET_TIMEOUT_MS = 1_000_000_000  # the driver takes no more
 
 
@@ -38,7 +39,9 @@ class Connection:
     topology: str
     """replica_set, sharded or standalone."""
     snapshots: bool
-    """Whether the server can read as of one point in time."""
+    """Whether the server can read as of one point in time, and has change streams."""
+    pre_images: bool
+    """Whether the server can tell how orders were before a change."""
 
     def __enter__(self) -> Self:
         return self
@@ -130,6 +133,7 @@ def _prove(client: MongoClient[Any], settings: Settings, writing: bool) -> Conne
         server_version=version,
         topology=topology,
         snapshots=topology != "standalone" and hello["maxWireVersion"] >= _MONGODB_5,
+        pre_images=hello["maxWireVersion"] >= _MONGODB_6,
     )
 
 

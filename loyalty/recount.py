@@ -38,6 +38,7 @@ class Totals:
 
     users: int = 0
     holders: int = 0  # users who held points before
+    holding: int = 0  # users who do after it
     counted_orders: int = 0
     changed: int = 0
     increased: int = 0
@@ -65,6 +66,7 @@ class Recount:
         if isinstance(row, Right):
             totals.users += row.users
             totals.holders += row.holders
+            totals.holding += row.holders
             return
         for user in row.users:
             self._take_user(user, row.orders * self._settings.points_per_order)
@@ -83,6 +85,7 @@ class Recount:
         before = number_in(stored)
         totals.users += 1
         totals.holders += before > 0
+        totals.holding += after > 0
         totals.increased += after > before
         totals.decreased += after < before
         totals.zeroed += stored is None and after == 0

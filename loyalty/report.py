@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 
 from config import Settings, declared
+from loyalty.history import HEARTBEAT, Heartbeat
 from loyalty.ids import Document
 from loyalty.mongo import Connection
 from loyalty.recount import Change, Totals
@@ -46,6 +47,23 @@ def status_of(result: Result) -> str:
     if refused := result.refusing.reasons.total():
         changed += f", {_count(refused, 'user')} refused the update"
     return f"recounted as of {result.as_of:%Y-%m-%d %H:%M:%S} UTC, {changed}"
+
+
+def status_of_live(beat: Heartbeat) -> str:
+    """Return how live updates are doing in a few words, for systemd."""
+    since = f"live since {beat.live_since:%Y-%m-%d %H:%M:%S} UTC"
+    return f"{since}, {_count(beat.customers_updated, 'update')}, {beat.waiting:,} waiting"
+
+
+def print_live(beat: Heartbeat | None, now: datetime) -> None:
+    """Print whether live updates are at work, if they ever were."""
+    if beat is None:
+        return
+    age = now - beat.at
+    if age <= 3 * HEARTBEAT:
+        print(f"Live: {status_of_live(beat)[5:]}")
+        return
+    print(f"NOT live any more: the last heartbeat was {written(age)} ago")
 
 
 def print_totals(result: Result, *, names: bool = False) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Literal
 
-from bson import Timestamp
+from bson import ObjectId, Timestamp
 
 from loyalty.recount import Totals
 from loyalty.writer import Refusing
@@ -34,7 +34,11 @@ class Result:
     seconds: float = 0.0
     cluster_time: Timestamp | None = None
     """What everything was read at, if `exact`."""
+    first_time: Timestamp | None = None
+    """The oldest time that anything was read at."""
     exact: bool = False
+    odd_forms: dict[ObjectId, set[str]] | None = field(default_factory=dict)
+    """The ids in capitals or mixed case, by customer; None if they are not known."""
     outcome: Outcome = "succeeded"
     totals: Totals = field(default_factory=Totals)
     refusing: Refusing = field(default_factory=Refusing)

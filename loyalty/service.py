@@ -1,34 +1,32 @@
-"""What the daemon repeats: a whole recount, and the connection that it keeps."""
+"""What the daemon repeats: full recounts, live updates in between, and the connection it keeps."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any
 
-from bson import ObjectId
+from bson import ObjectId, Timestamp
 
 from config import Settings
 from loyalty import report
-from loyalty.counting import Count, TooManyOddForms
-from loyalty.errors import ConfigError, Misconfigured, Refused, ServiceError, TooSlow, Unavailable
-from loyalty.examine import mistaken_status
-from loyalty.history import History
+from loyalty.counting import Count, snapshot_time
+from loyalty.errors import ConfigError, Misconfigured, Refused, ServiceError, Unavailable
+from loyalty.history import HEARTBEAT, Heartbeat, History
+from loyalty.ids import any_case
 from loyalty.index import index_is_missing
+from loyalty.live import Live, Marks
 from loyalty.mongo import Connection, connect
-from loyalty.overlap import Moved, still
-from loyalty.recount import Recount
+from loyalty.overlap import Moved
+from loyalty.perform import Task, perform
+from loyalty.recount import Totals
 from loyalty.result import Result
-from loyalty.writer import Changes
 
 log = logging.getLogger("loyalty")
 
-_COUNT_ATTEMPTS = 3
-
-Customers = Mapping[Any, Sequence[Any]]
-"""Canonical ids, each with the forms that an index finds."""
+_QUIET = 1.0  # seconds without a change, after which a mass change has come to its end
+_FEW_USERS, _FEW_PERCENT = 10, 10
 
 
 def open_shop(settings: Settings, *, writing: bool) -> Connection:
@@ -47,7 +45,7 @@ def open_shop(settings: Settings, *, writing: bool) -> Connection:
         log.warning("no_index %s on %s: make it with --create-index", fields, orders)
     try:
         nobody = ObjectId()
-        list(Count(connection, settings, _now()).of_customers({nobody: [nobody]}))
+        list(Count(connection, settings, datetime.now(UTC)).of_customers([(nobody, [nobody])]))
         if writing:
             History(connection.recounts).check()
     except BaseException:
@@ -56,101 +54,22 @@ def open_shop(settings: Settings, *, writing: bool) -> Connection:
     return connection
 
 
-def perform(
-    connection: Connection,
-    settings: Settings,
-    history: History,
-    *,
-    customers: Customers | None = None,
-    write: bool = True,
-    force: bool = False,
-    moved: Moved = still,
-) -> Result:
-    """Do one recount, of everyone or of some customers.
-
-    1. Count, and compare with the stored points.
-    2. Let the guard judge what would change, unless `force`.
-    3. Write what has changed, if `write`.
-    4. Record and log it, if it was about everyone.
-
-    Raises Refused by the guard, and whatever else ended it.
-    """
-    result = Result(_now(), _now())
-    clock = time.monotonic()
-    recorded = write and customers is None
-    try:
-        with Changes(settings.batch_size, settings.points_field) as changes:
-            _count(connection, settings, changes, result, customers, moved)
-            if write and result.refusal and not force:
-                raise Refused(result.refusal)
-            if write:
-                result.refusing = changes.write(connection.users, moved)
-        result.outcome = "incomplete" if result.refusing.reasons else "succeeded"
-    except Exception as error:
-        result.outcome = "refused" if isinstance(error, Refused) else "failed"
-        # The text of an exception that is not ours could hold anything.
-        result.error = str(error) if isinstance(error, ServiceError) else type(error).__name__
-        result.seconds = time.monotonic() - clock
-        if recorded:
-            history.write(result)
-        raise
-    result.seconds = time.monotonic() - clock
-    if recorded:
-        history.write(result)
-        report.log_result(result)
-    return result
-
-
-def _count(
-    connection: Connection,
-    settings: Settings,
-    changes: Changes,
-    result: Result,
-    customers: Customers | None,
-    moved: Moved,
-) -> None:
-    """Fill `result` and `changes`. Whatever fails in the middle: all again at a new time."""
-    attempt, in_one_piece = 1, False
-    while True:
-        changes.clear()
-        recount = Recount(settings, changes.add)
-        count = Count(connection, settings, result.started_at, moved)
-        if customers is None:
-            rows = count.of_everyone(in_one_piece=in_one_piece)
-        else:
-            rows = count.of_customers(customers, everyone=True)
-        result.totals = recount.totals
-        try:
-            for row in rows:
-                recount.take(row)
-            break
-        except TooManyOddForms:
-            in_one_piece = True
-            log.info("counting_in_one_piece many ids are in capitals or mixed case")
-        except TooSlow:
-            raise
-        except Unavailable as error:
-            # The driver does not retry a cursor that died under it: the primary was killed, say.
-            if attempt == _COUNT_ATTEMPTS:
-                raise
-            attempt += 1
-            log.warning('counting_again attempt=%d error="%s"', attempt, error)
-            moved("")
-    result.as_of, result.exact = count.as_of, count.exact
-    result.cluster_time = count.cluster_time if count.exact else None
-    result.refusal, result.warning = recount.refusal(), recount.warning()
-    if customers is None and not recount.totals.counted_orders:
-        result.refusal = mistaken_status(connection, settings) or result.refusal
-
-
 class Service:
-    """Keeps a connection for the daemon, and makes a new one when that is rejected."""
+    """Does the daemon's work; makes a new connection when the one it keeps is rejected."""
 
     def __init__(self, settings: Settings, reload: Callable[[], Settings]) -> None:
         self._settings = settings
         self._reload = reload
         self._connection: Connection | None = None
         self._history = History(None)
+        self._live: Live | None = None
+        self._live_is_possible = settings.live_updates
+        self._last = Result(datetime.now(UTC), datetime.now(UTC))  # full recount
+        self._customers_updated = 0
+        self._updated_at: datetime | None = None
+        self._losers = 0  # since the last full recount, less those who have gained
+        self._held = False
+        self._beat_at = 0.0
 
     def connect(self) -> None:
         """Connect for the first time. Raises ServiceError."""
@@ -159,18 +78,26 @@ class Service:
 
     def recount(self, moved: Moved) -> str:
         """Recount everyone, and return how it went, for a person. Raises ServiceError."""
-        if self._connection is None:
-            self._reconnect()
-        assert self._connection is not None
         try:
-            result = perform(self._connection, self._settings, self._history, moved=moved)
+            if self._connection is None:
+                self._reconnect()
+            assert self._connection is not None
+            at = self._watch(self._connection)
+            task = Task(at=at)
+            result = perform(self._connection, self._settings, self._history, task, moved)
         except Refused as error:  # to try again soon would not help; the next is on schedule
+            self._stop_watching()
             log.error("refused %s", error)
             return f"refused: {error}"
         except Misconfigured:
-            self._connection.client.close()
-            self._connection = None
+            self._stop_watching()
+            if self._connection is not None:
+                self._connection.client.close()
+                self._connection = None
             raise
+        self._last, self._losers, self._held = result, 0, False
+        if self._live is not None and result.first_time is not None:
+            self._live.forget(result.first_time)
         return report.status_of(result)
 
     def _reconnect(self) -> None:
@@ -180,6 +107,86 @@ class Service:
             raise Misconfigured(str(error)) from error
         self.connect()
 
+    def meanwhile(self, seconds: float, moved: Moved) -> None:
+        """Do live updates for about so long. Raises ServiceError if that cannot go on.
 
-def _now() -> datetime:
-    return datetime.now(UTC)
+        Then everyone is to be recounted.
+        """
+        if self._live is None or self._connection is None:
+            time.sleep(seconds)
+            return
+        try:
+            self._update(self._connection, self._live, seconds, moved)
+        except ServiceError:
+            self._stop_watching()
+            raise
+
+    def _watch(self, connection: Connection) -> Timestamp | None:
+        """Open the stream if that is wanted; return the time that is to be counted at."""
+        if self._live is not None or not self._live_is_possible:
+            return None
+        after = snapshot_time(connection)
+        try:
+            if after is None:
+                raise Misconfigured(f"{connection.inexact or 'the server'} has no change streams")
+            self._live = Live(connection, self._settings, after)
+        except Misconfigured as error:
+            self._live_is_possible = False
+            log.warning('not_live error="%s"', error)
+            return None
+        log.info("live since=%s", f"{self._live.since:%Y-%m-%dT%H:%M:%SZ}")
+        return after
+
+    def _stop_watching(self) -> None:
+        if self._live is not None:
+            self._live.close()
+            self._live = None
+
+    def _update(self, connection: Connection, live: Live, seconds: float, moved: Moved) -> None:
+        if self._held:
+            # A mass change: everyone is recounted once it is over, and the guard judges the whole.
+            if live.quiet_for() > _QUIET:
+                raise Unavailable(
+                    "live updates would take points from many users: recount everyone"
+                )
+            time.sleep(min(seconds, _QUIET / 4))
+        elif marks := live.take(seconds):
+            self._recount_marked(connection, marks)
+        if time.monotonic() - self._beat_at >= HEARTBEAT.total_seconds():
+            self._beat_at = time.monotonic()
+            beat = Heartbeat(
+                live_since=live.since,
+                last_event=live.last_event,
+                last_update=self._updated_at,
+                customers_updated=self._customers_updated,
+                waiting=live.waiting(),
+            )
+            self._history.beat(beat)
+            moved(report.status_of_live(beat))
+
+    def _recount_marked(self, connection: Connection, marks: Marks) -> None:
+        odd_forms = {} if self._last.odd_forms is None else self._last.odd_forms
+        customers = marks.forms(odd_forms)
+        if self._last.odd_forms is None:  # whatever they may be
+            customers = [
+                (own, [*forms, *any_case(own)] if isinstance(own, ObjectId) else forms)
+                for own, forms in customers
+            ]
+        task = Task(customers=customers, at=marks.time, guard=self._too_many_losers)
+        try:
+            totals = perform(connection, self._settings, History(None), task).totals
+        except Refused as error:
+            log.warning("held %s", error)
+            self._held = True
+            return
+        self._losers = max(0, self._losers + totals.decreased - totals.increased)
+        self._customers_updated += totals.changed
+        self._updated_at = datetime.now(UTC)
+        log.debug("live_update customers=%d changed=%d", len(customers), totals.changed)
+
+    def _too_many_losers(self, totals: Totals) -> str | None:
+        losers = self._losers + totals.decreased - totals.increased
+        holders = self._last.totals.holding
+        if losers < _FEW_USERS or 100 * losers <= _FEW_PERCENT * holders:
+            return None
+        return f"live updates would take points from {losers:,} of {holders:,} users in all"

@@ -19,8 +19,8 @@ from loyalty.counting import Count, TooManyOddForms
 from loyalty.history import History
 from loyalty.index import create_index
 from loyalty.mongo import Connection, connect
+from loyalty.perform import perform
 from loyalty.query import Right, Row
-from loyalty.service import perform
 from sandbox.mongod import Deployment, wait_until
 from sandbox.shop import disagreements
 

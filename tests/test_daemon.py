@@ -30,6 +30,9 @@ class FakeWork:
         self.recount = recount
         self.connect = connect
 
+    def meanwhile(self, seconds: float, moved: Moved) -> None:
+        time.sleep(seconds)
+
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:

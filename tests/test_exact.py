@@ -18,9 +18,9 @@ from config import Settings
 from loyalty import spool
 from loyalty.history import History
 from loyalty.mongo import Connection, connect
+from loyalty.perform import Task, perform
 from loyalty.recount import Totals
 from loyalty.result import Result
-from loyalty.service import perform
 from sandbox.mongod import Deployment, wait_until
 from sandbox.service import Process
 from sandbox.shop import count, disagreements
@@ -57,7 +57,7 @@ def run(connection: Connection, settings: Settings, *, write: bool = True) -> To
 
 
 def result_of(connection: Connection, settings: Settings, *, write: bool = True) -> Result:
-    return perform(connection, settings, History(None), write=write, force=True)
+    return perform(connection, settings, History(None), Task(write=write, force=True))
 
 
 def false_changes(connection: Connection, settings: Settings, *, recounts: int) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from config import VERSION
 from loyalty.errors import Misconfigured
 from loyalty.history import History
 from loyalty.mongo import connect
-from loyalty.service import perform
+from loyalty.perform import perform
 from sandbox.shop import Shop
 
 

@@ -30,11 +30,11 @@ from loyalty.history import History
 from loyalty.ids import forms_of
 from loyalty.index import Plan, create_index, keys_of, plan_of
 from loyalty.mongo import Connection, connect
+from loyalty.perform import Task, perform
 from loyalty.query import Scope, pipeline
 from loyalty.ranges import Range, edges, ranges
 from loyalty.recount import Totals
 from loyalty.result import Result
-from loyalty.service import perform
 from sandbox.mongod import Deployment
 from sandbox.shop import Shop, count, disagreements, key
 
@@ -116,7 +116,7 @@ def connection(deployment: Deployment, request: pytest.FixtureRequest) -> Any:
 def recount(connection: Connection, **values: str) -> Result:
     name = connection.users.database.name
     settings = settings_for(f"mongodb://unused/{name}", **values)
-    return perform(connection, settings, History(None), force=True)
+    return perform(connection, settings, History(None), Task(force=True))
 
 
 def run(connection: Connection, **values: str) -> Totals:
@@ -385,7 +385,7 @@ def test_one_customer_is_found_whatever_the_type_of_the_id(
     )
     right = count(shop)
     settings = settings_for("mongodb://unused/x")
-    result = perform(connection, settings, History(None), customers=forms_of(text))
+    result = perform(connection, settings, History(None), Task(customers=forms_of(text)))
     stored = {key(u["_id"]): u["loyalty_points"] for u in connection.users.find()}
     assert stored.pop("somebody else") == 77
     del right["somebody else"]
@@ -488,8 +488,8 @@ def test_one_customer_is_counted_without_a_scan(uri: str, customer: str) -> None
         Shop(connection.users.database, random.Random(2)).fill(100, 1_000)
         connection.orders.create_index(keys_of(settings))
         forms = forms_of(customer)
-        found = Range([[{"$in": [form for each in forms.values() for form in each]}]])
-        scope = Scope(found, customers=list(forms))
+        found = Range([[{"$in": [form for _, each in forms for form in each]}]])
+        scope = Scope(found, customers=[own for own, _ in forms])
         stages = values_at(explained(connection, pipeline(settings, scope, arrays=False)), "stage")
         assert "IXSCAN" in stages
         assert "COLLSCAN" not in stages
