@@ -83,7 +83,7 @@ def ordinary(connection: Connection) -> Connection:
 
 
 @pytest.mark.xdist_group("busy")
-@pytest.mark.size(10, deep=100)
+@pytest.mark.size(10, deep=30)
 @pytest.mark.parametrize(
     ("index", "kind"),
     [(True, "move"), (False, "move"), (True, "swap")],
