@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -87,7 +88,21 @@ class History:
             ) from error
         except ServiceError:
             pass
+        try:
+            with sorted_errors("create the expiry index on", name):
+                # And so is an index that lets documents expire before they were written.
+                self._collection.create_index("finished_at", expireAfterSeconds=-1)
+        except NoPermission as error:
+            return str(error)
+        except ServiceError:
+            pass
         return None
+
+    def is_empty(self) -> bool:
+        """Return whether there is no record yet; False if there is no telling."""
+        with suppress(ServiceError):
+            return not self.newest(1)
+        return False
 
     def newest(self, limit: int, matching: Document | None = None) -> list[Document]:
         """Return the newest records first. Raises ServiceError."""

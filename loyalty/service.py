@@ -14,13 +14,13 @@ from config import Settings
 from loyalty import report
 from loyalty.counting import Count, TooManyOddForms
 from loyalty.errors import ConfigError, Misconfigured, Refused, ServiceError, TooSlow, Unavailable
-from loyalty.examine import mistaken_status
 from loyalty.history import History
 from loyalty.index import index_is_missing
 from loyalty.mongo import Connection, connect
 from loyalty.overlap import Moved, still
 from loyalty.recount import Recount
 from loyalty.result import Result
+from loyalty.statuses import mistaken_status
 from loyalty.writer import Changes
 
 log = logging.getLogger("loyalty")
@@ -83,6 +83,10 @@ def perform(
             _count(connection, settings, changes, result, customers, moved)
             if write and result.refusal and not force:
                 raise Refused(result.refusal)
+            if recorded and result.totals.decreased and history.is_empty():
+                result.warning = f"{result.totals.losers} lose some in this first recount"
+            if recorded and result.warning:  # before it happens
+                log.warning("points_taken %s", result.warning)
             if write:
                 result.refusing = changes.write(connection.users, moved)
         result.outcome = "incomplete" if result.refusing.reasons else "succeeded"
