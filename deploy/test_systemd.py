@@ -36,7 +36,7 @@ from sandbox.mongod import Deployment, bound
 T = TypeVar("T")
 
 # The first run makes the root folder, however slow the network is.
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = [pytest.mark.machine, pytest.mark.timeout(1200)]
 
 TOP = Path(__file__).resolve().parents[1]
 SUITE = os.environ.get("SUITE", "bookworm")  # with systemd 252, the oldest that the unit is for

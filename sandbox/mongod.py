@@ -368,5 +368,5 @@ def wait_until(what: str, ready: Callable[[], T | None], seconds: float = SECOND
     while time.monotonic() < deadline:
         if result := ready():
             return result
-        time.sleep(0.02)
+        time.sleep(0.05)
     raise Failed(f"{what}: not within {seconds:g} s")

@@ -1,6 +1,7 @@
 """Runs the service in a process in which something is not as it should be.
 
 - `faults_launcher.py clock FILE [arguments]`: the clock is set to the seconds in FILE.
+- `faults_launcher.py pause SECONDS [arguments]`: the first pause after a failure is that long.
 - `faults_launcher.py bugs LIST [arguments]`: recounts raise what LIST says: count:KeyError,...
 - `faults_launcher.py recounts NUMBER`: does that many; prints how much memory and files they take.
 """
@@ -24,13 +25,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import config
 import loyalty_microservice
+from loyalty import daemon
 from loyalty.counting import Count
 from loyalty.overlap import still
 from loyalty.service import Service
 from loyalty.writer import Changes
 
-SAMPLE_EVERY = 100
-RECONNECT_EVERY = 25
+RECONNECT_EVERY = 10
 
 
 def clock(file: str) -> None:
@@ -45,6 +46,10 @@ def clock(file: str) -> None:
                 traveller.move_to(shown := wanted)
 
     threading.Thread(target=follow, daemon=True).start()
+
+
+def pause(seconds: str) -> None:
+    daemon.FIRST_PAUSE = float(seconds)
 
 
 def bugs(listed: str) -> None:
@@ -78,7 +83,7 @@ def await_closed_clients() -> None:
 def recounts(number: int) -> None:
     """Do recounts as the daemon does them, each with something to write, some after reconnecting.
 
-    Prints the memory in KiB and the number of open files and threads after every 100.
+    Prints the memory in KiB and the number of open files and threads, after each sixth of them.
     """
     settings = config.load(os.environ)
     service = Service(settings, lambda: settings)
@@ -87,7 +92,7 @@ def recounts(number: int) -> None:
         service.recount(still)
         assert service._connection
         service._connection.users.update_many({}, {"$set": {settings.points_field: -1}})
-        if done % SAMPLE_EVERY == 0:
+        if done % (number // 6) == 0:
             await_closed_clients()
             status = Path("/proc/self/status").read_text()
             memory = int(status.split("VmRSS:")[1].split()[0])
@@ -105,6 +110,6 @@ if __name__ == "__main__":
     if mode == "recounts":
         recounts(int(argument))
         sys.exit()
-    {"clock": clock, "bugs": bugs}[mode](argument)
+    {"clock": clock, "pause": pause, "bugs": bugs}[mode](argument)
     sys.argv[1:] = rest
     runpy.run_path(loyalty_microservice.__file__, run_name="__main__")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import subprocess
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 from bson import ObjectId
-from conftest import ROOT, Command, Process
+from conftest import ROOT, Command
 from pymongo.database import Database
 
 from loyalty import index
@@ -21,6 +20,7 @@ from loyalty.counting import Count
 from loyalty.recount import Recount
 from loyalty_microservice import main
 from sandbox.mongod import Deployment, wait_until
+from sandbox.service import Process, environment
 from sandbox.shop import count, disagreements
 
 ADA = ObjectId("66abcdefabcdefabcdefabcd")
@@ -246,7 +246,7 @@ def test_whoever_reads_its_output_may_leave(
 ) -> None:
     close = {"stdout": ">&-", "stderr": "2>&-"}[ends]
     program = f"{sys.executable} {ROOT / 'loyalty_microservice.py'} --env-file /dev/null --once"
-    env = {**os.environ, "MONGODB_URI": uri}
+    env = environment(MONGODB_URI=uri)
     ran = subprocess.run(
         ["sh", "-c", f"{program} {close}"], env=env, capture_output=True, text=True, check=False
     )
@@ -318,8 +318,11 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+\n", capsys.readouterr().out)
 
 
-def test_not_being_allowed_to_record_is_one_warning_and_no_failure(service: Start) -> None:
-    with Deployment(auth=True) as guarded, guarded.client() as client:
+@pytest.mark.xdist_group("auth")
+def test_not_being_allowed_to_record_is_one_warning_and_no_failure(
+    authenticating: Deployment, service: Start
+) -> None:
+    with authenticating.client() as client:
         client.oms_db.users.insert_one({"_id": 1})
         client.oms_db.orders.insert_one({"customer_id": 1, "status": "Shipped"})
         client.oms_db.create_collection("loyalty_recounts")
@@ -329,7 +332,7 @@ def test_not_being_allowed_to_record_is_one_warning_and_no_failure(service: Star
         ]
         client.admin.command("createRole", "loyalty", privileges=privileges, roles=[])
         client.admin.command("createUser", "svc", pwd="s3cr/et", roles=["loyalty"])
-        uri = guarded.uri_for("svc", "s3cr/et")
+        uri = authenticating.uri_for("svc", "s3cr/et")
         daemon = service(MONGODB_URI=uri, RECOUNT_INTERVAL="1s", LOG_LEVEL="DEBUG")
         daemon.wait_for("outcome=succeeded", times=3)
         assert daemon.stop() == 0
@@ -341,6 +344,9 @@ def test_not_being_allowed_to_record_is_one_warning_and_no_failure(service: Star
         check = service("--check-config", MONGODB_URI=uri)
         assert check.wait() == 1
         assert "no permission to find in oms_db.loyalty_recounts" in check.output
+        client.drop_database("oms_db")
+        client.admin.command("dropUser", "svc")
+        client.admin.command("dropRole", "loyalty")
 
 
 def test_under_the_journal_every_line_has_a_priority_and_no_time(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -10,11 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import ROOT, Process
+from conftest import ROOT
 from pymongo import MongoClient
 
 from loyalty_microservice import main
 from sandbox.mongod import Deployment
+from sandbox.service import Process, environment
 
 README = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -32,7 +32,7 @@ def test_every_python_snippet_runs_and_shows_the_points(
         for snippet in SNIPPETS:
             ran = subprocess.run(
                 [sys.executable, "-W", "error", "-c", snippet],
-                env={**os.environ, "MONGODB_URI": deployment.uri},
+                env=environment(MONGODB_URI=deployment.uri),
                 capture_output=True,
                 text=True,
                 check=False,

@@ -128,7 +128,7 @@ def everything(connection: Connection) -> list[Document]:
     return sorted(found, key=lambda user: bson.encode({"": user["_id"]}))
 
 
-@settings(max_examples=150, suppress_health_check=list(HealthCheck))
+@settings(suppress_health_check=list(HealthCheck))
 @example(  # the sum of the points is no 64-bit integer, and nevertheless one user is right
     users=[{"_id": n, "loyalty_points": 2**62 if n else 1} for n in range(5)],
     orders=[{"customer_id": 0, "status": "Shipped"}],
