@@ -163,7 +163,7 @@ def _dry_run(args: argparse.Namespace, settings: Settings) -> int:
     if result.refusal:
         print(f"The guard would refuse this: {result.refusal}")
     elif result.warning:
-        print(f"Mind that {result.warning}")
+        print(f"This would take points {result.warning}")
     return Exit.FOUND if result.totals.changed else Exit.FINE
 
 

@@ -71,7 +71,8 @@ def _collections(connection: Connection, settings: Settings, found: Examination)
     with sorted_errors("list the collections of", users.database.name):
         # Of those that the database user may see, to list them takes no permission.
         there = users.database.list_collection_names(authorizedCollections=True)
-        found.users, found.orders = (c.estimated_document_count() for c in (users, orders))
+        limit = {"maxTimeMS": settings.count_ms}
+        found.users, found.orders = (c.estimated_document_count(**limit) for c in (users, orders))
     found.sampled = max(found.users, found.orders) > _SMALL
     others = ", ".join(sorted(there)[:_SHOWN]) or "none"
     found.problems += [

@@ -114,7 +114,8 @@ class Recount:
             return None
         return (
             f"{totals.losers} would lose some, more than MAX_DECREASE_PERCENT={limit} allows: "
-            "are ORDER_STATUSES and the database right? If so, let one recount through with --once --force"
+            "are ORDER_STATUSES and the database right? If so, let one recount through with "
+            "--once --force"
         )
 
     def warning(self) -> str | None:
@@ -123,4 +124,4 @@ class Recount:
         few = totals.decreased < _GUARD_USERS
         if few or totals.decreased * 100 <= _WARN_PERCENT * totals.holders:
             return None
-        return f"{totals.losers} lose some"
+        return f"from {totals.losers}"

@@ -84,7 +84,7 @@ def perform(
             if write and result.refusal and not force:
                 raise Refused(result.refusal)
             if recorded and result.totals.decreased and history.is_empty():
-                result.warning = f"{result.totals.losers} lose some in this first recount"
+                result.warning = f"from {result.totals.losers}, as this is the first recount"
             if recorded and result.warning:  # before it happens
                 log.warning("points_taken %s", result.warning)
             if write:

@@ -36,7 +36,7 @@ from loyalty.result import Result
 from loyalty.service import perform
 from loyalty.statuses import orders_of
 from sandbox.mongod import Deployment
-from sandbox.shop import Shop, count, disagreements, key
+from sandbox.shop import Names, Shop, count, disagreements, key
 
 Document = dict[str, Any]
 
@@ -259,7 +259,7 @@ def test_other_names_statuses_and_points_per_order_are_settings(
     perform(connection, settings, History(None))
     points = {user["_id"]: user["loyalty_points"] for user in shop.people.find()}
     assert points == {0: 160, 1: 160, 2: 140, 3: 140, 4: 0}
-    assert not disagreements(shop, ("Sent", "Arrived"), 10, orders="sales", users="people")
+    assert not disagreements(shop, ("Sent", "Arrived"), 10, Names("sales", "people"))
     connection.client.close()
     client.drop_database(shop.name)
 
