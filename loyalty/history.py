@@ -12,7 +12,7 @@ import pymongo
 from pymongo.collection import Collection
 
 from config import VERSION
-from loyalty.errors import Misconfigured, NoPermission, ServiceError
+from loyalty.errors import Misconfigured, NoPermission, ServiceError, Unavailable
 from loyalty.ids import Document
 from loyalty.result import COUNTS, Result
 from loyalty.sorting import sorted_errors
@@ -76,26 +76,17 @@ class History:
             with sorted_errors("find in", name):
                 foreign = self._collection.find_one({"recorded_by": {"$ne": MARK["recorded_by"]}})
             if foreign is not None:
-                raise Misconfigured(f"{name} holds documents that are not this service's: {hint}")
-            with sorted_errors("insert into", name):
-                # Permissions are looked at first; then an _id that is an array is turned down.
+                raise Misconfigured(f"{name} holds documents that are not this service's")
+            # The server looks at permissions first, and whether this is a view; then it turns down
+            # an _id that is an array, and an expiry that is negative.
+            with suppress(Unavailable), sorted_errors("insert into", name):
                 self._collection.insert_one({"_id": []})
-        except NoPermission as error:
-            return str(error)
-        except Misconfigured as error:
-            raise Misconfigured(
-                f"{error}: {hint}" if hint not in str(error) else str(error)
-            ) from error
-        except ServiceError:
-            pass
-        try:
-            with sorted_errors("create the expiry index on", name):
-                # And so is an index that lets documents expire before they were written.
+            with suppress(Unavailable), sorted_errors("create the expiry index on", name):
                 self._collection.create_index("finished_at", expireAfterSeconds=-1)
         except NoPermission as error:
             return str(error)
-        except ServiceError:
-            pass
+        except Misconfigured as error:
+            raise Misconfigured(f"{error}: {hint}") from error
         return None
 
     def is_empty(self) -> bool:

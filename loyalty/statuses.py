@@ -22,7 +22,7 @@ def mistaken_status(connection: Connection, settings: Settings) -> str | None:
     """Say what statuses there are though no order was counted; return why that is a mistake."""
     reason, mistaken = uncounted(statuses(connection, settings), settings)
     if mistaken:
-        return f"{reason}: correct ORDER_MOST, or let one recount through with --once --force"
+        return f"{reason}: correct ORDER_STATUSES, or let one recount through with --once --force"
     log.warning("no_counted_order %s", reason)
     return None
 
