@@ -192,7 +192,7 @@ class Count:
                 allowDiskUse=True,
                 batchSize=_ROWS,
                 collation=COLLATION,
-                maxTimeMS=int(self._settings.count_timeout.total_seconds() * 1000),
+                maxTimeMS=self._settings.count_ms,
                 **concern,
             )
             for answer in answers:

@@ -10,11 +10,12 @@ from pymongo.collection import Collection
 
 from config import Settings
 from loyalty.errors import Misconfigured, ServiceError
-from loyalty.ids import Document
+from loyalty.ids import Document, shown
 from loyalty.sorting import sorted_errors
 
 COLLATION = {"locale": "simple"}  # whatever the collections' own: exactly `Shipped`
 
+_PARALLEL_ARRAYS = 171
 _LARGE = 100_000  # orders that are slow to read without an index
 
 
@@ -95,8 +96,26 @@ def index_is_missing(orders: Collection[Any], settings: Settings) -> bool:
 def create_index(orders: Collection[Any], settings: Settings) -> str:
     """Make the index, if it is not there, and return its name. Raises ServiceError."""
     with sorted_errors("find", orders.full_name):
-        there = orders.database.list_collection_names(filter={"name": orders.name})
-    if not there:
+        there = orders.database.list_collection_names(authorizedCollections=True)
+    if orders.name not in there:
         raise Misconfigured(f"there is no collection {orders.full_name} to make an index on")
-    with sorted_errors("create an index on", orders.full_name):
-        return orders.create_index(keys_of(settings), collation=COLLATION)
+    try:
+        with sorted_errors("create an index on", orders.full_name):
+            return orders.create_index(keys_of(settings), collation=COLLATION)
+    except ServiceError as error:
+        if getattr(error.__cause__, "code", None) != _PARALLEL_ARRAYS:
+            raise
+        both = {"$and": [{"$or": array_in(field)} for field, _ in keys_of(settings)]}
+        with sorted_errors("find in", orders.full_name):
+            found = [shown(order["_id"]) for order in orders.find(both, {"_id": 1}).limit(5)]
+        names = f"{settings.status_field} and {settings.customer_field}"
+        raise Misconfigured(
+            f"no index can be made on {orders.full_name} while an order holds arrays in both "
+            f"{names}, such as the order with _id {', '.join(found)}"
+        ) from error
+
+
+def array_in(field: str) -> list[Document]:
+    """Return conditions, one of which is true of a document with an array in `field`, or above."""
+    parts = field.split(".")
+    return [{".".join(parts[:n]): {"$type": "array"}} for n in range(1, len(parts) + 1)]

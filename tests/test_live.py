@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
-from unittest import mock
 from uuid import uuid4
 
 import pytest
@@ -19,15 +16,11 @@ from hypothesis import strategies as st
 from pymongo import MongoClient
 from pymongo.database import Database
 
-from loyalty import live, service
-from loyalty.errors import ServiceError
 from loyalty.overlap import still
 from loyalty.service import Service
-from sandbox import faults
-from sandbox.faults import COUNTING, WRITING
-from sandbox.mongod import SECONDS, Deployment, wait_until
+from sandbox.mongod import SECONDS, Deployment
 from sandbox.service import Process
-from sandbox.shop import Shop, disagreements
+from sandbox.shop import disagreements
 
 IDS = [ObjectId(f"{n:x}".rjust(2, "b") * 12) for n in (0xAB, 0xCD, 0xFE)]
 Start = Callable[..., Process]
