@@ -22,7 +22,7 @@ from loyalty.spool import Spool
 
 log = logging.getLogger("loyalty")
 
-_ROWS = 10_000  # in one answer of the server; its own limit of 16 MB becomes 100 MB in Python
+_ROWS = 5_000  # in one answer of the server; its own limit of 16 MB becomes 100 MB in Python
 _ODD_CUSTOMERS = 10_000
 _AT_A_TIME = 1_000  # customers in one aggregation
 
