@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -38,6 +38,25 @@ def alone(tools: Mapping[str, str]) -> Iterator[None]:
     with (CACHE / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+@contextmanager
+def no_empty_groups(*names: str) -> Iterator[None]:
+    """At the end, remove the empty control groups of these names that others have made for us."""
+    own = {line.split(":", 2)[2] for line in Path("/proc/self/cgroup").read_text().splitlines()}
+    tops = {
+        Path(hierarchy, group.lstrip("/"), name)
+        for hierarchy in ("/sys/fs/cgroup", *map(str, Path("/sys/fs/cgroup").glob("*")))
+        for group in {"/", *own}
+        for name in names
+    }
+    try:
+        yield
+    finally:
+        for top in tops:
+            for folder, _, _ in os.walk(top, topdown=False):
+                with suppress(OSError):
+                    Path(folder).rmdir()
 
 
 def root_folder() -> Path:

@@ -26,7 +26,7 @@ settings = $(DESTDIR)$(SYSCONFDIR)/loyalty.env
 # Speak to systemd only where one runs, and where we install for this very machine.
 systemctl = $(if $(DESTDIR),:,test ! -d /run/systemd/system || systemctl)
 
-.PHONY: install uninstall test-systemd check-prefix
+.PHONY: install uninstall test-systemd test-container check-prefix
 
 check-prefix:
 	@test ! '$(prefix)' -ef . || { echo 'PREFIX=$(PREFIX): these are the sources'; exit 1; }
@@ -90,3 +90,6 @@ endif
 # Root is needed, and what it writes here stays root's: so no caches beside the sources.
 test-systemd: $(STAMP) ## boot a real systemd and try the service under it, as root
 	$(RUN) -B -m pytest -p no:cacheprovider deploy/test_systemd.py $(ARGS)
+
+test-container: $(STAMP) ## build the image and try it with podman, as root
+	$(RUN) -B -m pytest -p no:cacheprovider deploy/test_container.py $(ARGS)
