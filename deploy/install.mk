@@ -91,5 +91,9 @@ endif
 test-systemd: $(STAMP) ## boot a real systemd and try the service under it, as root
 	$(RUN) -B -m pytest -p no:cacheprovider deploy/test_systemd.py $(ARGS)
 
-test-container: $(STAMP) ## build the image and try it with podman, as root
-	$(RUN) -B -m pytest -p no:cacheprovider deploy/test_container.py $(ARGS)
+test-container: $(STAMP) $(VENV)/deploy-tools ## build the image and try it with podman, as root
+	$(RUN) -B -m pytest -p no:cacheprovider deploy/test_container.py deploy/test_files.py $(ARGS)
+
+$(VENV)/deploy-tools: $(STAMP) deploy/requirements-test.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check --requirement deploy/requirements-test.txt
+	touch $@

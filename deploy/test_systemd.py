@@ -544,6 +544,7 @@ def books(machine: Machine, shop: Shop, installed: str) -> Database[dict[str, An
     books.orders.insert_many([{"customer_id": customer, "status": "Shipped"} for _ in range(3)])
     roles = [{"role": "readWrite", "db": books.name}]
     shop.client.admin.command("grantRolesToUser", "loyalty", roles=roles)
+    machine.run("install", "-m", "0600", "/src/deploy/loyalty.env", str(BOOKS))
     machine.write(BOOKS, _books_settings(shop))
     machine.systemctl("enable", "--now", "loyalty-microservice@books")
     return books
@@ -601,11 +602,11 @@ def test_a_timer_looks_at_the_points_and_stale_ones_alert(
         ):
             service.systemctl("daemon-reload")
             service.systemctl("enable", "--now", f"{look}.timer")
-            _wait_for("two looks", lambda: service.run(*said).count(" old: fresh, ") >= 2)
+            _wait_for("two looks", lambda: service.run(*said).count(" old: fresh, ") >= 2, 60)
             assert wanted not in _alerts(service)
             long_ago = datetime.now(UTC) - timedelta(hours=5)
             books.loyalty_recounts.update_many({}, {"$set": {"as_of": long_ago}})
-            _wait_for("an alert", lambda: wanted in _alerts(service))
+            _wait_for("an alert", lambda: wanted in _alerts(service), 60)
             _wait_for("the mail", lambda: mail.exists() and " old: STALE, " in mail.read_text())
             assert mail.read_text().startswith(f"-s {look} has failed on ")
             service.systemctl("stop", f"{look}.timer", f"{look}.service")
