@@ -14,6 +14,7 @@ import shlex
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -152,12 +153,18 @@ def loyalty(
     settings.write_text(f"MONGODB_URI={shop.uri}\n", encoding="ascii")
     database.users.update_many({}, {"$unset": {"loyalty_points": ""}})
     database.loyalty_recounts.delete_many({})
-    run = [str(settings) if word == "loyalty.env" else word for word in commands[1]]
-    try:
-        # Docker leaves no more places to write to than are asked for.
-        podman.run(run[0], "--network=host", "--read-only-tmpfs=false", *run[1:])
+    with _container(podman, commands[1], settings):
         wait_until("a record", database.loyalty_recounts.find_one)
         yield podman
+
+
+@contextmanager
+def _container(podman: Podman, documented: list[str], settings: Path) -> Iterator[None]:
+    run, *words = (str(settings) if word == "loyalty.env" else word for word in documented)
+    try:
+        # Docker leaves no more places to write to than are asked for.
+        podman.run(run, "--network=host", "--read-only-tmpfs=false", *words)
+        yield
     finally:
         podman.run("rm", "--force", "--time=0", "loyalty")
 
@@ -203,18 +210,27 @@ def test_a_sigkill_is_answered_with_a_restart(loyalty: Podman, database: Any) ->
     assert loyalty.state("RestartCount") == "1"
 
 
+def test_a_database_that_is_away_uses_up_no_try(
+    podman: Podman, commands: list[list[str]], tmp_path: Path
+) -> None:
+    settings = tmp_path / "loyalty.env"
+    nobody = "mongodb://127.0.0.1:1/?serverSelectionTimeoutMS=200"
+    settings.write_text(f"MONGODB_URI={nobody}\n", encoding="ascii")
+    with _container(podman, commands[1], settings):
+        wait_until("the failure", lambda: "retry_in=" in podman.call("logs", "loyalty").stderr)
+        assert podman.state("State.Status") == "running"
+        assert podman.state("RestartCount") == "0"
+
+
 def test_the_tries_end_where_the_settings_are_wrong(
     podman: Podman, commands: list[list[str]], tmp_path: Path
 ) -> None:
     settings = tmp_path / "loyalty.env"
     settings.touch()
-    try:
-        podman.run(*(str(settings) if word == "loyalty.env" else word for word in commands[1]))
+    with _container(podman, commands[1], settings):
         wait_until("the last try", lambda: podman.state("RestartCount") == "10")
         wait_until("its end", lambda: podman.state("State.Status") == "exited")
         assert podman.state("State.ExitCode") == "78"
-    finally:
-        podman.run("rm", "--force", "--time=0", "loyalty")
 
 
 def test_options_can_be_added_and_the_uri_can_be_a_file(
