@@ -11,7 +11,7 @@ STAMP := $(VENV)/installed-for-$(VERSION)
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak bench lint format clean
+.PHONY: help demo test test-deep soak bench lint format clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +21,9 @@ demo: $(STAMP) ## the real service on a private MongoDB, for about 30 seconds
 
 test: $(STAMP) ## all tests, with coverage; ARGS="-k word" for some
 	$(RUN) -m pytest -n 4 --dist loadgroup --cov --cov-report=term-missing:skip-covered $(ARGS)
+
+test-deep: $(STAMP) ## those of them that come in numbers, in larger ones
+	$(RUN) -m pytest -n 4 --dist loadgroup --deep $(ARGS)
 
 soak: $(STAMP) ## MINUTES=10 of random faults against the daemon while a shop changes
 	$(RUN) -m sandbox.soak $(MINUTES)

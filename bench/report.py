@@ -33,9 +33,8 @@ FAR = """## A server that is {:g} ms away
 A relay in front of the server adds that to each round trip; near is the same relay without."""
 PROFILE = """## Where the server's time goes in a quiet pass
 
-From its own `explain`, which slows it down somewhat. The index and the first `$group` are the
-count that everyone pays; a `$group` of more than 100 MB sorts on disk. The rest is the price of
-comparing: `$merge` does not compare, and writes every user again."""
+From its own `explain`, which slows it down somewhat; the sums over all ranges, counted one after
+another. The index and the first `$group` are the count that everyone pays."""
 GROWTH = """## Growth
 
 Ten orders a user, with the index, one run each except at the size above; seconds, and peak memory
@@ -96,10 +95,10 @@ def state_table(title: str, results: Results) -> str:
 
 def profile_table(stages: Iterable[Stage]) -> str:
     rows = [
-        [f"`{stage.name}`", f"{stage.seconds:.2f}", f"{stage.rows:,}", stage.disk]
+        [f"`{stage.name}`", f"{stage.seconds:.2f}", f"{stage.rows:,}", str(stage.spills)]
         for stage in stages
     ]
-    return PROFILE + "\n\n" + _table(["stage", "seconds", "rows out", "on disk"], rows)
+    return PROFILE + "\n\n" + _table(["stage", "seconds", "rows out", "spills to disk"], rows)
 
 
 def growth_table(title: str, sizes: Mapping[int, Results]) -> str:

@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import islice
+from itertools import islice, zip_longest
 from typing import Any, NamedTuple
 
 import bson
@@ -16,7 +16,9 @@ from pymongo import WriteConcern
 from pymongo.collection import Collection
 
 from config import load
-from loyalty.counting import COLLATION, INDEX, POINTS, pipeline
+from loyalty.index import COLLATION, keys_of
+from loyalty.query import Scope, pipeline
+from loyalty.ranges import edges, ranges
 from sandbox.mongod import Deployment
 from sandbox.shop import STATUSES, Document
 
@@ -48,7 +50,15 @@ class Stage(NamedTuple):
     name: str
     seconds: float
     rows: int
-    disk: str
+    spills: int
+
+    def plus(self, other: Stage) -> Stage:
+        return Stage(
+            self.name or other.name,
+            self.seconds + other.seconds,
+            self.rows + other.rows,
+            self.spills + other.spills,
+        )
 
 
 class Shop:
@@ -69,7 +79,7 @@ class Shop:
             _insert(self._database[state], self._new_users(state, changed))
 
     def make_index(self) -> None:
-        self.orders.create_index(INDEX)
+        self.orders.create_index(keys_of(self._settings))
 
     def restore(self, state: str) -> None:
         """Give all users the points of `state` again, and let the server come to rest."""
@@ -77,23 +87,41 @@ class Shop:
         self._client.admin.command("fsync")  # a checkpoint now, not while somebody is timed
 
     def wrong(self) -> Wrong:
-        users = self._database.users.find({}, {POINTS: 1}).sort("_id", 1)
-        pairs = zip((user.get(POINTS) for user in users), self._points, strict=True)
+        users = self._database.users.find({}, {self._settings.points_field: 1}).sort("_id", 1)
+        pairs = zip(
+            (user.get(self._settings.points_field) for user in users), self._points, strict=True
+        )
         found = [stored for stored, right in pairs if stored != right]
         return Wrong(len(found) - found.count(None), found.count(None))
 
     def profile(self) -> list[Stage]:
-        """Return what the server says of the stages of a recount, in their order."""
+        """Return what the server says of the stages of a recount: the sums over all ranges."""
         self.restore("quiet")
-        asked: Document = {"aggregate": "orders", "pipeline": pipeline(self._settings)}
-        asked |= {"cursor": {}, "allowDiskUse": True, "collation": COLLATION}
+        stages: list[Stage] = []
+        for part in ranges(edges(self._database.users)):
+            found = self._explained(Scope(part, apart=part.of_text))
+            if len(found) > len(stages):  # a range of texts has the most
+                found, stages = stages, found
+            stages = [
+                a.plus(b) for a, b in zip_longest(stages, found, fillvalue=Stage("", 0, 0, 0))
+            ]
+        return stages
+
+    def _explained(self, scope: Scope) -> list[Stage]:
+        asked: Document = {
+            "aggregate": "orders",
+            "pipeline": pipeline(self._settings, scope, arrays=False),
+            "cursor": {},
+            "allowDiskUse": True,
+            "collation": COLLATION,
+        }
         said = self._database.command("explain", asked, verbosity="executionStats")
         stages, before = [], 0
         for stage in said["stages"]:
             name = next(key for key in stage if key.startswith("$"))
             until = int(stage["executionTimeMillisEstimate"])  # from the start of the pipeline
-            spills = f"{stage['spills']} times" if stage.get("usedDisk") else ""
             label = "$match, the index" if name == "$cursor" else name
+            spills = int(stage.get("spills", 0))
             stages.append(Stage(label, (until - before) / 1000, int(stage["nReturned"]), spills))
             before = until
         return stages
@@ -131,9 +159,9 @@ class Shop:
             user: Document = {"_id": _user_id(number), "name": f"Ada Abara {number}"}
             user["email"] = f"ada.abara.{number}@example.com"
             if state != "first":
-                user[POINTS] = right
+                user["loyalty_points"] = right
             if state == "ordinary" and number in changed:
-                user[POINTS] = right + 1 if number % 2 or not right else right - 1
+                user["loyalty_points"] = right + 1 if number % 2 or not right else right - 1
             yield bson.encode(user)
 
 

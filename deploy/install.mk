@@ -88,8 +88,8 @@ ifneq ($(PURGE),1)
 endif
 
 # Root is needed, and what it writes here stays root's: so no caches beside the sources.
-test-systemd: $(STAMP) ## boot a real systemd and try the service under it, as root
-	$(RUN) -B -m pytest -p no:cacheprovider deploy/test_systemd.py $(ARGS)
+test-systemd: $(STAMP) ## the tests that want a machine: a real systemd, a full disk; as root
+	$(RUN) -B -m pytest -p no:cacheprovider -m machine deploy/test_systemd.py tests $(ARGS)
 
 test-container: $(STAMP) $(VENV)/deploy-tools ## build the image and try it with podman, as root
 	$(RUN) -B -m pytest -p no:cacheprovider deploy/test_container.py deploy/test_files.py $(ARGS)

@@ -34,7 +34,7 @@ from sandbox.mongod import Deployment, bound
 T = TypeVar("T")
 
 # The first run makes the root folder, however slow the network is.
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = [pytest.mark.machine, pytest.mark.timeout(1200)]
 
 TOP = debian.TOP
 

@@ -1,158 +1,201 @@
-"""What the server is asked: the aggregation that counts and compares, and the forms of ids."""
+"""One count: of everyone in ranges, or of some customers, as of one point in time."""
 
 from __future__ import annotations
 
-import math
-import re
-import uuid
-from collections.abc import Mapping
-from itertools import product
+import logging
+from collections.abc import Iterator, Sequence
+from datetime import datetime
 from typing import Any
 
-import bson
-from bson import ObjectId
+from bson import ObjectId, Timestamp
 
 from config import Settings
+from loyalty.errors import SnapshotTooOld
+from loyalty.ids import spellings
+from loyalty.index import COLLATION, Plan, plan_of
+from loyalty.mongo import Connection
+from loyalty.overlap import Moved, Progress, overlapping, still
+from loyalty.query import OddForm, Right, Row, Scope, pipeline, rows
+from loyalty.ranges import Range, edges, ranges
+from loyalty.sorting import sorted_errors
+from loyalty.spool import Spool
 
-Document = Mapping[str, Any]
+log = logging.getLogger("loyalty")
 
-POINTS = "loyalty_points"
-INDEX = [("status", 1), ("customer_id", 1)]
-COLLATION = {"locale": "simple"}  # whatever the collections' own: exactly `Shipped`
-
-NO_CUSTOMER: list[Any] = []
-"""The key of the orders without customer: a user's _id is never an array."""
-
-USER = 2**50
-"""Stands for a user among points: more than all points of a customer, so that one is not two."""
-
-_STORED = f"${POINTS}"
-# Few enough that the sum over all users is an integer too.
-_IS_PLAUSIBLE: Document = {
-    "$and": [
-        {"$in": [{"$type": _STORED}, ["int", "long"]]},
-        {"$gte": [_STORED, 0]},
-        {"$lt": [_STORED, 2**40]},
-    ]
-}
-_SUM: Document = {"$sum": "$v"}  # of the numbers
-_RIGHT: Document = {
-    "$or": [
-        # One user, with the canonical id: what the orders earn, less USER and the points.
-        {"$and": [{"$eq": [_SUM, -USER]}, {"$eq": ["$v.p", []]}]},
-        # One user, with another form of it, and so no USER in the sum.
-        {"$eq": ["$v.p", [_SUM]]},
-    ]
-}
-_HOLDS: Document = {"$and": [{"$isNumber": _STORED}, {"$gt": [_STORED, 0]}]}
-_SUMS: list[Document] = [
-    {
-        "$group": {
-            "_id": None,
-            "users": {"$sum": 1},
-            "holders": {"$sum": {"$cond": [_HOLDS, 1, 0]}},
-            "points": {"$sum": {"$cond": [_IS_PLAUSIBLE, _STORED, 0]}},
-        }
-    },
-    {"$project": {"_id": NO_CUSTOMER, "v": "$$ROOT"}},
-]
+_ROWS = 10_000  # in one answer of the server; its own limit of 16 MB becomes 100 MB in Python
+_ODD_CUSTOMERS = 10_000
+_AT_A_TIME = 1_000  # customers in one aggregation
 
 
-def pipeline(settings: Settings, customer: str | None = None) -> list[Document]:
-    """Return the aggregation over the orders, of everyone or of one `customer`.
+Customers = Sequence[tuple[Any, Sequence[Any]]]
+"""Canonical ids, each with the forms of it that an index finds."""
 
-    Its rows are `{k: {_id: canonical id}, v}`, of the customers who are not one user with the right
-    points. v holds the points that the orders earn, a number for each form of the id in them, and
-    the users. One whose _id is the canonical id is `-USER - points` if those are plausible, and NaN
-    if there are none; any other is `{k: {_id}, p}`, p being the points, as `{w: points}` if
-    implausible. Everyone's v of NO_CUSTOMER also holds `{users, holders, points}`, the sums over
-    all users.
+
+class TooManyOddForms(Exception):
+    """So many that everyone is to be counted in one piece, where all forms of an id meet."""
+
+
+def snapshot_time(connection: Connection, at: Timestamp | None = None) -> Timestamp | None:
+    """Return the newest time that everything can be read at, or `at` once it can be read at that.
+
+    None if the server has no such thing.
     """
-    orders: Document = {"status": {"$in": list(settings.order_statuses)}}
-    users: list[Document] = [_user_row()]
-    wanted: list[Document] = [{"$match": {"$expr": {"$not": [_RIGHT]}}}]
-    # Before the long $group: a snapshot is kept for five minutes only.
-    sums: list[Document] = [{"$unionWith": {"coll": settings.users, "pipeline": _SUMS}}]
-    if customer is not None:
-        forms = {"$in": id_forms(customer)}
-        orders = {**orders, "customer_id": forms}
-        users.insert(0, {"$match": {"_id": forms}})
-        wanted = [{"$match": {"_id": {"$in": canonical_ids(customer)}}}]
-        sums = []
-    # $match lets an array through that holds a counted status. Both fields are in the index, so
-    # without arrays no order is fetched. ($type keeps MongoDB 6.0 from the engine that is slow with
-    # many groups.)
-    is_array = {"$eq": [{"$type": "$status"}, "array"]}
-    earned = {"$sum": {"$cond": [is_array, 0, settings.points_per_order]}}
-    return [
-        {"$match": orders},
-        {"$group": {"_id": "$customer_id", "v": earned}},
-        {"$project": {"_id": canonical("$_id", NO_CUSTOMER), "v": 1}},
-        {"$unionWith": {"coll": settings.users, "pipeline": users}},
-        *sums,
-        # One accumulator, mostly of numbers: beyond 100 MB the server turns to its disk.
-        {"$group": {"_id": "$_id", "v": {"$push": "$v"}}},
-        *wanted,
-        {"$project": {"_id": 0, "k": {"_id": "$_id"}, "v": 1}},
-    ]
+    users = connection.users
+    if not connection.snapshots:
+        return None
+    concern = {"level": "snapshot"} if at is None else {"level": "snapshot", "atClusterTime": at}
+    read = {"find": users.name, "filter": {"_id": ObjectId()}, "singleBatch": True}
+    with sorted_errors("find in", users.full_name):
+        reply = users.database.command({**read, "readConcern": concern})
+    # A collection that does not exist has no snapshot, only a last operation before it.
+    moment: Timestamp | None = reply["cursor"].get("atClusterTime") or reply.get("operationTime")
+    return moment
 
 
-def customer_orders(customer: str, statuses: list[Any]) -> list[Document]:
-    """Return the aggregation over the orders that counts a customer's, by status.
+class Count:
+    """One count: `of_everyone` or `of_customers`, once. Both raise ServiceError.
 
-    `statuses` names every status there is, which makes the index's second field reachable.
+    What they yield was read as of `cluster_time`, where the server can do that. Should that have
+    changed in between, `exact` is no longer true; `first_time`, or `as_of`, is the oldest.
     """
-    ids = canonical_ids(customer)
-    return [
-        {"$match": {"status": {"$in": statuses}, "customer_id": {"$in": id_forms(customer)}}},
-        {"$group": {"_id": {"c": "$customer_id", "s": "$status"}, "n": {"$sum": 1}}},
-        {"$match": {"$expr": {"$in": [canonical("$_id.c", NO_CUSTOMER), {"$literal": ids}]}}},
-        {"$group": {"_id": "$_id.s", "n": {"$sum": "$n"}}},
-        {"$sort": {"n": -1, "_id": 1}},
-    ]
 
+    def __init__(
+        self, connection: Connection, settings: Settings, started_at: datetime, moved: Moved = still
+    ) -> None:
+        self.as_of = started_at
+        self.cluster_time: Timestamp | None = None
+        self.first_time: Timestamp | None = None
+        self.exact = False
+        self.odd_forms: dict[ObjectId, set[str]] = {}
+        self.knows_odd_forms = True
+        self._connection = connection
+        self._settings = settings
+        self._moved = moved
+        self._plan = Plan()
 
-def _user_row() -> Document:
-    own = canonical("$_id", None)
-    row = {"k": {"_id": "$_id"}, "p": {"$cond": [_IS_PLAUSIBLE, _STORED, {"w": _STORED}]}}
-    branches = [
-        {"case": {"$ne": ["$_id", own]}, "then": row},
-        {"case": _IS_PLAUSIBLE, "then": {"$subtract": [-USER, _STORED]}},
-        {"case": {"$lte": [_STORED, None]}, "then": math.nan},  # null or missing
-    ]
-    return {"$project": {"_id": own, "v": {"$switch": {"branches": branches, "default": row}}}}
+    def of_everyone(
+        self, *, at: Timestamp | None = None, in_one_piece: bool = False
+    ) -> Iterator[Row | Right]:
+        """Count everyone, in ranges where the index allows it. Raises TooManyOddForms then."""
+        self._pin(at)
+        self.exact = self.cluster_time is not None
+        # After that: no array has been in an index at the pinned time if none has been by now.
+        self._plan = plan_of(self._connection.orders, self._settings)
+        if self._plan.ranges and not in_one_piece:
+            yield from self._in_ranges(ranges(self._edges()))
+        else:
+            self.knows_odd_forms = False
+            yield from self._in_scope(Scope())
 
+    def of_customers(
+        self, customers: Customers, *, at: Timestamp | None = None, everyone: bool = False
+    ) -> Iterator[Row | Right]:
+        """Count some customers, as of `at` or later.
 
-def canonical(value: str, nothing: Any) -> Document:
-    """Make a hex string its ObjectId; null, and "" if `nothing` is not null, `nothing`."""
-    other: Any = value
-    if nothing is not None:
-        other = {"$cond": [{"$eq": [value, ""]}, nothing, value]}
-    return {"$convert": {"input": value, "to": "objectId", "onError": other, "onNull": nothing}}
+        With `everyone`, those who are right come as rows, too.
+        """
+        self._pin(at)
+        self.exact = self.cluster_time is not None
+        yield from self._of_customers(customers, everyone=everyone)
 
+    def _pin(self, at: Timestamp | None) -> None:
+        """Let everything from now on be read as of one point in time: `at`, or later."""
+        moment = snapshot_time(self._connection)
+        if at is not None and moment is not None and moment < at:  # a new primary may be behind
+            moment = snapshot_time(self._connection, at)
+        if self.cluster_time is None and moment is not None:
+            self.as_of = moment.as_datetime()
+            self.first_time = moment
+        self.cluster_time = moment
 
-def canonical_ids(text: str) -> list[Any]:
-    """Return what an id given as text may be once it is canonical."""
-    ids = [form for form in id_forms(text) if not isinstance(form, bson.Regex)]
-    return ids[1:] if ObjectId.is_valid(text) else ids
+    def _edges(self) -> list[Any]:
+        with sorted_errors("find in", self._connection.users.full_name):
+            return edges(self._connection.users)
 
+    def _in_ranges(self, cut: Sequence[Range]) -> Iterator[Row | Right]:
+        progress = Progress("counting", len(cut), self._moved)
+        done = pinned = 0
+        while done < len(cut):
+            scopes = (Scope(part, apart=part.of_text) for part in cut[done:])
+            try:
+                with overlapping(self._ask, scopes, self._settings.count_workers) as answers:
+                    for answer in answers:
+                        with answer:
+                            yield from self._without_odd_forms(answer)
+                        done += 1
+                        progress.add(1)
+            except SnapshotTooOld as error:
+                if done == pinned:
+                    raise  # one range alone takes longer than the server keeps a snapshot
+                log.warning('counting_on done=%d total=%d error="%s"', done, len(cut), error)
+                # Each customer is still counted as of one point in time, but not all of the same.
+                self.exact, pinned = False, done
+                self._pin(None)
+        yield from self._with_odd_forms()
 
-def id_forms(text: str) -> list[Any]:
-    """Return what an id given as text may be in the database: text, number, UUID, ObjectId.
+    def _without_odd_forms(self, spool: Spool) -> Iterator[Row | Right]:
+        """Yield the rows of a range, but for the customers of whom odd forms are known.
 
-    24 hex digits may be stored in any mix of cases. An index finds those by their prefixes up to
-    the ninth letter, 256 at most; more than one customer may share them.
-    """
-    forms: list[Any] = [text]
-    if re.fullmatch(r"-?[0-9]{1,18}", text):
-        forms.append(int(text))
-    elif re.fullmatch(r"-?[0-9]+\.[0-9]+", text):
-        forms.append(float(text))
-    elif re.fullmatch(r"[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}", text):
-        forms.append(bson.Binary.from_uuid(uuid.UUID(text)))
-    if ObjectId.is_valid(text):
-        letters = [match.start() for match in re.finditer("[a-fA-F]", text)]
-        prefix = text[: letters[8]] if len(letters) > 8 else text
-        cases = product(*(sorted({digit.lower(), digit.upper()}) for digit in prefix))
-        forms += [ObjectId(text), *(bson.Regex("^" + "".join(case)) for case in cases)]
-    return forms
+        An odd form is never in a later range than its customer, and in the same it comes first.
+        """
+        for answer in spool:
+            for row in rows(answer):
+                if isinstance(row, OddForm):
+                    self.odd_forms.setdefault(ObjectId(row.text), set()).add(row.text)
+                    if len(self.odd_forms) > _ODD_CUSTOMERS:
+                        raise TooManyOddForms
+                elif isinstance(row, Right) or not self._has_odd_forms(row.customer):
+                    yield row
+
+    def _has_odd_forms(self, customer: Any) -> bool:
+        return isinstance(customer, ObjectId) and customer in self.odd_forms
+
+    def _with_odd_forms(self) -> Iterator[Row | Right]:
+        """Count the customers with odd forms by themselves, and take back what is in the sums."""
+        counted = [(customer, [customer, str(customer)]) for customer in self.odd_forms]
+        for row in self._of_customers(counted):
+            if isinstance(row, Right):
+                yield Right(-row.orders, -row.users, -row.holders)
+        whole = [(own, [*spellings(own), *forms]) for own, forms in self.odd_forms.items()]
+        yield from self._of_customers(whole)
+
+    def _of_customers(
+        self, customers: Customers, *, everyone: bool = False
+    ) -> Iterator[Row | Right]:
+        for start in range(0, len(customers), _AT_A_TIME):
+            chosen = customers[start : start + _AT_A_TIME]
+            found = Range([[{"$in": [form for _, forms in chosen for form in forms]}]])
+            own = [customer for customer, _ in chosen]
+            yield from self._in_scope(Scope(found, customers=own, everyone=everyone))
+
+    def _in_scope(self, scope: Scope) -> Iterator[Row | Right]:
+        with self._ask(scope) as spool:
+            for answer in spool:
+                for row in rows(answer):
+                    assert not isinstance(row, OddForm)  # that is for ranges
+                    yield row
+
+    def _ask(self, scope: Scope) -> Spool:
+        """Return all answers of the server, so that a range is counted as a whole or not at all."""
+        orders, spool = self._connection.orders, Spool()
+        concern: dict[str, Any] = {}
+        if self.cluster_time is not None:
+            # Not a snapshot session: that is not for several threads.
+            snapshot = {"level": "snapshot", "atClusterTime": self.cluster_time}
+            concern = {"readConcern": snapshot}
+        advice = "raise COUNT_TIMEOUT"
+        if not self._plan.ranges:
+            advice += ", or make the index with --create-index"
+        with sorted_errors("find in", orders.full_name, if_too_slow=advice):
+            answers = orders.aggregate_raw_batches(
+                pipeline(self._settings, scope, arrays=self._plan.arrays),
+                allowDiskUse=True,
+                batchSize=_ROWS,
+                collation=COLLATION,
+                maxTimeMS=self._settings.count_ms,
+                **concern,
+            )
+            for answer in answers:
+                spool.add(answer)
+                self._moved("")
+        return spool

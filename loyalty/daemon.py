@@ -17,47 +17,55 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from typing import Protocol
 
 import schedule
 
-from loyalty.mongo import Misconfigured, ServiceError
+from loyalty.errors import Misconfigured, ServiceError
+from loyalty.overlap import Moved
 
 log = logging.getLogger("loyalty")
 
 FIRST_PAUSE = 10.0
 LONGEST_PAUSE = 300.0
+_CALM = 60.0  # seconds without a failure, after which pauses are short again
 _TICK = 1.0  # the longest time, in seconds, between two looks at the clocks
 
 
-class Daemon:
-    """Runs `connect` until it succeeds, then `work` at once and after every `interval`.
+class Work(Protocol):
+    """What a daemon does; all of it may raise ServiceError."""
 
-    `work` gets a function to call whenever it has moved on, and returns what it did in a few
-    words. `patience` is how long it may be silent before systemd's watchdog is no longer fed.
-    Whatever fails is logged and tried again after a pause; only Misconfigured from the first
-    `connect` ends the daemon.
+    def connect(self) -> None:
+        """Do once what has to succeed before anything else."""
+
+    def recount(self, moved: Moved) -> str:
+        """Do it all once, and return how it went in a few words; call `moved` meanwhile."""
+
+    def meanwhile(self, seconds: float, moved: Moved) -> None:
+        """Do what there is to do between two recounts, or nothing, for about so long."""
+
+
+class Daemon:
+    """Lets `work` connect until it succeeds, then recount at once and after every `interval`.
+
+    `patience` is how long it may be silent before systemd's watchdog is no longer fed. Whatever
+    fails is logged and tried again after a pause; only Misconfigured from the first `connect` ends
+    the daemon.
     """
 
-    def __init__(
-        self,
-        connect: Callable[[], None],
-        work: Callable[[Callable[[], None]], str],
-        *,
-        interval: timedelta,
-        patience: timedelta,
-    ) -> None:
-        self._connect = connect
+    def __init__(self, work: Work, *, interval: timedelta, patience: timedelta) -> None:
         self._work = work
         self._interval = interval.total_seconds()
         self._patience = patience.total_seconds()
         self._connected = False
-        self._pause = 0.0
+        self._pause = FIRST_PAUSE
+        self._failed = float("-inf")
         self._due = 0.0
         self._moved = time.monotonic()
         self._fatal: BaseException | None = None
         # Not the module-wide scheduler of `schedule`, which belongs to whoever imports it.
         self.scheduler = schedule.Scheduler()
-        self.scheduler.every(int(self._interval)).seconds.do(self._attempt, self._work_once)
+        self.scheduler.every(int(self._interval)).seconds.do(self._attempt, self._recount)
 
     def run(self) -> None:
         """Run until SIGTERM or SIGINT. Raises what ended the worker, should that happen."""
@@ -84,7 +92,7 @@ class Daemon:
 
     def _run_worker(self, wake: socket.socket) -> None:
         try:
-            while not self._attempt(self._connect_once):
+            while not self._attempt(self._connect):
                 while time.monotonic() < self._due:
                     self._wait()
             self._due = 0.0
@@ -100,45 +108,62 @@ class Daemon:
             self._fatal = error
             wake.send(b"\0")
 
-    def _connect_once(self) -> str:
-        self._connect()
+    def _connect(self) -> str:
+        self._work.connect()
         self._connected = True
         _notify("READY=1")
         return "connected"
 
-    def _work_once(self) -> str:
-        return self._work(self._move)
+    def _recount(self) -> str:
+        return self._work.recount(self._move)
 
     def _attempt(self, step: Callable[[], str]) -> bool:
-        """Do `step` and decide when it is due next. This is where errors end."""
+        """Do `step`, decide when it is due next, and return whether it succeeded."""
         try:
             status = step()
-            self._pause = 0.0
-        except ServiceError as error:
+        except Exception as error:
             if isinstance(error, Misconfigured) and not self._connected:
                 raise  # only a person can put that right, and is likely still watching
-            status = f"failed: {error}"
-            self._lengthen_pause()
-            log.error('failed error="%s" retry_in=%gs', error, self._pause)
-        except Exception:
-            status = "failed: a bug, see the log"
-            self._lengthen_pause()
-            log.exception("bug retry_in=%gs", self._pause)
-        pause = self._pause or self._interval
-        self._due = time.monotonic() + pause
-        at = datetime.now(UTC) + timedelta(seconds=pause)
-        _notify(f"STATUS={status}; next at {at:%Y-%m-%d %H:%M:%S} UTC")
-        return not self._pause
+            self._fail(error)
+            return False
+        self._plan(status, self._interval)
+        return True
 
-    def _lengthen_pause(self) -> None:
-        self._pause = min(2 * self._pause or FIRST_PAUSE, LONGEST_PAUSE, self._interval)
+    def _fail(self, error: Exception) -> None:
+        """Log an error, and plan the next recount after a pause. This is where errors end."""
+        now = time.monotonic()
+        longest = min(LONGEST_PAUSE, self._interval)
+        lately = now - self._failed < self._pause + _CALM
+        self._pause = min(2 * self._pause if lately else FIRST_PAUSE, longest)
+        self._failed = now
+        if isinstance(error, ServiceError):
+            log.error('failed error="%s" retry_in=%gs', error, self._pause)
+            status = f"failed: {error}"
+        else:
+            log.error("bug retry_in=%gs", self._pause, exc_info=error)
+            status = "failed: a bug, see the log"
+        self._plan(status, self._pause)
+
+    def _plan(self, status: str, seconds: float) -> None:
+        self._due = time.monotonic() + seconds
+        at = datetime.now(UTC) + timedelta(seconds=seconds)
+        _notify(f"STATUS={status}; next at {at:%Y-%m-%d %H:%M:%S} UTC")
 
     def _wait(self) -> None:
-        self._move()
-        time.sleep(min(_TICK, max(0.0, self._due - time.monotonic())))
+        self._move("")
+        seconds = min(_TICK, max(0.0, self._due - time.monotonic()))
+        if not self._connected:
+            time.sleep(seconds)
+            return
+        try:
+            self._work.meanwhile(seconds, self._move)
+        except Exception as error:  # noqa: BLE001 -- logged there
+            self._fail(error)
 
-    def _move(self) -> None:
+    def _move(self, progress: str) -> None:
         self._moved = time.monotonic()
+        if progress:
+            _notify(f"STATUS={progress}")
 
 
 def _ignore(number: int, frame: object) -> None: ...

@@ -4,34 +4,46 @@ from __future__ import annotations
 
 import logging
 import socket
-from datetime import datetime, timedelta
-from typing import Any, Literal
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pymongo
 from pymongo.collection import Collection
 
 from config import VERSION
-from loyalty.counting import Document
-from loyalty.mongo import Misconfigured, ServiceError, sorted_errors
-from loyalty.recount import Recount
+from loyalty.errors import Misconfigured, NoPermission, ServiceError, Unavailable
+from loyalty.ids import Document
+from loyalty.result import COUNTS, Result
+from loyalty.sorting import sorted_errors
 
 log = logging.getLogger("loyalty")
 
 KEEP = timedelta(days=90)
+HEARTBEAT = timedelta(seconds=10)
 
 _SECONDS = 5
 
-Outcome = Literal["succeeded", "refused", "failed"]
+# What we wrote, and nothing else, is read again and expires.
+MARK = {"recorded_by": "loyalty-microservice"}
 
-COUNTS = (
-    "counted_orders",
-    "changed",
-    "increased",
-    "decreased",
-    "unknown_customers",
-    "orders_of_unknown_customers",
-    "orders_without_customer",
-)
+_RECOUNTS = {"outcome": {"$ne": "live"}}
+_FRESH = {"outcome": {"$in": ["succeeded", "incomplete"]}}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heartbeat:
+    """How live updates are doing; times are UTC."""
+
+    live_since: datetime
+    last_event: datetime | None
+    last_update: datetime | None
+    customers_updated: int
+    waiting: int
+    """Changed orders, and customers, that are still to be counted."""
+    at: datetime = field(default_factory=lambda: datetime.now(UTC))
 
 
 class History:
@@ -42,24 +54,42 @@ class History:
         self._indexed = False
         self._warned = False
 
-    def write(
-        self, result: Recount, outcome: Outcome, error: str | None, finished_at: datetime
-    ) -> None:
+    def write(self, result: Result) -> None:
         """Write the record of one recount. Failing to is a warning, and only the first time."""
+
+        def insert(collection: Collection[Any]) -> None:
+            with sorted_errors("insert into", collection.full_name):
+                collection.insert_one(_record(result))
+            if not self._indexed:
+                with sorted_errors("create the expiry index on", collection.full_name):
+                    collection.create_index(
+                        "finished_at",
+                        name="loyalty_records_expire",
+                        expireAfterSeconds=int(KEEP.total_seconds()),
+                        partialFilterExpression=MARK,
+                    )
+                self._indexed = True
+
+        self._try(insert)
+
+    def beat(self, heartbeat: Heartbeat) -> None:
+        """Replace this host's heartbeat. Failing to is a warning, as with records."""
+        own = {"_id": f"live {socket.gethostname()}", **MARK}
+        values = {**asdict(heartbeat), "outcome": "live", "finished_at": heartbeat.at}
+
+        def replace(collection: Collection[Any]) -> None:
+            with sorted_errors("update", collection.full_name):
+                collection.update_one(own, {"$set": values}, upsert=True)
+
+        self._try(replace)
+
+    def _try(self, write: Callable[[Collection[Any]], None]) -> None:
         if self._collection is None:
             return
-        name = self._collection.full_name
         try:
             # The record is the least of the work: it must not hold up the next recount.
             with pymongo.timeout(_SECONDS):
-                with sorted_errors("insert into", name):
-                    self._collection.insert_one(_record(result, outcome, error, finished_at))
-                if not self._indexed:
-                    with sorted_errors("create the expiry index on", name):
-                        self._collection.create_index(
-                            "finished_at", expireAfterSeconds=int(KEEP.total_seconds())
-                        )
-                    self._indexed = True
+                write(self._collection)
         except ServiceError as problem:
             if not self._warned:
                 log.warning('not_recorded error="%s"', problem)
@@ -68,48 +98,70 @@ class History:
             self._warned = False
 
     def check(self) -> str | None:
-        """Return why records cannot be read or written, if so."""
+        """Return why records cannot be read or written, if so.
+
+        Raises Misconfigured if this is no collection for them, and Unavailable.
+        """
         if self._collection is None:
             return None
         name = self._collection.full_name
+        hint = "RECOUNTS_COLLECTION must name a collection of its own, which need not exist"
         try:
             with sorted_errors("find in", name):
-                self._collection.find_one({})
-            with sorted_errors("insert into", name):
-                # Permissions are looked at first; then an _id that is an array is turned down.
+                foreign = self._collection.find_one({"recorded_by": {"$ne": MARK["recorded_by"]}})
+            if foreign is not None:
+                raise Misconfigured(f"{name} holds documents that are not this service's")
+            # The server looks at permissions first, and whether this is a view; then it turns down
+            # an _id that is an array, and an expiry that is negative.
+            with suppress(Unavailable), sorted_errors("insert into", name):
                 self._collection.insert_one({"_id": []})
-        except Misconfigured as error:
+            with suppress(Unavailable), sorted_errors("create the expiry index on", name):
+                self._collection.create_index("finished_at", expireAfterSeconds=-1)
+        except NoPermission as error:
             return str(error)
-        except ServiceError:
-            pass
+        except Misconfigured as error:
+            raise Misconfigured(f"{error}: {hint}") from error
         return None
 
-    def newest(self, limit: int, **matching: str) -> list[Document]:
-        """Return the newest records first. Raises ServiceError."""
+    def is_empty(self) -> bool:
+        """Return whether there is no record yet; False if there is no telling."""
+        with suppress(ServiceError):
+            return not self.newest(1)
+        return False
+
+    def newest(self, limit: int, matching: Document | None = None) -> list[Document]:
+        """Return the newest records of recounts first. Raises ServiceError."""
         if self._collection is None:
             raise Misconfigured("RECOUNTS_COLLECTION is empty, so no record is kept")
         with sorted_errors("find in", self._collection.full_name):
-            found = self._collection.find(matching, {"_id": 0})
+            found = self._collection.find({**MARK, **(matching or _RECOUNTS)}, {"_id": 0})
             return list(found.sort("finished_at", -1).limit(limit))
 
     def age(self, now: datetime) -> timedelta | None:
         """Return how old the points are that the last success left, None if there was none."""
-        newest = self.newest(1, outcome="succeeded")
+        newest = self.newest(1, _FRESH)
         return now - newest[0]["as_of"] if newest else None
 
+    def heartbeat(self) -> Heartbeat | None:
+        """Return the newest heartbeat, if there has been one. Raises ServiceError."""
+        for found in self.newest(1, {"outcome": "live"}):
+            return Heartbeat(**{name: found[name] for name in Heartbeat.__slots__})
+        return None
 
-def _record(
-    result: Recount, outcome: Outcome, error: str | None, finished_at: datetime
-) -> dict[str, Any]:
-    totals = result.totals
+
+def _record(result: Result) -> dict[str, Any]:
     return {
+        **MARK,
         "started_at": result.started_at,
-        "finished_at": finished_at,
-        "as_of": totals.as_of,
-        "exact": totals.exact,
-        "outcome": outcome,
-        **{name: getattr(totals, name) for name in COUNTS},
-        "error": error,
+        "finished_at": result.finished_at,
+        "seconds": result.seconds,
+        "as_of": result.as_of,
+        "cluster_time": result.cluster_time if result.exact else None,
+        "exact": result.exact,
+        "outcome": result.outcome,
+        **{name: getattr(result.totals, name) for name in COUNTS},
+        "refused_updates": result.refusing.reasons.total(),
+        "error": result.error,
         "host": socket.gethostname(),
         "version": VERSION,
     }

@@ -1,11 +1,17 @@
-"""Values as they are stored, some of which Python cannot hold."""
+"""Canonical ids and the forms they take, for the server and for Python; and odd values.
+
+A customer's id may be stored as an ObjectId or as the 24 hex digits of one, in any mix of cases.
+Its canonical form is the ObjectId; of any other id, the id itself.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any
-from uuid import UUID
 
 import bson
 from bson import Decimal128, ObjectId
@@ -13,12 +19,83 @@ from bson.codec_options import CodecOptions
 from bson.errors import InvalidBSON
 from bson.raw_bson import RawBSONDocument
 
-from loyalty.counting import Document
+Document = Mapping[str, Any]
+
+NO_CUSTOMER: list[Any] = []
+"""The key of the orders without customer: a user's _id is never an array."""
 
 # Text that is not UTF-8 and a date after the year 9999 have no Python value: such ids go back to
 # the server as they came.
 RAW: CodecOptions[RawBSONDocument] = CodecOptions(document_class=RawBSONDocument)
 _PLAIN: CodecOptions[dict[str, Any]] = CodecOptions()
+
+
+class _Unreadable:
+    def __repr__(self) -> str:
+        return "(unreadable)"
+
+
+UNREADABLE = _Unreadable()
+"""Stands for a value that Python cannot hold."""
+
+
+def canonical(value: str, nothing: Any) -> Document:
+    """Return the expression for the canonical form of the id at `value`, such as `$customer_id`.
+
+    Null and missing become `nothing`, and "" too, unless `nothing` is null.
+    """
+    other: Any = value
+    if nothing is not None:
+        other = {"$cond": [{"$eq": [value, ""]}, nothing, value]}
+    return {"$convert": {"input": value, "to": "objectId", "onError": other, "onNull": nothing}}
+
+
+def is_hex_id(value: Any) -> bool:
+    """Return whether this is the text of an ObjectId."""
+    return isinstance(value, str) and ObjectId.is_valid(value)
+
+
+def canonical_of(value: Any) -> Any:
+    """Return the canonical form of an id, as `canonical` has it."""
+    return ObjectId(value) if is_hex_id(value) else value
+
+
+def spellings(customer: Any) -> list[Any]:
+    """Return the forms of a canonical id that an index finds at once; mixed case is another."""
+    if isinstance(customer, ObjectId):
+        return [customer, str(customer), str(customer).upper()]
+    return [customer]
+
+
+def forms_of(text: str) -> list[tuple[Any, list[Any]]]:
+    """Return the canonical ids that `text` may mean, each with what finds all its forms.
+
+    It may mean a text, a number, a UUID or an ObjectId.
+    """
+    if ObjectId.is_valid(text):
+        own = ObjectId(text)
+        return [(own, [own, *any_case(own)])]
+    ids: list[Any] = [text]
+    if re.fullmatch(r"-?[0-9]{1,18}", text):
+        ids.append(int(text))
+    elif re.fullmatch(r"-?[0-9]+\.[0-9]+", text):
+        ids.append(float(text))
+    elif re.fullmatch(r"[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}", text):
+        ids.append(bson.Binary.from_uuid(uuid.UUID(text)))
+    return [(own, [own]) for own in ids]
+
+
+def any_case(customer: ObjectId) -> list[bson.Regex[str]]:
+    """Return patterns that find the hex digits of an id in any mix of cases.
+
+    An index finds them by their prefixes up to the ninth letter, 256 at most; more than one
+    customer may share those.
+    """
+    digits = str(customer)
+    letters = [match.start() for match in re.finditer("[a-f]", digits)]
+    prefix = digits[: letters[8]] if len(letters) > 8 else digits
+    cases = product(*(sorted({digit, digit.upper()}) for digit in prefix))
+    return [bson.Regex("^" + "".join(case)) for case in cases]
 
 
 def decoded(answer: bytes) -> Sequence[Document]:
@@ -29,29 +106,23 @@ def decoded(answer: bytes) -> Sequence[Document]:
         return bson.decode_all(answer, RAW)
 
 
+def value_of(document: Document, key: str) -> Any:
+    """Return a value of a `decoded` document, None if there is none, or UNREADABLE."""
+    try:
+        value = document.get(key)
+        return bson.decode(value.raw) if isinstance(value, RawBSONDocument) else value
+    except InvalidBSON:
+        return UNREADABLE
+
+
 def shown(value: Any) -> str:
     """Return a value for a person to read, on one short line."""
+    if value is None:
+        return "none"
     if isinstance(value, bson.Binary) and value.subtype == bson.binary.UUID_SUBTYPE:
         value = value.as_uuid()
-    text = str(value) if isinstance(value, ObjectId | UUID | Odd) else repr(value)
+    text = str(value) if isinstance(value, ObjectId | uuid.UUID) else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def value_of(document: Document, key: str) -> Any:
-    """Return a value, or an `Odd` where there is none that Python can hold."""
-    try:
-        value = document[key]
-        return bson.decode(value.raw) if isinstance(value, RawBSONDocument) else value
-    except KeyError:
-        return Odd("none")
-    except InvalidBSON:
-        return Odd("(unreadable)")
-
-
-class Odd(str):
-    """In the place of a value that is not there, or that Python cannot hold."""
-
-    __slots__ = ()
 
 
 def number_in(stored: Any) -> float:

@@ -1,84 +1,103 @@
-"""What a person reads: the log's format on stderr, results on stdout."""
+"""What a person reads: how a recount went, on stdout and in the log."""
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-import os
-import sys
-import time
 from collections.abc import Sequence
 from datetime import datetime, timedelta
+from typing import Any
 
-from config import Settings
-from loyalty.counting import Document
-from loyalty.history import COUNTS
+from config import Settings, declared
+from loyalty.examine import Examination
+from loyalty.history import HEARTBEAT, Heartbeat
+from loyalty.ids import Document, shown
 from loyalty.mongo import Connection
 from loyalty.recount import Change, Totals
+from loyalty.result import COUNTS, Result
+from loyalty.statuses import is_counted, shown_status
+
+log = logging.getLogger("loyalty")
 
 _CHANGE = ("user", "from", "to")
+_STATUSES = 10  # shown
+_UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
 
-def log_to_stderr() -> None:
-    """Set up logging: for the journal if that is where stderr goes, for people otherwise."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(_JournalFormatter() if _under_journal() else _TerminalFormatter())
-    # Other libraries only from WARNING on: at DEBUG the driver logs commands and documents.
-    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
-    logging.getLogger("loyalty").setLevel(logging.INFO)
-
-
-class _TerminalFormatter(logging.Formatter):
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
-        self.converter = time.gmtime
-
-
-class _JournalFormatter(logging.Formatter):
-    """The journal adds the time, and takes each line's priority from its start (sd-daemon(3))."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        level = record.levelno
-        priority = 3 if level >= logging.ERROR else 4 if level >= logging.WARNING else 6
-        return "\n".join(f"<{priority}>{line}" for line in super().format(record).splitlines())
-
-
-def _under_journal() -> bool:
-    try:
-        stderr = os.fstat(sys.stderr.fileno())
-    except (AttributeError, OSError, ValueError):  # closed, or no file
-        return False
-    return os.environ.get("JOURNAL_STREAM") == f"{stderr.st_dev}:{stderr.st_ino}"
-
-
-def fields(totals: Totals, took: timedelta) -> str:
-    """Return the totals as key=value, for the log."""
+def log_result(result: Result) -> None:
+    """Log one line about a recount, and a warning for whatever a person should look at."""
+    totals = result.totals
     numbers = [f"{name}={getattr(totals, name)}" for name in ("users", *COUNTS)]
-    exact = str(totals.exact).lower()
-    numbers += [f"as_of={totals.as_of:%Y-%m-%dT%H:%M:%SZ}", f"exact={exact}"]
-    numbers.append(f"seconds={took.total_seconds():.1f}")
-    if totals.unknown_sample:
-        numbers.append(f'unknown_sample="{", ".join(totals.unknown_sample)}"')
-    return " ".join(numbers)
+    numbers.append(f"refused_updates={result.refusing.reasons.total()}")
+    numbers += [f"as_of={result.as_of:%Y-%m-%dT%H:%M:%SZ}", f"exact={str(result.exact).lower()}"]
+    log.info(
+        "recount outcome=%s %s seconds=%.1f", result.outcome, " ".join(numbers), result.seconds
+    )
+    if totals.unknown_sample:  # at DEBUG only: an id may be an e-mail address
+        log.debug('unknown_customers sample="%s"', ", ".join(totals.unknown_sample))
+    if not totals.users:
+        log.warning("no_users found: are MONGODB_DATABASE and USERS_COLLECTION right?")
+    if refused := result.refusing.reasons.total():
+        log.warning(
+            "incomplete %s of %s users refused the update, the others are written; %s",
+            *(f"{refused:,}", f"{totals.changed:,}", result.refusing),
+        )
 
 
-def print_totals(totals: Totals) -> None:
-    """Print what a recount found."""
-    unknown = f"{totals.unknown_customers:,} with {totals.orders_of_unknown_customers:,} orders"
-    if totals.unknown_sample:
-        unknown += f", such as {', '.join(totals.unknown_sample)}"
-    exact = "one point in time" if totals.exact else "not one point in time: standalone server"
-    changed = f"{totals.changed:,} ({totals.increased:,} up, {totals.decreased:,} down)"
-    if same := totals.changed - totals.increased - totals.decreased:
-        changed = changed.replace(")", f", {same:,} only in type)")
-    _print_table(
+def status_of(result: Result) -> str:
+    """Return how a recount went in a few words, for systemd."""
+    changed = f"{result.totals.changed:,} changed"
+    if refused := result.refusing.reasons.total():
+        changed += f", {_count(refused, 'user')} refused the update"
+    return f"recounted as of {result.as_of:%Y-%m-%d %H:%M:%S} UTC, {changed}"
+
+
+def status_of_live(beat: Heartbeat) -> str:
+    """Return how live updates are doing in a few words, for systemd."""
+    since = f"live since {beat.live_since:%Y-%m-%d %H:%M:%S} UTC"
+    return f"{since}, {_count(beat.customers_updated, 'update')}, {beat.waiting:,} waiting"
+
+
+def print_live(beat: Heartbeat | None, now: datetime) -> None:
+    """Print whether live updates are at work, if they ever were."""
+    if beat is None:
+        return
+    age = now - beat.at
+    if age <= 3 * HEARTBEAT:
+        print(f"Live: {status_of_live(beat)[5:]}")
+        return
+    print(f"NOT live any more: the last heartbeat was {written(age)} ago")
+
+
+def print_totals(result: Result, *, names: bool = False) -> None:
+    """Print what a recount found; with `names`, ids of unknown customers, too."""
+    totals = result.totals
+    unknown = f"{totals.unknown_customers:,}"
+    if totals.unknown_customers:
+        unknown += f" with {_count(totals.orders_of_unknown_customers, 'order')}"
+    if names:
+        unknown += _such_as(totals)
+    print_table(
         ("users", f"{totals.users:,}"),
         ("counted orders", f"{totals.counted_orders:,}"),
-        ("changed", changed),
+        ("changed", _changed(totals)),
         ("unknown customers", unknown),
         ("orders without customer", f"{totals.orders_without_customer:,}"),
-        ("as of", f"{_cell(totals.as_of)} UTC ({exact})"),
+        ("as of", f"{cell(result.as_of)} UTC ({_exactness(result)})"),
     )
+
+
+def _changed(totals: Totals) -> str:
+    parts = {"up": totals.increased, "down": totals.decreased, "set to 0": totals.zeroed}
+    parts["only in type"] = totals.changed - sum(parts.values())
+    kinds = [f"{n:,} {kind}" for kind, n in parts.items() if n or kind in ("up", "down")]
+    return f"{totals.changed:,} ({', '.join(kinds)})"
+
+
+def _exactness(result: Result) -> str:
+    if result.exact:
+        # On an idle server that may be some seconds before the recount began.
+        return "one point in time: the last that a majority of the servers had confirmed"
+    return "not one point in time"
 
 
 def print_changes(changes: Sequence[Change]) -> None:
@@ -86,22 +105,45 @@ def print_changes(changes: Sequence[Change]) -> None:
     if changes:
         print("Largest changes")
         ranked = sorted(changes, reverse=True)
-        _print_table(_CHANGE, *((c.user, c.before, f"{c.after:,}") for c in ranked))
+        print_table(_CHANGE, *((c.user, c.before, f"{c.after:,}") for c in ranked))
 
 
-def print_customer(customer: str, orders: dict[str, int], users: Sequence[Change]) -> None:
-    """Print one customer: orders by status, and each user's points before and after."""
-    print(f"{customer}: " + (", ".join(f"{n:,} {s}" for s, n in orders.items()) or "no orders"))
-    _print_table(_CHANGE, *((c.user, c.before, f"{c.after:,}") for c in users))
+def print_customer(
+    customer: str,
+    settings: Settings,
+    orders: Sequence[tuple[Any, Any, int, bool]],
+    users: Sequence[Change],
+) -> None:
+    """Print a customer's orders, `(form of the id, status, number, is of a user)`, and points."""
+    print(customer)
+    rows = []
+    for form, status, n, of_a_user in orders:
+        points, why = n * settings.points_per_order, ""
+        if not is_counted(status, settings):
+            points, why = 0, f"only {' and '.join(settings.order_statuses)} counts"
+        elif not of_a_user:
+            points, why = 0, f"no user has the _id {shown(form)}"
+        rows.append((shown(form), shown_status(status), f"{n:,}", f"{points:,}", why))
+    if rows:
+        names = (settings.customer_field, settings.status_field, "orders", "points", "")
+        print_table(names, *rows)
+    else:
+        print("  no orders")
+    if users:
+        print_table(_CHANGE, *((c.user, c.before, f"{c.after:,}") for c in users))
+    else:
+        print("  no user has this id, be it text, number, UUID or ObjectId")
 
 
 def print_records(records: Sequence[Document]) -> None:
-    """Print records of recounts, one a line."""
+    """Print records of recounts, one a line; times are UTC."""
     if not records:
         return
     names = ("finished_at", "outcome", "changed", "counted_orders", "as_of", "exact", "error")
-    rows = ([_cell(record[name]) for name in names] for record in records)
-    _print_table([name.replace("_", " ") for name in names], *rows)
+    rows = ([cell(record.get(name)) for name in names] for record in records)
+    times = {"finished_at": "finished (UTC)", "as_of": "as of (UTC)"}
+    print_table([times.get(name, name.replace("_", " ")) for name in names], *rows)
+    print("As of: the last moment that most servers had confirmed, a few seconds back on idle ones")
 
 
 def print_age(age: timedelta | None, interval: timedelta) -> bool:
@@ -112,8 +154,8 @@ def print_age(age: timedelta | None, interval: timedelta) -> bool:
     fresh = age <= 2 * interval
     old = timedelta(seconds=int(age.total_seconds()))
     print(
-        f"The points are {old} old: {'fresh, at most' if fresh else 'STALE, more than'} "
-        f"twice the interval of {interval}"
+        f"The points are {written(old)} old: {'fresh, at most' if fresh else 'STALE, more than'} "
+        f"twice the interval of {written(interval)}"
     )
     return fresh
 
@@ -121,21 +163,64 @@ def print_age(age: timedelta | None, interval: timedelta) -> bool:
 def print_settings(settings: Settings, connection: Connection, problem: str | None) -> None:
     """Print what the service goes by, without credentials."""
     rows = [
-        (f.name.replace("_", " "), _cell(getattr(settings, f.name)))
-        for f in dataclasses.fields(settings)
-        if f.repr
+        (setting.name, cell(getattr(settings, attribute)))
+        for attribute, setting in declared().items()
+        if attribute != "mongodb_uri"
     ]
-    exact = "yes" if connection.snapshots else "no: a standalone server"
-    _print_table(
+    print_table(
         ("hosts", settings.hosts),
-        ("server version", connection.server_version),
-        ("one point in time", exact),
+        ("server", f"{connection.server_version}, {connection.topology.replace('_', ' ')}"),
+        ("one point in time", f"no: {connection.inexact}" if connection.inexact else "yes"),
         *rows,
         ("permissions", problem or "fine"),
     )
 
 
-def _cell(value: object) -> str:
+def print_examination(found: Examination, settings: Settings) -> None:
+    """Print what is known of the data, and what has to be put right."""
+    about = "about " if found.sampled else ""
+
+    def number(n: int | None) -> str:
+        return (
+            "not known without the index; --dry-run counts them" if n is None else f"{about}{n:,}"
+        )
+
+    print("The data" + (" (about: an estimate, from a sample)" if about else ""))
+    ids = ", ".join(f"{kind} {number(n)}" for kind, n in found.ids.items())
+    counts = {status: n for status, n in found.statuses if isinstance(status, str)}
+    missing = [(s, 0) for s in settings.order_statuses if s not in counts]
+    print_table(
+        ("users", number(found.users) + (f": _id is {ids}" if ids else "")),
+        ("orders", number(found.orders)),
+        *(
+            (f"  {shown_status(status)}", number(n) + (", counts" * is_counted(status, settings)))
+            for status, n in [*found.statuses[:_STATUSES], *missing]
+        ),
+        ("that count, without customer", number(found.orders_without_customer)),
+        ("that count, of no user", number(found.orders_of_unknown_customers) + _such_as(found)),
+        ("users with points", number(found.holders)),
+        ("who would lose some", number(found.decreased)),
+        (f"index {settings.status_field}, {settings.customer_field}", found.index or "not known"),
+    )
+    for problem in found.problems:
+        print(f"PROBLEM: {problem}")
+
+
+def _such_as(found: Examination | Totals) -> str:
+    return f", such as {', '.join(found.unknown_sample)}" if found.unknown_sample else ""
+
+
+def written(time: timedelta) -> str:
+    """Return a time as an operator writes it: 2h, 90s."""
+    seconds = int(time.total_seconds())
+    for unit, size in _UNITS.items():
+        if seconds >= size and (seconds % size == 0 or seconds >= 100 * size):
+            return f"{seconds // size}{unit}"
+    return f"{seconds}s"
+
+
+def cell(value: object) -> str:
+    """Return a value as it stands in a table."""
     match value:
         case None:
             return ""
@@ -145,12 +230,18 @@ def _cell(value: object) -> str:
             return f"{value:,}"
         case datetime():
             return f"{value:%Y-%m-%d %H:%M:%S}"
+        case timedelta():
+            return written(value)
         case tuple():
             return ", ".join(value)
     return str(value) or "none"
 
 
-def _print_table(*rows: Sequence[str]) -> None:
+def _count(n: int, thing: str) -> str:
+    return f"{n:,} {thing}" if n == 1 else f"{n:,} {thing}s"
+
+
+def print_table(*rows: Sequence[str]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  " + "  ".join(map(str.ljust, row, widths)).rstrip())

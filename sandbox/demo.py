@@ -26,45 +26,23 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, _leave)
 
 import random
-import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 from pymongo.database import Database
 from pymongo.errors import PyMongoError
 
-from sandbox.mongod import Deployment, Failed, NoMongod, bound
+from sandbox.mongod import Deployment, Failed, NoMongod
+from sandbox.service import PROGRAM, Process
 from sandbox.shop import Document, Shop, disagreements
 
-SERVICE = Path(__file__).parents[1] / "loyalty_microservice.py"
 RECOUNTS = 6
 INTERVAL = timedelta(seconds=5)
 # The shop holds still from this long before a recount is due, so that the two counts can be
 # compared. The service itself does not need that.
 QUIET = timedelta(seconds=1.5)
 PATIENCE = timedelta(seconds=30)
-SETTINGS = {
-    "MONGODB_URI",
-    "MONGODB_URI_FILE",
-    "MONGODB_DATABASE",
-    "ORDERS_COLLECTION",
-    "USERS_COLLECTION",
-    "RECOUNTS_COLLECTION",
-    "ORDER_STATUSES",
-    "POINTS_PER_ORDER",
-    "RECOUNT_INTERVAL",
-    "COUNT_TIMEOUT",
-    "MAX_DECREASE_PERCENT",
-    "BATCH_SIZE",
-    "LOG_LEVEL",
-    "NOTIFY_SOCKET",
-    "WATCHDOG_USEC",
-}
 GREEN, RED, BOLD, DIM = "32", "31", "1", "2"
 
 
@@ -110,56 +88,6 @@ class Screen:
             print(f"\r\x1b[K{self.styled(text, DIM)}", end="", flush=True)
 
 
-@dataclass
-class Service:
-    """The real service, a process of its own."""
-
-    process: subprocess.Popen[bytes]
-    log: Path
-
-    def check(self) -> None:
-        """Raise Failed with the end of its log if it has ended."""
-        if self.process.poll() is not None:
-            raise Failed(f"the service ended by itself, see its log:\n{self.log_end()}")
-
-    def log_end(self) -> str:
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-5:])
-
-    def connected(self) -> str:
-        """Return the line of its log that confirms the connection."""
-        lines = self.log.read_text(errors="replace").splitlines()
-        found = (line.partition(" INFO ")[2] for line in lines if " connected " in line)
-        return next(found, "(no such line)")
-
-    def stop(self) -> int:
-        self.process.terminate()
-        return self.process.wait(PATIENCE.total_seconds())
-
-
-@contextmanager
-def _running_service(deployment: Deployment) -> Iterator[Service]:
-    """Start the service with settings of the demo's own, none of the reader's."""
-    empty, log = deployment.folder / "empty.env", deployment.folder / "service.log"
-    empty.touch(mode=0o600)
-    env = {name: value for name, value in os.environ.items() if name not in SETTINGS}
-    env |= {"MONGODB_URI": deployment.uri}
-    env |= {"RECOUNT_INTERVAL": f"{INTERVAL.seconds}s"}
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            bound([sys.executable, str(SERVICE), "--env-file", str(empty)], signal.SIGTERM),
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
-    try:
-        yield Service(process, log)
-    finally:
-        process.kill()
-        process.wait()
-
-
 class Demo:
     """One run of the demo; `failures` counts what was not as it should be."""
 
@@ -181,8 +109,12 @@ class Demo:
             shop = Shop(database, random.Random())
             shop.fill()
             say("  shop      1,000 customers, 10,000 orders, 3 % of them dirty on purpose")
-            with _running_service(deployment) as service:
-                say(f"  service   python {SERVICE.name}, process {service.process.pid}")
+            with Process(
+                log=deployment.folder / "service.log",
+                MONGODB_URI=deployment.uri,
+                RECOUNT_INTERVAL=f"{INTERVAL.seconds}s",
+            ) as service:
+                say(f"  service   python {PROGRAM.name}, process {service.pid}")
                 self._watch(database, shop, service)
                 code = service.stop()
                 self.failures += code != 0
@@ -198,7 +130,7 @@ class Demo:
         say("  .venv/bin/python loyalty_microservice.py")
         return 0
 
-    def _watch(self, database: Database[Document], shop: Shop, service: Service) -> None:
+    def _watch(self, database: Database[Document], shop: Shop, service: Process) -> None:
         before = _points(database)
         last_write = datetime.now(UTC)
         since = last_write
@@ -207,7 +139,8 @@ class Demo:
             record = self._next_record(database, service, since)
             since = record["started_at"]
             if not compared:
-                self._screen.say(f"  its log   {service.connected()}")
+                connected = next(line for line in service.lines if " connected " in line)
+                self._screen.say(f"  its log   {connected.partition(' INFO ')[2]}")
             if record["outcome"] != "succeeded":
                 raise Failed(f"a recount {record['outcome']}: {record['error']}")
             after = _points(database)
@@ -223,17 +156,18 @@ class Demo:
                 last_write = self._trade(shop, INTERVAL - QUIET)
 
     def _next_record(
-        self, database: Database[Document], service: Service, since: datetime
+        self, database: Database[Document], service: Process, since: datetime
     ) -> Document:
         deadline = time.monotonic() + PATIENCE.total_seconds()
         while time.monotonic() < deadline:
-            service.check()
+            if service.code is not None:
+                raise Failed(f"the service ended by itself:\n{_end(service)}")
             newer = {"started_at": {"$gt": since}}
             record = database["loyalty_recounts"].find_one(newer, sort=[("started_at", 1)])
             if record:
                 return record
             self._interrupt.sleep(0.05)
-        raise Failed(f"no recount within {PATIENCE.seconds} s:\n{service.log_end()}")
+        raise Failed(f"no recount within {PATIENCE.seconds} s:\n{_end(service)}")
 
     def _trade(self, shop: Shop, how_long: timedelta) -> datetime:
         """Move orders for so long, and return when the last one was moved."""
@@ -285,6 +219,10 @@ class Demo:
         self._screen.say(f"  AN INDEPENDENT COUNT DISAGREES on {len(wrong):,} customers:", RED)
         for one in wrong[:5]:
             self._screen.say(f"    {one.user!r}: stored {one.stored!r}, counted {one.counted:,}")
+
+
+def _end(service: Process) -> str:
+    return "\n".join(service.lines[-5:])
 
 
 def _points(database: Database[Document]) -> dict[str, Any]:

@@ -71,18 +71,25 @@ def failing(server: Server, command: str, times: int, **data: Any) -> Iterator[N
 def _failpoint(
     server: Server, name: str, mode: str | dict[str, int], data: dict[str, Any]
 ) -> Iterator[Callable[[], None]]:
-    with MongoClient[dict[str, Any]](server.uri, serverSelectionTimeoutMS=5000) as client:
+    with _client(server) as client:
         reply = client.admin.command("configureFailPoint", name, mode=mode, data=data)
-        times = reply["count"] + 1
+    times = reply["count"] + 1
 
-        def wait_until_reached() -> None:
+    def wait_until_reached() -> None:
+        with _client(server) as client:
             client.admin.command("waitForFailPoint", name, timesEntered=times, maxTimeMS=60_000)
 
-        try:
-            yield wait_until_reached
-        finally:
-            with suppress(PyMongoError):  # where the server is dead, so is the failpoint
+    try:
+        yield wait_until_reached
+    finally:
+        if server.alive:  # where it is dead, so is the failpoint
+            with suppress(PyMongoError), _client(server) as client:
                 client.admin.command("configureFailPoint", name, mode="off")
+
+
+def _client(server: Server) -> MongoClient[dict[str, Any]]:
+    """Return a client of this one server; one that is open when it dies takes 5 s to close."""
+    return MongoClient(server.uri, serverSelectionTimeoutMS=5000)
 
 
 def kill_cursors(client: MongoClient[Any], database: str, collection: str) -> int:
@@ -98,7 +105,7 @@ def kill_cursors(client: MongoClient[Any], database: str, collection: str) -> in
 
 def step_down(server: Server) -> None:
     """Let another server be primary. Raises PyMongoError if this one is not."""
-    with MongoClient[dict[str, Any]](server.uri, serverSelectionTimeoutMS=5000) as client:
+    with _client(server) as client:
         client.admin.command("replSetStepDown", 20, force=True)
 
 

@@ -5,29 +5,24 @@
 
 from __future__ import annotations
 
-import os
 import random
-import signal
-import subprocess
 import sys
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from pathlib import Path
 from typing import Any
 
 from pymongo import MongoClient
 from pymongo.errors import PyMongoError
 
 from sandbox import faults
-from sandbox.demo import SERVICE, SETTINGS
-from sandbox.mongod import Deployment, Failed, Server, bound, wait_until
+from sandbox.mongod import Deployment, Failed, Server, wait_until
+from sandbox.service import Process
 from sandbox.shop import Shop, disagreements
 
 PATIENCE = 120.0  # seconds until the service must have recovered
-STOP_SECONDS = 2.0
 DATABASE = "oms_db"
 # What a server may answer: interrupted, shutting down, no primary, snapshot too old, cursor not
 # found, no permission, not authenticated, out of memory, exceeded time limit, write conflict.
@@ -78,8 +73,8 @@ class Soak:
         self._compare("daemon")
         self.terminate_the_service(again=False)
         once = self._start("--once")
-        if once.wait(PATIENCE) != 0:
-            self.problems.append(f"--once ended with {once.returncode}")
+        if code := once.wait():
+            self.problems.append(f"--once ended with {code}")
         self._compare("--once")
         log = self._log.read_text(errors="replace")
         if "Traceback" in log:
@@ -91,8 +86,8 @@ class Soak:
             fault()
         faults.heal(self._deployment)
         healed = time.monotonic()
-        if self._service.poll() is not None:
-            self.problems.append(f"{name}: the service ended with {self._service.returncode}")
+        if self._service.code is not None:
+            self.problems.append(f"{name}: the service ended with {self._service.code}")
             self._service = self._start()
         self._wait_for_recounts(1)
         self.recoveries[name].append(time.monotonic() - healed)
@@ -121,7 +116,6 @@ class Soak:
     def kill_the_service(self) -> None:
         time.sleep(self._rng.uniform(0, 1.2))
         self._service.kill()
-        self._service.wait()
         self._service = self._start()
 
     def kill_the_service_in_a_batch(self) -> None:
@@ -130,19 +124,17 @@ class Soak:
         with faults.held(primary, DATABASE, faults.WRITING) as wait_until_reached:
             wait_until_reached()
             self._service.kill()
-            self._service.wait()
         self._service = self._start()
 
     def terminate_the_service(self, *, again: bool = True) -> None:
         time.sleep(self._rng.uniform(0, 1.2))
-        while not self._handles_sigterm():
-            time.sleep(0.02)
-        started = time.monotonic()
-        self._service.terminate()
-        code = self._service.wait(PATIENCE)
-        took = time.monotonic() - started
-        if code or took > STOP_SECONDS:
-            self.problems.append(f"SIGTERM: exit code {code} after {took:.1f} s")
+        wait_until("a signal handler", self._service.catches_sigterm)
+        try:
+            if code := self._service.stop():
+                self.problems.append(f"SIGTERM: exit code {code}")
+        except Failed as problem:
+            self.problems.append(f"SIGTERM: {problem}")
+            self._service.kill()
         if again:
             self._service = self._start()
 
@@ -193,36 +185,22 @@ class Soak:
                 with suppress(PyMongoError):
                     rng.choice([shop.ship, shop.return_])(rng.randint(1, 50))
 
-    def _start(self, *arguments: str) -> subprocess.Popen[bytes]:
-        empty = self._deployment.folder / "empty.env"
-        empty.touch(mode=0o600)
-        env = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    def _start(self, *arguments: str) -> Process:
         # Wrong points are many here, so the guard is off; small batches are more to cut off.
-        env |= {"MONGODB_URI": self._deployment.uri_for(database=DATABASE)}
-        env |= {"RECOUNT_INTERVAL": "1s", "MAX_DECREASE_PERCENT": "100"}
-        command = [sys.executable, str(SERVICE), "--env-file", str(empty), *arguments]
-        with self._log.open("ab") as output:
-            return subprocess.Popen(
-                bound(command, signal.SIGTERM),
-                env=env,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-            )
-
-    def _handles_sigterm(self) -> bool:
-        """Whether it is past Python's own start, where a signal just ends it."""
-        status = Path(f"/proc/{self._service.pid}/status").read_text(encoding="ascii")
-        caught = status.split("SigCgt:")[1].split()[0]
-        return bool(int(caught, 16) & 1 << (signal.SIGTERM - 1))
+        return Process(
+            *arguments,
+            log=self._log,
+            MONGODB_URI=self._deployment.uri_for(database=DATABASE),
+            RECOUNT_INTERVAL="1s",
+            MAX_DECREASE_PERCENT="100",
+        )
 
     def _wait_for_recounts(self, number: int) -> None:
         """Return after that many more recounts that succeeded, or when the service has ended."""
         wanted = self._recounts() + number
 
         def there() -> bool:
-            return self._recounts() >= wanted or self._service.poll() is not None
+            return self._recounts() >= wanted or self._service.code is not None
 
         wait_until("a recount that succeeds", there, PATIENCE)
 

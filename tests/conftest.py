@@ -1,41 +1,82 @@
-"""What the tests share: a real replica set, and the real process."""
+"""What the tests share: real servers, the real process, and how much of it they do."""
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, is_hypothesis_test, settings
 from pymongo import MongoClient
 from pymongo.database import Database
 
 from config import Settings, load
 from loyalty_microservice import main
-from sandbox.mongod import SECONDS, Deployment, Failed, wait_until
+from sandbox import faults
+from sandbox.mongod import Deployment
+from sandbox.service import Process
 
 ROOT = Path(__file__).parents[1]
 
-settings.register_profile(
-    "real_server", deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
-settings.load_profile("real_server")
+# In memory where that is possible: most of the time goes into waiting for the disk.
+MEMORY = Path("/dev/shm") if Path("/dev/shm").is_dir() else None
+
+quick = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=40)
+settings.register_profile("usual", quick)
+settings.register_profile("deep", quick, max_examples=200)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "only the tests that have larger numbers, with these"
+    parser.addoption("--deep", action="store_true", help=text)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings.load_profile("deep" if config.getoption("--deep") else "usual")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--deep"):
+        items[:] = [item for item in items if _has_larger_numbers(item)]
+    if config.option.markexpr != "machine":
+        reason = "needs root, or systemd's tools: make test-systemd"
+        for item in items:
+            if item.get_closest_marker("machine"):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _has_larger_numbers(item: pytest.Item) -> bool:
+    test = getattr(item, "obj", None)
+    return bool(item.get_closest_marker("size")) or is_hypothesis_test(test)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if left_out := terminalreporter.stats.get("skipped", []):
+        reasons = {report.longrepr[2] for report in left_out}
+        terminalreporter.section("not run", yellow=True)
+        terminalreporter.line(f"{len(left_out)} tests: {'; '.join(sorted(reasons))}", yellow=True)
+
+
+@pytest.fixture
+def size(request: pytest.FixtureRequest) -> int:
+    """How much of it a test does, as its mark says: `size(5, deep=20)`."""
+    mark = request.node.get_closest_marker("size")
+    return int(mark.kwargs["deep"] if request.config.getoption("--deep") else mark.args[0])
 
 
 @pytest.fixture(scope="session")
 def deployment() -> Iterator[Deployment]:
-    # In memory where that is possible: most of the time goes into waiting for the disk.
-    memory = Path("/dev/shm")
-    with Deployment(parent=memory if memory.is_dir() else None) as deployment:
+    """One server for all tests of a worker, which also has faults to offer."""
+    with Deployment(options=faults.OPTIONS, parent=MEMORY) as deployment:
+        yield deployment
+
+
+@pytest.fixture(scope="session")
+def authenticating() -> Iterator[Deployment]:
+    with Deployment(auth=True, parent=MEMORY) as deployment:
         yield deployment
 
 
@@ -79,86 +120,14 @@ def settings_for(uri: str, **values: str) -> Settings:
     return load({"MONGODB_URI": uri, **values})
 
 
-class Process:
-    """The real service as a process, its output as it comes."""
-
-    def __init__(self, *arguments: str, env: dict[str, str], program: Path | None = None) -> None:
-        ours = {"MONGODB_", "ORDER", "USERS_", "RECOUNT", "POINTS_", "COUNT_", "MAX_", "BATCH_"}
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(tuple(ours))}
-        self.lines: list[str] = []
-        self._process = subprocess.Popen(
-            [sys.executable, str(program or ROOT / "loyalty_microservice.py"), *arguments],
-            env={**kept, **env},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        self.pid = self._process.pid
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self.lines.append(line.rstrip("\n"))
-
-    @property
-    def output(self) -> str:
-        return "\n".join(self.lines)
-
-    def wait_for(self, text: str, times: int = 1, seconds: float = SECONDS) -> None:
-        """Return once `text` stands in that many lines."""
-
-        def seen() -> bool:
-            return sum(text in line for line in self.lines) >= times
-
-        def ready() -> bool:
-            return seen() or self._process.poll() is not None
-
-        with suppress(Failed):
-            wait_until(text, ready, seconds)
-        if self._process.poll() is not None:
-            self._reader.join(SECONDS)
-        assert seen(), f"{text!r} is not in:\n{self.output}"
-
-    def send(self, number: signal.Signals) -> None:
-        self._process.send_signal(number)
-
-    def wait(self, seconds: float = SECONDS) -> int:
-        """Return the exit code."""
-        code = self._process.wait(seconds)
-        self._reader.join(SECONDS)
-        assert self._process.stdout is not None
-        self._process.stdout.close()
-        return code
-
-    def stop(self, number: signal.Signals = signal.SIGTERM, within: float = 2.0) -> int:
-        """Signal it and return the exit code; fail if that takes longer than `within`."""
-        self.send(number)
-        started = time.monotonic()
-        code = self.wait(SECONDS)
-        took = time.monotonic() - started
-        assert took <= within, f"it took {took:.1f} s to stop:\n{self.output}"
-        return code
-
-    def kill(self) -> None:
-        self._process.kill()
-        self.wait()
-
-
 @pytest.fixture
 def service(tmp_path: Path) -> Iterator[Callable[..., Process]]:
     """Start the service: `service("--once", MONGODB_URI=…)`; killed at the end if it still runs."""
-    empty = tmp_path / "empty.env"
-    empty.touch(mode=0o600)
     started: list[Process] = []
 
-    def start(*arguments: str, program: Path | None = None, **env: str) -> Process:
-        if "--env-file" not in arguments and program is None:
-            arguments = ("--env-file", str(empty), *arguments)
-        started.append(Process(*arguments, env=env, program=program))
+    def start(*arguments: str, **options: Any) -> Process:
+        log = tmp_path / f"service-{len(started)}.log"
+        started.append(Process(*arguments, log=log, **options))
         return started[-1]
 
     yield start

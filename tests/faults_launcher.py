@@ -1,6 +1,7 @@
 """Runs the service in a process in which something is not as it should be.
 
 - `faults_launcher.py clock FILE [arguments]`: the clock is set to the seconds in FILE.
+- `faults_launcher.py pause SECONDS [arguments]`: the first pause after a failure is that long.
 - `faults_launcher.py bugs LIST [arguments]`: recounts raise what LIST says: count:KeyError,...
 - `faults_launcher.py recounts NUMBER`: does that many; prints how much memory and files they take.
 """
@@ -16,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import time_machine
 
@@ -23,11 +25,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import config
 import loyalty_microservice
-from loyalty.counting import POINTS
-from loyalty.recount import Recount
+from loyalty import daemon
+from loyalty.counting import Count
+from loyalty.overlap import still
+from loyalty.service import Service
+from loyalty.writer import Changes
 
-SAMPLE_EVERY = 100
-RECONNECT_EVERY = 25
+RECONNECT_EVERY = 10
 
 
 def clock(file: str) -> None:
@@ -44,20 +48,24 @@ def clock(file: str) -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
+def pause(seconds: str) -> None:
+    daemon.FIRST_PAUSE = float(seconds)
+
+
 def bugs(listed: str) -> None:
     """Let `count` and `write` of a recount raise what is listed, one by one, then work again."""
     left = [bug.split(":") for bug in listed.split(",")]
-    for name in ("count", "write"):
-        setattr(Recount, name, _failing(name, getattr(Recount, name), left))
+    steps: tuple[tuple[str, Any, str], ...]
+    steps = (("count", Count, "of_everyone"), ("write", Changes, "write"))
+    for name, kind, method in steps:
+        setattr(kind, method, _failing(name, getattr(kind, method), left))
 
 
-def _failing(
-    name: str, works: Callable[[Recount], None], left: list[list[str]]
-) -> Callable[[Recount], None]:
-    def step(recount: Recount) -> None:
+def _failing(name: str, works: Callable[..., Any], left: list[list[str]]) -> Callable[..., Any]:
+    def step(*given: Any, **named: Any) -> Any:
         if left and left[0][0] == name:
             raise getattr(builtins, left.pop(0)[1])("SECRET document")
-        works(recount)
+        return works(*given, **named)
 
     return step
 
@@ -75,16 +83,16 @@ def await_closed_clients() -> None:
 def recounts(number: int) -> None:
     """Do recounts as the daemon does them, each with something to write, some after reconnecting.
 
-    Prints the memory in KiB and the number of open files and threads after every 100.
+    Prints the memory in KiB and the number of open files and threads, after each sixth of them.
     """
     settings = config.load(os.environ)
-    service = loyalty_microservice._Service(settings, lambda: settings)
+    service = Service(settings, lambda: settings)
     samples = []
     for done in range(1, number + 1):
-        service.work(lambda: None)
+        service.recount(still)
         assert service._connection
-        service._connection.users.update_many({}, {"$set": {POINTS: -1}})
-        if done % SAMPLE_EVERY == 0:
+        service._connection.users.update_many({}, {"$set": {settings.points_field: -1}})
+        if done % (number // 6) == 0:
             await_closed_clients()
             status = Path("/proc/self/status").read_text()
             memory = int(status.split("VmRSS:")[1].split()[0])
@@ -102,6 +110,6 @@ if __name__ == "__main__":
     if mode == "recounts":
         recounts(int(argument))
         sys.exit()
-    {"clock": clock, "bugs": bugs}[mode](argument)
+    {"clock": clock, "pause": pause, "bugs": bugs}[mode](argument)
     sys.argv[1:] = rest
     runpy.run_path(loyalty_microservice.__file__, run_name="__main__")

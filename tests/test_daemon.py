@@ -16,10 +16,22 @@ from conftest import settings_for
 
 import loyalty.daemon as daemon_module
 from loyalty.daemon import Daemon
-from loyalty.mongo import Misconfigured, Unavailable
+from loyalty.errors import Misconfigured, Unavailable
+from loyalty.overlap import Moved
 from sandbox.mongod import wait_until
 
-Work = Callable[[Callable[[], None]], str]
+Recounting = Callable[[Moved], str]
+
+
+class FakeWork:
+    """What the daemon is given to do, made of two functions."""
+
+    def __init__(self, recount: Recounting, connect: Callable[[], None]) -> None:
+        self.recount = recount
+        self.connect = connect
+
+    def meanwhile(self, seconds: float, moved: Moved) -> None:
+        time.sleep(seconds)
 
 
 @pytest.fixture(autouse=True)
@@ -34,14 +46,16 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def make(
-    work: Work,
+    work: Recounting,
     connect: Callable[[], None] = lambda: None,
     *,
     interval: float = 3600,
     patience: float = 60,
 ) -> Daemon:
     return Daemon(
-        connect, work, interval=timedelta(seconds=interval), patience=timedelta(seconds=patience)
+        FakeWork(work, connect),
+        interval=timedelta(seconds=interval),
+        patience=timedelta(seconds=patience),
     )
 
 
@@ -70,7 +84,7 @@ def test_schedule_is_asked_for_the_two_hours_of_the_default() -> None:
 def test_it_works_at_once_and_then_not_before_the_interval() -> None:
     calls: list[float] = []
 
-    def work(moved: Callable[[], None]) -> str:
+    def work(moved: Moved) -> str:
         calls.append(time.monotonic())
         return "done"
 
@@ -96,7 +110,7 @@ def test_a_failure_is_tried_again_after_pauses_that_double(
         None,
     ]
 
-    def work(moved: Callable[[], None]) -> str:
+    def work(moved: Moved) -> str:
         if error := outcomes.pop(0):
             raise error
         return "done"
@@ -127,7 +141,7 @@ def test_a_pause_is_never_longer_than_the_interval(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(daemon_module, "FIRST_PAUSE", 1000.0)
     calls: list[int] = []
 
-    def work(moved: Callable[[], None]) -> str:
+    def work(moved: Moved) -> str:
         calls.append(1)
         raise Unavailable("gone")
 
@@ -138,7 +152,7 @@ def test_a_recount_longer_than_the_interval_neither_overlaps_nor_piles_up() -> N
     running = 0
     overlaps: list[int] = []
 
-    def work(moved: Callable[[], None]) -> str:
+    def work(moved: Moved) -> str:
         nonlocal running
         running += 1
         overlaps.append(running)
@@ -198,10 +212,10 @@ def test_the_watchdog_is_fed_while_work_moves_and_let_go_when_it_hangs(
     hang = threading.Event()
     fed: list[int] = []
 
-    def work(moved: Callable[[], None]) -> str:
+    def work(moved: Moved) -> str:
         for _ in range(20):  # long, but it moves
             time.sleep(0.05)
-            moved()
+            moved("")
         fed.append(systemd().count("WATCHDOG=1"))
         hang.wait(20)
         return "done"
@@ -231,7 +245,7 @@ def test_nobody_listens_to_notifications(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "nobody"))
     calls: list[int] = []
 
-    def work(moved: Callable[[], None]) -> str:
+    def work(moved: Moved) -> str:
         calls.append(1)
         return ""
 

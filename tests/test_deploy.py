@@ -189,6 +189,7 @@ def _systemd_analyze(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([tool, *arguments], capture_output=True, text=True, check=False)
 
 
+@pytest.mark.machine
 def test_systemd_has_nothing_to_say_about_the_unit(tmp_path: Path) -> None:
     # It looks whether the program exists, which here is not installed.
     unit = (TOP / "deploy" / UNIT).read_text(encoding="utf-8")
@@ -199,6 +200,7 @@ def test_systemd_has_nothing_to_say_about_the_unit(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+@pytest.mark.machine
 def test_systemd_rates_the_exposure_at_most_1_3() -> None:
     unit = str(TOP / "deploy" / UNIT)
     done = _systemd_analyze("security", "--offline=true", "--no-pager", unit)

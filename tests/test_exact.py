@@ -2,92 +2,33 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import random
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
-from multiprocessing.synchronize import Event
 from typing import Any
 from uuid import uuid4
 
 import pytest
-from bson import ObjectId
-from conftest import Command, Process, settings_for
-from pymongo import InsertOne, MongoClient, UpdateOne
-from pymongo.client_session import ClientSession
+from conftest import MEMORY, Command, settings_for
+from pymongo import InsertOne, MongoClient
 from pymongo.database import Database
+from writers import ORDERS, USERS, object_id, writers
 
 from config import Settings
+from loyalty import spool
+from loyalty.history import History
 from loyalty.mongo import Connection, connect
-from loyalty.recount import Recount, Totals
+from loyalty.perform import Task, perform
+from loyalty.recount import Totals
+from loyalty.result import Result
 from sandbox.mongod import Deployment, wait_until
+from sandbox.service import Process
 from sandbox.shop import count, disagreements
-
-USERS, ORDERS = 2_000, 200_000
-ID_SECONDS = 1_700_000_000
-
-
-def object_id(number: int) -> ObjectId:
-    """Make the id of a user, so that the writers know it without reading."""
-    return ObjectId(f"{ID_SECONDS + number:08x}{number:016x}")
-
-
-STATUSES = {"move": ["Shipped", "Delivered"], "change": ["Shipped", "Delivered", "Returned"]}
-
-
-def write_forever(kind: str, uri: str, seed: int, stop: Event) -> None:
-    """Be one of the writers, in a process of its own, with w=1: as fast as the server allows.
-
-    Who moves orders between the two counted statuses, or swaps the customers of two orders,
-    changes nobody's count.
-    """
-    rng = random.Random(seed)
-    with MongoClient[Any](uri, w=1) as client, client.start_session() as session:
-        orders = client.get_default_database().orders
-
-        def swap(session: ClientSession) -> None:
-            one, other = orders.find(
-                {"_id": {"$in": rng.sample(range(ORDERS), 2)}}, session=session
-            )
-            for to, source in ((one, other), (other, one)):
-                change = {"$set": {"customer_id": source["customer_id"]}}
-                orders.update_one({"_id": to["_id"]}, change, session=session)
-
-        while not stop.is_set():
-            if kind == "swap":
-                session.with_transaction(swap)
-                continue
-            updates = [
-                UpdateOne({"_id": n}, {"$set": {"status": rng.choice(STATUSES[kind])}})
-                for n in rng.sample(range(ORDERS), 100)
-            ]
-            orders.bulk_write(updates, ordered=False)
-
-
-@contextmanager
-def writers(uri: str, *kinds: str) -> Iterator[None]:
-    context = multiprocessing.get_context("spawn")
-    stop = context.Event()
-    running = [
-        context.Process(target=write_forever, args=(kind, uri, n, stop), daemon=True)
-        for n, kind in enumerate(kinds)
-    ]
-    for process in running:
-        process.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        for process in running:
-            process.join(30)
-    assert all(process.exitcode == 0 for process in running)
 
 
 @pytest.fixture(scope="module")
 def busy(deployment: Deployment, client: MongoClient[Any]) -> Iterator[tuple[Connection, Settings]]:
-    """A shop of 200,000 orders, all of counted statuses, and points that are right."""
+    """A shop of 40,000 orders, all of counted statuses, and points that are right."""
     shop = client[f"busy_{uuid4().hex[:12]}"]
     shop.users.insert_many([{"_id": object_id(n)} for n in range(USERS)])
     rng = random.Random(1)
@@ -112,31 +53,27 @@ def busy(deployment: Deployment, client: MongoClient[Any]) -> Iterator[tuple[Con
 
 
 def run(connection: Connection, settings: Settings, *, write: bool = True) -> Totals:
-    with Recount(connection, settings, datetime.now(UTC)) as recount:
-        recount.count()
-        if write:
-            recount.write()
-    return recount.totals
+    return result_of(connection, settings, write=write).totals
 
 
-def false_changes(
-    connection: Connection, settings: Settings, *, recounts: int, seconds: float, enough: bool
-) -> tuple[int, int]:
+def result_of(connection: Connection, settings: Settings, *, write: bool = True) -> Result:
+    return perform(connection, settings, History(None), Task(write=write, force=True))
+
+
+def false_changes(connection: Connection, settings: Settings, *, recounts: int) -> tuple[int, int]:
     """Recount, back to back, beside the writers; return how many, and the changes they saw.
 
-    Nothing is written, so each false change is seen on its own. With `enough`, stop at the first.
+    Nothing is written, so each false change is seen on its own. The first ends it.
     """
     done = found = 0
-    deadline = time.monotonic() + seconds
-    while done < recounts or time.monotonic() < deadline:
-        totals = run(connection, settings, write=False)
+    while done < recounts and not found:
+        result = result_of(connection, settings, write=False)
+        totals = result.totals
         done += 1
         found += totals.changed
-        assert totals.exact is connection.snapshots
+        assert result.exact is connection.snapshots
         if connection.snapshots:
             assert totals.counted_orders == ORDERS
-        if enough and found:
-            break
     return done, found
 
 
@@ -145,50 +82,41 @@ def ordinary(connection: Connection) -> Connection:
     return Connection(**{**vars(connection), "snapshots": False})
 
 
+@pytest.mark.xdist_group("busy")
+@pytest.mark.size(10, deep=30)
 @pytest.mark.parametrize(
-    ("index", "kinds", "recounts", "seconds"),
-    [
-        (True, ("move", "move", "move", "move"), 30, 12.0),
-        (False, ("move", "move", "move", "move"), 12, 5.0),
-        (True, ("swap", "swap", "swap", "swap"), 12, 5.0),
-    ],
+    ("index", "kind"),
+    [(True, "move"), (False, "move"), (True, "swap")],
     ids=["moving_with_index", "moving_without_index", "swapping_customers"],
 )
 def test_a_recount_beside_busy_writers_sees_no_change_where_there_is_none(
-    busy: tuple[Connection, Settings],
-    index: bool,
-    kinds: tuple[str, ...],
-    recounts: int,
-    seconds: float,
+    busy: tuple[Connection, Settings], index: bool, kind: str, size: int
 ) -> None:
     connection, settings = busy
     if not index:
         connection.orders.drop_indexes()
     try:
-        with writers(settings.mongodb_uri, *kinds):
-            done, found = false_changes(
-                connection, settings, recounts=recounts, seconds=seconds, enough=False
-            )
+        with writers(settings.mongodb_uri, *[kind] * 4):
+            done, found = false_changes(connection, settings, recounts=size)
     finally:
         connection.orders.create_index([("status", 1), ("customer_id", 1)])
     print(f"{done} recounts, {found} false changes")
-    assert found == 0
-    assert done >= recounts
+    assert (done, found) == (size, 0)
 
 
+@pytest.mark.xdist_group("busy")
 def test_an_ordinary_read_beside_busy_writers_sees_changes_that_are_not_there(
     busy: tuple[Connection, Settings],
 ) -> None:
     """Why a snapshot: an index scan misses an order, or sees it twice, that moves meanwhile."""
     connection, settings = busy
     with writers(settings.mongodb_uri, *["move"] * 4):
-        done, found = false_changes(
-            ordinary(connection), settings, recounts=1, seconds=60, enough=True
-        )
+        done, found = false_changes(ordinary(connection), settings, recounts=1_000)
     print(f"{done} recounts, {found} false changes")
     assert found > 0
 
 
+@pytest.mark.xdist_group("busy")
 def test_after_writers_that_change_counts_one_recount_is_right(
     busy: tuple[Connection, Settings],
 ) -> None:
@@ -200,6 +128,7 @@ def test_after_writers_that_change_counts_one_recount_is_right(
     assert disagreements(shop, statuses) == []
 
 
+@pytest.mark.xdist_group("busy")
 def test_two_services_at_once_one_killed_and_the_next_recount_is_right(
     busy: tuple[Connection, Settings], service: Callable[..., Process]
 ) -> None:
@@ -305,16 +234,18 @@ def test_the_guard_goes_by_the_share_of_users_who_hold_points(
     assert len(wrong) == (losers if code else 0)
 
 
+@pytest.mark.size(6_000, deep=60_000)
 def test_the_guard_knows_a_change_set_of_any_size_before_it_writes(
-    database: Database[Any], command: Command
+    database: Database[Any], command: Command, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
     """More changes than fit into the part of the spool that stays in memory."""
-    points = [{"_id": f"{n:>200}", "loyalty_points": 1} for n in range(60_000)]
+    monkeypatch.setattr(spool, "MEMORY_BYTES", 60 * size)  # 200 bytes a user are more
+    points = [{"_id": f"{n:>200}", "loyalty_points": 1} for n in range(size)]
     database.users.insert_many(points, ordered=False)
     assert command("--once") == 65
-    assert database.users.count_documents({"loyalty_points": 1}) == 60_000
+    assert database.users.count_documents({"loyalty_points": 1}) == size
     assert command("--once", "--force") == 0
-    assert database.users.count_documents({"loyalty_points": 0}) == 60_000
+    assert database.users.count_documents({"loyalty_points": 0}) == size
 
 
 def test_the_daemon_logs_and_records_a_refusal_and_tries_again_on_schedule(
@@ -339,7 +270,7 @@ def test_the_daemon_logs_and_records_a_refusal_and_tries_again_on_schedule(
 def test_a_standalone_server_is_read_in_the_ordinary_way_and_that_is_said_once(
     service: Callable[..., Process],
 ) -> None:
-    with Deployment(replica_set=False) as alone, alone.client() as client:
+    with Deployment(replica_set=False, parent=MEMORY) as alone, alone.client() as client:
         fill(client.oms_db, 5, 2)
         client.oms_db.users.update_many({}, {"$set": {"loyalty_points": 7}})
         daemon = service(MONGODB_URI=alone.uri, RECOUNT_INTERVAL="1s")
@@ -350,12 +281,12 @@ def test_a_standalone_server_is_read_in_the_ordinary_way_and_that_is_said_once(
         assert [r["exact"] for r in client.oms_db.loyalty_recounts.find()][:2] == [False, False]
         status = service("--status", MONGODB_URI=alone.uri)
         assert status.wait() == 0
-        assert "2:00:00" in status.output
+        assert "interval of 2h" in status.output
 
 
 @pytest.fixture
-def failing(deployment_with_failpoints: Deployment) -> Iterator[Callable[..., None]]:
-    with deployment_with_failpoints.client() as client:
+def failing(deployment: Deployment) -> Iterator[Callable[..., None]]:
+    with deployment.client() as client:
 
         def fail(times: int, **data: Any) -> None:
             mode: Any = {"times": times} if times else "off"
@@ -365,26 +296,20 @@ def failing(deployment_with_failpoints: Deployment) -> Iterator[Callable[..., No
         fail(0)
 
 
-@pytest.fixture(scope="module")
-def deployment_with_failpoints() -> Iterator[Deployment]:
-    with Deployment(options=("--setParameter", "enableTestCommands=1")) as deployment:
-        yield deployment
-
-
 @pytest.mark.parametrize(
     ("command", "code"),
     [("aggregate", 239), ("aggregate", 43), ("getMore", 43), ("aggregate", 11602), ("find", 239)],
     ids=["snapshot_too_old", "cursor_not_found", "cursor_killed", "interrupted", "find_fails"],
 )
 def test_a_count_whose_read_fails_is_done_again_in_a_new_session(
-    deployment_with_failpoints: Deployment,
+    deployment: Deployment,
     failing: Callable[..., None],
     command: str,
     code: int,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     name = f"shop_{uuid4().hex[:12]}"
-    settings = settings_for(deployment_with_failpoints.uri_for(database=name))
+    settings = settings_for(deployment.uri_for(database=name))
     connection = connect(settings, writing=True)
     shop = connection.users.database
     fill(shop, 300, 1)  # more than one batch of the cursor
@@ -401,12 +326,10 @@ def test_a_count_whose_read_fails_is_done_again_in_a_new_session(
 
 
 def test_a_count_that_fails_again_and_again_ends_with_exit_69(
-    deployment_with_failpoints: Deployment,
-    failing: Callable[..., None],
-    service: Callable[..., Process],
+    deployment: Deployment, failing: Callable[..., None], service: Callable[..., Process]
 ) -> None:
     failing(99, failCommands=["aggregate"], errorCode=239, appName="loyalty-microservice")
-    once = service("--once", MONGODB_URI=deployment_with_failpoints.uri)
+    once = service("--once", MONGODB_URI=deployment.uri)
     assert once.wait() == 69
     assert sum("counting_again" in line for line in once.lines) == 2
     assert "(code 239)" in once.output
@@ -414,12 +337,10 @@ def test_a_count_that_fails_again_and_again_ends_with_exit_69(
 
 
 def test_a_count_beyond_the_timeout_says_what_to_do(
-    deployment_with_failpoints: Deployment,
-    failing: Callable[..., None],
-    service: Callable[..., Process],
+    deployment: Deployment, failing: Callable[..., None], service: Callable[..., Process]
 ) -> None:
     failing(99, failCommands=["aggregate"], errorCode=50, appName="loyalty-microservice")
-    once = service("--once", MONGODB_URI=deployment_with_failpoints.uri)
+    once = service("--once", MONGODB_URI=deployment.uri)
     assert once.wait() == 69
     assert "raise COUNT_TIMEOUT" in once.output
     assert "counting_again" not in once.output

@@ -4,41 +4,39 @@ from __future__ import annotations
 
 import random
 import socket
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Any
 
+import pytest
 from conftest import settings_for
 from pymongo.database import Database
 
 from config import VERSION
+from loyalty.errors import Misconfigured
 from loyalty.history import History
 from loyalty.mongo import connect
-from loyalty.recount import Recount
+from loyalty.perform import perform
 from sandbox.shop import Shop
 
 
-def test_a_record_tells_what_a_recount_did_and_expires_after_90_days(
-    database: Database[Any], uri: str
-) -> None:
+def test_a_record_tells_what_a_recount_did(database: Database[Any], uri: str) -> None:
     Shop(database, random.Random(5)).fill(100, 1_000, dirty=0.3)
     settings = settings_for(uri)
-    started = datetime.now(UTC).replace(microsecond=0)
     with connect(settings, writing=True) as connection:
         history = History(connection.recounts)
-        assert history.age(started) is None
-        with Recount(connection, settings, started) as recount:
-            recount.count()
-        history.write(recount, "succeeded", None, started + timedelta(seconds=3))
-        history.write(recount, "failed", "why", started + timedelta(seconds=5))
-        age = history.age(started + timedelta(hours=1))
-        newest = history.newest(10)
+        result = perform(connection, settings, history)
+        later = result.started_at + timedelta(hours=1)
+        assert history.age(later) == later - result.as_of.replace(microsecond=0)
+        record = dict(history.newest(1)[0])
 
-    failed, succeeded = newest
-    totals = recount.totals
-    assert succeeded == {
-        "started_at": started,
-        "finished_at": started + timedelta(seconds=3),
-        "as_of": totals.as_of,
+    totals = result.totals
+    for name in ("started_at", "finished_at"):  # the server keeps milliseconds
+        assert abs(record.pop(name) - getattr(result, name)) < timedelta(milliseconds=1)
+    assert record == {
+        "recorded_by": "loyalty-microservice",
+        "seconds": result.seconds,
+        "as_of": result.as_of,
+        "cluster_time": result.cluster_time,
         "exact": True,
         "outcome": "succeeded",
         "counted_orders": totals.counted_orders,
@@ -48,22 +46,31 @@ def test_a_record_tells_what_a_recount_did_and_expires_after_90_days(
         "unknown_customers": totals.unknown_customers,
         "orders_of_unknown_customers": totals.orders_of_unknown_customers,
         "orders_without_customer": totals.orders_without_customer,
+        "refused_updates": 0,
         "error": None,
         "host": socket.gethostname(),
         "version": VERSION,
     }
-    assert all(succeeded[name] > 0 for name in ("counted_orders", "changed", "unknown_customers"))
-    assert (failed["outcome"], failed["error"]) == ("failed", "why")
-    assert totals.as_of is not None
-    assert age == started + timedelta(hours=1) - totals.as_of
-    indexes = database.loyalty_recounts.index_information()
-    assert indexes["finished_at_1"]["expireAfterSeconds"] == 90 * 24 * 3600
+    assert all(record[name] > 0 for name in ("counted_orders", "changed", "unknown_customers"))
 
 
 def test_without_a_collection_nothing_is_recorded(database: Database[Any], uri: str) -> None:
     settings = settings_for(uri, RECOUNTS_COLLECTION="")
     with connect(settings, writing=True) as connection:
-        with Recount(connection, settings, datetime.now(UTC)) as recount:
-            recount.count()
-        History(connection.recounts).write(recount, "succeeded", None, datetime.now(UTC))
+        perform(connection, settings, History(connection.recounts))
     assert "loyalty_recounts" not in database.list_collection_names()
+
+
+@pytest.mark.parametrize("foreign", [{"finished_at": 1}, {"recorded_by": "somebody"}])
+def test_a_collection_with_documents_of_others_is_no_place_for_records(
+    database: Database[Any], uri: str, foreign: dict[str, Any]
+) -> None:
+    settings = settings_for(uri)
+    with connect(settings, writing=True) as connection:
+        history = History(connection.recounts)
+        perform(connection, settings, history)
+        assert history.check() is None
+        database.loyalty_recounts.insert_one(foreign)
+        with pytest.raises(Misconfigured, match="loyalty_recounts holds documents that are not"):
+            history.check()
+        assert len(history.newest(10)) == 1

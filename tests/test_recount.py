@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
 import random
 import re
 import tempfile
 import uuid
 from datetime import UTC, datetime
-from functools import partial
-from pathlib import Path
 from typing import Any
+from unittest import mock
 from uuid import uuid4
 
 import bson
@@ -21,14 +23,20 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pymongo import MongoClient
 
-import loyalty.recount as recount_module
-from loyalty import writer
-from loyalty.counting import INDEX, customer_orders, pipeline
-from loyalty.mongo import Connection, connect, create_index
-from loyalty.recount import Recount, Totals
-from loyalty.writer import Incomplete
+from loyalty import counting, overlap, spool
+from loyalty.errors import NoRoom
+from loyalty.history import History
+from loyalty.ids import forms_of
+from loyalty.index import Plan, create_index, keys_of, plan_of
+from loyalty.mongo import Connection, connect
+from loyalty.perform import Task, perform
+from loyalty.query import Scope, pipeline
+from loyalty.ranges import Range, edges, ranges
+from loyalty.recount import Totals
+from loyalty.result import Result
+from loyalty.statuses import orders_of
 from sandbox.mongod import Deployment
-from sandbox.shop import Shop, count, disagreements, key
+from sandbox.shop import Names, Shop, count, disagreements, key
 
 Document = dict[str, Any]
 
@@ -50,6 +58,7 @@ PLAIN_IDS = st.sampled_from(
     + [datetime(2026, 1, 2, tzinfo=UTC), bson.Timestamp(1, 1)]
 )
 IDS = st.one_of(st.sampled_from(OBJECT_IDS).flatmap(object_id_forms), PLAIN_IDS)
+EDGES = st.one_of(IDS, st.sampled_from(["", "g", "bb", "ab ", "c" * 30, "é", b"", b"x" * 16]))
 USER_IDS = st.one_of(IDS, st.sampled_from([None, ""]))
 NOT_THERE = object()
 CUSTOMER_IDS = st.one_of(
@@ -98,19 +107,20 @@ def connection(deployment: Deployment, request: pytest.FixtureRequest) -> Any:
     settings = settings_for(deployment.uri_for(database=name), BATCH_SIZE="3")
     connection = connect(settings, writing=True)
     if request.param:
-        connection.orders.create_index(INDEX)
+        connection.orders.create_index(keys_of(settings))
     yield connection
     connection.client.drop_database(name)
     connection.client.close()
 
 
-def run(connection: Connection, **values: str) -> Totals:
+def recount(connection: Connection, **values: str) -> Result:
     name = connection.users.database.name
     settings = settings_for(f"mongodb://unused/{name}", **values)
-    with Recount(connection, settings, datetime.now(UTC)) as recount:
-        recount.count()
-        recount.write()
-    return recount.totals
+    return perform(connection, settings, History(None), Task(force=True))
+
+
+def run(connection: Connection, **values: str) -> Totals:
+    return recount(connection, **values).totals
 
 
 def everything(connection: Connection) -> list[Document]:
@@ -118,16 +128,30 @@ def everything(connection: Connection) -> list[Document]:
     return sorted(found, key=lambda user: bson.encode({"": user["_id"]}))
 
 
-@settings(max_examples=150, suppress_health_check=list(HealthCheck))
+@settings(suppress_health_check=list(HealthCheck))
 @example(  # the sum of the points is no 64-bit integer, and nevertheless one user is right
     users=[{"_id": n, "loyalty_points": 2**62 if n else 1} for n in range(5)],
     orders=[{"customer_id": 0, "status": "Shipped"}],
     edits=[],
+    cuts=[],
+    workers="1",
 )
-@given(users=USERS, orders=ORDERS, edits=ORDERS)
+@given(
+    users=USERS,
+    orders=ORDERS,
+    edits=ORDERS,
+    cuts=st.lists(EDGES, max_size=8),
+    workers=st.sampled_from(["1", "2", "4"]),
+)
 def test_after_a_recount_every_user_has_the_points_that_plain_python_counts(
-    connection: Connection, users: list[Document], orders: list[Document], edits: list[Document]
+    connection: Connection,
+    users: list[Document],
+    orders: list[Document],
+    edits: list[Document],
+    cuts: list[Any],
+    workers: str,
 ) -> None:
+    """Wherever the ranges are cut: also between two forms of one id, or at ids that are there."""
     shop = connection.users.database
     connection.users.delete_many({})
     connection.orders.delete_many({})
@@ -136,15 +160,20 @@ def test_after_a_recount_every_user_has_the_points_that_plain_python_counts(
     if orders:
         connection.orders.insert_many(orders)
 
-    check(connection, users)
+    with mock.patch.object(counting, "edges", return_value=cuts):
+        check(connection, users, COUNT_WORKERS=workers)
+        edit(connection, orders, edits)
+        check(connection, users, COUNT_WORKERS=workers)
+    assert disagreements(shop) == []
+
+
+def edit(connection: Connection, orders: list[Document], edits: list[Document]) -> None:
     if edits:  # orders change, come and go
         connection.orders.insert_many(edits)
     for n, status in enumerate(("Shipped", "Paid", "Returned")):
         chosen = [order["_id"] for order in [*orders, *edits][n::4]]
         connection.orders.update_many({"_id": {"$in": chosen}}, {"$set": {"status": status}})
     connection.orders.delete_many({"status": "Delivered"})
-    check(connection, users)
-    assert disagreements(shop) == []
 
 
 def holds(user: Document) -> bool:
@@ -154,13 +183,13 @@ def holds(user: Document) -> bool:
     return isinstance(points, int | float) and points is not True and points > 0
 
 
-def check(connection: Connection, users: list[Document]) -> None:
+def check(connection: Connection, users: list[Document], **values: str) -> None:
     shop = connection.users.database
     wrong = disagreements(shop)
     before = everything(connection)
     held = sum(map(holds, before))
 
-    totals = run(connection)
+    totals = run(connection, **values)
 
     assert disagreements(shop) == []
     after = everything(connection)
@@ -179,7 +208,7 @@ def check(connection: Connection, users: list[Document]) -> None:
     assert totals.orders_of_unknown_customers == len(unknown)
     assert totals.unknown_customers == len({key(o["customer_id"]) for o in unknown})
 
-    again = run(connection)
+    again = run(connection, **values)
     assert (again.changed, again.increased, again.decreased) == (0, 0, 0)
     # Now everyone is right, and the sum of the points is the count.
     assert again.counted_orders == len(counted)
@@ -227,12 +256,10 @@ def test_other_names_statuses_and_points_per_order_are_settings(
         POINTS_PER_ORDER="10",
     )
     connection = connect(settings, writing=True)
-    with Recount(connection, settings, datetime.now(UTC)) as recount:
-        recount.count()
-        recount.write()
+    perform(connection, settings, History(None))
     points = {user["_id"]: user["loyalty_points"] for user in shop.people.find()}
     assert points == {0: 160, 1: 160, 2: 140, 3: 140, 4: 0}
-    assert not disagreements(shop, ("Sent", "Arrived"), 10, orders="sales", users="people")
+    assert not disagreements(shop, ("Sent", "Arrived"), 10, Names("sales", "people"))
     connection.client.close()
     client.drop_database(shop.name)
 
@@ -287,13 +314,12 @@ def test_users_that_the_server_refuses_are_named_and_all_others_written(
     rule = {"$or": [{"locked": False}, {"loyalty_points": {"$exists": False}}]}
     shop.command("collMod", "users", validator=rule)
 
-    with pytest.raises(Incomplete) as caught:
-        run(connection, BATCH_SIZE="4")
+    result = recount(connection, BATCH_SIZE="4")
 
-    assert caught.value.exit_code == 1
-    assert "2 of 10 users refused" in str(caught.value)
-    assert re.search("refused: (3, 8|8, 3);", str(caught.value))
-    assert "code 121, Document failed validation (2 times)" in str(caught.value)
+    assert result.outcome == "incomplete"
+    assert result.totals.changed == 10
+    assert re.search("refused: (3, 8|8, 3);", str(result.refusing))
+    assert "code 121, Document failed validation (2 times)" in str(result.refusing)
     stored = {u["_id"]: u.get("loyalty_points") for u in shop.users.find()}
     assert stored == {n: None if n in (3, 8) else 1 for n in range(10)}
     shop.command("collMod", "users", validator={})
@@ -301,17 +327,21 @@ def test_users_that_the_server_refuses_are_named_and_all_others_written(
     assert disagreements(shop) == []
 
 
+class FullDisk(io.BytesIO):
+    def flush(self) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def test_no_room_for_the_changes_is_said_and_nothing_is_written(
     connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     connection.users.insert_many([{"_id": n} for n in range(10)])
-    monkeypatch.setattr(writer, "_SPOOL_BYTES", 100)
+    monkeypatch.setattr(spool, "MEMORY_BYTES", 100)
     monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
-    with pytest.raises(writer.SpoolFailed, match="in /nowhere: No such file"):
+    with pytest.raises(NoRoom, match="in /nowhere: No such file"):
         run(connection)
-    full = partial(Path("/dev/full").open, "w+b")
-    monkeypatch.setattr(tempfile, "SpooledTemporaryFile", lambda **_: full())
-    with pytest.raises(writer.SpoolFailed, match="No space left on device"):
+    monkeypatch.setattr(tempfile, "SpooledTemporaryFile", lambda **_: FullDisk())
+    with pytest.raises(NoRoom, match="No space left on device"):
         run(connection)
     assert connection.users.count_documents({"loyalty_points": {"$exists": True}}) == 0
 
@@ -319,7 +349,7 @@ def test_no_room_for_the_changes_is_said_and_nothing_is_written(
 def test_a_long_write_shows_its_progress(
     connection: Connection, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(writer, "_PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr(overlap, "REPORT_SECONDS", 0.0)
     connection.users.insert_many([{"_id": n, "loyalty_points": 1} for n in range(10)])
     with caplog.at_level("INFO", "loyalty"):
         run(connection, BATCH_SIZE="4")
@@ -355,18 +385,17 @@ def test_one_customer_is_found_whatever_the_type_of_the_id(
     )
     right = count(shop)
     settings = settings_for("mongodb://unused/x")
-    with Recount(connection, settings, datetime.now(UTC), customer=text) as recount:
-        recount.count()
-        recount.write()
+    result = perform(connection, settings, History(None), Task(customers=forms_of(text)))
     stored = {key(u["_id"]): u["loyalty_points"] for u in connection.users.find()}
     assert stored.pop("somebody else") == 77
     del right["somebody else"]
     assert stored == right
-    by_status = recount_module.orders_by_status(connection, text)
+    found = [o for own in forms_of(text) for o in orders_of(connection, settings, *own)]
     asked = {key(form) for form in (text, *ids)}
     n = sum(key(form) in asked for form in forms)
-    assert by_status == {"Shipped": n, "Lost": n}
-    assert len(recount.totals.largest) == len(right)
+    for status in ("Shipped", "Lost"):
+        assert sum(n for _, s, n in found if s == status) == n
+    assert len(result.totals.largest) == len(right)
 
 
 def stages(plan: Any) -> set[str]:
@@ -376,27 +405,81 @@ def stages(plan: Any) -> set[str]:
     return set().union(*map(stages, plan)) if isinstance(plan, list) else set()
 
 
-def explained(connection: Connection, asked: list[Any]) -> set[str]:
-    command = {"aggregate": "orders", "pipeline": asked, "cursor": {}}
+def explained(connection: Connection, asked: list[Any]) -> Any:
+    command = {"aggregate": "orders", "pipeline": asked, "cursor": {}, "allowDiskUse": True}
     command["collation"] = {"locale": "simple"}
-    return stages(connection.orders.database.command("explain", command))
+    return connection.orders.database.command("explain", command, verbosity="executionStats")
 
 
-def test_with_the_index_a_recount_fetches_no_order(deployment: Deployment, uri: str) -> None:
-    settings = settings_for(uri)
-    connection = connect(settings, writing=True)
-    connection.orders.insert_many(
-        [{"customer_id": n % 50, "status": "Shipped"} for n in range(500)]
+def values_at(plan: Any, name: str) -> list[Any]:
+    """All values of that name, however deep."""
+    if isinstance(plan, dict):
+        own = [plan[name]] if name in plan else []
+        return own + [found for part in plan.values() for found in values_at(part, name)]
+    return [f for part in plan for f in values_at(part, name)] if isinstance(plan, list) else []
+
+
+ALL_KINDS: list[Any] = [ObjectId(f"{n:024x}") for n in range(0, 2000, 7)]
+ALL_KINDS += [f"customer-{n}" for n in range(90)] + [str(i).upper() for i in OBJECT_IDS]
+ALL_KINDS += [*range(50), 0.5, True, None, "", datetime(2026, 1, 1, tzinfo=UTC), {"a": 1}]
+ALL_KINDS += [Binary.from_uuid(uuid.UUID(int=n)) for n in range(30)]
+
+
+@pytest.mark.parametrize("fields", [("status", "customer_id"), ("state.now", "customer.id")])
+def test_with_the_index_a_range_of_any_kind_fetches_no_order_and_needs_no_disk(
+    deployment: Deployment, uri: str, fields: tuple[str, str]
+) -> None:
+    status, customer = fields
+    settings = settings_for(
+        uri,
+        ORDER_STATUSES="Shipped,Delivered",
+        ORDER_STATUS_FIELD=status,
+        ORDER_CUSTOMER_FIELD=customer,
     )
-    for statuses in ("Shipped", "Shipped,Delivered"):
-        settings = settings_for(uri, ORDER_STATUSES=statuses)
-        counting = pipeline(settings)
-        assert "COLLSCAN" in explained(connection, counting)
-        create_index(connection.orders)
-        assert "IXSCAN" in explained(connection, counting)
-        assert not {"COLLSCAN", "FETCH"} & explained(connection, counting)
-        connection.orders.drop_indexes()
-    connection.client.close()
+    with connect(settings, writing=True) as connection:
+        connection.users.insert_many([{"_id": own} for own in ALL_KINDS])
+        connection.orders.insert_many(
+            [nested({status: "Shipped", customer: own}) for own in ALL_KINDS for _ in range(3)]
+        )
+        assert not plan_of(connection.orders, settings).ranges
+        create_index(connection.orders, settings)
+        assert plan_of(connection.orders, settings) == Plan(
+            ranges=True, arrays=False, fetches=False
+        )
+        cut = ranges(edges(connection.users, 40))
+        assert len(cut) > 10
+        for part in cut:
+            scope = Scope(part, apart=part.of_text)
+            plan = explained(connection, pipeline(settings, scope, arrays=False))
+            stages = set(values_at(plan, "stage"))
+            assert "IXSCAN" in stages
+            assert "COLLSCAN" not in stages
+            looked = explained_orders(connection, pipeline(settings, scope, arrays=False))
+            assert looked == 0, part
+            assert not any(values_at(plan, "usedDisk"))
+            assert sum(values_at(plan, "spills")) == 0
+
+
+def nested(values: dict[str, Any]) -> Document:
+    document: Document = {}
+    for path, value in values.items():
+        *outer, last = path.split(".")
+        inner = document
+        for name in outer:
+            inner = inner.setdefault(name, {})
+        inner[last] = value
+    return document
+
+
+def explained_orders(connection: Connection, asked: list[Any]) -> int:
+    """How many orders were fetched: of each scan of the orders, by itself."""
+    inner = [s["$unionWith"] for s in asked if "$unionWith" in s]
+    scans = [u["pipeline"] for u in inner if u["coll"] == "orders"]
+    first = asked[: next(n for n, s in enumerate(asked) if "$unionWith" in s)]
+    fetched = 0
+    for scan in [first, *scans]:
+        fetched += sum(values_at(explained(connection, scan), "totalDocsExamined"))
+    return fetched
 
 
 @pytest.mark.parametrize("customer", [str(OBJECT_IDS[0]), str(OBJECT_IDS[0]).upper(), "5", "ada"])
@@ -404,13 +487,16 @@ def test_one_customer_is_counted_without_a_scan(uri: str, customer: str) -> None
     settings = settings_for(uri)
     with connect(settings, writing=True) as connection:
         Shop(connection.users.database, random.Random(2)).fill(100, 1_000)
-        connection.orders.create_index(INDEX)
-        for asked in (pipeline(settings, customer), customer_orders(customer, ["Shipped", "Paid"])):
-            assert "IXSCAN" in explained(connection, asked)
-            assert "COLLSCAN" not in explained(connection, asked)
-        assert "DISTINCT_SCAN" in stages(
-            connection.orders.database.command("explain", {"distinct": "orders", "key": "status"})
-        )
+        connection.orders.create_index(keys_of(settings))
+        forms = forms_of(customer)
+        found = Range([[{"$in": [form for _, each in forms for form in each]}]])
+        scope = Scope(found, customers=[own for own, _ in forms])
+        stages = values_at(explained(connection, pipeline(settings, scope, arrays=False)), "stage")
+        assert "IXSCAN" in stages
+        assert "COLLSCAN" not in stages
+        asked = {"distinct": "orders", "key": "status"}
+        plan = connection.orders.database.command("explain", asked)
+        assert "DISTINCT_SCAN" in values_at(plan, "stage")
 
 
 def test_the_index_serves_a_collection_with_a_collation_too(uri: str) -> None:
@@ -418,7 +504,7 @@ def test_the_index_serves_a_collection_with_a_collation_too(uri: str) -> None:
         shop = connection.orders.database
         shop.create_collection("orders", collation={"locale": "en", "strength": 2})
         connection.orders.insert_many([{"customer_id": 1, "status": "Shipped"} for _ in range(9)])
-        asked = pipeline(settings_for(uri))
-        assert "COLLSCAN" in explained(connection, asked)
-        create_index(connection.orders)
-        assert "IXSCAN" in explained(connection, asked)
+        asked = pipeline(settings_for(uri), Scope(), arrays=True)
+        assert "COLLSCAN" in values_at(explained(connection, asked), "stage")
+        create_index(connection.orders, settings_for(uri))
+        assert "IXSCAN" in values_at(explained(connection, asked), "stage")

@@ -1,0 +1,121 @@
+"""The index on orders that makes a count fetch no order: what its plan tells, and making it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pymongo.collection import Collection
+
+from config import Settings
+from loyalty.errors import Misconfigured, ServiceError
+from loyalty.ids import Document, shown
+from loyalty.sorting import sorted_errors
+
+COLLATION = {"locale": "simple"}  # whatever the collections' own: exactly `Shipped`
+
+_PARALLEL_ARRAYS = 171
+_LARGE = 100_000  # orders that are slow to read without an index
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How the server would read the orders of one range."""
+
+    ranges: bool = False
+    """Whether an index leads to the orders of a range; without, each would read all of them."""
+    arrays: bool = True
+    """Whether a status may be an array, so that each has to be looked at."""
+    fetches: bool = True
+    """Whether orders are fetched, and not only the index read."""
+
+
+def keys_of(settings: Settings) -> list[tuple[str, int]]:
+    """Return the keys of the index."""
+    return [(settings.status_field, 1), (settings.customer_field, 1)]
+
+
+def plan_of(orders: Collection[Any], settings: Settings) -> Plan:
+    """Ask the server how it would read a range; the worst case where it does not say.
+
+    An index knows of each of its fields whether any order has ever held an array there.
+    """
+    wanted = {
+        settings.status_field: {"$in": list(settings.order_statuses)},
+        settings.customer_field: {"$gte": ""},
+    }
+    group = {"_id": f"${settings.customer_field}", "orders": {"$sum": 1}}
+    asked = {
+        "aggregate": orders.name,
+        "pipeline": [{"$match": wanted}, {"$group": group}],
+        "cursor": {},
+        "collation": COLLATION,
+    }
+    try:
+        with sorted_errors("find in", orders.full_name):
+            reply = orders.database.command("explain", asked, verbosity="queryPlanner")
+    except ServiceError:  # the count itself will say what is wrong
+        return Plan()
+    stages = list(_stages(reply))
+    scans = [stage.get("multiKeyPaths", {}) for stage in stages if stage["stage"] == "IXSCAN"]
+    if not scans or any(stage["stage"] == "COLLSCAN" for stage in stages):
+        return Plan()
+    return Plan(
+        ranges=all(scan.get(settings.customer_field) == [] for scan in scans),
+        arrays=any(scan.get(settings.status_field) != [] for scan in scans),
+        fetches=any(stage["stage"] == "FETCH" for stage in stages),
+    )
+
+
+def _stages(plan: Any) -> Iterator[Document]:
+    """Yield every stage of a plan, however the server nests them."""
+    if isinstance(plan, dict):
+        if isinstance(plan.get("stage"), str):
+            yield plan
+        for name, part in plan.items():
+            if name != "rejectedPlans":
+                yield from _stages(part)
+    elif isinstance(plan, list):
+        for part in plan:
+            yield from _stages(part)
+
+
+def index_is_missing(orders: Collection[Any], settings: Settings) -> bool:
+    """Return whether `orders` is large and has no index that starts with what a recount reads."""
+    keys = keys_of(settings)
+    try:
+        with sorted_errors("list the indexes of", orders.full_name):
+            indexes = orders.index_information().values()
+            usable = [i["key"][: len(keys)] for i in indexes if "collation" not in i]
+            return keys not in usable and orders.estimated_document_count() > _LARGE
+    except ServiceError:  # advice is worth no permission, and a view has no indexes
+        return False
+
+
+def create_index(orders: Collection[Any], settings: Settings) -> str:
+    """Make the index, if it is not there, and return its name. Raises ServiceError."""
+    with sorted_errors("find", orders.full_name):
+        there = orders.database.list_collection_names(authorizedCollections=True)
+    if orders.name not in there:
+        raise Misconfigured(f"there is no collection {orders.full_name} to make an index on")
+    try:
+        with sorted_errors("create an index on", orders.full_name):
+            return orders.create_index(keys_of(settings), collation=COLLATION)
+    except ServiceError as error:
+        if getattr(error.__cause__, "code", None) != _PARALLEL_ARRAYS:
+            raise
+        both = {"$and": [{"$or": array_in(field)} for field, _ in keys_of(settings)]}
+        with sorted_errors("find in", orders.full_name):
+            found = [shown(order["_id"]) for order in orders.find(both, {"_id": 1}).limit(5)]
+        names = f"{settings.status_field} and {settings.customer_field}"
+        raise Misconfigured(
+            f"no index can be made on {orders.full_name} while an order holds arrays in both "
+            f"{names}, such as the order with _id {', '.join(found)}"
+        ) from error
+
+
+def array_in(field: str) -> list[Document]:
+    """Return conditions, one of which is true of a document with an array in `field`, or above."""
+    parts = field.split(".")
+    return [{".".join(parts[:n]): {"$type": "array"}} for n in range(1, len(parts) + 1)]

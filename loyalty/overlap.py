@@ -1,0 +1,79 @@
+"""Work that overlaps: several items on the way at a time, and how far all of it has come."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import islice
+from typing import TypeVar
+
+log = logging.getLogger("loyalty")
+
+REPORT_SECONDS = 5.0
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+Moved = Callable[[str], None]
+"""What long work calls whenever it has moved on, with how far it is ("" if that is not news)."""
+
+
+def still(_: str) -> None:
+    """Serve as a `Moved` where nobody wants to know."""
+
+
+@contextmanager
+def overlapping(do: Callable[[T], R], items: Iterator[T], workers: int) -> Iterator[Iterator[R]]:
+    """Yield the results of `do(item)` in their order, with `workers` of them on the way at a time.
+
+    So the server has work while an answer travels, or while we take it apart; and little is left
+    for it to do, and in our memory, when one side dies. None is on the way any more at the end,
+    lest a write land after a newer count; only Ctrl-C does not wait.
+    """
+    pool = ThreadPoolExecutor(workers)
+
+    def results() -> Iterator[R]:
+        pending = deque(pool.submit(do, item) for item in islice(items, workers))
+        while pending:
+            result = pending.popleft().result()
+            pending.extend(pool.submit(do, item) for item in islice(items, 1))
+            yield result
+
+    wait = True
+    try:
+        yield results()
+    except KeyboardInterrupt:
+        wait = False
+        raise
+    finally:
+        pool.shutdown(wait=wait, cancel_futures=True)
+
+
+class Progress:
+    """Says every few seconds how far long work is: to the log, and to whoever listens."""
+
+    def __init__(self, doing: str, total: int, moved: Moved) -> None:
+        self._doing = doing
+        self._total = total
+        self._moved = moved
+        self._done = 0
+        self._started = self._reported = time.monotonic()
+
+    def add(self, done: int) -> None:
+        """Add what has been done since the last time."""
+        self._done += done
+        now = time.monotonic()
+        if now - self._reported < REPORT_SECONDS:
+            self._moved("")
+            return
+        self._reported = now
+        rate = self._done / (now - self._started)
+        self._moved(f"{self._doing} {self._done:,} of {self._total:,}, {rate:,.1f}/s")
+        log.info(
+            "%s done=%d total=%d percent=%d rate=%.1f/s",
+            *(self._doing, self._done, self._total, 100 * self._done // self._total, rate),
+        )

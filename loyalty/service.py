@@ -1,0 +1,192 @@
+"""What the daemon repeats: full recounts, live updates in between, and the connection it keeps."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+from bson import ObjectId, Timestamp
+
+from config import Settings
+from loyalty import report
+from loyalty.counting import Count, snapshot_time
+from loyalty.errors import ConfigError, Misconfigured, Refused, ServiceError, Unavailable
+from loyalty.history import HEARTBEAT, Heartbeat, History
+from loyalty.ids import any_case
+from loyalty.index import index_is_missing
+from loyalty.live import Live, Marks
+from loyalty.mongo import Connection, connect
+from loyalty.overlap import Moved
+from loyalty.perform import Task, perform
+from loyalty.recount import Totals
+from loyalty.result import Result
+
+log = logging.getLogger("loyalty")
+
+_QUIET = 1.0  # seconds without a change, after which a mass change has come to its end
+_FEW_USERS, _FEW_PERCENT = 10, 10
+
+
+def open_shop(settings: Settings, *, writing: bool) -> Connection:
+    """Connect, prove that the server can do what a recount needs, and say what is to be known."""
+    connection = connect(settings, writing=writing)
+    log.info("connected %s", connection.description)
+    if connection.inexact:
+        log.warning(
+            "not_exact %s cannot read as of one point in time: an order that changes during a "
+            "recount may be missed or counted twice",
+            connection.inexact,
+        )
+    if index_is_missing(connection.orders, settings):
+        fields = f"{{{settings.status_field}, {settings.customer_field}}}"
+        orders = connection.orders.full_name
+        log.warning("no_index %s on %s: make it with --create-index", fields, orders)
+    try:
+        nobody = ObjectId()
+        list(Count(connection, settings, datetime.now(UTC)).of_customers([(nobody, [nobody])]))
+        if writing:
+            History(connection.recounts).check()
+    except BaseException:
+        connection.client.close()
+        raise
+    return connection
+
+
+class Service:
+    """Does the daemon's work; makes a new connection when the one it keeps is rejected."""
+
+    def __init__(self, settings: Settings, reload: Callable[[], Settings]) -> None:
+        self._settings = settings
+        self._reload = reload
+        self._connection: Connection | None = None
+        self._history = History(None)
+        self._live: Live | None = None
+        self._live_is_possible = settings.live_updates
+        self._last = Result(datetime.now(UTC), datetime.now(UTC))  # full recount
+        self._customers_updated = 0
+        self._updated_at: datetime | None = None
+        self._losers = 0  # since the last full recount, less those who have gained
+        self._held = False
+        self._beat_at = 0.0
+
+    def connect(self) -> None:
+        """Connect for the first time. Raises ServiceError."""
+        self._connection = open_shop(self._settings, writing=True)
+        self._history = History(self._connection.recounts)
+
+    def recount(self, moved: Moved) -> str:
+        """Recount everyone, and return how it went, for a person. Raises ServiceError."""
+        try:
+            if self._connection is None:
+                self._reconnect()
+            assert self._connection is not None
+            at = self._watch(self._connection)
+            task = Task(at=at)
+            result = perform(self._connection, self._settings, self._history, task, moved)
+        except Refused as error:  # to try again soon would not help; the next is on schedule
+            self._stop_watching()
+            log.error("refused %s", error)
+            return f"refused: {error}"
+        except Misconfigured:
+            self._stop_watching()
+            if self._connection is not None:
+                self._connection.client.close()
+                self._connection = None
+            raise
+        self._last, self._losers, self._held = result, 0, False
+        if self._live is not None and result.first_time is not None:
+            self._live.forget(result.first_time)
+        return report.status_of(result)
+
+    def _reconnect(self) -> None:
+        try:
+            self._settings = self._reload()  # the password may have changed, and the file with it
+        except ConfigError as error:
+            raise Misconfigured(str(error)) from error
+        self.connect()
+
+    def meanwhile(self, seconds: float, moved: Moved) -> None:
+        """Do live updates for about so long. Raises ServiceError if that cannot go on.
+
+        Then everyone is to be recounted.
+        """
+        if self._live is None or self._connection is None:
+            time.sleep(seconds)
+            return
+        try:
+            self._update(self._connection, self._live, seconds, moved)
+        except ServiceError:
+            self._stop_watching()
+            raise
+
+    def _watch(self, connection: Connection) -> Timestamp | None:
+        """Open the stream if that is wanted; return the time that is to be counted at."""
+        if self._live is not None or not self._live_is_possible:
+            return None
+        after = snapshot_time(connection)
+        try:
+            if after is None:
+                raise Misconfigured(f"{connection.inexact or 'the server'} has no change streams")
+            self._live = Live(connection, self._settings, after)
+        except Misconfigured as error:
+            self._live_is_possible = False
+            log.warning('not_live error="%s"', error)
+            return None
+        log.info("live since=%s", f"{self._live.since:%Y-%m-%dT%H:%M:%SZ}")
+        return after
+
+    def _stop_watching(self) -> None:
+        if self._live is not None:
+            self._live.close()
+            self._live = None
+
+    def _update(self, connection: Connection, live: Live, seconds: float, moved: Moved) -> None:
+        if self._held:
+            # A mass change: everyone is recounted once it is over, and the guard judges the whole.
+            if live.quiet_for() > _QUIET:
+                raise Unavailable(
+                    "live updates would take points from many users: recount everyone"
+                )
+            time.sleep(min(seconds, _QUIET / 4))
+        elif marks := live.take(seconds):
+            self._recount_marked(connection, marks)
+        if time.monotonic() - self._beat_at >= HEARTBEAT.total_seconds():
+            self._beat_at = time.monotonic()
+            beat = Heartbeat(
+                live_since=live.since,
+                last_event=live.last_event,
+                last_update=self._updated_at,
+                customers_updated=self._customers_updated,
+                waiting=live.waiting(),
+            )
+            self._history.beat(beat)
+            moved(report.status_of_live(beat))
+
+    def _recount_marked(self, connection: Connection, marks: Marks) -> None:
+        odd_forms = {} if self._last.odd_forms is None else self._last.odd_forms
+        customers = marks.forms(odd_forms)
+        if self._last.odd_forms is None:  # whatever they may be
+            customers = [
+                (own, [*forms, *any_case(own)] if isinstance(own, ObjectId) else forms)
+                for own, forms in customers
+            ]
+        task = Task(customers=customers, at=marks.time, guard=self._too_many_losers)
+        try:
+            totals = perform(connection, self._settings, History(None), task).totals
+        except Refused as error:
+            log.warning("held %s", error)
+            self._held = True
+            return
+        self._losers = max(0, self._losers + totals.decreased - totals.increased)
+        self._customers_updated += totals.changed
+        self._updated_at = datetime.now(UTC)
+        log.debug("live_update customers=%d changed=%d", len(customers), totals.changed)
+
+    def _too_many_losers(self, totals: Totals) -> str | None:
+        losers = self._losers + totals.decreased - totals.increased
+        holders = self._last.totals.holding
+        if losers < _FEW_USERS or 100 * losers <= _FEW_PERCENT * holders:
+            return None
+        return f"live updates would take points from {losers:,} of {holders:,} users in all"

@@ -1,0 +1,114 @@
+"""The one place where the driver's errors are sorted.
+
+Whoever asks the driver for something does so inside `with sorted_errors(...)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pymongo.errors import (
+    BulkWriteError,
+    ConfigurationError,
+    ConnectionFailure,
+    OperationFailure,
+    PyMongoError,
+)
+
+from loyalty.errors import (
+    FailedWrites,
+    Misconfigured,
+    NoPermission,
+    Rejected,
+    ServiceError,
+    SnapshotTooOld,
+    TooSlow,
+    Unavailable,
+)
+from loyalty.ids import Document
+
+_UNAUTHORIZED = 13
+_FINAL = {166, 171}  # a view where a collection is needed; an index over two arrays
+# A stage, an operator, a command or an option that the server does not know, by MongoDB and others.
+_UNSUPPORTED = {40324, 168, 59, 115, 303, 304}
+_BAD_CREDENTIALS = {18, 8000}  # the server's own, and Atlas's
+_MAX_TIME_EXPIRED = 50
+_SNAPSHOT_TOO_OLD = 239
+
+
+@contextmanager
+def sorted_errors(doing: str, where: str, *, if_too_slow: str = "") -> Iterator[None]:
+    """Turn whatever the driver raises inside into a ServiceError.
+
+    `doing` and `where` name the action for the reader: "find in", "oms_db.orders"; `if_too_slow`
+    says what to do about the server's time limit.
+    """
+    try:
+        yield
+    except (PyMongoError, OSError) as error:
+        raise _sorted(error, doing, where, if_too_slow) from error
+
+
+def _sorted(
+    error: PyMongoError | OSError, doing: str, where: str, if_too_slow: str
+) -> ServiceError:
+    if isinstance(error, BulkWriteError) and error.details["writeErrors"]:
+        failed = error.details["writeErrors"]
+        return FailedWrites(
+            {e["index"]: f"code {e['code']}, {_one_line(e['errmsg'])}" for e in failed}
+        )
+    could_not = f"could not {doing} {where}"
+    if isinstance(error, OperationFailure):
+        return _sorted_failure(error, doing, where, if_too_slow)
+    if isinstance(error, ConfigurationError) and not _is_about_dns(error):
+        return Misconfigured(f"{could_not}: {_one_line(str(error))}")
+    reason = _one_line(str(error))
+    if isinstance(error, ConnectionFailure):
+        if "SSL handshake failed" in reason:
+            return Misconfigured(f"{could_not}: {reason}; does the server expect TLS, as the URI?")
+        if "[Errno -2]" in reason or "[Errno -5]" in reason:  # getaddrinfo's EAI_NONAME, EAI_NODATA
+            return Unavailable(f"{could_not}: no such host name, or not yet")
+        return Unavailable(f"{could_not}: {reason}")
+    if isinstance(error, ConfigurationError):
+        return Unavailable(f"{could_not}: {reason}")
+    if isinstance(error, OSError):  # a certificate file that is missing or no certificate
+        return Misconfigured(f"{could_not}: {error}")
+    return Unavailable(f"{could_not}: {type(error).__name__}: {reason}")
+
+
+def _sorted_failure(
+    error: OperationFailure, doing: str, where: str, if_too_slow: str
+) -> ServiceError:
+    # OperationFailure's own text ends in the whole reply, commands and documents included.
+    details: Document = error.details or {}
+    for concern in details.get("writeConcernErrors", []):  # of a bulk write, whose own has no text
+        details = concern
+    code, reason = error.code, _one_line(str(details.get("errmsg", "no reason given")))
+    code = details.get("code", code)
+    could_not = f"could not {doing} {where}"
+    if code == _UNAUTHORIZED:
+        advice = "grant it to the database user (deploy/mongodb-role.js)"
+        if "requires authentication" in reason:
+            advice += ", or put a user name and password into MONGODB_URI"
+        return NoPermission(f"no permission to {doing} {where}: {advice}")
+    if code in _BAD_CREDENTIALS:
+        return Rejected("the server rejects the user name or password in MONGODB_URI")
+    if code == _MAX_TIME_EXPIRED:
+        return TooSlow(f"{could_not} in time" + (f": {if_too_slow}" if if_too_slow else ""))
+    if code == _SNAPSHOT_TOO_OLD:
+        return SnapshotTooOld(f"{could_not}: {reason} (code {code})")
+    if code in _UNSUPPORTED:
+        return Misconfigured(f"this server does not support what the service needs: {reason}")
+    sort = Misconfigured if code in _FINAL else Unavailable
+    return sort(f"{could_not}: {reason} (code {code})")
+
+
+def _is_about_dns(error: ConfigurationError) -> bool:
+    """Whether a mongodb+srv name could not be resolved, which the driver wraps."""
+    return type(error.__cause__).__module__.startswith("dns.")
+
+
+def _one_line(reason: str) -> str:
+    # The driver appends its timeouts and its whole view of the topology.
+    return reason.split(", Timeout:")[0].split(" (configured")[0].replace("\n", " ")[:300]
