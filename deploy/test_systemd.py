@@ -514,7 +514,7 @@ def test_every_line_of_a_traceback_is_an_error_and_nothing_else_is(service: Mach
     recount = service.path(Path("/opt/loyalty-microservice/loyalty/recount.py"))
     good = recount.read_text()
     bug = "def _bug(*_: object) -> None:\n    raise RuntimeError('one\\ntwo')\n"
-    recount.write_text(f"{good}\n\n{bug}\n\nRecount.count = _bug\n")
+    recount.write_text(f"{good}\n\n{bug}\n\nRecount.refusal = _bug\n")
     try:
         service.systemctl("restart", UNIT)
         _wait_for("the bug", lambda: service.show("StatusText").startswith("failed: a bug"))
