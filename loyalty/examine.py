@@ -18,7 +18,7 @@ from config import Settings
 from loyalty.counting import Count
 from loyalty.errors import ServiceError
 from loyalty.ids import NO_CUSTOMER, Document, canonical, is_hex_id, shown, spellings
-from loyalty.index import array_in, plan_of
+from loyalty.index import array_in, has_index, plan_of
 from loyalty.mongo import Connection
 from loyalty.recount import Recount
 from loyalty.sorting import sorted_errors
@@ -88,7 +88,12 @@ def _index(connection: Connection, settings: Settings, found: Examination) -> No
         found.index = "there, and all that a recount reads"
         return
     names = f"{settings.status_field} or {settings.customer_field}"
-    found.index = "none that a recount can use: make it with --create-index"
+    found.index = "none that serves a recount: make it with --create-index"
+    if has_index(orders, settings):
+        found.index = (
+            "there, but not used, as if an order had once held an array: drop it, and make it "
+            "again with --create-index"
+        )
     holding = {"$or": array_in(settings.status_field) + array_in(settings.customer_field)}
     with sorted_errors("look for arrays in", orders.full_name):
         n = orders.count_documents(holding, maxTimeMS=settings.count_ms)
@@ -171,7 +176,7 @@ def _points(connection: Connection, settings: Settings, found: Examination) -> N
     count = Count(connection, settings, datetime.now(UTC))
     if not found.sampled:
         rows = count.of_everyone(in_one_piece=True)
-    elif found.index.startswith("there"):
+    elif plan_of(connection.orders, settings).ranges:
         customers = [(own, spellings(own)) for own in _some_customers(connection, settings)]
         rows = count.of_customers(customers, everyone=True)
     else:

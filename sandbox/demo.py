@@ -190,9 +190,10 @@ class Demo:
         self, number: int, record: Document, before: dict[str, Any], after: dict[str, Any]
     ) -> None:
         screen = self._screen
+        up, down = record["increased"], record["decreased"]
         screen.say(
-            f"\nRecount {number}: {record['changed']:,} of {len(after):,} customers changed, "
-            f"{record['increased']:,} up and {record['decreased']:,} down",
+            f"\nRecount {number}: {record['changed']:,} of {len(after):,} customers changed: "
+            f"{up:,} up, {down:,} down, {record['changed'] - up - down:,} of no number to 0",
             BOLD,
         )
         screen.say(f"  {'top customers':<16} {'before':>7}    {'after':>6}", DIM)
