@@ -58,7 +58,7 @@ def examine(connection: Connection, settings: Settings) -> Examination:
     """Look at the data; what cannot be looked at is a warning."""
     found = Examination()
     brief = dataclasses.replace(settings, count_timeout=min(_LIMIT, settings.count_timeout))
-    for look in (_collections, _index, _ids, _orders_by_status, _references, _points):
+    for look in (_collections, _index, _users, _orders_by_status, _references, _points):
         try:
             look(connection, brief, found)
         except ServiceError as error:
@@ -104,15 +104,26 @@ def _index(connection: Connection, settings: Settings, found: Examination) -> No
         )
 
 
-def _ids(connection: Connection, settings: Settings, found: Examination) -> None:
+def _users(connection: Connection, settings: Settings, found: Examination) -> None:
+    points = f"${settings.points_field}"
+    holds = {"$and": [{"$isNumber": points}, {"$gt": [points, 0]}]}
     grouped: list[Document] = [{"$sample": {"size": _USERS}}] if found.sampled else []
-    grouped += [{"$group": {"_id": {"$type": "$_id"}, "n": {"$sum": 1}}}, {"$sort": {"n": -1}}]
+    grouped += [
+        {
+            "$group": {
+                "_id": {"$type": "$_id"},
+                "n": {"$sum": 1},
+                "holders": {"$sum": {"$cond": [holds, 1, 0]}},
+            }
+        },
+        {"$sort": {"n": -1}},
+    ]
     users = connection.users
     with sorted_errors("find in", users.full_name):
-        rows = users.aggregate(grouped, maxTimeMS=settings.count_ms)
-        ids = {row["_id"]: row["n"] for row in rows}
-    seen = sum(ids.values())
-    found.ids = {kind: _scaled(n, seen, found.users) for kind, n in ids.items()}
+        rows = list(users.aggregate(grouped, maxTimeMS=settings.count_ms))
+    seen = sum(row["n"] for row in rows)
+    found.ids = {row["_id"]: _scaled(row["n"], seen, found.users) for row in rows}
+    found.holders = _scaled(sum(row["holders"] for row in rows), seen, found.users)
 
 
 def _orders_by_status(connection: Connection, settings: Settings, found: Examination) -> None:
@@ -191,7 +202,6 @@ def _points(connection: Connection, settings: Settings, found: Examination) -> N
         earning = totals.counted_orders - totals.orders_without_customer
         earning -= totals.orders_of_unknown_customers
         _nobody_known(earning, totals.counted_orders, settings, found)
-    found.holders = _scaled(totals.holders, totals.users, found.users)
     found.decreased = _scaled(totals.decreased, totals.users, found.users)
     if refusal := recount.refusal():
         found.problems.append(f"the guard would refuse the recount: {refusal}")

@@ -97,6 +97,7 @@ def test_a_large_shop_is_estimated_and_that_is_said(
     assert line("that count, without customer", out) == "about 1"
     assert line("that count, of no user", out) == "about 1, such as 'gone'"
     unknown = "not known; --dry-run counts them all"
+    assert line("users with points", out) == "about 20"
     assert line("who would lose some", out) == ("about 20" if with_index else unknown)
     assert ("PROBLEM: the guard would refuse" in out) is with_index
     assert code == int(with_index)

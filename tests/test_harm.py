@@ -136,6 +136,8 @@ def test_no_counted_order_at_all_is_a_warning_with_the_statuses_that_there_are(
         "WARNING no_counted_order no order has status Shipped, Done; found: Sent (2), none (1)"
         in said
     )
+    assert command("--once", ORDERS_COLLECTION="Orders") == 0
+    assert "no order has status Shipped; found: no orders" in capsys.readouterr().err
     assert disagreements(database) == []
 
 
