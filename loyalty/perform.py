@@ -131,4 +131,5 @@ def _count(
     result.refusal = task.guard(totals) if task.guard else recount.refusal()
     result.warning = recount.warning()
     if task.customers is None and not totals.counted_orders:
-        result.refusal = mistaken_status(connection, settings) or result.refusal
+        reasons = [result.refusal, mistaken_status(connection, settings)]
+        result.refusal = "; ".join(filter(None, reasons)) or None

@@ -38,6 +38,7 @@ def test_only_the_uri_is_required_and_the_rest_has_the_documented_defaults() -> 
         recount_interval=timedelta(hours=2),
         count_timeout=timedelta(minutes=10),
         count_workers=2,
+        live_updates=False,
         max_decrease_percent=90,
         batch_size=1000,
         log_level="INFO",
