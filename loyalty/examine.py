@@ -63,6 +63,8 @@ def examine(connection: Connection, settings: Settings) -> Examination:
             look(connection, brief, found)
         except ServiceError as error:
             log.warning('not_examined error="%s"', error)
+        if found.orders is None:  # nor would anything else be
+            break
     return found
 
 

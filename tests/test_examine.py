@@ -13,6 +13,7 @@ from conftest import ROOT, Command
 from pymongo.database import Database
 
 from loyalty import examine
+from loyalty.errors import TooSlow
 from loyalty_microservice import main
 from sandbox import faults
 from sandbox.mongod import Deployment
@@ -163,14 +164,23 @@ def test_arrays_that_spoil_the_index_are_counted_and_named(
         shop.orders.delete_one({"_id": both})
 
 
-def test_a_look_that_takes_too_long_is_left_out(
-    shop: Database[Any], check: Any, deployment: Deployment
+def test_what_takes_too_long_is_left_out(
+    shop: Database[Any], check: Any, deployment: Deployment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with faults.failing(deployment.servers[0], "count", 9, errorCode=50):
         _, out, err = check()
     assert 'WARNING not_examined error="could not list the collections' in err
     assert "in time" in err
-    assert line("who would lose some", out) == "0"
+    for what in ("users", "orders", "who would lose some"):
+        assert line(what, out) == "not known; --dry-run counts them all"
+
+    def too_slow(*_: object, **__: object) -> None:
+        raise TooSlow("could not group in time")
+
+    monkeypatch.setattr(examine, "statuses", too_slow)
+    _, out, err = check()
+    assert 'WARNING not_examined error="could not group in time"' in err
+    assert line("who would lose some", out) == "20"
 
 
 def test_five_mistakes_are_found_one_and_all(
