@@ -1,7 +1,4 @@
-"""Settings: each declared once, read from a mapping, checked whole, immutable.
-
-Nothing here reads the environment or touches the network; the command passes the mapping in.
-"""
+"""Settings: each declared once, read from a mapping that is passed in, checked whole, immutable."""
 
 from __future__ import annotations
 
@@ -237,14 +234,12 @@ def _read_uri(values: Mapping[str, str], faults: list[str]) -> str:
         except (OSError, UnicodeDecodeError) as error:
             faults.append(f"MONGODB_URI_FILE: {file}: {reason(error)}")
             return ""
-    if not uri:
-        faults.append(
-            f"MONGODB_URI_FILE: {file} is empty"
-            if file
-            else "MONGODB_URI: required, for example mongodb://localhost:27017"
-        )
-        return ""
-    faults.extend(f"MONGODB_URI: {fault}" for fault in uri_faults(uri))
+    if uri:
+        faults.extend(f"MONGODB_URI: {fault}" for fault in uri_faults(uri))
+    elif file:
+        faults.append(f"MONGODB_URI_FILE: {file} is empty")
+    else:
+        faults.append("MONGODB_URI: required, for example mongodb://localhost:27017")
     return uri
 
 

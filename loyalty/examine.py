@@ -18,7 +18,7 @@ from config import Settings
 from loyalty.counting import Count
 from loyalty.errors import ServiceError
 from loyalty.ids import NO_CUSTOMER, Document, canonical, is_hex_id, shown, spellings
-from loyalty.index import array_in, plan_of
+from loyalty.index import array_in, has_index, plan_of
 from loyalty.mongo import Connection
 from loyalty.recount import Recount
 from loyalty.sorting import sorted_errors
@@ -58,11 +58,13 @@ def examine(connection: Connection, settings: Settings) -> Examination:
     """Look at the data; what cannot be looked at is a warning."""
     found = Examination()
     brief = dataclasses.replace(settings, count_timeout=min(_LIMIT, settings.count_timeout))
-    for look in (_collections, _index, _ids, _orders_by_status, _references, _points):
+    for look in (_collections, _index, _users, _orders_by_status, _references, _points):
         try:
             look(connection, brief, found)
         except ServiceError as error:
             log.warning('not_examined error="%s"', error)
+        if found.orders is None:  # nor would anything else be
+            break
     return found
 
 
@@ -88,7 +90,12 @@ def _index(connection: Connection, settings: Settings, found: Examination) -> No
         found.index = "there, and all that a recount reads"
         return
     names = f"{settings.status_field} or {settings.customer_field}"
-    found.index = "none that a recount can use: make it with --create-index"
+    found.index = "none that serves a recount: make it with --create-index"
+    if has_index(orders, settings):
+        found.index = (
+            "there, but not used, as if an order had once held an array: drop it, and make it "
+            "again with --create-index"
+        )
     holding = {"$or": array_in(settings.status_field) + array_in(settings.customer_field)}
     with sorted_errors("look for arrays in", orders.full_name):
         n = orders.count_documents(holding, maxTimeMS=settings.count_ms)
@@ -99,15 +106,26 @@ def _index(connection: Connection, settings: Settings, found: Examination) -> No
         )
 
 
-def _ids(connection: Connection, settings: Settings, found: Examination) -> None:
+def _users(connection: Connection, settings: Settings, found: Examination) -> None:
+    points = f"${settings.points_field}"
+    holds = {"$and": [{"$isNumber": points}, {"$gt": [points, 0]}]}
     grouped: list[Document] = [{"$sample": {"size": _USERS}}] if found.sampled else []
-    grouped += [{"$group": {"_id": {"$type": "$_id"}, "n": {"$sum": 1}}}, {"$sort": {"n": -1}}]
+    grouped += [
+        {
+            "$group": {
+                "_id": {"$type": "$_id"},
+                "n": {"$sum": 1},
+                "holders": {"$sum": {"$cond": [holds, 1, 0]}},
+            }
+        },
+        {"$sort": {"n": -1}},
+    ]
     users = connection.users
     with sorted_errors("find in", users.full_name):
-        rows = users.aggregate(grouped, maxTimeMS=settings.count_ms)
-        ids = {row["_id"]: row["n"] for row in rows}
-    seen = sum(ids.values())
-    found.ids = {kind: _scaled(n, seen, found.users) for kind, n in ids.items()}
+        rows = list(users.aggregate(grouped, maxTimeMS=settings.count_ms))
+    seen = sum(row["n"] for row in rows)
+    found.ids = {row["_id"]: _scaled(row["n"], seen, found.users) for row in rows}
+    found.holders = _scaled(sum(row["holders"] for row in rows), seen, found.users)
 
 
 def _orders_by_status(connection: Connection, settings: Settings, found: Examination) -> None:
@@ -171,7 +189,7 @@ def _points(connection: Connection, settings: Settings, found: Examination) -> N
     count = Count(connection, settings, datetime.now(UTC))
     if not found.sampled:
         rows = count.of_everyone(in_one_piece=True)
-    elif found.index.startswith("there"):
+    elif plan_of(connection.orders, settings).ranges:
         customers = [(own, spellings(own)) for own in _some_customers(connection, settings)]
         rows = count.of_customers(customers, everyone=True)
     else:
@@ -186,7 +204,6 @@ def _points(connection: Connection, settings: Settings, found: Examination) -> N
         earning = totals.counted_orders - totals.orders_without_customer
         earning -= totals.orders_of_unknown_customers
         _nobody_known(earning, totals.counted_orders, settings, found)
-    found.holders = _scaled(totals.holders, totals.users, found.users)
     found.decreased = _scaled(totals.decreased, totals.users, found.users)
     if refusal := recount.refusal():
         found.problems.append(f"the guard would refuse the recount: {refusal}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,16 +82,23 @@ def _stages(plan: Any) -> Iterator[Document]:
             yield from _stages(part)
 
 
-def index_is_missing(orders: Collection[Any], settings: Settings) -> bool:
-    """Return whether `orders` is large and has no index that starts with what a recount reads."""
+def has_index(orders: Collection[Any], settings: Settings) -> bool | None:
+    """Return whether some index starts with what a recount reads; None if there is no telling."""
     keys = keys_of(settings)
     try:
         with sorted_errors("list the indexes of", orders.full_name):
             indexes = orders.index_information().values()
-            usable = [i["key"][: len(keys)] for i in indexes if "collation" not in i]
-            return keys not in usable and orders.estimated_document_count() > _LARGE
     except ServiceError:  # advice is worth no permission, and a view has no indexes
-        return False
+        return None
+    return any(i["key"][: len(keys)] == keys for i in indexes if "collation" not in i)
+
+
+def index_is_missing(orders: Collection[Any], settings: Settings) -> bool:
+    """Return whether `orders` is large and has no index for a recount."""
+    with suppress(ServiceError), sorted_errors("count", orders.full_name):
+        large = orders.estimated_document_count() > _LARGE
+        return large and has_index(orders, settings) is False
+    return False
 
 
 def create_index(orders: Collection[Any], settings: Settings) -> str:

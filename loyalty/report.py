@@ -143,7 +143,7 @@ def print_records(records: Sequence[Document]) -> None:
     rows = ([cell(record.get(name)) for name in names] for record in records)
     times = {"finished_at": "finished (UTC)", "as_of": "as of (UTC)"}
     print_table([times.get(name, name.replace("_", " ")) for name in names], *rows)
-    print("As of: the last moment that most servers had confirmed, a few seconds back on idle ones")
+    print("  As of: what most servers had confirmed, on idle ones a few seconds before the start.")
 
 
 def print_age(age: timedelta | None, interval: timedelta) -> bool:
@@ -181,9 +181,7 @@ def print_examination(found: Examination, settings: Settings) -> None:
     about = "about " if found.sampled else ""
 
     def number(n: int | None) -> str:
-        return (
-            "not known without the index; --dry-run counts them" if n is None else f"{about}{n:,}"
-        )
+        return "not known; --dry-run counts them all" if n is None else f"{about}{n:,}"
 
     print("The data" + (" (about: an estimate, from a sample)" if about else ""))
     ids = ", ".join(f"{kind} {number(n)}" for kind, n in found.ids.items())

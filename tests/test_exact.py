@@ -191,7 +191,7 @@ def fill(shop: Database[Any], users: int, points: int) -> None:
 
 
 def rename_status(shop: Database[Any]) -> None:
-    shop.orders.update_many({}, {"$set": {"status": "shipped"}})
+    shop.orders.update_many({}, {"$set": {"status": "Sent"}})
 
 
 def empty_orders(shop: Database[Any]) -> None:

@@ -13,6 +13,7 @@ from conftest import ROOT, Command
 from pymongo.database import Database
 
 from loyalty import examine
+from loyalty.errors import TooSlow
 from loyalty_microservice import main
 from sandbox import faults
 from sandbox.mongod import Deployment
@@ -96,13 +97,14 @@ def test_a_large_shop_is_estimated_and_that_is_said(
     assert line("Shipped", out) == "about 44, counts"
     assert line("that count, without customer", out) == "about 1"
     assert line("that count, of no user", out) == "about 1, such as 'gone'"
-    unknown = "not known without the index; --dry-run counts them"
+    unknown = "not known; --dry-run counts them all"
+    assert line("users with points", out) == "about 20"
     assert line("who would lose some", out) == ("about 20" if with_index else unknown)
     assert ("PROBLEM: the guard would refuse" in out) is with_index
     assert code == int(with_index)
     assert "not_examined" not in err
     index = line("index status, customer_id", out)
-    assert index.startswith("there" if with_index else "none that a recount can use")
+    assert index.startswith("there" if with_index else "none that serves a recount")
 
 
 def test_every_form_of_an_id_is_found_in_a_large_shop(
@@ -149,6 +151,9 @@ def test_arrays_that_spoil_the_index_are_counted_and_named(
     assert command("--create-index") == 0
     _, out, _ = check()
     assert "3 orders hold an array in status or customer_id, so that every order is fetched" in out
+    shop.orders.delete_many({"customer_id": {"$type": "array"}})
+    _, out, _ = check()
+    assert "there, but not used, as if an order had once held an array: drop it" in out
     shop.orders.drop_indexes()
     for field in ("customer_id", "customer_id.ref"):
         both = shop.orders.insert_one({"status": ["x"], "customer_id": [{"ref": 2}]}).inserted_id
@@ -159,14 +164,23 @@ def test_arrays_that_spoil_the_index_are_counted_and_named(
         shop.orders.delete_one({"_id": both})
 
 
-def test_a_look_that_takes_too_long_is_left_out(
-    shop: Database[Any], check: Any, deployment: Deployment
+def test_what_takes_too_long_is_left_out(
+    shop: Database[Any], check: Any, deployment: Deployment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with faults.failing(deployment.servers[0], "count", 9, errorCode=50):
         _, out, err = check()
     assert 'WARNING not_examined error="could not list the collections' in err
     assert "in time" in err
-    assert line("who would lose some", out) == "0"
+    for what in ("users", "orders", "who would lose some"):
+        assert line(what, out) == "not known; --dry-run counts them all"
+
+    def too_slow(*_: object, **__: object) -> None:
+        raise TooSlow("could not group in time")
+
+    monkeypatch.setattr(examine, "statuses", too_slow)
+    _, out, err = check()
+    assert 'WARNING not_examined error="could not group in time"' in err
+    assert line("who would lose some", out) == "20"
 
 
 def test_five_mistakes_are_found_one_and_all(

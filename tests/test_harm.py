@@ -13,19 +13,22 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 from uuid import uuid4
 
 import pytest
 from bson import ObjectId
 from conftest import MEMORY, ROOT, Command, settings_for
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from pymongo import MongoClient
 from pymongo.database import Database
-from test_recount import ORDERS, USERS
+from test_recount import EDGES, ORDERS, USERS
 
 from config import declared
+from loyalty import counting, mongo
 from loyalty.history import MARK, History
-from loyalty.index import create_index
+from loyalty.index import Plan, create_index, plan_of
 from loyalty.mongo import Connection, connect
 from loyalty.perform import Task, perform
 from sandbox import faults
@@ -136,6 +139,8 @@ def test_no_counted_order_at_all_is_a_warning_with_the_statuses_that_there_are(
         "WARNING no_counted_order no order has status Shipped, Done; found: Sent (2), none (1)"
         in said
     )
+    assert command("--once", ORDERS_COLLECTION="Orders") == 0
+    assert "no order has status Shipped; found: no orders" in capsys.readouterr().err
     assert disagreements(database) == []
 
 
@@ -237,17 +242,23 @@ def test_every_setting_works_at_both_ends_of_its_range(
         client.drop_database(shop.name)
 
 
-def test_a_host_name_that_is_not_known_yet_is_waited_for(service: Start, command: Command) -> None:
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mongo, "_CONNECT_SECONDS", 0.5)
+
+
+def test_a_host_name_that_is_not_known_yet_is_waited_for(
+    service: Start, command: Command, capsys: Capture, impatient: None
+) -> None:
     uri = "mongodb://no-such-host.invalid:27017/shop"
     daemon = service(MONGODB_URI=uri)
-    once, check = (service(flag, MONGODB_URI=uri) for flag in ("--once", "--check-config"))
+    for flag in ("--once", "--check-config"):
+        assert command(flag, MONGODB_URI=uri) == 69
+        said = capsys.readouterr().err
+        assert "no-such-host.invalid:27017: no such host name, or not yet" in said
     daemon.wait_for("no such host name, or not yet")
     assert "retry_in=10s" in daemon.output
     assert daemon.stop() == 0
-    for ended in (once, check):
-        assert ended.wait() == 69
-        assert "no-such-host.invalid:27017: no such host name, or not yet" in ended.output
-        assert "Traceback" not in ended.output
 
 
 # The command for support tickets.
@@ -316,21 +327,21 @@ def reshape(database: Database[Any]) -> None:
         database[usual].drop()
 
 
-@pytest.fixture(params=[True, False], ids=["index", "no_index"])
-def reshaped(deployment: Deployment, request: pytest.FixtureRequest) -> Iterator[Connection]:
+@pytest.fixture
+def reshaped(deployment: Deployment) -> Iterator[Connection]:
+    """A shop of that shape with the index, and nothing in it."""
     told = settings_for(deployment.uri_for(database=f"shop_{uuid4().hex[:12]}"), **SHAPE)
     with connect(told, writing=True) as connection:
-        if request.param:
-            connection.orders.insert_one({})
-            create_index(connection.orders, told)
+        connection.orders.insert_one({})
+        create_index(connection.orders, told)
         yield connection
         connection.client.drop_database(connection.users.database.name)
 
 
 @settings(suppress_health_check=list(HealthCheck))
-@given(users=USERS, orders=ORDERS)
+@given(users=USERS, orders=ORDERS, cuts=st.lists(EDGES, max_size=4))
 def test_in_a_shop_of_another_shape_every_user_has_the_points_that_plain_python_counts(
-    reshaped: Connection, users: list[Any], orders: list[Any]
+    reshaped: Connection, users: list[Any], orders: list[Any], cuts: list[Any]
 ) -> None:
     shop = reshaped.users.database
     for name, documents in (("users", users), ("orders", orders)):
@@ -339,10 +350,19 @@ def test_in_a_shop_of_another_shape_every_user_has_the_points_that_plain_python_
             shop[name].insert_many(documents)
     reshape(shop)
     told = settings_for("mongodb://unused/", **SHAPE)
-    result = perform(reshaped, told, History(None), Task(force=True))
+    with mock.patch.object(counting, "edges", return_value=cuts):
+        result = perform(reshaped, told, History(None), Task(force=True))
+        again = perform(reshaped, told, History(None), Task(force=True))
     assert disagreements(shop, names=NAMES) == []
     assert result.totals.users == len(users)
-    assert perform(reshaped, told, History(None), Task(force=True)).totals.changed == 0
+    assert again.totals.changed == 0
+
+
+def test_the_index_serves_nested_fields_as_well(reshaped: Connection) -> None:
+    told = settings_for("mongodb://unused/", **SHAPE)
+    assert plan_of(reshaped.orders, told) == Plan(ranges=True, arrays=False, fetches=False)
+    reshaped.orders.insert_one({"sale": {"state": "Shipped", "buyer": [{"id": 1}]}})
+    assert not plan_of(reshaped.orders, told).ranges
 
 
 def test_a_shop_of_another_shape_is_examined_filled_and_exact_by_settings_alone(
