@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from math import inf
 
 from bson import ObjectId, Timestamp
 
@@ -27,7 +28,6 @@ from loyalty.result import Result
 log = logging.getLogger("loyalty")
 
 _QUIET = 1.0  # seconds without a change, after which a mass change has come to its end
-_LONGEST_HOLD = 600.0  # where there is always some change
 _FEW_USERS, _FEW_PERCENT = 10, 10
 _NEVER = Timestamp(0, 0)
 
@@ -72,7 +72,9 @@ class Service:
         self._customers_updated = 0
         self._updated_at: datetime | None = None
         self._losers = 0  # since the last full recount, less those who have gained
-        self._held_at: float | None = None
+        self._held = False
+        self._held_at = -inf
+        self._over_after = _QUIET
         self._beat_at = 0.0
 
     def connect(self) -> None:
@@ -99,7 +101,7 @@ class Service:
                 self._connection.client.close()
                 self._connection = None
             raise
-        self._last, self._losers, self._held_at = result, 0, None
+        self._last, self._losers, self._held = result, 0, False
         if self._live is not None and result.first_time is not None:
             self._live.forget(result.first_time)
         return report.status_of(result)
@@ -152,16 +154,15 @@ class Service:
         return after
 
     def _stop_watching(self) -> None:
-        self._held_at = None
+        self._held = False
         if self._live is not None:
             self._live.close()
             self._live = None
             log.info("live_ended until the next recount of everyone")
 
     def _update(self, connection: Connection, live: Live, seconds: float, moved: Moved) -> None:
-        if self._held_at is not None:
-            # A mass change: everyone is recounted once it is over, and the guard judges the whole.
-            if live.quiet_for() > _QUIET or time.monotonic() - self._held_at > _LONGEST_HOLD:
+        if self._held:
+            if live.quiet_for() > self._over_after:
                 raise Unavailable(
                     "live updates would take points from many users: recount everyone"
                 )
@@ -187,13 +188,23 @@ class Service:
         try:
             totals = perform(connection, self._settings, History(None), task, moved).totals
         except Refused as error:
-            log.warning("held %s", error)
-            self._held_at = time.monotonic()
+            self._hold(error)
             return
         self._losers = max(0, self._losers + totals.decreased - totals.increased)
         self._customers_updated += totals.changed
         self._updated_at = datetime.now(UTC)
         log.debug("live_update customers=%d changed=%d", len(customers), totals.changed)
+
+    def _hold(self, why: Refused) -> None:
+        """Hold live updates back: a mass change, and the guard is to judge the whole of it.
+
+        Once it is over, everyone is recounted. Another within the interval may be a piece of the
+        same: then the schedule decides when, as it does without live updates.
+        """
+        now, interval = time.monotonic(), self._settings.recount_interval.total_seconds()
+        again = now - self._held_at < interval
+        self._held, self._held_at, self._over_after = True, now, inf if again else _QUIET
+        log.warning("held %s%s", why, ", again: until the next recount" if again else "")
 
     def _customers(self, marks: Marks) -> Customers:
         odd_forms = self._last.odd_forms
