@@ -193,7 +193,8 @@ def _status(args: argparse.Namespace, settings: Settings) -> int:
     with connect(settings, writing=False) as connection:
         history = History(connection.recounts)
         report.print_records(history.newest(10))
-        report.print_live(history.heartbeat(), datetime.now(UTC))
+        wanted = settings.live_updates
+        report.print_live(history.heartbeat(), datetime.now(UTC), wanted=wanted)
         fresh = report.print_age(history.age(datetime.now(UTC)), settings.recount_interval)
     return Exit.FINE if fresh else Exit.FOUND
 

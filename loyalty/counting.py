@@ -24,11 +24,11 @@ log = logging.getLogger("loyalty")
 
 _ROWS = 5_000  # in one answer of the server; its own limit of 16 MB becomes 100 MB in Python
 _ODD_CUSTOMERS = 10_000
-_AT_A_TIME = 1_000  # customers in one aggregation
+_FORMS = 4_000  # in one aggregation, the canonical ids among them
 
 
 Customers = Sequence[tuple[Any, Sequence[Any]]]
-"""Canonical ids, each with the forms of it that an index finds."""
+"""Canonical ids, each with the forms of it that an index finds; without any, all is read."""
 
 
 class TooManyOddForms(Exception):
@@ -68,6 +68,7 @@ class Count:
         self.exact = False
         self.odd_forms: dict[ObjectId, set[str]] = {}
         self.knows_odd_forms = True
+        self.finds_customers = False
         self._connection = connection
         self._settings = settings
         self._moved = moved
@@ -81,6 +82,7 @@ class Count:
         self.exact = self.cluster_time is not None
         # After that: no array has been in an index at the pinned time if none has been by now.
         self._plan = plan_of(self._connection.orders, self._settings)
+        self.finds_customers = self._plan.ranges
         if self._plan.ranges and not in_one_piece:
             yield from self._in_ranges(ranges(self._edges()))
         else:
@@ -162,9 +164,9 @@ class Count:
     def _of_customers(
         self, customers: Customers, *, everyone: bool = False
     ) -> Iterator[Row | Right]:
-        for start in range(0, len(customers), _AT_A_TIME):
-            chosen = customers[start : start + _AT_A_TIME]
-            found = Range([[{"$in": [form for _, forms in chosen for form in forms]}]])
+        for chosen in _portions(customers):
+            forms = [form for _, forms in chosen for form in forms]
+            found = Range([[{"$in": forms}]] if forms else [[]])
             own = [customer for customer, _ in chosen]
             yield from self._in_scope(Scope(found, customers=own, everyone=everyone))
 
@@ -199,3 +201,17 @@ class Count:
                 spool.add(answer)
                 self._moved("")
         return spool
+
+
+def _portions(customers: Customers) -> Iterator[Customers]:
+    """Cut so that no aggregation asks for many more than so many forms."""
+    portion: list[tuple[Any, Sequence[Any]]] = []
+    size = 0
+    for customer, forms in customers:
+        portion.append((customer, forms))
+        size += 1 + len(forms)
+        if size >= _FORMS and forms:
+            yield portion
+            portion, size = [], 0
+    if portion:
+        yield portion

@@ -119,23 +119,28 @@ class Daemon:
 
     def _attempt(self, step: Callable[[], str]) -> bool:
         """Do `step`, decide when it is due next, and return whether it succeeded."""
+        began = time.monotonic()
         try:
             status = step()
         except Exception as error:
             if isinstance(error, Misconfigured) and not self._connected:
                 raise  # only a person can put that right, and is likely still watching
-            self._fail(error)
+            self._fail(error, began)
             return False
+        # The time that work takes is no time without a failure.
+        self._failed += time.monotonic() - began
         self._plan(status, self._interval)
         return True
 
-    def _fail(self, error: Exception) -> None:
-        """Log an error, and plan the next recount after a pause. This is where errors end."""
-        now = time.monotonic()
+    def _fail(self, error: Exception, began: float) -> None:
+        """Log an error of what began then, and plan the next recount after a pause.
+
+        This is where errors end.
+        """
         longest = min(LONGEST_PAUSE, self._interval)
-        lately = now - self._failed < self._pause + _CALM
+        lately = began - self._failed < self._pause + _CALM
         self._pause = min(2 * self._pause if lately else FIRST_PAUSE, longest)
-        self._failed = now
+        self._failed = time.monotonic()
         if isinstance(error, ServiceError):
             log.error('failed error="%s" retry_in=%gs', error, self._pause)
             status = f"failed: {error}"
@@ -158,7 +163,7 @@ class Daemon:
         try:
             self._work.meanwhile(seconds, self._move)
         except Exception as error:  # noqa: BLE001 -- logged there
-            self._fail(error)
+            self._fail(error, time.monotonic())
 
     def _move(self, progress: str) -> None:
         self._moved = time.monotonic()

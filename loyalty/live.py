@@ -19,25 +19,26 @@ from pymongo.change_stream import ChangeStream
 
 from config import Settings
 from loyalty.errors import ServiceError, Unavailable
+from loyalty.events import ENDS, may_have_points, stages, value_at
 from loyalty.ids import Document, canonical_of, is_hex_id, spellings
 from loyalty.mongo import Connection
 from loyalty.sorting import sorted_errors
 
 log = logging.getLogger("loyalty")
 
-MOST = 20_000  # changes that wait; beyond that, everyone is recounted
+MOST = 100_000  # changes that wait; beyond that, everyone is recounted
 
 _SETTLE = 0.03  # seconds from the first change of a burst, to gather what comes with it
 _SETTLE_LONGEST = 0.5  # while many come
 _MANY = 10
 _AWAIT_MS = 1_000  # the server answers a stream at least this often
+_BREATH = 0.5  # after an answer that came at once and without a change: some cursor was killed
 _SILENT = 30.0
 _BATCH = 1_000
 # What has no Python value must not end the stream; full recounts count such ids.
 _ANYTHING: CodecOptions[dict[str, Any]] = CodecOptions(
     datetime_conversion=DatetimeConversion.DATETIME_AUTO, unicode_decode_error_handler="replace"
 )
-_ENDS = ["drop", "rename", "dropDatabase", "invalidate"]
 
 
 @dataclass(slots=True)
@@ -53,7 +54,7 @@ class Marks:
 
     def add(self, customer: Any) -> None:
         """Mark a customer, by the id as it stands in an order."""
-        if customer is not None and customer != "" and not isinstance(customer, list):
+        if may_have_points(customer):
             self.customers[bson.encode({"": customer})] = customer
 
     def forms(self, odd_forms: dict[ObjectId, set[str]]) -> list[tuple[Any, list[Any]]]:
@@ -75,6 +76,7 @@ class Live:
         self.since = datetime.now(UTC)
         self.last_event: datetime | None = None
         self._field = settings.customer_field
+        self._client = connection.client
         self._orders = connection.orders.with_options(codec_options=_ANYTHING)
         self._marks = Marks()
         self._lock = threading.Condition()  # of an RLock
@@ -132,10 +134,15 @@ class Live:
 
     def _look_up(self, marks: Marks) -> None:
         """Mark the customers of updated orders. An order that is gone has another event to come."""
-        with sorted_errors("find in", self._orders.full_name):
+        wanted = {self._field: 1}
+        with (
+            sorted_errors("find in", self._orders.full_name),
+            self._client.start_session() as session,
+        ):
+            session.advance_operation_time(marks.time)  # wherever the URI says to read
             for start in range(0, len(marks.orders), _BATCH):
-                some = {"$in": marks.orders[start : start + _BATCH]}
-                for order in self._orders.find({"_id": some}, {self._field: 1}):
+                some = {"_id": {"$in": marks.orders[start : start + _BATCH]}}
+                for order in self._orders.find(some, wanted, session=session):
                     marks.add(value_at(order, self._field))
         marks.orders.clear()
 
@@ -148,11 +155,15 @@ class Live:
     def _drain(self) -> None:
         try:
             with self._stream, sorted_errors("watch", self._orders.full_name):
-                while not self._closed:
+                while not self._closed and self._stream.alive:
+                    asked = time.monotonic()
                     event = self._stream.try_next()
                     self._answered = time.monotonic()
                     if event:
                         self._mark(event)
+                    elif self._answered - asked < _BREATH:
+                        time.sleep(_BREATH)
+            self._end(Unavailable(f"the change stream on {self._orders.full_name} has ended"))
         except ServiceError as problem:
             self._end(problem)
         except Exception as error:
@@ -169,7 +180,7 @@ class Live:
             self._marks.time = max(self._marks.time, event["clusterTime"])
             self.last_event = event["clusterTime"].as_datetime()
             self._marked = time.monotonic()
-            if kind in _ENDS:
+            if kind in ENDS:
                 self._end(Unavailable(f"{self._orders.full_name} was changed as a whole: {kind}"))
             if len(self._marks) > MOST:
                 self._end(Unavailable(f"more than {MOST:,} changes at a time"))
@@ -182,57 +193,5 @@ class Live:
             self._lock.notify_all()
 
 
-def stages(settings: Settings) -> list[Document]:
-    """Return the stages that let through what may change a count, and of that only the ids."""
-    fields = [settings.status_field, settings.customer_field]
-    changed = {
-        "$concatArrays": [
-            {"$map": {"input": _pairs("updatedFields"), "in": "$$this.k"}},
-            {"$ifNull": ["$updateDescription.removedFields", []]},
-        ]
-    }
-    # A change of `a.b` concerns the fields `a` and `a.b.c`, too.
-    concerns = [
-        {"$eq": [{"$indexOfBytes": [{"$concat": [one, "."]}, {"$concat": [other, "."]}]}, 0]}
-        for name in fields
-        for one, other in (("$$this", name), (name, "$$this"))
-    ]
-    is_ours = {"$anyElementTrue": [{"$map": {"input": changed, "in": {"$or": concerns}}}]}
-    shipped = {f"fullDocument.{settings.status_field}": {"$in": list(settings.order_statuses)}}
-    customer = settings.customer_field
-    return [
-        {
-            "$match": {
-                "$or": [
-                    {"operationType": {"$in": ["delete", "replace", *_ENDS]}},
-                    {"operationType": "insert", **shipped},
-                    {"operationType": "update", "$expr": is_ours},
-                ]
-            }
-        },
-        {
-            "$project": {
-                "operationType": 1,
-                "clusterTime": 1,
-                "documentKey": 1,
-                f"fullDocument.{customer}": 1,
-                f"fullDocumentBeforeChange.{customer}": 1,
-            }
-        },
-    ]
-
-
-def _pairs(name: str) -> Document:
-    return {"$objectToArray": {"$ifNull": [f"$updateDescription.{name}", {}]}}
-
-
 def _odd(customer: Any, odd_forms: dict[ObjectId, set[str]]) -> set[str]:
     return odd_forms.get(customer, set()) if isinstance(customer, ObjectId) else set()
-
-
-def value_at(document: Document | None, path: str) -> Any:
-    """Return the value at a dotted path; None if there is none."""
-    value: Any = document
-    for name in path.split("."):
-        value = value.get(name) if isinstance(value, dict) else None
-    return value

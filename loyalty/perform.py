@@ -128,6 +128,7 @@ def _count(
     result.as_of, result.exact, result.first_time = count.as_of, count.exact, count.first_time
     result.cluster_time = count.cluster_time if count.exact else None
     result.odd_forms = count.odd_forms if count.knows_odd_forms else None
+    result.finds_customers = count.finds_customers
     result.refusal = task.guard(totals) if task.guard else recount.refusal()
     result.warning = recount.warning()
     if task.customers is None and not totals.counted_orders:

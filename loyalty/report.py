@@ -57,15 +57,13 @@ def status_of_live(beat: Heartbeat) -> str:
     return f"{since}, {_count(beat.customers_updated, 'update')}, {beat.waiting:,} waiting"
 
 
-def print_live(beat: Heartbeat | None, now: datetime) -> None:
-    """Print whether live updates are at work, if they ever were."""
-    if beat is None:
-        return
-    age = now - beat.at
-    if age <= 3 * HEARTBEAT:
+def print_live(beat: Heartbeat | None, now: datetime, *, wanted: bool) -> None:
+    """Print whether live updates are at work; nothing if they are neither that nor wanted."""
+    if beat is not None and now - beat.at <= 3 * HEARTBEAT:
         print(f"Live: {status_of_live(beat)[5:]}")
-        return
-    print(f"NOT live any more: the last heartbeat was {written(age)} ago")
+    elif wanted:
+        last = f"the last heartbeat was {written(now - beat.at)} ago" if beat else ""
+        print(f"NOT live: {last or 'there is no heartbeat'}")
 
 
 def print_totals(result: Result, *, names: bool = False) -> None:

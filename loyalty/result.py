@@ -39,6 +39,8 @@ class Result:
     exact: bool = False
     odd_forms: dict[ObjectId, set[str]] | None = field(default_factory=dict)
     """The ids in capitals or mixed case, by customer; None if they are not known."""
+    finds_customers: bool = False
+    """Whether an index leads to the orders of one customer."""
     outcome: Outcome = "succeeded"
     totals: Totals = field(default_factory=Totals)
     refusing: Refusing = field(default_factory=Refusing)

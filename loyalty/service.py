@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from math import inf
 
 from bson import ObjectId, Timestamp
 
 from config import Settings
 from loyalty import report
-from loyalty.counting import Count, snapshot_time
-from loyalty.errors import ConfigError, Misconfigured, Refused, ServiceError, Unavailable
+from loyalty.counting import Count, Customers, snapshot_time
+from loyalty.errors import ConfigError, Misconfigured, Refused, Unavailable
 from loyalty.history import HEARTBEAT, Heartbeat, History
 from loyalty.ids import any_case
 from loyalty.index import index_is_missing
@@ -28,6 +29,7 @@ log = logging.getLogger("loyalty")
 
 _QUIET = 1.0  # seconds without a change, after which a mass change has come to its end
 _FEW_USERS, _FEW_PERCENT = 10, 10
+_NEVER = Timestamp(0, 0)
 
 
 def open_shop(settings: Settings, *, writing: bool) -> Connection:
@@ -65,12 +67,15 @@ class Service:
         self._connection: Connection | None = None
         self._history = History(None)
         self._live: Live | None = None
-        self._live_is_possible = settings.live_updates
+        self._warned = False
         self._last = Result(datetime.now(UTC), datetime.now(UTC))  # full recount
+        self._newest = _NEVER  # time that a live update was about
         self._customers_updated = 0
         self._updated_at: datetime | None = None
         self._losers = 0  # since the last full recount, less those who have gained
         self._held = False
+        self._held_at = -inf
+        self._over_after = _QUIET
         self._beat_at = 0.0
 
     def connect(self) -> None:
@@ -81,18 +86,18 @@ class Service:
     def recount(self, moved: Moved) -> str:
         """Recount everyone, and return how it went, for a person. Raises ServiceError."""
         try:
-            if self._connection is None:
-                self._reconnect()
-            assert self._connection is not None
-            at = self._watch(self._connection)
-            task = Task(at=at)
-            result = perform(self._connection, self._settings, self._history, task, moved)
+            with self._or_anew():
+                if self._connection is None:
+                    self._reconnect()
+                assert self._connection is not None
+                # Also where another server answers, or one that is behind: nothing older is written
+                # over what is known to be newer.
+                task = Task(at=max(self._watch(self._connection), self._newest))
+                result = perform(self._connection, self._settings, self._history, task, moved)
         except Refused as error:  # to try again soon would not help; the next is on schedule
-            self._stop_watching()
             log.error("refused %s", error)
             return f"refused: {error}"
         except Misconfigured:
-            self._stop_watching()
             if self._connection is not None:
                 self._connection.client.close()
                 self._connection = None
@@ -117,43 +122,54 @@ class Service:
         if self._live is None or self._connection is None:
             time.sleep(seconds)
             return
-        try:
+        with self._or_anew():
             self._update(self._connection, self._live, seconds, moved)
-        except ServiceError:
+
+    @contextmanager
+    def _or_anew(self) -> Iterator[None]:
+        """Should anything fail: give up the stream with its marks; a full recount opens another."""
+        try:
+            yield
+        except BaseException:
             self._stop_watching()
             raise
 
-    def _watch(self, connection: Connection) -> Timestamp | None:
-        """Open the stream if that is wanted; return the time that is to be counted at."""
-        if self._live is not None or not self._live_is_possible:
-            return None
-        after = snapshot_time(connection)
+    def _watch(self, connection: Connection) -> Timestamp:
+        """Open the stream if that is wanted; return the time from which on it tells all."""
+        if self._live is not None or not self._settings.live_updates:
+            return _NEVER
         try:
+            after = snapshot_time(connection)
             if after is None:
-                raise Misconfigured(f"{connection.inexact or 'the server'} has no change streams")
+                raise Misconfigured(f"{connection.inexact} has no change streams for this")
+            if index_is_missing(connection.orders, self._settings):
+                raise Misconfigured("each would read all orders: make the index, --create-index")
             self._live = Live(connection, self._settings, after)
         except Misconfigured as error:
-            self._live_is_possible = False
-            log.warning('not_live error="%s"', error)
-            return None
+            if not self._warned:
+                log.warning('not_live error="%s"', error)
+            self._warned = True
+            return _NEVER
+        self._warned = False
         log.info("live since=%s", f"{self._live.since:%Y-%m-%dT%H:%M:%SZ}")
         return after
 
     def _stop_watching(self) -> None:
+        self._held = False
         if self._live is not None:
             self._live.close()
             self._live = None
+            log.info("live_ended until the next recount of everyone")
 
     def _update(self, connection: Connection, live: Live, seconds: float, moved: Moved) -> None:
         if self._held:
-            # A mass change: everyone is recounted once it is over, and the guard judges the whole.
-            if live.quiet_for() > _QUIET:
+            if live.quiet_for() > self._over_after:
                 raise Unavailable(
                     "live updates would take points from many users: recount everyone"
                 )
             time.sleep(min(seconds, _QUIET / 4))
         elif marks := live.take(seconds):
-            self._recount_marked(connection, marks)
+            self._recount_marked(connection, marks, moved)
         if time.monotonic() - self._beat_at >= HEARTBEAT.total_seconds():
             self._beat_at = time.monotonic()
             beat = Heartbeat(
@@ -166,27 +182,46 @@ class Service:
             self._history.beat(beat)
             moved(report.status_of_live(beat))
 
-    def _recount_marked(self, connection: Connection, marks: Marks) -> None:
-        odd_forms = {} if self._last.odd_forms is None else self._last.odd_forms
-        customers = marks.forms(odd_forms)
-        if self._last.odd_forms is None:  # whatever they may be
-            customers = [
-                (own, [*forms, *any_case(own)] if isinstance(own, ObjectId) else forms)
-                for own, forms in customers
-            ]
+    def _recount_marked(self, connection: Connection, marks: Marks, moved: Moved) -> None:
+        customers = self._customers(marks)
+        self._newest = max(self._newest, marks.time)
         task = Task(customers=customers, at=marks.time, guard=self._too_many_losers)
         try:
-            totals = perform(connection, self._settings, History(None), task).totals
+            totals = perform(connection, self._settings, History(None), task, moved).totals
         except Refused as error:
-            log.warning("held %s", error)
-            self._held = True
+            self._hold(error)
             return
         self._losers = max(0, self._losers + totals.decreased - totals.increased)
         self._customers_updated += totals.changed
         self._updated_at = datetime.now(UTC)
         log.debug("live_update customers=%d changed=%d", len(customers), totals.changed)
 
+    def _hold(self, why: Refused) -> None:
+        """Hold live updates back: a mass change, and the guard is to judge the whole of it.
+
+        Once it is over, everyone is recounted. Another within the interval may be a piece of the
+        same: then the schedule decides when, as it does without live updates.
+        """
+        now, interval = time.monotonic(), self._settings.recount_interval.total_seconds()
+        again = now - self._held_at < interval
+        self._held, self._held_at, self._over_after = True, now, inf if again else _QUIET
+        log.warning("held %s%s", why, ", again: until the next recount" if again else "")
+
+    def _customers(self, marks: Marks) -> Customers:
+        odd_forms = self._last.odd_forms
+        customers = marks.forms({} if odd_forms is None else odd_forms)
+        if not self._last.finds_customers:  # all orders are read, and few: see `_watch`
+            return [(own, []) for own, _ in customers]
+        if odd_forms is not None:
+            return customers
+        return [
+            (own, [*forms, *any_case(own)] if isinstance(own, ObjectId) else forms)
+            for own, forms in customers
+        ]
+
     def _too_many_losers(self, totals: Totals) -> str | None:
+        if self._settings.max_decrease_percent == 100:  # no guard is wanted
+            return None
         losers = self._losers + totals.decreased - totals.increased
         holders = self._last.totals.holding
         if losers < _FEW_USERS or 100 * losers <= _FEW_PERCENT * holders:

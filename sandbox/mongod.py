@@ -223,6 +223,7 @@ class Deployment:
         options: Sequence[str] = (),
         cache_gb: float = 0.25,
         election_ms: int = 2000,
+        oplog_mb: int = 256,
         parent: Path | None = None,
     ) -> None:
         if nodes != 1 and not replica_set:
@@ -238,7 +239,7 @@ class Deployment:
         common = ["--wiredTigerCacheSizeGB", str(cache_gb)]
         common += ["--setParameter", "diagnosticDataCollectionEnabled=false"]
         if replica_set:
-            common += ["--replSet", "rs0", "--oplogSize", "256"]
+            common += ["--replSet", "rs0", "--oplogSize", str(oplog_mb)]
         if auth:
             common += ["--keyFile", str(key)] if replica_set else ["--auth"]
         self.servers = [

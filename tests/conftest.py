@@ -28,6 +28,11 @@ settings.register_profile("usual", quick)
 settings.register_profile("deep", quick, max_examples=200)
 
 
+def examples(usual: int, deep: int) -> int:
+    """How many examples of its own a Hypothesis test takes; for those that are slow."""
+    return deep if settings().max_examples > quick.max_examples else usual
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     text = "only the tests that have larger numbers, with these"
     parser.addoption("--deep", action="store_true", help=text)
