@@ -12,13 +12,11 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from bson import ObjectId
-
 from config import Settings
 from loyalty.counting import Count
 from loyalty.errors import ServiceError
-from loyalty.ids import NO_CUSTOMER, Document, canonical, is_hex_id, shown, spellings
-from loyalty.index import array_in, has_index, plan_of
+from loyalty.ids import NO_CUSTOMER, Document, canonical, canonical_of, shown, spellings
+from loyalty.index import COLLATION, array_in, has_index, plan_of
 from loyalty.mongo import Connection
 from loyalty.recount import Recount
 from loyalty.sorting import sorted_errors
@@ -137,7 +135,8 @@ def _orders_by_status(connection: Connection, settings: Settings, found: Examina
     orders = connection.orders
     one = {settings.status_field: {"$in": list(settings.order_statuses)}}
     with sorted_errors("find in", orders.full_name):
-        if found.sampled and orders.find_one(one, {"_id": 1}, max_time_ms=settings.count_ms):
+        rare = orders.find(one, {"_id": 1}, collation=COLLATION, max_time_ms=settings.count_ms)
+        if found.sampled and list(rare.limit(1)):
             return
     reason, mistaken = uncounted(known, settings)
     found.problems += [f"{reason}: correct ORDER_STATUSES"] if mistaken else []
@@ -173,7 +172,8 @@ def _references(connection: Connection, settings: Settings, found: Examination) 
         {"$project": {"own": 1, "known": {"$ne": ["$users", []]}}},
     ]
     with sorted_errors("look up the users of", orders.full_name):
-        rows = list(orders.aggregate(looked_up, maxTimeMS=settings.count_ms))
+        asked = orders.aggregate(looked_up, collation=COLLATION, maxTimeMS=settings.count_ms)
+        rows = list(asked)
     counted = sum(n for status, n in found.statuses if is_counted(status, settings))
     nobody = [row["own"] for row in rows if row["own"] == NO_CUSTOMER]
     unknown = [row["own"] for row in rows if not row["known"] and row["own"] != NO_CUSTOMER]
@@ -206,7 +206,8 @@ def _points(connection: Connection, settings: Settings, found: Examination) -> N
         _nobody_known(earning, totals.counted_orders, settings, found)
     found.decreased = _scaled(totals.decreased, totals.users, found.users)
     if refusal := recount.refusal():
-        found.problems.append(f"the guard would refuse the recount: {refusal}")
+        whom = " (going by a sample of users)" if found.sampled else ""
+        found.problems.append(f"the guard would refuse the recount{whom}: {refusal}")
 
 
 def _some_customers(connection: Connection, settings: Settings) -> list[Any]:
@@ -214,7 +215,7 @@ def _some_customers(connection: Connection, settings: Settings) -> list[Any]:
     sample: list[Document] = [{"$sample": {"size": _USERS}}, {"$project": {"_id": 1}}]
     with sorted_errors("find in", users.full_name):
         ids = [u["_id"] for u in users.aggregate(sample, maxTimeMS=settings.count_ms)]
-    return [ObjectId(own) if is_hex_id(own) else own for own in ids if not isinstance(own, dict)]
+    return [canonical_of(own) for own in ids]
 
 
 def _nobody_known(earning: int, counted: int, settings: Settings, found: Examination) -> None:

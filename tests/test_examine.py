@@ -110,6 +110,8 @@ def test_a_large_shop_is_estimated_and_that_is_said(
 def test_every_form_of_an_id_is_found_in_a_large_shop(
     database: Database[Any], check: Any, large: None
 ) -> None:
+    database.create_collection("orders", collation={"locale": "en", "strength": 1})
+    database.orders.insert_one({"customer_id": "stranger", "status": "SHIPPED"})
     database.users.insert_many([{"_id": i} for i in (ADA, "b" * 24, "C" * 24, 7, "é")])
     forms = [ADA, str(ADA), str(ADA).upper(), ObjectId("b" * 24), "B" * 24, ObjectId("c" * 24), 7.0]
     database.orders.insert_many(
@@ -279,3 +281,16 @@ def test_check_config_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     assert "look at the data" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_counted_status_too_rare_for_a_sample_is_not_taken_for_none(
+    database: Database[Any], check: Any, large: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(examine, "_ORDERS", 1)
+    database.users.insert_one({"_id": 1})
+    database.orders.insert_many([{"customer_id": 1, "status": "shipped"} for _ in range(200)])
+    code, out, _ = check()
+    assert (code, "PROBLEM: no order has status Shipped; found: shipped (" in out) == (1, True)
+    database.orders.insert_one({"customer_id": 1, "status": "Shipped"})
+    code, out, _ = check()
+    assert (code, "no order has status" in out) == (0, False)
