@@ -9,7 +9,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from bench import report
-from bench.measure import OURS, Bench, Failed, Results, worst
+from bench.measure import ALONE, OURS, Bench, Failed, Results, worst
+from bench.neighbour import felt
 from bench.relay import relay
 from bench.shop import STATES, Shop, Wrong
 from sandbox.mongod import Deployment, NoMongod
@@ -62,16 +63,18 @@ def _parse() -> argparse.Namespace:
 def _bench(args: argparse.Namespace) -> tuple[list[str], str, list[Results]]:
     """Return the sections of the results, the picture if there is one, and all that was run."""
     rounds, picture = args.rounds, ""
-    with _shop(args.orders, args.users) as (bench, shop):
+    with _shop(args.orders, args.users) as (deployment, bench, shop):
         bare = bench.rounds(1, RIVALS, "quiet")
         shop.make_index()
         states = {state: bench.rounds(rounds, RIVALS, state) for state in STATES}
+        states["quiet"] |= bench.rounds(rounds, [ALONE], "quiet")
         if args.orders <= LOOP_ORDERS:
             states["first"] |= bench.rounds(1, ["loop"], "first")
         sections = [report.head(shop, rounds)]
         sections += [report.state_table(STATES[state], runs) for state, runs in states.items()]
         sections.append(report.profile_table(shop.profile()))
         sections.append(report.state_table("The quiet pass without the index, once", bare))
+        sections.append(report.neighbour_table(felt(deployment, shop)))
         runs = [bare, *states.values()]
         if args.latency_ms:
             sections.append(report.FAR.format(args.latency_ms))
@@ -98,7 +101,7 @@ def _far(bench: Bench, rounds: int, state: str, milliseconds: float) -> Results:
 
 
 def _grown(orders: int) -> dict[str, Results]:
-    with _shop(orders, orders // 10) as (bench, shop):
+    with _shop(orders, orders // 10) as (_, bench, shop):
         shop.make_index()
         # One run each: at the larger sizes it is long enough for its own noise.
         return {state: bench.rounds(1, GROWN, state) for state in STATES}
@@ -109,10 +112,10 @@ def _some(results: Results) -> Results:
 
 
 @contextmanager
-def _shop(orders: int, users: int) -> Iterator[tuple[Bench, Shop]]:
+def _shop(orders: int, users: int) -> Iterator[tuple[Deployment, Bench, Shop]]:
     print(f"{orders:,} orders, {users:,} users", file=sys.stderr, flush=True)
     with Deployment(cache_gb=4) as deployment, closing(Shop(deployment, orders, users)) as shop:
-        yield Bench(deployment, shop), shop
+        yield deployment, Bench(deployment, shop), shop
 
 
 if __name__ == "__main__":

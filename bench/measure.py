@@ -16,7 +16,7 @@ from bench.shop import DATABASE, Shop, Wrong
 from sandbox.mongod import Deployment
 
 ROOT = Path(__file__).parents[1]
-OURS = "ours"
+OURS, ALONE = "ours", "alone"  # with two ranges at a time, and with one
 
 # A small process in between, since a child's peak memory starts with that of who forks it.
 _MEASURED = """
@@ -72,7 +72,7 @@ class Bench:
     def _run(self, name: str, state: str, port: int) -> Run:
         rival = ["-m", "bench.rivals", name]
         ours = ["loyalty_microservice.py", "--once", "--env-file", str(self._empty)]
-        command = [sys.executable, *(ours if name == OURS else rival)]
+        command = [sys.executable, *(ours if name in (OURS, ALONE) else rival)]
         uri = self._deployment.uri_for(database=DATABASE)
         if port:  # what the replica set says of its address must not lead past the relay
             uri = f"mongodb://127.0.0.1:{port}/{DATABASE}?directConnection=true"
@@ -81,7 +81,7 @@ class Bench:
         process = subprocess.run(
             [sys.executable, "-I", "-S", "-c", _MEASURED, *command],
             cwd=ROOT,
-            env={"MONGODB_URI": uri},
+            env={"MONGODB_URI": uri, **({"COUNT_WORKERS": "1"} if name == ALONE else {})},
             capture_output=True,
             text=True,
             check=True,

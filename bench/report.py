@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pymongo
 
-from bench.measure import OURS, ROOT, Results, middle, worst
+from bench.measure import ALONE, OURS, ROOT, Results, middle, worst
+from bench.neighbour import Felt, middle_and_tail
 from bench.shop import Shop, Stage
 
 NAMES = {
     "floor": "the floor: count, write nothing",
     OURS: "this service",
+    ALONE: "this service, `COUNT_WORKERS=1`",
     "merge": "aggregate, `$merge`",
     "bulk": "aggregate, `bulk_write` everyone",
     "loop": "find, count in Python, `update_one` each",
@@ -35,6 +37,10 @@ PROFILE = """## Where the server's time goes in a quiet pass
 
 From its own `explain`, which slows it down somewhat; the sums over all ranges, counted one after
 another. The index and the first `$group` are the count that everyone pays."""
+NEIGHBOUR = """## What the shop feels meanwhile
+
+Milliseconds of the shop's own requests, one after another with pauses of 5 ms, alone and beside a
+quiet pass."""
 GROWTH = """## Growth
 
 Ten orders a user, with the index, one run each except at the size above; seconds, and peak memory
@@ -99,6 +105,15 @@ def profile_table(stages: Iterable[Stage]) -> str:
         for stage in stages
     ]
     return PROFILE + "\n\n" + _table(["stage", "seconds", "rows out", "spills to disk"], rows)
+
+
+def neighbour_table(results: Mapping[str, Felt]) -> str:
+    rows = []
+    for beside, felt in results.items():
+        numbers = (*middle_and_tail(felt.finds), *middle_and_tail(felt.inserts))
+        rows.append([beside, *(f"{n:.2f}" for n in numbers), f"{len(felt.finds):,}"])
+    names = ["find_one, p50", "p99", "insert_one, p50", "p99", "requests of each"]
+    return NEIGHBOUR + "\n\n" + _table(["beside", *names], rows)
 
 
 def growth_table(title: str, sizes: Mapping[int, Results]) -> str:

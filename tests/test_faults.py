@@ -375,7 +375,8 @@ def assert_ends_well(process: Process) -> None:
     assert process.stop() == 0
     assert "Traceback" not in process.output
     # Not always the last line: the work that is left behind may still have its say.
-    assert "stopped signal=SIGTERM" in process.output
+    # During the imports it has nothing to say yet.
+    assert not process.output or "stopped signal=SIGTERM" in process.output
 
 
 @pytest.mark.parametrize("moment", [COUNTING, FETCHING, WRITING, RECORDING], ids=str)
