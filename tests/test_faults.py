@@ -6,6 +6,7 @@ share servers of their own; all others use the one that every worker has.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -27,12 +28,21 @@ from urllib.parse import quote_plus
 from uuid import uuid4
 
 import pytest
-from conftest import MEMORY, ROOT
+from conftest import MEMORY, ROOT, settings_for
 from hypothesis import given
 from hypothesis import strategies as st
+from pymongo import MongoClient
 from pymongo.database import Database
 
 import loyalty_microservice
+from loyalty import counting
+from loyalty.counting import Count
+from loyalty.history import History
+from loyalty.index import create_index
+from loyalty.mongo import connect
+from loyalty.perform import perform
+from loyalty.query import Scope
+from loyalty.spool import Spool
 from sandbox import faults
 from sandbox.faults import COUNTING, FETCHING, RECORDING, WRITING, Moment
 from sandbox.mongod import Deployment, wait_until
@@ -162,6 +172,55 @@ def test_a_recount_whose_primary_is_killed_ends_well_within_seconds(
     wide.assert_exact()
     assert daemon.stop() == 0
     assert "Traceback" not in daemon.output
+
+
+def kill_the_primary(stage: Stage) -> None:
+    stage.deployment.primary().kill()
+
+
+def kill_the_cursor(stage: Stage) -> None:
+    data: Any = {"failCommands": ["aggregate"], "errorCode": 237, "appName": faults.SERVICE}
+    with MongoClient[Any](stage.deployment.primary().uri) as client:
+        client.admin.command("configureFailPoint", "failCommand", mode={"times": 1}, data=data)
+
+
+def drop_the_index(stage: Stage) -> None:
+    stage.shop.orders.drop_indexes()
+
+
+def make_another_index(stage: Stage) -> None:
+    stage.shop.orders.create_index("total_cents")
+
+
+@pytest.mark.xdist_group("lost")
+@pytest.mark.parametrize(
+    "what", [kill_the_primary, kill_the_cursor, drop_the_index, make_another_index]
+)
+def test_whatever_happens_in_the_middle_of_a_range_the_recount_is_right(
+    wide: Stage, what: Callable[[Stage], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = settings_for(wide.uri)
+    users = [user["_id"] for user in wide.shop.users.find({"_id": {"$type": "objectId"}})]
+    cuts, asked, ask = sorted(users)[:: len(users) // 8], itertools.count(1), Count._ask
+
+    def ask_and_be_disturbed(count: Count, scope: Scope) -> Spool:
+        if next(asked) == 5:
+            what(wide)
+        return ask(count, scope)
+
+    with connect(settings, writing=True) as connection:
+        create_index(connection.orders, settings)
+        with (
+            mock.patch.object(counting, "edges", return_value=cuts),
+            mock.patch.object(Count, "_ask", ask_and_be_disturbed),
+        ):
+            result = perform(connection, settings, History(connection.recounts))
+    faults.heal(wide.deployment)
+    assert result.exact
+    assert next(asked) > 8
+    if what in (kill_the_primary, kill_the_cursor):
+        assert "counting_again attempt=2" in caplog.text
+    wide.assert_exact()
 
 
 @pytest.mark.xdist_group("lost")
