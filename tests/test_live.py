@@ -330,9 +330,12 @@ def test_an_oplog_that_loses_history_is_a_full_recount_and_another_stream() -> N
             assert stream
             with stream._lock:  # it is kept from reading on
                 last = shop.orders.insert_one(ship(IDS[0])).inserted_id
-                for _ in range(60):
+
+                def lost() -> bool:
                     shop.noise.insert_one({"text": "x" * 500_000})
-                wait_until("a lost order", lambda: not oplog.find_one({"o._id": last}))
+                    return not oplog.find_one({"o._id": last})
+
+                wait_until("a lost order", lost)
             with pytest.raises(Unavailable, match=r"code (286|136)"):
                 stage.update_until(lambda: False)
             stage.recount()
