@@ -1,7 +1,4 @@
-"""Settings: each declared once, read from a mapping, checked whole, immutable.
-
-Nothing here reads the environment or touches the network; the command passes the mapping in.
-"""
+"""Settings: each declared once, read from a mapping that is passed in, checked whole, immutable."""
 
 from __future__ import annotations
 
@@ -71,7 +68,7 @@ def _statuses(text: str) -> tuple[str, ...]:
 def _whole_number(low: int, high: int) -> Parser:
     def parse(text: str) -> int:
         if not re.fullmatch(r"[0-9]{1,12}", text) or not low <= int(text) <= high:
-            raise ValueError(f"{text!r} is not a whole number from {low} to {high:,}")
+            raise ValueError(f"{text!r} is not a whole number from {low:,} to {high:,}")
         return int(text)
 
     return parse
@@ -167,6 +164,11 @@ class Settings:
     )
 
     @property
+    def count_ms(self) -> int:
+        """`count_timeout` as the server takes it (maxTimeMS)."""
+        return int(self.count_timeout.total_seconds() * 1000)
+
+    @property
     def hosts(self) -> str:
         """The hosts of the URI, as written; never its credentials."""
         return split_uri(self.mongodb_uri)[1]
@@ -184,10 +186,9 @@ def load(values: Mapping[str, str]) -> Settings:
     Raises ConfigError with every fault at once.
     """
     faults: list[str] = []
-    uri = _read_uri(values, faults)
     given = {name: value.strip() for name, value in values.items()}
-    given["MONGODB_URI"] = uri
-    in_uri = "" if faults else split_uri(uri)[2]
+    given["MONGODB_URI"] = _read_uri(values, faults)
+    in_uri = "" if faults else split_uri(given["MONGODB_URI"])[2]
     given["MONGODB_DATABASE"] = given.get("MONGODB_DATABASE") or in_uri or "oms_db"
     read: dict[str, Any] = {}
     for attribute, setting in declared().items():
@@ -233,14 +234,12 @@ def _read_uri(values: Mapping[str, str], faults: list[str]) -> str:
         except (OSError, UnicodeDecodeError) as error:
             faults.append(f"MONGODB_URI_FILE: {file}: {reason(error)}")
             return ""
-    if not uri:
-        faults.append(
-            f"MONGODB_URI_FILE: {file} is empty"
-            if file
-            else "MONGODB_URI: required, for example mongodb://localhost:27017"
-        )
-        return ""
-    faults.extend(f"MONGODB_URI: {fault}" for fault in uri_faults(uri))
+    if uri:
+        faults.extend(f"MONGODB_URI: {fault}" for fault in uri_faults(uri))
+    elif file:
+        faults.append(f"MONGODB_URI_FILE: {file} is empty")
+    else:
+        faults.append("MONGODB_URI: required, for example mongodb://localhost:27017")
     return uri
 
 

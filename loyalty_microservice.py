@@ -3,13 +3,28 @@
 
 from __future__ import annotations
 
-import argparse
-import logging
 import os
-import stat
+import signal
 import sys
+
+
+def _leave(number: int, _frame: object) -> None:
+    modes = [a for a in sys.argv[1:] if a.startswith("-") and not a.startswith("--env-file")]
+    # A daemon that is told to stop has done so; of anything else, nobody is to think it is done.
+    asked_to_stop = number == signal.SIGTERM and not modes
+    os._exit(0 if asked_to_stop else 128 + number)
+
+
+# Nothing has been begun until `main` takes over.
+if __name__ == "__main__":
+    for _number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(_number, _leave)
+
+import argparse
+import io
+import logging
+import stat
 from collections.abc import Sequence
-from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -19,7 +34,7 @@ from loyalty import report
 from loyalty.daemon import Daemon
 from loyalty.env_file import read_env_file
 from loyalty.errors import ConfigError, Exit, ServiceError
-from loyalty.examine import orders_by_status
+from loyalty.examine import examine
 from loyalty.history import History
 from loyalty.ids import forms_of
 from loyalty.index import create_index
@@ -27,6 +42,7 @@ from loyalty.logs import log_to_stderr
 from loyalty.mongo import Connection, connect
 from loyalty.perform import Task, perform
 from loyalty.service import Service, open_shop
+from loyalty.statuses import orders_of
 
 log = logging.getLogger("loyalty")
 
@@ -39,9 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
     log_to_stderr()
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         settings = _settings(args.env_file)
         log.setLevel(settings.log_level)
-        return int(args.run(args, settings))
+        code = int(args.run(args, settings))
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except ConfigError as error:
         for fault in error.faults:
             log.error("%s", fault)
@@ -57,10 +76,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return Exit.INTERRUPTED
     except BrokenPipeError:  # `--status | head`: whoever reads stdout has seen enough
-        return 0
+        return Exit.FINE
+    except OSError as error:  # of the driver's, and of files, none comes this far
+        log.error("the results cannot be written: %s", error.strerror)
+        return Exit.FOUND
     except Exception:
         log.exception("bug")
         return Exit.BUG
+    return code
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -70,7 +93,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "collection right: at once, then every RECOUNT_INTERVAL (2h) until it is stopped.",
         epilog="Exit codes: 0 fine; 1 a check found something, or users refused their update; "
         "2 usage; 65 refused by the guard; 69 database unreachable; 70 a bug; 78 configuration. "
-        "Settings: see .env.example.",
+        f"Settings: {', '.join(s.name for s in config.declared().values())}; see .env.example.",
     )
     parser.set_defaults(run=_daemon)
     modes = parser.add_mutually_exclusive_group()
@@ -78,7 +101,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         ("--once", _once, "one recount, then exit"),
         ("--dry-run", _dry_run, "show what a recount would change; exit 1 if anything"),
         ("--status", _status, "the last recounts; exit 1 if the points are stale"),
-        ("--check-config", _check_config, "check settings, connection and permissions"),
+        ("--check-config", _check_config, "check settings and permissions, and look at the data"),
         ("--create-index", _create_index, "make the index on orders that recounts want"),
     ):
         modes.add_argument(flag, dest="run", action="store_const", const=run, help=text)
@@ -140,6 +163,8 @@ def _dry_run(args: argparse.Namespace, settings: Settings) -> int:
     report.print_changes(result.totals.largest)
     if result.refusal:
         print(f"The guard would refuse this: {result.refusal}")
+    elif result.warning:
+        print(f"This would take points {result.warning}")
     return Exit.FOUND if result.totals.changed else Exit.FINE
 
 
@@ -148,17 +173,18 @@ def _customers(
 ) -> int:
     code = Exit.FINE
     for text in texts:
-        forms = forms_of(text)
-        task = Task(customers=forms, write=write)
-        result = perform(connection, settings, History(None), task)
-        totals = result.totals
-        if totals.users:
-            report.print_customer(
-                text, orders_by_status(connection, settings, forms), totals.largest
-            )
-        else:
-            print(f"{text}: no user has this id, be it text, number, UUID or ObjectId")
-        if not totals.users or result.outcome != "succeeded" or (totals.changed and not write):
+        orders, changes, users = [], [], 0
+        for customer, forms in forms_of(text):
+            task = Task(customers=[(customer, forms)], write=write)
+            result = perform(connection, settings, History(None), task)
+            changes += result.totals.largest
+            users += result.totals.users
+            if result.outcome != "succeeded" or (result.totals.changed and not write):
+                code = Exit.FOUND
+            found = orders_of(connection, settings, customer, forms)
+            orders += [(*row, result.totals.users > 0) for row in found]
+        report.print_customer(text, settings, orders, changes)
+        if not users:
             code = Exit.FOUND
     return code
 
@@ -177,7 +203,9 @@ def _check_config(args: argparse.Namespace, settings: Settings) -> int:
     with open_shop(settings, writing=True) as connection:
         problem = History(connection.recounts).check()
         report.print_settings(settings, connection, problem)
-    return Exit.FOUND if problem else Exit.FINE
+        found = examine(connection, settings)
+        report.print_examination(found, settings)
+    return Exit.FOUND if problem or found.problems else Exit.FINE
 
 
 def _create_index(args: argparse.Namespace, settings: Settings) -> int:
@@ -188,9 +216,9 @@ def _create_index(args: argparse.Namespace, settings: Settings) -> int:
 
 
 if __name__ == "__main__":
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not every terminal has every letter
+        sys.stdout.reconfigure(errors="backslashreplace")
     code = main()
-    # The driver's exit handler would wait a second for each server that does not answer.
-    with suppress(AttributeError, BrokenPipeError):  # stdout may be closed, at either end
-        sys.stdout.flush()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.shutdown()
-    os._exit(code)
+    os._exit(code)  # the driver's exit handler would wait for each server that does not answer

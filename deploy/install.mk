@@ -15,12 +15,18 @@ DESTDIR ?=
 PURGE ?=
 
 unit := loyalty-microservice.service
+# The same unit for several shops: @books has its settings in books.env.
+shops := loyalty-microservice@.service
+looks := loyalty-microservice-status@.timer loyalty-microservice-status@.service \
+  loyalty-microservice-alert@.service
+units := $(unit) $(shops) $(looks)
+running := $(unit) 'loyalty-microservice@*.service' 'loyalty-microservice-status@*.timer'
 prefix = $(DESTDIR)$(PREFIX)
 settings = $(DESTDIR)$(SYSCONFDIR)/loyalty.env
 # Speak to systemd only where one runs, and where we install for this very machine.
 systemctl = $(if $(DESTDIR),:,test ! -d /run/systemd/system || systemctl)
 
-.PHONY: install uninstall test-systemd check-prefix
+.PHONY: install uninstall test-systemd test-container check-prefix
 
 check-prefix:
 	@test ! '$(prefix)' -ef . || { echo 'PREFIX=$(PREFIX): these are the sources'; exit 1; }
@@ -47,9 +53,12 @@ install: check-prefix ## install or upgrade the systemd service, as root
 	umask 022 && mkdir '$(prefix)/loyalty'
 	install -m 0644 *.py requirements.txt '$(prefix)'
 	install -m 0644 loyalty/*.py '$(prefix)/loyalty'
-	sed 's#/opt/loyalty-microservice#$(PREFIX)#g; s#/etc/loyalty-microservice#$(SYSCONFDIR)#g' \
-	  deploy/$(unit) > '$(DESTDIR)$(UNITDIR)/$(unit)'
-	chmod 0644 '$(DESTDIR)$(UNITDIR)/$(unit)'
+	set -e; for unit in $(unit) $(looks); do \
+	  sed 's#/opt/loyalty-microservice#$(PREFIX)#g; s#/etc/loyalty-microservice#$(SYSCONFDIR)#g' \
+	    "deploy/$$unit" > "$(DESTDIR)$(UNITDIR)/$$unit"; done
+	sed 's#loyalty\.env#%i.env#; s#^Description=.*#& (%i)#; s#^SyslogIdentifier=.*#&@%i#' \
+	  '$(DESTDIR)$(UNITDIR)/$(unit)' > '$(DESTDIR)$(UNITDIR)/$(shops)'
+	chmod 0644 $(units:%='$(DESTDIR)$(UNITDIR)/%')
 	test -d '$(dir $(settings))' || install -d -m 0700 '$(dir $(settings))'
 	test -e '$(settings)' || install -m 0600 deploy/loyalty.env '$(settings)'
 	$(systemctl) daemon-reload
@@ -59,17 +68,19 @@ install: check-prefix ## install or upgrade the systemd service, as root
 	@echo '  an upgrade: systemctl restart loyalty-microservice'
 
 uninstall: check-prefix ## remove the service; with PURGE=1 its settings too
-	test ! -e '$(DESTDIR)$(UNITDIR)/$(unit)' || $(systemctl) disable --now $(unit)
-	rm -f '$(DESTDIR)$(UNITDIR)/$(unit)'
+	test ! -e '$(DESTDIR)$(UNITDIR)/$(unit)' || \
+	  { $(systemctl) stop $(running) && \
+	    $(systemctl) disable $(filter-out %-alert@.service %-status@.service,$(units)); }
+	rm -f $(units:%='$(DESTDIR)$(UNITDIR)/%')
 	for folder in '$(DESTDIR)$(UNITDIR)' '$(dir $(DESTDIR)$(UNITDIR))'; do \
 	  test ! -d "$$folder" || rmdir --ignore-fail-on-non-empty "$$folder"; done
 	rm -rf '$(prefix)/venv' '$(prefix)/venv.new' '$(prefix)/__pycache__' '$(prefix)/loyalty'
 	rm -f '$(prefix)/'*.py '$(prefix)/requirements.txt'
 	test ! -d '$(prefix)' || rmdir --ignore-fail-on-non-empty '$(prefix)'
 ifeq ($(PURGE),1)
-	rm -f '$(settings)'
+	rm -f '$(dir $(settings))'*.env
 	test ! -d '$(dir $(settings))' || rmdir --ignore-fail-on-non-empty '$(dir $(settings))'
-	rm -rf '$(DESTDIR)/etc/systemd/system/$(unit).d'
+	rm -rf $(units:%='$(DESTDIR)/etc/systemd/system/%.d')
 endif
 	$(systemctl) daemon-reload
 ifneq ($(PURGE),1)
@@ -79,3 +90,10 @@ endif
 # Root is needed, and what it writes here stays root's: so no caches beside the sources.
 test-systemd: $(STAMP) ## the tests that want a machine: a real systemd, a full disk; as root
 	$(RUN) -B -m pytest -p no:cacheprovider -m machine deploy/test_systemd.py tests $(ARGS)
+
+test-container: $(STAMP) $(VENV)/deploy-tools ## build the image and try it with podman, as root
+	$(RUN) -B -m pytest -p no:cacheprovider deploy/test_container.py deploy/test_files.py $(ARGS)
+
+$(VENV)/deploy-tools: $(STAMP) deploy/requirements-test.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check --requirement deploy/requirements-test.txt
+	touch $@

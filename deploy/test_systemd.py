@@ -1,16 +1,12 @@
-"""The unit under a real systemd: `sudo make test-systemd`. Not part of `make test`.
+"""The units under a real systemd: `sudo make test-systemd`. Not part of `make test`.
 
 A small Debian is booted with systemd-nspawn, in memory over a cached root folder, so that every
 run begins with a new machine and nothing has to be cleaned up. It shares the network of this one,
 where a real MongoDB with authentication runs, and sees the sources read-only in /src.
-
-SUITE chooses another Debian, for example `sudo make test-systemd SUITE=trixie`.
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import os
 import random
 import re
@@ -18,12 +14,12 @@ import secrets
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -31,6 +27,8 @@ import pytest
 from bson import ObjectId
 from pymongo.database import Database
 
+from config import VERSION
+from deploy import debian
 from sandbox.mongod import Deployment, bound
 
 T = TypeVar("T")
@@ -38,13 +36,12 @@ T = TypeVar("T")
 # The first run makes the root folder, however slow the network is.
 pytestmark = [pytest.mark.machine, pytest.mark.timeout(1200)]
 
-TOP = Path(__file__).resolve().parents[1]
-SUITE = os.environ.get("SUITE", "bookworm")  # with systemd 252, the oldest that the unit is for
-PACKAGES = ["systemd", "systemd-sysv", "python3", "python3-venv", "make"]
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "loyalty-microservice")
+TOP = debian.TOP
 
+README = (TOP / "deploy/README.md").read_text(encoding="utf-8")
 UNIT = "loyalty-microservice.service"
 SETTINGS = Path("/etc/loyalty-microservice/loyalty.env")
+BOOKS = SETTINGS.with_name("books.env")  # of a second shop
 DROP_INS = Path(f"/etc/systemd/system/{UNIT}.d")
 # Instead of the unit's 30 s and 5 s, which would only make the tests slow.
 WATCHDOG = 3
@@ -145,32 +142,29 @@ def _wait_for(what: str, ready: Callable[[], T], seconds: float = 30.0) -> T:
 
 @pytest.fixture(scope="session", autouse=True)
 def _alone() -> Iterator[None]:
-    """Check what is needed, take turns with other runs, and end well also on SIGTERM."""
     if os.geteuid() != 0:
         pytest.exit("booting a systemd needs root: sudo make test-systemd", 1)
-    tools = {"debootstrap": "debootstrap", "systemd-nspawn": "systemd-container"}
-    if missing := [package for tool, package in tools.items() if not shutil.which(tool)]:
-        pytest.exit(f"something is missing: apt-get install {' '.join(missing)}", 1)
-    for number in (signal.SIGTERM, signal.SIGINT):  # a shell's background job ignores SIGINT
-        signal.signal(number, signal.default_int_handler)
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with (CACHE / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with debian.alone({"systemd-nspawn": "systemd-container"}):
         yield
 
 
 @pytest.fixture(scope="session")
 def machine(_alone: None) -> Iterator[Machine]:
-    root = _root_folder()
+    root = debian.root_folder()
     command = ["systemd-nspawn", f"--directory={root}", "--volatile=overlay", "--boot"]
     command += ["--machine=loyalty-test", "--register=no", "--resolv-conf=off", "--quiet"]
-    command += ["--console=pipe", f"--bind-ro={TOP}:/src", f"--bind-ro={_wheels(root)}:/wheels"]
+    command += [
+        "--console=pipe",
+        f"--bind-ro={TOP}:/src",
+        f"--bind-ro={debian.wheels(root)}:/wheels",
+    ]
     if not Path("/run/systemd/system").exists():
         command.append("--keep-unit")  # there is no systemd to make a scope for it
     nspawn = _which(command[0])
     with (
         tempfile.TemporaryFile() as console,
-        _no_empty_groups(),
+        # With --keep-unit, systemd-nspawn leaves these behind.
+        debian.no_empty_groups("payload", "supervisor"),
         subprocess.Popen(
             # On SIGTERM it shuts the machine down, so that nothing stays when we are killed.
             bound([nspawn, *command[1:]], signal.SIGTERM),
@@ -215,68 +209,6 @@ def _leader(process: subprocess.Popen[bytes], console: IO[bytes]) -> int:
 
 def _is_up(machine: Machine) -> bool:
     return machine.call("systemctl", "is-system-running").stdout.strip() in {"running", "degraded"}
-
-
-@contextmanager
-def _no_empty_groups() -> Iterator[None]:
-    """With --keep-unit, systemd-nspawn leaves its empty control groups behind."""
-    own = {line.split(":", 2)[2] for line in Path("/proc/self/cgroup").read_text().splitlines()}
-    tops = {
-        Path(hierarchy, group.lstrip("/"), name)
-        for hierarchy in ("/sys/fs/cgroup", *map(str, Path("/sys/fs/cgroup").glob("*")))
-        for group in own
-        for name in ("payload", "supervisor")
-    }
-    try:
-        yield
-    finally:
-        for top in tops:
-            for folder, _, _ in os.walk(top, topdown=False):
-                with suppress(OSError):
-                    Path(folder).rmdir()
-
-
-def _root_folder() -> Path:
-    """Return a folder with a small Debian, made once."""
-    root = CACHE / f"root-{SUITE}-{_digest(*PACKAGES)}"
-    if not root.exists():
-        unfinished = root.with_suffix(".unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        # In namespaces of their own its mounts and processes end with it, however it ends.
-        command = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
-        command += ["debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}"]
-        _prepare([*command, SUITE, str(unfinished)])
-        (unfinished / "etc/hosts").write_text("127.0.0.1 localhost\n", encoding="ascii")
-        unfinished.rename(root)
-    return root
-
-
-def _wheels(root: Path) -> Path:
-    """Return a folder with the pinned packages for the Python in `root`, made once."""
-    (python,) = root.glob("usr/lib/python3.[0-9]*")
-    version = python.name.removeprefix("python")
-    requirements = TOP / "requirements.txt"
-    wheels = CACHE / f"wheels-{version}-{_digest(requirements.read_text(encoding='utf-8'))}"
-    if not wheels.exists():
-        unfinished = wheels.with_suffix(".unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--only-binary=:all:"]
-        pip += ["--python-version", version, "--dest", str(unfinished)]
-        _prepare([*pip, "--requirement", str(requirements)])
-        unfinished.rename(wheels)
-    return wheels
-
-
-def _digest(*texts: str) -> str:
-    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]
-
-
-def _prepare(command: Sequence[str]) -> None:
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-    )
-    if done.returncode:
-        pytest.exit(f"{' '.join(command)}: exit {done.returncode}\n{done.stdout[-2000:]}", 1)
 
 
 # The shop
@@ -560,25 +492,29 @@ def test_the_secret_can_be_a_credential(service: Machine, shop: Shop) -> None:
         service.systemctl("daemon-reload")
 
 
-def test_an_upgrade_keeps_the_settings(service: Machine, shop: Shop) -> None:
-    copy = Path("/root/new")
-    service.run("cp", "-r", "/src", str(copy))
-    service.run("sed", "-i", 's/^VERSION = .*/VERSION = "99.0"/', f"{copy}/config.py")
-    service.make("install", source=str(copy))
-    service.run("rm", "-r", str(copy))
-    assert service.path(SETTINGS).read_text() == _settings(shop)
-    assert service.state() == "active (running)"
-    service.systemctl("restart", UNIT)
-    shop.sell()
-    shop.wait_until_exact()
-    _wait_for("the new version", lambda: shop.last_record()["version"] == "99.0")
+def test_an_upgrade_and_going_back_keep_the_settings(service: Machine, shop: Shop) -> None:
+    def install(source: str, version: str) -> None:
+        service.make("install", source=source)
+        assert service.path(SETTINGS).read_text() == _settings(shop)
+        assert service.state() == "active (running)"
+        service.systemctl("restart", UNIT)
+        shop.sell()
+        shop.wait_until_exact()
+        _wait_for(version, lambda: shop.last_record()["version"] == version)
+
+    new = "/root/new"
+    service.run("cp", "-r", "/src", new)
+    service.run("sed", "-i", 's/^VERSION = .*/VERSION = "99.0"/', f"{new}/config.py")
+    install(new, "99.0")
+    service.run("rm", "-r", new)
+    install("/src", VERSION)
 
 
 def test_every_line_of_a_traceback_is_an_error_and_nothing_else_is(service: Machine) -> None:
-    recount = service.path(Path("/opt/loyalty-microservice/recount.py"))
+    recount = service.path(Path("/opt/loyalty-microservice/loyalty/recount.py"))
     good = recount.read_text()
     bug = "def _bug(*_: object) -> None:\n    raise RuntimeError('one\\ntwo')\n"
-    recount.write_text(f"{good}\n\n{bug}\n\nRecount.count = _bug\n")
+    recount.write_text(f"{good}\n\n{bug}\n\nRecount.refusal = _bug\n")
     try:
         service.systemctl("restart", UNIT)
         _wait_for("the bug", lambda: service.show("StatusText").startswith("failed: a bug"))
@@ -598,6 +534,145 @@ def test_the_journal_has_no_timestamps_and_no_raw_priorities_of_ours(service: Ma
     lines = service.journal("--output=cat", "--identifier=loyalty-microservice").splitlines()
     assert [line for line in lines if line.startswith("recount outcome=succeeded ")]
     assert not [line for line in lines if re.match(r"<\d>|\d{4}-\d\d-\d\dT", line)]
+
+
+@pytest.fixture(scope="session")
+def books(machine: Machine, shop: Shop, installed: str) -> Database[dict[str, Any]]:
+    """A second shop on the same server, with a service of its own."""
+    books: Database[dict[str, Any]] = shop.client["books_db"]
+    customer = books.users.insert_one({}).inserted_id
+    books.orders.insert_many([{"customer_id": customer, "status": "Shipped"} for _ in range(3)])
+    roles = [{"role": "readWrite", "db": books.name}]
+    shop.client.admin.command("grantRolesToUser", "loyalty", roles=roles)
+    machine.run("install", "-m", "0600", "/src/deploy/loyalty.env", str(BOOKS))
+    machine.write(BOOKS, _books_settings(shop))
+    machine.systemctl("enable", "--now", "loyalty-microservice@books")
+    return books
+
+
+def _books_settings(shop: Shop) -> str:
+    return f"MONGODB_URI={shop.uri()}\nMONGODB_DATABASE=books_db\n"
+
+
+def test_a_second_shop_has_the_same_unit_with_settings_of_its_own(
+    service: Machine, books: Database[dict[str, Any]]
+) -> None:
+    def recounted() -> bool:
+        return [user.get("loyalty_points") for user in books.users.find()] == [3]
+
+    _wait_for("the second shop's points", recounted)
+    assert service.state() == "active (running)"
+    assert service.systemctl("is-active", "loyalty-microservice@books").strip() == "active"
+    assert service.run("systemd-analyze", "verify", "loyalty-microservice@books.service") == ""
+    folder = service.path(Path("/usr/local/lib/systemd/system"))
+    one = (folder / UNIT).read_text().splitlines()
+    other = (folder / "loyalty-microservice@.service").read_text().splitlines()
+    assert [line for line in other if line not in one] == [
+        "Description=Loyalty points: counts shipped orders for each customer (%i)",
+        "EnvironmentFile=-/etc/loyalty-microservice/%i.env",
+        "SyslogIdentifier=loyalty-microservice@%i",
+    ]
+    assert len(one) == len(other)
+
+
+def _alerts(machine: Machine) -> list[str]:
+    identifier = "--identifier=loyalty-microservice-alert"
+    command = ["journalctl", "--no-pager", "--output=cat", "--priority=err", identifier]
+    return machine.run(*command).splitlines()
+
+
+def test_a_timer_looks_at_the_points_and_stale_ones_alert(
+    service: Machine, books: Database[dict[str, Any]]
+) -> None:
+    look, alert = "loyalty-microservice-status@books", "loyalty-microservice-alert@"
+    wanted = f"{look} has failed; see: systemctl status {look}"
+    quicker = ("OnActiveSec=", "OnActiveSec=1s", "OnUnitActiveSec=5s", "AccuracySec=1ms")
+    (documented,) = re.findall(r"```ini\n(\[Service\]\nExecStart=.* mail .*\n)```", README)
+    drop_ins = {
+        Path(f"/etc/systemd/system/{look}.timer.d"): "\n".join(["[Timer]", *quicker, ""]),
+        Path(f"/etc/systemd/system/{alert}.service.d"): documented,
+    }
+    for folder, text in drop_ins.items():
+        service.write(folder / "test.conf", text)
+    mail = service.path(Path("/root/mail"))
+    said = ("journalctl", "--no-pager", "--output=cat", f"--unit={look}")
+    try:
+        with _stand_in(
+            service, Path("/usr/local/bin/mail"), 'echo "$@" >/root/mail; cat >>/root/mail'
+        ):
+            service.systemctl("daemon-reload")
+            service.systemctl("enable", "--now", f"{look}.timer")
+            _wait_for("two looks", lambda: service.run(*said).count(" old: fresh, ") >= 2, 60)
+            assert wanted not in _alerts(service)
+            long_ago = datetime.now(UTC) - timedelta(hours=5)
+            books.loyalty_recounts.update_many({}, {"$set": {"as_of": long_ago}})
+            _wait_for("an alert", lambda: wanted in _alerts(service), 60)
+            _wait_for("the mail", lambda: mail.exists() and " old: STALE, " in mail.read_text())
+            assert mail.read_text().startswith(f"-s {look} has failed on ")
+            service.systemctl("stop", f"{look}.timer", f"{look}.service")
+            _wait_for("the last alert", lambda: not _active(service, f"{alert}*"))
+    finally:
+        mail.unlink(missing_ok=True)
+        service.run("rm", "-r", *map(str, drop_ins))
+        service.systemctl("daemon-reload")
+
+
+def _active(machine: Machine, pattern: str) -> str:
+    return machine.systemctl("list-units", "--no-legend", "--state=activating", pattern)
+
+
+def test_a_service_that_gives_up_alerts(
+    service: Machine, shop: Shop, books: Database[dict[str, Any]]
+) -> None:
+    service.write(BOOKS, "MONGODB_URI=nonsense\n")
+    assert service.call("systemctl", "restart", "loyalty-microservice@books").returncode
+    wanted = (
+        "loyalty-microservice@books has failed; see: systemctl status loyalty-microservice@books"
+    )
+    _wait_for("an alert", lambda: wanted in _alerts(service))
+    service.write(BOOKS, _books_settings(shop))
+    service.systemctl("restart", "loyalty-microservice@books")
+
+
+@contextmanager
+def _stand_in(machine: Machine, command: Path, script: str) -> Iterator[None]:
+    """Put a shell script in the place of a command that the machine does not have."""
+    machine.write(command, f"#!/bin/sh\n{script}\n")
+    machine.path(command).chmod(0o755)
+    try:
+        yield
+    finally:
+        machine.path(command).unlink()
+
+
+def test_cron_recounts_and_mails_only_when_something_is_wrong(service: Machine, shop: Shop) -> None:
+    (documented,) = re.findall(r"```text\n(MAILTO=.*?)```", README, re.DOTALL)
+    line = "0 */2 * * * root "
+    assert line in documented
+    # What cron does with the documented line, but when it starts and not on the hour.
+    crontab, stamp = Path("/etc/cron.d/loyalty-microservice"), Path("/run/crond.reboot")
+    mail = service.path(Path("/root/mail"))
+    service.systemctl("stop", UNIT)
+    service.write(crontab, documented + documented.replace(line, "@reboot root "))
+    try:
+        with _stand_in(service, Path("/usr/sbin/sendmail"), "cat >>/root/mail"):
+            shop.sell()
+            service.path(stamp).unlink(missing_ok=True)
+            service.systemctl("restart", "cron")
+            shop.wait_until_exact()
+            service.write(SETTINGS, f"MONGODB_URI={shop.uri('not' + PASSWORD)}\n")
+            service.path(stamp).unlink()
+            service.systemctl("restart", "cron")
+            _wait_for("the mail", lambda: mail.exists() and "rejects the user" in mail.read_text())
+        assert mail.read_text().count("\nTo: ops@example.com\n") == 1
+        assert TOKEN not in mail.read_text()
+        mail.unlink()
+        log = service.run("journalctl", "--no-pager", "--output=cat", "--unit=cron")
+        assert log.count("/loyalty_microservice.py --once ") == 2
+        assert "rror" not in log
+    finally:
+        service.path(crontab).unlink()
+        service.systemctl("restart", "cron")
 
 
 def test_the_secret_is_in_no_property_no_log_and_no_process_list(
@@ -626,15 +701,16 @@ def _command_lines() -> Iterator[str]:
 
 
 def test_uninstall_leaves_the_settings_and_purge_leaves_nothing(
-    service: Machine, shop: Shop, files_before: set[str]
+    service: Machine, shop: Shop, books: Database[dict[str, Any]], files_before: set[str]
 ) -> None:
-    process = service.main_process()
+    program = "/opt/loyalty-microservice/loyalty_microservice.py"
+    assert "\n".join(_command_lines()).count(program) == 2, "one for each shop"
     service.make("uninstall")
-    assert not Path(f"/proc/{process}").exists()
+    assert program not in "\n".join(_command_lines())
     assert service.show("LoadState") == "not-found"
     left = {Path(file) for file in _files(service) - files_before}
     drop_in = DROP_INS / "test.conf"
-    assert left == {SETTINGS, SETTINGS.parent, drop_in, drop_in.parent}
+    assert left == {SETTINGS, BOOKS, SETTINGS.parent, drop_in, drop_in.parent}
     assert service.path(SETTINGS).read_text() == _settings(shop)
     service.make("uninstall", "PURGE=1")
     assert _files(service) == files_before

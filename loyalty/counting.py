@@ -22,7 +22,7 @@ from loyalty.spool import Spool
 
 log = logging.getLogger("loyalty")
 
-_ROWS = 10_000  # in one answer of the server; its own limit of 16 MB becomes 100 MB in Python
+_ROWS = 5_000  # in one answer of the server; its own limit of 16 MB becomes 100 MB in Python
 _ODD_CUSTOMERS = 10_000
 _FORMS = 4_000  # in one aggregation, the canonical ids among them
 
@@ -194,7 +194,7 @@ class Count:
                 allowDiskUse=True,
                 batchSize=_ROWS,
                 collation=COLLATION,
-                maxTimeMS=int(self._settings.count_timeout.total_seconds() * 1000),
+                maxTimeMS=self._settings.count_ms,
                 **concern,
             )
             for answer in answers:

@@ -1,79 +1,229 @@
-"""The look at the data before the first write: whatever would make it a surprise."""
+"""The look at the data before the first write: whatever would make it a surprise.
+
+A small shop is looked at whole. Of a large one there are estimates, from samples and from what the
+index gives, and each look may take the server a few seconds and no more.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from bson import ObjectId
+
 from config import Settings
-from loyalty.counting import Customers
-from loyalty.ids import NO_CUSTOMER, Document, canonical, shown
-from loyalty.index import COLLATION
+from loyalty.counting import Count
+from loyalty.errors import ServiceError
+from loyalty.ids import NO_CUSTOMER, Document, canonical, is_hex_id, shown, spellings
+from loyalty.index import array_in, has_index, plan_of
 from loyalty.mongo import Connection
+from loyalty.recount import Recount
 from loyalty.sorting import sorted_errors
+from loyalty.statuses import is_counted, statuses, uncounted
 
 log = logging.getLogger("loyalty")
 
-_STATUSES = 10  # shown at most
+_LIMIT = timedelta(seconds=5)  # for one look
+_SMALL = 100_000  # users, and orders, that are looked at whole
+_USERS, _ORDERS = 1_000, 10_000  # of more than that, so many
+_SHOWN = 10
 
 
-def mistaken_status(connection: Connection, settings: Settings) -> str | None:
-    """Say what statuses there are though no order was counted; return why that is a mistake.
+@dataclass(slots=True)
+class Examination:
+    """What was found; None is what nobody could tell within the time."""
 
-    It is one if some status differs from a counted one only in case or blanks.
-    """
-    found = statuses(connection, settings)
-    listed = ", ".join(f"{shown_status(status)} ({n:,})" for status, n in found) or "no orders"
-    wanted = ", ".join(settings.order_statuses)
-    reason = f"no order has status {wanted}; found: {listed}"
-    ours = {_folded(status) for status in settings.order_statuses}
-    if any(isinstance(status, str) and _folded(status) in ours for status, _ in found):
-        return f"{reason}: correct ORDER_STATUSES, or let one recount through with --once --force"
-    log.warning("no_counted_order %s", reason)
-    return None
+    sampled: bool = False
+    """Whether the numbers are estimates."""
+    problems: list[str] = field(default_factory=list)
+    """What has to be put right before the first recount."""
+    users: int | None = None
+    ids: dict[str, int] = field(default_factory=dict)
+    """How many users there are by the type of their `_id`."""
+    orders: int | None = None
+    statuses: list[tuple[Any, int]] = field(default_factory=list)
+    orders_without_customer: int | None = None
+    """Like those of unknown customers, of orders that count."""
+    orders_of_unknown_customers: int | None = None
+    unknown_sample: list[str] = field(default_factory=list)
+    holders: int | None = None
+    decreased: int | None = None
+    index: str = ""
 
 
-def statuses(connection: Connection, settings: Settings) -> list[tuple[Any, int]]:
-    """Return the most frequent statuses of the orders, and how many have each."""
-    orders = connection.orders
-    grouped: list[Document] = [
-        {"$group": {"_id": f"${settings.status_field}", "n": {"$sum": 1}}},
-        {"$sort": {"n": -1, "_id": 1}},
-        {"$limit": _STATUSES},
+def examine(connection: Connection, settings: Settings) -> Examination:
+    """Look at the data; what cannot be looked at is a warning."""
+    found = Examination()
+    brief = dataclasses.replace(settings, count_timeout=min(_LIMIT, settings.count_timeout))
+    for look in (_collections, _index, _users, _orders_by_status, _references, _points):
+        try:
+            look(connection, brief, found)
+        except ServiceError as error:
+            log.warning('not_examined error="%s"', error)
+        if found.orders is None:  # nor would anything else be
+            break
+    return found
+
+
+def _collections(connection: Connection, settings: Settings, found: Examination) -> None:
+    users, orders = connection.users, connection.orders
+    with sorted_errors("list the collections of", users.database.name):
+        # Of those that the database user may see, to list them takes no permission.
+        there = users.database.list_collection_names(authorizedCollections=True)
+        limit = {"maxTimeMS": settings.count_ms}
+        found.users, found.orders = (c.estimated_document_count(**limit) for c in (users, orders))
+    found.sampled = max(found.users, found.orders) > _SMALL
+    others = ", ".join(sorted(there)[:_SHOWN]) or "none"
+    found.problems += [
+        f"there is no collection {collection.full_name}; found in this database: {others}"
+        for collection in (users, orders)
+        if collection.name not in there
     ]
+
+
+def _index(connection: Connection, settings: Settings, found: Examination) -> None:
+    plan, orders = plan_of(connection.orders, settings), connection.orders
+    if plan.ranges and not plan.fetches:
+        found.index = "there, and all that a recount reads"
+        return
+    names = f"{settings.status_field} or {settings.customer_field}"
+    found.index = "none that serves a recount: make it with --create-index"
+    if has_index(orders, settings):
+        found.index = (
+            "there, but not used, as if an order had once held an array: drop it, and make it "
+            "again with --create-index"
+        )
+    holding = {"$or": array_in(settings.status_field) + array_in(settings.customer_field)}
+    with sorted_errors("look for arrays in", orders.full_name):
+        n = orders.count_documents(holding, maxTimeMS=settings.count_ms)
+    if n:
+        orders_hold = "1 order holds" if n == 1 else f"{n:,} orders hold"
+        found.index = (
+            f"of little use: {orders_hold} an array in {names}, so that every order is fetched"
+        )
+
+
+def _users(connection: Connection, settings: Settings, found: Examination) -> None:
+    points = f"${settings.points_field}"
+    holds = {"$and": [{"$isNumber": points}, {"$gt": [points, 0]}]}
+    grouped: list[Document] = [{"$sample": {"size": _USERS}}] if found.sampled else []
+    grouped += [
+        {
+            "$group": {
+                "_id": {"$type": "$_id"},
+                "n": {"$sum": 1},
+                "holders": {"$sum": {"$cond": [holds, 1, 0]}},
+            }
+        },
+        {"$sort": {"n": -1}},
+    ]
+    users = connection.users
+    with sorted_errors("find in", users.full_name):
+        rows = list(users.aggregate(grouped, maxTimeMS=settings.count_ms))
+    seen = sum(row["n"] for row in rows)
+    found.ids = {row["_id"]: _scaled(row["n"], seen, found.users) for row in rows}
+    found.holders = _scaled(sum(row["holders"] for row in rows), seen, found.users)
+
+
+def _orders_by_status(connection: Connection, settings: Settings, found: Examination) -> None:
+    known = statuses(connection, settings, sample=_ORDERS if found.sampled else 0)
+    seen = sum(n for _, n in known)
+    found.statuses = [(status, _scaled(n, seen, found.orders)) for status, n in known]
+    if any(is_counted(status, settings) for status, _ in known):
+        return
+    orders = connection.orders
+    one = {settings.status_field: {"$in": list(settings.order_statuses)}}
     with sorted_errors("find in", orders.full_name):
-        found = orders.aggregate(grouped, collation=COLLATION, allowDiskUse=True)
-        return [(row["_id"], row["n"]) for row in found]
+        if found.sampled and orders.find_one(one, {"_id": 1}, max_time_ms=settings.count_ms):
+            return
+    reason, mistaken = uncounted(known, settings)
+    found.problems += [f"{reason}: correct ORDER_STATUSES"] if mistaken else []
 
 
-def shown_status(status: Any) -> str:
-    """Return a status for a person, in quotes where that makes a difference."""
-    plain = isinstance(status, str) and status == status.strip() != ""
-    return str(status) if plain else shown(status)
-
-
-def _folded(status: str) -> str:
-    return "".join(status.split()).casefold()
-
-
-def orders_by_status(
-    connection: Connection, settings: Settings, customers: Customers
-) -> dict[str, int]:
-    """Return how many orders customers have in each status."""
-    orders, status = connection.orders, settings.status_field
-    forms = [form for _, each in customers for form in each]
-    key = {"c": f"${settings.customer_field}", "s": f"${status}"}
-    is_theirs = {
-        "$in": [canonical("$_id.c", NO_CUSTOMER), {"$literal": [own for own, _ in customers]}]
-    }
-    with sorted_errors("find in", orders.full_name):
-        # To name every status makes the index's second field reachable.
-        every = {"$in": orders.distinct(status)}
-        counted: list[Document] = [
-            {"$match": {status: every, settings.customer_field: {"$in": forms}}},
-            {"$group": {"_id": key, "n": {"$sum": 1}}},
-            {"$match": {"$expr": is_theirs}},
-            {"$group": {"_id": "$_id.s", "n": {"$sum": "$n"}}},
-            {"$sort": {"n": -1, "_id": 1}},
+def _references(connection: Connection, settings: Settings, found: Examination) -> None:
+    """Look up the users that a sample of counted orders refers to; `_points` does it for all."""
+    if not found.sampled:
+        return
+    text: Document = {"$toString": "$own"}
+    forms = {
+        "$cond": [
+            {"$eq": [{"$type": "$own"}, "objectId"]},
+            ["$own", text, {"$toUpper": text}],
+            ["$own"],
         ]
-        return {str(row["_id"]): row["n"] for row in orders.aggregate(counted, collation=COLLATION)}
+    }
+    users, orders = connection.users, connection.orders
+    looked_up: list[Document] = [
+        {"$sample": {"size": _ORDERS}},
+        {"$match": {settings.status_field: {"$in": list(settings.order_statuses)}}},
+        {"$limit": _USERS},
+        {"$project": {"own": canonical(f"${settings.customer_field}", NO_CUSTOMER)}},
+        {"$set": {"forms": forms}},
+        {
+            "$lookup": {
+                "from": users.name,
+                "localField": "forms",
+                "foreignField": "_id",
+                "as": "users",
+            }
+        },
+        {"$project": {"own": 1, "known": {"$ne": ["$users", []]}}},
+    ]
+    with sorted_errors("look up the users of", orders.full_name):
+        rows = list(orders.aggregate(looked_up, maxTimeMS=settings.count_ms))
+    counted = sum(n for status, n in found.statuses if is_counted(status, settings))
+    nobody = [row["own"] for row in rows if row["own"] == NO_CUSTOMER]
+    unknown = [row["own"] for row in rows if not row["known"] and row["own"] != NO_CUSTOMER]
+    found.orders_without_customer = _scaled(len(nobody), len(rows), counted)
+    found.orders_of_unknown_customers = _scaled(len(unknown), len(rows), counted)
+    found.unknown_sample = [shown(own) for own in unknown[:5]]
+    _nobody_known(len(rows) - len(nobody) - len(unknown), len(rows), settings, found)
+
+
+def _points(connection: Connection, settings: Settings, found: Examination) -> None:
+    """Count, for all users or a sample of them, and compare with the points that they hold."""
+    recount = Recount(settings, lambda _key, _points: None)
+    count = Count(connection, settings, datetime.now(UTC))
+    if not found.sampled:
+        rows = count.of_everyone(in_one_piece=True)
+    elif plan_of(connection.orders, settings).ranges:
+        customers = [(own, spellings(own)) for own in _some_customers(connection, settings)]
+        rows = count.of_customers(customers, everyone=True)
+    else:
+        return  # each customer would be a look at all orders
+    for row in rows:
+        recount.take(row)
+    totals = recount.totals
+    if not found.sampled:
+        found.orders_without_customer = totals.orders_without_customer
+        found.orders_of_unknown_customers = totals.orders_of_unknown_customers
+        found.unknown_sample = totals.unknown_sample
+        earning = totals.counted_orders - totals.orders_without_customer
+        earning -= totals.orders_of_unknown_customers
+        _nobody_known(earning, totals.counted_orders, settings, found)
+    found.decreased = _scaled(totals.decreased, totals.users, found.users)
+    if refusal := recount.refusal():
+        found.problems.append(f"the guard would refuse the recount: {refusal}")
+
+
+def _some_customers(connection: Connection, settings: Settings) -> list[Any]:
+    users = connection.users
+    sample: list[Document] = [{"$sample": {"size": _USERS}}, {"$project": {"_id": 1}}]
+    with sorted_errors("find in", users.full_name):
+        ids = [u["_id"] for u in users.aggregate(sample, maxTimeMS=settings.count_ms)]
+    return [ObjectId(own) if is_hex_id(own) else own for own in ids if not isinstance(own, dict)]
+
+
+def _nobody_known(earning: int, counted: int, settings: Settings, found: Examination) -> None:
+    if counted and not earning and found.users:
+        found.problems.append(
+            "no order that counts refers to a user: are ORDER_CUSTOMER_FIELD="
+            f"{settings.customer_field} and USERS_COLLECTION={settings.users} right?"
+        )
+
+
+def _scaled(n: int, of: int, total: int | None) -> int:
+    return round(n * (total or 0) / of) if of else 0

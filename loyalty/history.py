@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -13,7 +14,7 @@ import pymongo
 from pymongo.collection import Collection
 
 from config import VERSION
-from loyalty.errors import Misconfigured, NoPermission, ServiceError
+from loyalty.errors import Misconfigured, NoPermission, ServiceError, Unavailable
 from loyalty.ids import Document
 from loyalty.result import COUNTS, Result
 from loyalty.sorting import sorted_errors
@@ -109,19 +110,24 @@ class History:
             with sorted_errors("find in", name):
                 foreign = self._collection.find_one({"recorded_by": {"$ne": MARK["recorded_by"]}})
             if foreign is not None:
-                raise Misconfigured(f"{name} holds documents that are not this service's: {hint}")
-            with sorted_errors("insert into", name):
-                # Permissions are looked at first; then an _id that is an array is turned down.
+                raise Misconfigured(f"{name} holds documents that are not this service's")
+            # The server looks at permissions first, and whether this is a view; then it turns down
+            # an _id that is an array, and an expiry that is negative.
+            with suppress(Unavailable), sorted_errors("insert into", name):
                 self._collection.insert_one({"_id": []})
+            with suppress(Unavailable), sorted_errors("create the expiry index on", name):
+                self._collection.create_index("finished_at", expireAfterSeconds=-1)
         except NoPermission as error:
             return str(error)
         except Misconfigured as error:
-            raise Misconfigured(
-                f"{error}: {hint}" if hint not in str(error) else str(error)
-            ) from error
-        except ServiceError:
-            pass
+            raise Misconfigured(f"{error}: {hint}") from error
         return None
+
+    def is_empty(self) -> bool:
+        """Return whether there is no record yet; False if there is no telling."""
+        with suppress(ServiceError):
+            return not self.newest(1)
+        return False
 
     def newest(self, limit: int, matching: Document | None = None) -> list[Document]:
         """Return the newest records of recounts first. Raises ServiceError."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +11,12 @@ from pymongo.collection import Collection
 
 from config import Settings
 from loyalty.errors import Misconfigured, ServiceError
-from loyalty.ids import Document
+from loyalty.ids import Document, shown
 from loyalty.sorting import sorted_errors
 
 COLLATION = {"locale": "simple"}  # whatever the collections' own: exactly `Shipped`
 
+_PARALLEL_ARRAYS = 171
 _LARGE = 100_000  # orders that are slow to read without an index
 
 
@@ -80,23 +82,48 @@ def _stages(plan: Any) -> Iterator[Document]:
             yield from _stages(part)
 
 
-def index_is_missing(orders: Collection[Any], settings: Settings) -> bool:
-    """Return whether `orders` is large and has no index that starts with what a recount reads."""
+def has_index(orders: Collection[Any], settings: Settings) -> bool | None:
+    """Return whether some index starts with what a recount reads; None if there is no telling."""
     keys = keys_of(settings)
     try:
         with sorted_errors("list the indexes of", orders.full_name):
             indexes = orders.index_information().values()
-            usable = [i["key"][: len(keys)] for i in indexes if "collation" not in i]
-            return keys not in usable and orders.estimated_document_count() > _LARGE
     except ServiceError:  # advice is worth no permission, and a view has no indexes
-        return False
+        return None
+    return any(i["key"][: len(keys)] == keys for i in indexes if "collation" not in i)
+
+
+def index_is_missing(orders: Collection[Any], settings: Settings) -> bool:
+    """Return whether `orders` is large and has no index for a recount."""
+    with suppress(ServiceError), sorted_errors("count", orders.full_name):
+        large = orders.estimated_document_count() > _LARGE
+        return large and has_index(orders, settings) is False
+    return False
 
 
 def create_index(orders: Collection[Any], settings: Settings) -> str:
     """Make the index, if it is not there, and return its name. Raises ServiceError."""
     with sorted_errors("find", orders.full_name):
-        there = orders.database.list_collection_names(filter={"name": orders.name})
-    if not there:
+        there = orders.database.list_collection_names(authorizedCollections=True)
+    if orders.name not in there:
         raise Misconfigured(f"there is no collection {orders.full_name} to make an index on")
-    with sorted_errors("create an index on", orders.full_name):
-        return orders.create_index(keys_of(settings), collation=COLLATION)
+    try:
+        with sorted_errors("create an index on", orders.full_name):
+            return orders.create_index(keys_of(settings), collation=COLLATION)
+    except ServiceError as error:
+        if getattr(error.__cause__, "code", None) != _PARALLEL_ARRAYS:
+            raise
+        both = {"$and": [{"$or": array_in(field)} for field, _ in keys_of(settings)]}
+        with sorted_errors("find in", orders.full_name):
+            found = [shown(order["_id"]) for order in orders.find(both, {"_id": 1}).limit(5)]
+        names = f"{settings.status_field} and {settings.customer_field}"
+        raise Misconfigured(
+            f"no index can be made on {orders.full_name} while an order holds arrays in both "
+            f"{names}, such as the order with _id {', '.join(found)}"
+        ) from error
+
+
+def array_in(field: str) -> list[Document]:
+    """Return conditions, one of which is true of a document with an array in `field`, or above."""
+    parts = field.split(".")
+    return [{".".join(parts[:n]): {"$type": "array"}} for n in range(1, len(parts) + 1)]

@@ -111,7 +111,9 @@ def _prove(client: MongoClient[Any], settings: Settings, writing: bool) -> Conne
         # Points that a failover could roll back would be wrong until the next recount.
         write_concern=WriteConcern("majority", wtimeout=60_000),
         codec_options=CodecOptions(
-            tz_aware=True, datetime_conversion=DatetimeConversion.DATETIME_AUTO
+            tz_aware=True,
+            datetime_conversion=DatetimeConversion.DATETIME_AUTO,
+            unicode_decode_error_handler="replace",  # only for what people read
         ),
     )
     orders, users = database[settings.orders], database[settings.users]
@@ -159,15 +161,12 @@ def _outlast_dead_writers(connection: Connection) -> None:
 
 def _defaults(settings: Settings) -> dict[str, Any]:
     """Options for the client that the URI does not set itself."""
-    count_ms = int(settings.count_timeout.total_seconds() * 1000)
     # The server ends a count at COUNT_TIMEOUT; silence beyond that is a dead connection.
-    patience_ms: int | None = count_ms + 30_000
-    if count_ms + 30_000 > _LONGEST_SOCKET_TIMEOUT_MS:
-        patience_ms = None
+    patience_ms = settings.count_ms + 30_000
     defaults: dict[str, Any] = {
         "appname": "loyalty-microservice",
         "connectTimeoutMS": 10_000,
-        "socketTimeoutMS": patience_ms,
+        "socketTimeoutMS": patience_ms if patience_ms <= _LONGEST_SOCKET_TIMEOUT_MS else None,
     }
     given = options_of(settings.mongodb_uri)
     return {name: value for name, value in defaults.items() if name.lower() not in given}

@@ -14,12 +14,12 @@ from config import Settings
 from loyalty import report
 from loyalty.counting import Count, Customers, TooManyOddForms
 from loyalty.errors import Refused, ServiceError, TooSlow, Unavailable
-from loyalty.examine import mistaken_status
 from loyalty.history import History
 from loyalty.mongo import Connection
 from loyalty.overlap import Moved, still
 from loyalty.recount import Recount, Totals
 from loyalty.result import Result
+from loyalty.statuses import mistaken_status
 from loyalty.writer import Changes
 
 log = logging.getLogger("loyalty")
@@ -67,6 +67,10 @@ def perform(
             _count(connection, settings, task, changes, result, moved)
             if task.write and result.refusal and not task.force:
                 raise Refused(result.refusal)
+            if recorded and result.totals.decreased and history.is_empty():
+                result.warning = f"from {result.totals.losers}, as this is the first recount"
+            if recorded and result.warning:  # before it happens
+                log.warning("points_taken %s", result.warning)
             if task.write:
                 result.refusing = changes.write(connection.users, moved)
         result.outcome = "incomplete" if result.refusing.reasons else "succeeded"
@@ -128,4 +132,5 @@ def _count(
     result.refusal = task.guard(totals) if task.guard else recount.refusal()
     result.warning = recount.warning()
     if task.customers is None and not totals.counted_orders:
-        result.refusal = mistaken_status(connection, settings) or result.refusal
+        reasons = [result.refusal, mistaken_status(connection, settings)]
+        result.refusal = "; ".join(filter(None, reasons)) or None

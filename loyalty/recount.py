@@ -50,6 +50,12 @@ class Totals:
     unknown_sample: list[str] = field(default_factory=list)
     largest: list[Change] = field(default_factory=list)  # a heap
 
+    @property
+    def losers(self) -> str:
+        """Who would lose points, in words."""
+        users = "user" if self.holders == 1 else "users"
+        return f"{self.decreased:,} of the {self.holders:,} {users} with points"
+
 
 class Recount:
     """Takes the rows of one count; `change` gets each user's key and the points to write."""
@@ -110,9 +116,9 @@ class Recount:
         if few or limit == 100 or totals.decreased * 100 <= limit * totals.holders:
             return None
         return (
-            f"{totals.decreased:,} of the {totals.holders:,} users with points would lose some, "
-            f"more than MAX_DECREASE_PERCENT={limit} allows: are ORDER_STATUSES and the database "
-            "right? If so, let one recount through with --once --force"
+            f"{totals.losers} would lose some, more than MAX_DECREASE_PERCENT={limit} allows: "
+            "are ORDER_STATUSES and the database right? If so, let one recount through with "
+            "--once --force"
         )
 
     def warning(self) -> str | None:
@@ -121,4 +127,4 @@ class Recount:
         few = totals.decreased < _GUARD_USERS
         if few or totals.decreased * 100 <= _WARN_PERCENT * totals.holders:
             return None
-        return f"{totals.decreased:,} of the {totals.holders:,} users with points lose some"
+        return f"from {totals.losers}"

@@ -5,17 +5,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from datetime import datetime, timedelta
+from typing import Any
 
 from config import Settings, declared
+from loyalty.examine import Examination
 from loyalty.history import HEARTBEAT, Heartbeat
-from loyalty.ids import Document
+from loyalty.ids import Document, shown
 from loyalty.mongo import Connection
 from loyalty.recount import Change, Totals
 from loyalty.result import COUNTS, Result
+from loyalty.statuses import is_counted, shown_status
 
 log = logging.getLogger("loyalty")
 
 _CHANGE = ("user", "from", "to")
+_STATUSES = 10  # shown
 _UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
 
@@ -32,8 +36,6 @@ def log_result(result: Result) -> None:
         log.debug('unknown_customers sample="%s"', ", ".join(totals.unknown_sample))
     if not totals.users:
         log.warning("no_users found: are MONGODB_DATABASE and USERS_COLLECTION right?")
-    if result.warning:
-        log.warning("points_taken %s", result.warning)
     if refused := result.refusing.reasons.total():
         log.warning(
             "incomplete %s of %s users refused the update, the others are written; %s",
@@ -70,8 +72,8 @@ def print_totals(result: Result, *, names: bool = False) -> None:
     unknown = f"{totals.unknown_customers:,}"
     if totals.unknown_customers:
         unknown += f" with {_count(totals.orders_of_unknown_customers, 'order')}"
-    if names and totals.unknown_sample:
-        unknown += f", such as {', '.join(totals.unknown_sample)}"
+    if names:
+        unknown += _such_as(totals)
     print_table(
         ("users", f"{totals.users:,}"),
         ("counted orders", f"{totals.counted_orders:,}"),
@@ -104,10 +106,31 @@ def print_changes(changes: Sequence[Change]) -> None:
         print_table(_CHANGE, *((c.user, c.before, f"{c.after:,}") for c in ranked))
 
 
-def print_customer(customer: str, orders: dict[str, int], users: Sequence[Change]) -> None:
-    """Print one customer: orders by status, and each user's points before and after."""
-    print(f"{customer}: " + (", ".join(f"{n:,} {s}" for s, n in orders.items()) or "no orders"))
-    print_table(_CHANGE, *((c.user, c.before, f"{c.after:,}") for c in users))
+def print_customer(
+    customer: str,
+    settings: Settings,
+    orders: Sequence[tuple[Any, Any, int, bool]],
+    users: Sequence[Change],
+) -> None:
+    """Print a customer's orders, `(form of the id, status, number, is of a user)`, and points."""
+    print(customer)
+    rows = []
+    for form, status, n, of_a_user in orders:
+        points, why = n * settings.points_per_order, ""
+        if not is_counted(status, settings):
+            points, why = 0, f"only {' and '.join(settings.order_statuses)} counts"
+        elif not of_a_user:
+            points, why = 0, f"no user has the _id {shown(form)}"
+        rows.append((shown(form), shown_status(status), f"{n:,}", f"{points:,}", why))
+    if rows:
+        names = (settings.customer_field, settings.status_field, "orders", "points", "")
+        print_table(names, *rows)
+    else:
+        print("  no orders")
+    if users:
+        print_table(_CHANGE, *((c.user, c.before, f"{c.after:,}") for c in users))
+    else:
+        print("  no user has this id, be it text, number, UUID or ObjectId")
 
 
 def print_records(records: Sequence[Document]) -> None:
@@ -118,6 +141,7 @@ def print_records(records: Sequence[Document]) -> None:
     rows = ([cell(record.get(name)) for name in names] for record in records)
     times = {"finished_at": "finished (UTC)", "as_of": "as of (UTC)"}
     print_table([times.get(name, name.replace("_", " ")) for name in names], *rows)
+    print("  As of: what most servers had confirmed, on idle ones a few seconds before the start.")
 
 
 def print_age(age: timedelta | None, interval: timedelta) -> bool:
@@ -148,6 +172,38 @@ def print_settings(settings: Settings, connection: Connection, problem: str | No
         *rows,
         ("permissions", problem or "fine"),
     )
+
+
+def print_examination(found: Examination, settings: Settings) -> None:
+    """Print what is known of the data, and what has to be put right."""
+    about = "about " if found.sampled else ""
+
+    def number(n: int | None) -> str:
+        return "not known; --dry-run counts them all" if n is None else f"{about}{n:,}"
+
+    print("The data" + (" (about: an estimate, from a sample)" if about else ""))
+    ids = ", ".join(f"{kind} {number(n)}" for kind, n in found.ids.items())
+    counts = {status: n for status, n in found.statuses if isinstance(status, str)}
+    missing = [(s, 0) for s in settings.order_statuses if s not in counts]
+    print_table(
+        ("users", number(found.users) + (f": _id is {ids}" if ids else "")),
+        ("orders", number(found.orders)),
+        *(
+            (f"  {shown_status(status)}", number(n) + (", counts" * is_counted(status, settings)))
+            for status, n in [*found.statuses[:_STATUSES], *missing]
+        ),
+        ("that count, without customer", number(found.orders_without_customer)),
+        ("that count, of no user", number(found.orders_of_unknown_customers) + _such_as(found)),
+        ("users with points", number(found.holders)),
+        ("who would lose some", number(found.decreased)),
+        (f"index {settings.status_field}, {settings.customer_field}", found.index or "not known"),
+    )
+    for problem in found.problems:
+        print(f"PROBLEM: {problem}")
+
+
+def _such_as(found: Examination | Totals) -> str:
+    return f", such as {', '.join(found.unknown_sample)}" if found.unknown_sample else ""
 
 
 def written(time: timedelta) -> str:

@@ -9,7 +9,7 @@ from typing import Self
 
 from loyalty.errors import NoRoom
 
-MEMORY_BYTES = 4 * 1024 * 1024  # more than that goes to the disk
+MEMORY_BYTES = 2 * 1024 * 1024  # more than that goes to the disk
 _LENGTH = 4
 
 

@@ -80,7 +80,9 @@ def _option_faults(option: str) -> list[str]:
     if name.lower() == "readconcernlevel" and value not in READ_CONCERNS:  # the driver takes any
         return [f"bad value of option {name}"]
     try:
-        split_options(option, warn=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # `_driver_faults` makes faults of them
+            split_options(option, warn=False)
     except (PyMongoError, ValueError, TypeError, OSError) as error:
         unknown = "Unknown option" in str(error)
         return [f"{'unknown option' if unknown else 'bad value of option'} {name}"]

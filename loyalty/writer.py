@@ -34,7 +34,8 @@ class Refusing:
     sample: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        why = (f"{reason} ({n:,} times)" for reason, n in self.reasons.most_common(3))
+        most = self.reasons.most_common(3)
+        why = (f"{reason} ({'once' if n == 1 else f'{n:,} times'})" for reason, n in most)
         return f"refused: {', '.join(self.sample)}; because: {', '.join(why)}"
 
 

@@ -190,9 +190,11 @@ class Demo:
         self, number: int, record: Document, before: dict[str, Any], after: dict[str, Any]
     ) -> None:
         screen = self._screen
+        up, down = record["increased"], record["decreased"]
+        rest = record["changed"] - up - down  # users who had no number, and no orders
         screen.say(
-            f"\nRecount {number}: {record['changed']:,} of {len(after):,} customers changed, "
-            f"{record['increased']:,} up and {record['decreased']:,} down",
+            f"\nRecount {number}: {record['changed']:,} of {len(after):,} customers changed: "
+            f"{up:,} up, {down:,} down" + (f", {rest:,} set to 0" if rest else ""),
             BOLD,
         )
         screen.say(f"  {'top customers':<16} {'before':>7}    {'after':>6}", DIM)

@@ -33,7 +33,8 @@ class Moment:
 
 
 COUNTING = Moment("counting", "hangBeforeDocumentSourceCursorLoadBatch", "users")
-FETCHING = Moment("fetching", "waitWithPinnedCursorDuringGetMoreBatch", "orders")
+# The first is the proof, when it connects, that the server can count.
+FETCHING = Moment("fetching", "waitWithPinnedCursorDuringGetMoreBatch", "orders", skip=1)
 WRITING = Moment("writing", "hangDuringBatchUpdate", "users", skip=5)
 RECORDING = Moment("recording", "hangDuringBatchInsert", "loyalty_recounts")
 

@@ -35,10 +35,11 @@ _OLDEST = 5  # MongoDB 5.0 is the first that reads orders and users as of one po
 # Becomes the command, after asking the kernel for a signal when the parent dies. Not a preexec_fn:
 # that runs Python between fork and exec, which can hang in a process with threads.
 _BOUND = """
-import ctypes, os, sys
-parent, signal, *command = sys.argv[1:]
+import ctypes, os, signal, sys
+parent, on_death, *command = sys.argv[1:]
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores it
 if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, int(signal))  # PR_SET_PDEATHSIG
+    ctypes.CDLL(None).prctl(1, int(on_death))  # PR_SET_PDEATHSIG
 if os.getppid() == int(parent):
     os.execv(command[0], command)
 """

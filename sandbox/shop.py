@@ -204,24 +204,36 @@ def _plain(part: Any) -> Any:
     return part if isinstance(part, str) else key(part)
 
 
+@dataclass(frozen=True)
+class Names:
+    """Where a shop keeps things; dots lead into nested documents."""
+
+    orders: str = "orders"
+    users: str = "users"
+    status: str = "status"
+    customer: str = "customer_id"
+    points: str = "loyalty_points"
+
+
+USUAL = Names()
+
+
 def count(
     database: Database[Document],
     statuses: Collection[str] = ("Shipped",),
     points_per_order: int = 1,
-    *,
-    orders: str = "orders",
-    users: str = "users",
+    names: Names = USUAL,
 ) -> dict[Any, int]:
     """Return the right points of every user, by the `key` of its `_id`.
 
     It is only right while no order changes.
     """
     found: Counter[Any] = Counter()
-    for order in _read(database, orders, ["status", "customer_id"]):
-        status, customer = order.get("status"), order.get("customer_id")
+    for order in _read(database, names.orders, [names.status, names.customer]):
+        status, customer = _at(order, names.status), _at(order, names.customer)
         if isinstance(status, str) and status in statuses and customer not in (None, ""):
             found[key(customer)] += points_per_order
-    return {key(user["_id"]): found[key(user["_id"])] for user in _read(database, users, [])}
+    return {key(user["_id"]): found[key(user["_id"])] for user in _read(database, names.users, [])}
 
 
 @dataclass(frozen=True)
@@ -237,18 +249,22 @@ def disagreements(
     database: Database[Document],
     statuses: Collection[str] = ("Shipped",),
     points_per_order: int = 1,
-    *,
-    orders: str = "orders",
-    users: str = "users",
+    names: Names = USUAL,
 ) -> list[Disagreement]:
     """Return the users whose stored points are wrong; a missing field is wrong, too."""
-    right = count(database, statuses, points_per_order, orders=orders, users=users)
+    right = count(database, statuses, points_per_order, names)
     return [
         Disagreement(user["_id"], stored, right[key(user["_id"])])
-        for user in _read(database, users, ["loyalty_points"])
-        if type(stored := user.get("loyalty_points")) not in (int, Int64)
+        for user in _read(database, names.users, [names.points])
+        if type(stored := _at(user, names.points)) not in (int, Int64)
         or stored != right[key(user["_id"])]
     ]
+
+
+def _at(document: Any, path: str) -> Any:
+    for name in path.split("."):
+        document = document.get(name) if isinstance(document, dict) else None
+    return document
 
 
 def _read(

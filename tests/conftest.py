@@ -25,7 +25,7 @@ MEMORY = Path("/dev/shm") if Path("/dev/shm").is_dir() else None
 
 quick = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=40)
 settings.register_profile("usual", quick)
-settings.register_profile("deep", quick, max_examples=400)
+settings.register_profile("deep", quick, max_examples=200)
 
 
 def examples(usual: int, deep: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from datetime import timedelta
 from pathlib import Path
 from urllib.parse import quote_plus
@@ -11,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from config import Settings, load
+from config import Settings, declared, load
 from loyalty.env_file import read_env_file
 from loyalty.errors import ConfigError
 
@@ -39,19 +38,21 @@ def test_only_the_uri_is_required_and_the_rest_has_the_documented_defaults() -> 
         recount_interval=timedelta(hours=2),
         count_timeout=timedelta(minutes=10),
         count_workers=2,
+        live_updates=False,
         max_decrease_percent=90,
         batch_size=1000,
         log_level="INFO",
     )
 
 
-def test_env_example_names_every_setting_with_its_default(tmp_path: Path) -> None:
-    text = (Path(__file__).parents[1] / ".env.example").read_text()
+@pytest.mark.parametrize("file", [".env.example", "deploy/loyalty.env"])
+def test_a_file_of_examples_names_every_setting_in_order_with_its_default(file: str) -> None:
+    text = (Path(__file__).parents[1] / file).read_text()
     lines = [line.lstrip("#") for line in text.splitlines() if line.lstrip("#")[:1].isupper()]
     values = dict(line.split("=", 1) for line in lines if "=" in line)
-    assert values.pop("MONGODB_URI_FILE")
+    values.pop("MONGODB_URI_FILE", None)  # in a unit it goes with LoadCredential=
     assert load(values) == load({"MONGODB_URI": values["MONGODB_URI"]})
-    assert len(values) == len(dataclasses.fields(Settings))
+    assert list(values) == [setting.name for setting in declared().values()]
 
 
 def test_every_setting_is_read() -> None:
@@ -63,6 +64,10 @@ def test_every_setting_is_read() -> None:
             "RECOUNTS_COLLECTION": "",
             "ORDER_STATUSES": " Shipped, Delivered ,,Shipped",
             "POINTS_PER_ORDER": "5",
+            "ORDER_STATUS_FIELD": "order.state",
+            "ORDER_CUSTOMER_FIELD": "order.customer.id",
+            "USER_POINTS_FIELD": "loyalty.points",
+            "COUNT_WORKERS": "16",
             "RECOUNT_INTERVAL": "90s",
             "COUNT_TIMEOUT": "1d",
             "MAX_DECREASE_PERCENT": "100",
@@ -75,6 +80,10 @@ def test_every_setting_is_read() -> None:
     assert (settings.orders, settings.users, settings.recounts) == ("o", "u", "")
     assert settings.order_statuses == ("Shipped", "Delivered")
     assert settings.points_per_order == 5
+    assert settings.status_field == "order.state"
+    assert settings.customer_field == "order.customer.id"
+    assert settings.points_field == "loyalty.points"
+    assert settings.count_workers == 16
     assert settings.recount_interval == timedelta(seconds=90)
     assert settings.count_timeout == timedelta(days=1)
     assert (settings.max_decrease_percent, settings.batch_size) == (100, 1)
@@ -90,7 +99,11 @@ BAD = {
     "ORDER_STATUSES": [",", " , "],
     "POINTS_PER_ORDER": ["0", "-1", "1.5", "x", "٣", "1e3", "9" * 30],
     "RECOUNT_INTERVAL": ["0s", "2", "2 h", "-2h", "2w", "h", "400d", "2H", "9" * 12 + "d"],
-    "COUNT_TIMEOUT": ["0m", "30d"],
+    "COUNT_TIMEOUT": ["0m", "25d"],
+    "COUNT_WORKERS": ["0", "17"],
+    "ORDER_STATUS_FIELD": ["$status", ".a", "a.", "a..b", "a b.$c", " . "],
+    "ORDER_CUSTOMER_FIELD": ["$id"],
+    "USER_POINTS_FIELD": ["_id", "_id.points", "a.$b"],
     "MAX_DECREASE_PERCENT": ["-1", "101", "90%"],
     "BATCH_SIZE": ["0", "100001", "1k"],
     "LOG_LEVEL": ["LOUD", "5"],
@@ -106,6 +119,33 @@ def test_a_bad_value_is_one_fault_that_names_its_variable(name: str, value: str)
 def test_all_faults_are_said_at_once() -> None:
     found = faults(**{name: values[0] for name, values in BAD.items()}, MONGODB_URI="http://x")
     assert sorted(fault.split(":")[0] for fault in found) == sorted([*BAD, "MONGODB_URI"])
+
+
+@pytest.mark.parametrize("customer", ["status", "status.id"])
+def test_an_order_has_its_status_and_its_customer_in_different_fields(customer: str) -> None:
+    (fault,) = faults(ORDER_CUSTOMER_FIELD=customer)
+    assert fault == "ORDER_STATUS_FIELD, ORDER_CUSTOMER_FIELD: must be different fields"
+    assert load({"MONGODB_URI": URI, "ORDER_CUSTOMER_FIELD": "status_id"})
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("MONGODB_DATBASE", "MONGODB_DATABASE"),
+        ("mongodb_database", "MONGODB_DATABASE"),
+        ("ORDER_STATUS", "ORDER_STATUSES"),
+        ("LOGLEVEL", "LOG_LEVEL"),
+        ("MONGO_URI", "MONGODB_URI"),
+    ],
+)
+def test_a_name_that_nearly_is_a_settings_is_a_fault_in_a_file(
+    tmp_path: Path, written: str, meant: str
+) -> None:
+    file = tmp_path / "env"
+    file.write_text(f"{written}=x\nPATH_TO_SOMETHING=1\nTZ=UTC\n")
+    with pytest.raises(ConfigError) as caught:
+        read_env_file(file)
+    assert caught.value.faults == (f"unknown setting {written}, did you mean {meant}?",)
 
 
 def test_collections_must_differ() -> None:
@@ -136,6 +176,8 @@ def test_collections_must_differ() -> None:
         ("mongodb://h/?tls", "name=value"),
         ("mongodb://a,b/?directConnection=true", "multiple hosts"),
         ("mongodb://h/?tls=true&ssl=false", "conflicting"),
+        ("mongodb://h/?readConcernLevel=bogus", "bad value of option readConcernLevel"),
+        ("mongodb://h/?compressors=snappy", "snappy"),
         ("mongodb+srv://h.example.com:27017/", "port"),
         ("mongodb+srv://a.example.com,b.example.com/", "only one, hostname"),
     ],

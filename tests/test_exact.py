@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any
+from unittest import mock
 from uuid import uuid4
 
 import pytest
@@ -15,7 +17,7 @@ from pymongo.database import Database
 from writers import ORDERS, USERS, object_id, writers
 
 from config import Settings
-from loyalty import spool
+from loyalty import counting, spool
 from loyalty.history import History
 from loyalty.mongo import Connection, connect
 from loyalty.perform import Task, perform
@@ -83,7 +85,7 @@ def ordinary(connection: Connection) -> Connection:
 
 
 @pytest.mark.xdist_group("busy")
-@pytest.mark.size(10, deep=100)
+@pytest.mark.size(10, deep=30)
 @pytest.mark.parametrize(
     ("index", "kind"),
     [(True, "move"), (False, "move"), (True, "swap")],
@@ -114,6 +116,37 @@ def test_an_ordinary_read_beside_busy_writers_sees_changes_that_are_not_there(
         done, found = false_changes(ordinary(connection), settings, recounts=1_000)
     print(f"{done} recounts, {found} false changes")
     assert found > 0
+
+
+@pytest.mark.xdist_group("busy")
+@pytest.mark.size(6, deep=60)
+def test_beside_writers_of_all_kinds_every_recount_is_what_the_orders_said_at_its_cluster_time(
+    busy: tuple[Connection, Settings], size: int
+) -> None:
+    """The audit: the orders are read again as they were then, and counted in plain Python."""
+    connection, settings = busy
+    shop = connection.users.database
+    # In many ranges, of which one has an edge in the middle of the ids in capitals.
+    cuts = [object_id(n) for n in range(0, USERS, USERS // 12)] + ["65A"]
+    with (
+        mock.patch.object(counting, "edges", return_value=cuts),
+        writers(settings.mongodb_uri, *["all"] * 3),
+    ):
+        for _ in range(size):
+            result = result_of(connection, settings)
+            assert result.exact
+            assert result.totals.changed
+            concern = {"level": "snapshot", "atClusterTime": result.cluster_time}
+            fields: list[Any] = [{"$project": {"status": 1, "customer_id": 1}}]
+            then = connection.orders.aggregate(fields, readConcern=concern)
+            right = Counter(
+                o["customer_id"].lower() for o in then if o["status"] in settings.order_statuses
+            )
+            stored = {str(user["_id"]): user["loyalty_points"] for user in shop.users.find()}
+            assert stored == {own: right[own] for own in stored}
+            assert result.totals.counted_orders == right.total()
+    run(connection, settings)
+    assert disagreements(shop, settings.order_statuses) == []
 
 
 @pytest.mark.xdist_group("busy")
@@ -158,7 +191,7 @@ def fill(shop: Database[Any], users: int, points: int) -> None:
 
 
 def rename_status(shop: Database[Any]) -> None:
-    shop.orders.update_many({}, {"$set": {"status": "shipped"}})
+    shop.orders.update_many({}, {"$set": {"status": "Sent"}})
 
 
 def empty_orders(shop: Database[Any]) -> None:

@@ -227,7 +227,7 @@ def test_a_cursor_that_is_killed_during_the_count_is_no_more_than_a_second_try(
         wait_until_reached()
         assert faults.kill_cursors(stage.database.client, name, "orders") == 1
     daemon.wait_for("outcome=succeeded")
-    assert len(lines_with("counting_again attempt=2", daemon)) == 1
+    assert len(lines_with("counting_again attempt=2", daemon)) == 1, daemon.output
     assert len(stage.records) == 1
     stage.assert_exact()
 
@@ -293,14 +293,20 @@ def test_users_that_refuse_the_update_are_named_and_all_others_are_written(
     rule = {"$or": [{"_id": {"$nin": stubborn}}, {"loyalty_points": -1}]}
     stage.database.command("collMod", "users", validator=rule)
     daemon = service(MONGODB_URI=stage.uri, RECOUNT_INTERVAL="1s")
-    daemon.wait_for("failed error=", times=2)
+    daemon.wait_for("WARNING incomplete", times=2)
     wrong = disagreements(stage.database)
     assert [(user.user, user.stored) for user in wrong] == [(own, -1) for own in stubborn]
-    assert "3 of 2,000 users refused the update, the others are written" in daemon.lines[1]
-    assert "Document failed validation" in daemon.lines[1]
-    assert "3 of 3 users refused" in daemon.lines[2]
+    first, again = lines_with("WARNING incomplete", daemon)[:2]
+    assert "3 of 2,000 users refused the update, the others are written" in first
+    assert "Document failed validation" in first
+    assert "3 of 3 users refused" in again
     assert "@example.com" not in daemon.output  # the driver's text holds whole documents
-    assert [record["outcome"] for record in stage.records[:2]] == ["failed", "failed"]
+    assert "retry_in" not in daemon.output
+    assert [(r["outcome"], r["refused_updates"]) for r in stage.records[:2]] == [
+        ("incomplete", 3)
+    ] * 2
+    status = service("--status", MONGODB_URI=stage.uri)
+    assert status.wait() == 0  # the points of all others are fresh
     stage.database.command("collMod", "users", validator={})
     daemon.wait_for("outcome=succeeded")
     stage.assert_exact()
@@ -569,14 +575,12 @@ def assert_no_secret(text: str) -> None:
         ("unknown option", f"mongodb://loyalty:{ENCODED}@h/?retryWritess=true"),
         ("bad value of option", f"mongodb://loyalty:{ENCODED}@h/?timeoutMS=soon"),
         ("Port must be", f"mongodb://loyalty:{ENCODED}@h:99999"),
-        ("no such host name", f"mongodb://loyalty:{ENCODED}@nowhere.invalid"),
-        ("does not exist", f"mongodb+srv://loyalty:{ENCODED}@nowhere.example.invalid"),
         ("host", f"mongodb://loyalty:{ENCODED}@empty..label"),
         ("host", f"mongodb://loyalty:{ENCODED}@{'x' * 64}.example"),
         ("tlsCAFile", f"mongodb://loyalty:{ENCODED}@h/?tls=true&tlsCAFile=/none"),
     ],
     ids=["nothing", "scheme", "password", "option", "value", "port"]
-    + ["name", "srv", "empty label", "long label", "file"],
+    + ["empty label", "long label", "file"],
 )
 def test_a_setting_that_cannot_work_ends_it_with_78_and_one_line(
     service: Start, fault: str, uri: str
@@ -720,7 +724,7 @@ def test_the_role_is_enough_for_everything_but_making_the_index(
     daemon.wait_for("outcome=succeeded")
     assert daemon.stop() == 0
     secured.assert_exact()
-    expiry = secured.database["loyalty_recounts"].index_information()["finished_at_1"]
+    expiry = secured.database["loyalty_recounts"].index_information()["loyalty_records_expire"]
     assert expiry["expireAfterSeconds"] == 90 * 24 * 3600
     status = run("--status")
     assert status.wait() == 0
@@ -733,7 +737,7 @@ def test_the_role_is_enough_for_everything_but_making_the_index(
     for process in (checked, daemon, status, refused, made):
         assert_no_secret(process.output)
         assert "Traceback" not in process.output
-        assert "WARNING" not in process.output
+        assert len(lines_with("WARNING", process)) == len(lines_with("points_taken", process))
 
 
 @pytest.mark.xdist_group("auth")
@@ -787,7 +791,7 @@ def test_without_permission_to_list_indexes_there_is_only_no_advice(
     secured.allow_all_but("orders", "listIndexes")
     once = service("--once", MONGODB_URI=secured.uri)
     assert once.wait() == 0
-    assert "WARNING" not in once.output
+    assert "no_index" not in once.output
     secured.assert_exact()
 
 

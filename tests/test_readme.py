@@ -6,12 +6,14 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import zip_longest
 from typing import Any
 
 import pytest
 from conftest import ROOT
 from pymongo import MongoClient
 
+from config import declared
 from loyalty_microservice import main
 from sandbox.mongod import Deployment
 from sandbox.service import Process, environment
@@ -57,7 +59,18 @@ def test_help_and_the_readme_name_the_same_flags(capsys: pytest.CaptureFixture[s
     assert re.findall(r"\d+", codes[1]) == re.findall(r"\*\*(\d+)\*\*", section)
 
 
-def test_env_example_and_the_readme_name_the_same_settings() -> None:
-    example = set(re.findall(r"^#?([A-Z_]+)=", (ROOT / ".env.example").read_text(), re.MULTILINE))
+def test_help_names_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = set(re.findall(r"[A-Z_]{6,}", capsys.readouterr().out))
+    assert {setting.name for setting in declared().values()} <= said
+
+
+def test_the_readmes_table_has_the_settings_that_are_declared_and_their_defaults() -> None:
     section = README.split("## Settings")[1].split("\n## ")[0]
-    assert set(re.findall(r"`([A-Z_]{6,})`", section)) - {"ERROR", "WARNING"} == example
+    table: dict[str, str] = {}
+    for names, defaults in re.findall(r"^\| (`.*?`) \| (.*?) \|", section, re.MULTILINE):
+        found = re.findall(r"`(\w+)`", names), re.findall(r"`(\w+)`", defaults)
+        table |= dict(zip_longest(*found, fillvalue=""))
+    wanted = {setting.name: setting.default for setting in declared().values()}
+    assert table == wanted | {"MONGODB_DATABASE": "oms_db"}

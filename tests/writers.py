@@ -13,7 +13,7 @@ from multiprocessing.synchronize import Event, Semaphore
 from typing import Any
 
 from bson import ObjectId
-from pymongo import MongoClient, UpdateOne
+from pymongo import DeleteOne, MongoClient, ReplaceOne, UpdateOne
 from pymongo.client_session import ClientSession
 
 USERS, ORDERS = 2_000, 40_000
@@ -25,6 +25,23 @@ PATIENCE = 120.0
 def object_id(number: int) -> ObjectId:
     """Make the id of a user, so that the writers know it without reading."""
     return ObjectId(f"{ID_SECONDS + number:08x}{number:016x}")
+
+
+def any_write(rng: random.Random, number: int) -> Any:
+    """Return one of all the things that happen to an order, sometimes under odd forms of an id."""
+    customer = str(object_id(rng.randrange(USERS)))
+    if rng.random() < 0.02:
+        customer = customer.upper()
+    status, own = rng.choice(STATUSES["change"]), {"_id": number}
+    order = {"customer_id": customer, "status": status}
+    return rng.choice(
+        [
+            UpdateOne(own, {"$set": {"status": status}}),
+            UpdateOne(own, {"$set": {"customer_id": customer}}),
+            ReplaceOne(own, order, upsert=True),
+            DeleteOne(own),
+        ]
+    )
 
 
 def write_forever(kind: str, uri: str, seed: int, at_work: Semaphore, stop: Event) -> None:
@@ -49,9 +66,13 @@ def write_forever(kind: str, uri: str, seed: int, at_work: Semaphore, stop: Even
             if kind == "swap":
                 session.with_transaction(swap)
                 return
+            chosen = rng.sample(range(ORDERS), 100)
+            if kind == "all":
+                orders.bulk_write([any_write(rng, n) for n in chosen], ordered=False)
+                return
             updates = [
                 UpdateOne({"_id": n}, {"$set": {"status": rng.choice(STATUSES[kind])}})
-                for n in rng.sample(range(ORDERS), 100)
+                for n in chosen
             ]
             orders.bulk_write(updates, ordered=False)
 

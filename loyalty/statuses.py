@@ -1,0 +1,97 @@
+"""The statuses that orders have: which count, and what is said when none does."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from config import Settings
+from loyalty.ids import NO_CUSTOMER, Document, canonical, shown
+from loyalty.index import COLLATION
+from loyalty.mongo import Connection
+from loyalty.sorting import sorted_errors
+
+log = logging.getLogger("loyalty")
+
+_MOST = 1_000
+_SHOWN = 10
+
+
+def mistaken_status(connection: Connection, settings: Settings) -> str | None:
+    """Say what statuses there are though no order was counted; return why that is a mistake."""
+    reason, mistaken = uncounted(statuses(connection, settings), settings)
+    if mistaken:
+        return f"{reason}: correct ORDER_STATUSES, or let one recount through with --once --force"
+    log.warning("no_counted_order %s", reason)
+    return None
+
+
+def uncounted(known: Sequence[tuple[Any, int]], settings: Settings) -> tuple[str, bool]:
+    """Return what statuses there are instead of ours, and whether that is plainly a mistake.
+
+    It is one if some status differs from a counted one only in case or blanks.
+    """
+    listed = ", ".join(f"{shown_status(s)} ({n:,})" for s, n in known[:_SHOWN]) or "no orders"
+    ours = {_folded(status) for status in settings.order_statuses}
+    mistaken = any(isinstance(status, str) and _folded(status) in ours for status, _ in known)
+    return f"no order has status {', '.join(settings.order_statuses)}; found: {listed}", mistaken
+
+
+def statuses(
+    connection: Connection, settings: Settings, *, sample: int = 0
+) -> list[tuple[Any, int]]:
+    """Return the statuses of the orders and how many have each, the most frequent first."""
+    orders = connection.orders
+    grouped: list[Document] = [{"$sample": {"size": sample}}] if sample else []
+    grouped += [
+        {"$group": {"_id": f"${settings.status_field}", "n": {"$sum": 1}}},
+        {"$sort": {"n": -1, "_id": 1}},
+        {"$limit": _MOST},
+    ]
+    with sorted_errors("find in", orders.full_name):
+        found = orders.aggregate(
+            grouped, collation=COLLATION, allowDiskUse=True, maxTimeMS=settings.count_ms
+        )
+        return [(row["_id"], row["n"]) for row in found]
+
+
+def is_counted(status: Any, settings: Settings) -> bool:
+    """Return whether orders with this status earn points."""
+    return isinstance(status, str) and status in settings.order_statuses
+
+
+def shown_status(status: Any) -> str:
+    """Return a status for a person, in quotes where that makes a difference."""
+    plain = isinstance(status, str) and status == status.strip() != ""
+    return str(status) if plain else shown(status)
+
+
+def _folded(status: str) -> str:
+    return "".join(status.split()).casefold()
+
+
+def orders_of(
+    connection: Connection, settings: Settings, customer: Any, forms: Sequence[Any]
+) -> list[tuple[Any, Any, int]]:
+    """Return a customer's orders by the form of the id and the status: how many there are.
+
+    `forms` find all orders of the canonical id, and may find others.
+    """
+    orders, status = connection.orders, settings.status_field
+    key = {"form": f"${settings.customer_field}", "status": f"${status}"}
+    with sorted_errors("find in", orders.full_name):
+        # To name every status makes the index's second field reachable; null is none, too.
+        every = {"$in": [*orders.distinct(status), None]}
+        grouped: list[Document] = [
+            {"$match": {status: every, settings.customer_field: {"$in": list(forms)}}},
+            {"$group": {"_id": key, "n": {"$sum": 1}}},
+            {
+                "$match": {
+                    "$expr": {"$eq": [canonical("$_id.form", NO_CUSTOMER), {"$literal": customer}]}
+                }
+            },
+            {"$sort": {"n": -1, "_id": 1}},
+        ]
+        found = orders.aggregate(grouped, collation=COLLATION, maxTimeMS=settings.count_ms)
+        return [(row["_id"]["form"], row["_id"].get("status"), row["n"]) for row in found]
