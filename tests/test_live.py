@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -453,3 +454,27 @@ def test_the_heartbeat_is_one_document_that_status_reads(
     small.shop.loyalty_recounts.delete_many({"outcome": "live"})
     command("--status", LIVE_UPDATES="yes")
     assert "NOT live: there is no heartbeat" in capsys.readouterr().out
+
+
+def test_check_config_says_whether_it_will_work_and_whether_pre_images_are_on(
+    small: Stage,
+    command: Command,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert command("--check-config") == 0
+    assert "live updates" not in capsys.readouterr().out
+    assert command("--check-config", LIVE_UPDATES="yes") == 0
+    said = capsys.readouterr().out
+    assert re.search("live updates +will work\n", said)
+    found = re.search(r"pre-images +off: .* switch them on: db.runCommand\((.*)\)", said)
+    assert found
+    # The command as it stands there, for the shell, is this one.
+    assert found[1] == "{collMod: 'orders', changeStreamPreAndPostImages: {enabled: true}}"
+    small.shop.command("collMod", "orders", changeStreamPreAndPostImages={"enabled": True})
+    command("--check-config", LIVE_UPDATES="yes")
+    assert re.search("pre-images +on\n", capsys.readouterr().out)
+    monkeypatch.setattr(index, "_LARGE", 2)
+    small.shop.orders.drop_indexes()
+    assert command("--check-config", LIVE_UPDATES="yes") == 1
+    assert "will NOT work: each update would read all orders" in capsys.readouterr().out
