@@ -30,7 +30,7 @@ from pathlib import Path
 
 import config
 from config import VERSION, Settings
-from loyalty import report
+from loyalty import live_report, report
 from loyalty.daemon import Daemon
 from loyalty.env_file import read_env_file
 from loyalty.errors import ConfigError, Exit, ServiceError
@@ -38,6 +38,7 @@ from loyalty.examine import examine
 from loyalty.history import History
 from loyalty.ids import forms_of
 from loyalty.index import create_index
+from loyalty.live import keeps_pre_images, why_not_live
 from loyalty.logs import log_to_stderr
 from loyalty.mongo import Connection, connect
 from loyalty.perform import Task, perform
@@ -194,18 +195,21 @@ def _status(args: argparse.Namespace, settings: Settings) -> int:
         history = History(connection.recounts)
         report.print_records(history.newest(10))
         wanted = settings.live_updates
-        report.print_live(history.heartbeat(), datetime.now(UTC), wanted=wanted)
+        live_report.print_live(history.heartbeat(), datetime.now(UTC), wanted=wanted)
         fresh = report.print_age(history.age(datetime.now(UTC)), settings.recount_interval)
     return Exit.FINE if fresh else Exit.FOUND
 
 
 def _check_config(args: argparse.Namespace, settings: Settings) -> int:
     with open_shop(settings, writing=True) as connection:
-        problem = History(connection.recounts).check()
+        problem, not_live = History(connection.recounts).check(), None
         report.print_settings(settings, connection, problem)
+        if settings.live_updates:
+            not_live = why_not_live(connection, settings)
+            live_report.print_prospects(connection, not_live, keeps_pre_images(connection))
         found = examine(connection, settings)
         report.print_examination(found, settings)
-    return Exit.FOUND if problem or found.problems else Exit.FINE
+    return Exit.FOUND if problem or not_live or found.problems else Exit.FINE
 
 
 def _create_index(args: argparse.Namespace, settings: Settings) -> int:

@@ -20,6 +20,9 @@ const privileges = [
   { resource: { db: database, collection: orders }, actions: ["find", "listIndexes"] },
   // For --create-index; the service itself does without.
   // { resource: { db: database, collection: orders }, actions: ["createIndex"] },
+  // For LIVE_UPDATES=yes: the change stream, and the heartbeat among the records.
+  // { resource: { db: database, collection: orders }, actions: ["changeStream"] },
+  // { resource: { db: database, collection: recounts }, actions: ["update"] },
   { resource: { db: database, collection: users }, actions: ["find", "update"] },
   // createIndex is for the index that lets a record expire after 90 days.
   { resource: { db: database, collection: recounts }, actions: ["find", "insert", "createIndex"] },

@@ -18,9 +18,11 @@ from bson.codec_options import CodecOptions, DatetimeConversion
 from pymongo.change_stream import ChangeStream
 
 from config import Settings
-from loyalty.errors import ServiceError, Unavailable
+from loyalty.counting import snapshot_time
+from loyalty.errors import Misconfigured, ServiceError, Unavailable
 from loyalty.events import ENDS, may_have_points, stages, value_at
 from loyalty.ids import Document, canonical_of, is_hex_id, spellings
+from loyalty.index import index_is_missing
 from loyalty.mongo import Connection
 from loyalty.sorting import sorted_errors
 
@@ -191,6 +193,39 @@ class Live:
             self._problem = self._problem or problem
             self._closed = True
             self._lock.notify_all()
+
+
+def open_live(connection: Connection, settings: Settings) -> tuple[Live, Timestamp]:
+    """Open a stream, and return the time from which on it tells all. Raises ServiceError."""
+    after = snapshot_time(connection)
+    if after is None:
+        raise Misconfigured(f"{connection.inexact} has no change streams for this")
+    if index_is_missing(connection.orders, settings):
+        raise Misconfigured("each update would read all orders: make the index, --create-index")
+    return Live(connection, settings, after), after
+
+
+def why_not_live(connection: Connection, settings: Settings) -> str | None:
+    """Return why live updates would not work, if so. Raises Unavailable."""
+    recounts = connection.recounts
+    try:
+        open_live(connection, settings)[0].close()
+        if recounts is not None:  # for the heartbeat
+            with sorted_errors("update", recounts.full_name):
+                recounts.update_one({"_id": ObjectId()}, {"$set": {"outcome": "live"}})
+    except Misconfigured as error:
+        return str(error)
+    return None
+
+
+def keeps_pre_images(connection: Connection) -> bool | None:
+    """Return whether the orders keep pre-images; None if we may not look, or nobody can tell."""
+    try:
+        with sorted_errors("list the collections of", connection.orders.database.name):
+            options = connection.orders.options()
+    except ServiceError:
+        return None
+    return bool(options.get("changeStreamPreAndPostImages", {}).get("enabled"))
 
 
 def _odd(customer: Any, odd_forms: dict[ObjectId, set[str]]) -> set[str]:

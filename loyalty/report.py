@@ -9,7 +9,6 @@ from typing import Any
 
 from config import Settings, declared
 from loyalty.examine import Examination
-from loyalty.history import HEARTBEAT, Heartbeat
 from loyalty.ids import Document, shown
 from loyalty.mongo import Connection
 from loyalty.recount import Change, Totals
@@ -47,23 +46,8 @@ def status_of(result: Result) -> str:
     """Return how a recount went in a few words, for systemd."""
     changed = f"{result.totals.changed:,} changed"
     if refused := result.refusing.reasons.total():
-        changed += f", {_count(refused, 'user')} refused the update"
+        changed += f", {counted(refused, 'user')} refused the update"
     return f"recounted as of {result.as_of:%Y-%m-%d %H:%M:%S} UTC, {changed}"
-
-
-def status_of_live(beat: Heartbeat) -> str:
-    """Return how live updates are doing in a few words, for systemd."""
-    since = f"live since {beat.live_since:%Y-%m-%d %H:%M:%S} UTC"
-    return f"{since}, {_count(beat.customers_updated, 'update')}, {beat.waiting:,} waiting"
-
-
-def print_live(beat: Heartbeat | None, now: datetime, *, wanted: bool) -> None:
-    """Print whether live updates are at work; nothing if they are neither that nor wanted."""
-    if beat is not None and now - beat.at <= 3 * HEARTBEAT:
-        print(f"Live: {status_of_live(beat)[5:]}")
-    elif wanted:
-        last = f"the last heartbeat was {written(now - beat.at)} ago" if beat else ""
-        print(f"NOT live: {last or 'there is no heartbeat'}")
 
 
 def print_totals(result: Result, *, names: bool = False) -> None:
@@ -71,7 +55,7 @@ def print_totals(result: Result, *, names: bool = False) -> None:
     totals = result.totals
     unknown = f"{totals.unknown_customers:,}"
     if totals.unknown_customers:
-        unknown += f" with {_count(totals.orders_of_unknown_customers, 'order')}"
+        unknown += f" with {counted(totals.orders_of_unknown_customers, 'order')}"
     if names:
         unknown += _such_as(totals)
     print_table(
@@ -233,7 +217,7 @@ def cell(value: object) -> str:
     return str(value) or "none"
 
 
-def _count(n: int, thing: str) -> str:
+def counted(n: int, thing: str) -> str:
     return f"{n:,} {thing}" if n == 1 else f"{n:,} {thing}s"
 
 

@@ -12,13 +12,13 @@ from math import inf
 from bson import ObjectId, Timestamp
 
 from config import Settings
-from loyalty import report
-from loyalty.counting import Count, Customers, snapshot_time
+from loyalty import live_report, report
+from loyalty.counting import Count, Customers
 from loyalty.errors import ConfigError, Misconfigured, Refused, Unavailable
 from loyalty.history import HEARTBEAT, Heartbeat, History
 from loyalty.ids import any_case
 from loyalty.index import index_is_missing
-from loyalty.live import Live, Marks
+from loyalty.live import Live, Marks, open_live
 from loyalty.mongo import Connection, connect
 from loyalty.overlap import Moved
 from loyalty.perform import Task, perform
@@ -139,12 +139,7 @@ class Service:
         if self._live is not None or not self._settings.live_updates:
             return _NEVER
         try:
-            after = snapshot_time(connection)
-            if after is None:
-                raise Misconfigured(f"{connection.inexact} has no change streams for this")
-            if index_is_missing(connection.orders, self._settings):
-                raise Misconfigured("each would read all orders: make the index, --create-index")
-            self._live = Live(connection, self._settings, after)
+            self._live, after = open_live(connection, self._settings)
         except Misconfigured as error:
             if not self._warned:
                 log.warning('not_live error="%s"', error)
@@ -180,7 +175,7 @@ class Service:
                 waiting=live.waiting(),
             )
             self._history.beat(beat)
-            moved(report.status_of_live(beat))
+            moved(live_report.status_of(beat))
 
     def _recount_marked(self, connection: Connection, marks: Marks, moved: Moved) -> None:
         customers = self._customers(marks)

@@ -35,9 +35,10 @@ from pymongo.errors import PyMongoError
 
 from sandbox.mongod import Deployment, Failed, NoMongod
 from sandbox.service import PROGRAM, Process
-from sandbox.shop import Document, Shop, disagreements
+from sandbox.shop import Document, Shop, count, disagreements, key
 
-RECOUNTS = 6
+RECOUNTS = 3
+SINGLE_ORDERS = 15  # shipped one at a time, with live updates
 INTERVAL = timedelta(seconds=5)
 # The shop holds still from this long before a recount is due, so that the two counts can be
 # compared. The service itself does not need that.
@@ -109,16 +110,16 @@ class Demo:
             shop = Shop(database, random.Random())
             shop.fill()
             say("  shop      1,000 customers, 10,000 orders, 3 % of them dirty on purpose")
-            with Process(
-                log=deployment.folder / "service.log",
-                MONGODB_URI=deployment.uri,
-                RECOUNT_INTERVAL=f"{INTERVAL.seconds}s",
-            ) as service:
+            log = deployment.folder / "service.log"
+            uri, often = deployment.uri, f"{INTERVAL.seconds}s"
+            with Process(log=log, MONGODB_URI=uri, RECOUNT_INTERVAL=often) as service:
                 say(f"  service   python {PROGRAM.name}, process {service.pid}")
                 self._watch(database, shop, service)
-                code = service.stop()
-                self.failures += code != 0
-                say(f"\nSIGTERM: the service ended with exit code {code}.")
+                self._stop(service)
+            with Process(log=log, MONGODB_URI=uri, LIVE_UPDATES="yes") as service:
+                say(f"\nLIVE_UPDATES=yes, process {service.pid}: no need to wait", BOLD)
+                self._ship_one_by_one(database, service)
+                self._stop(service)
         say("The database and its folder are gone.\n")
         if self.failures:
             say("SOMETHING WAS WRONG, see above.", RED)
@@ -154,6 +155,42 @@ class Demo:
             before = after
             if compared < RECOUNTS:
                 last_write = self._trade(shop, INTERVAL - QUIET)
+
+    def _stop(self, service: Process) -> None:
+        code = service.stop()
+        self.failures += code != 0
+        self._screen.say(f"\nSIGTERM: the service ended with exit code {code}.")
+
+    def _ship_one_by_one(self, database: Database[Document], service: Process) -> None:
+        """Ship single orders, and say after how long the customer's points were right."""
+        service.wait_for("outcome=succeeded")
+        users = {str(user["_id"]): user for user in database["users"].find()}
+        waiting = list(
+            database["orders"].find({"status": "Paid", "customer_id": {"$in": [*users]}})
+        )
+        for order in random.sample(waiting, SINGLE_ORDERS):
+            user = users[order["customer_id"]]
+            right = count(database)[key(user["_id"])] + 1
+            database["orders"].update_one({"_id": order["_id"]}, {"$set": {"status": "Shipped"}})
+            took = self._wait_for_points(database, service, user["_id"], right)
+            self._screen.say(
+                f"  order {order['_id']:>5} of {user['name']:<16} shipped: {right:>4} points, "
+                f"right after {1000 * took:.0f} ms"
+            )
+            self._interrupt.sleep(random.uniform(0.2, 0.8))
+        self._compare(database, len(_points(database)))
+
+    def _wait_for_points(
+        self, database: Database[Document], service: Process, user: Any, right: int
+    ) -> float:
+        """Return the seconds until the user holds these points."""
+        started = time.monotonic()
+        while (took := time.monotonic() - started) < PATIENCE.total_seconds():
+            found = database["users"].find_one({"_id": user}, {"loyalty_points": 1})
+            if found and found["loyalty_points"] == right:
+                return took
+            self._interrupt.sleep(0.002)
+        raise Failed(f"no live update within {PATIENCE.seconds} s:\n{_end(service)}")
 
     def _next_record(
         self, database: Database[Document], service: Process, since: datetime

@@ -15,14 +15,16 @@ from contextlib import ExitStack, suppress
 from typing import Any
 
 from pymongo import MongoClient
+from pymongo.database import Database
 from pymongo.errors import PyMongoError
 
 from sandbox import faults
 from sandbox.mongod import Deployment, Failed, Server, wait_until
 from sandbox.service import Process
-from sandbox.shop import Shop, disagreements
+from sandbox.shop import Shop, count, disagreements, key
 
 PATIENCE = 120.0  # seconds until the service must have recovered
+SAMPLE = 100  # users that are compared all along
 DATABASE = "oms_db"
 # What a server may answer: interrupted, shutting down, no primary, snapshot too old, cursor not
 # found, no permission, not authenticated, out of memory, exceeded time limit, write conflict.
@@ -40,6 +42,8 @@ class Soak:
         self._rng = random.Random(seed)
         self._log = deployment.folder / "service.log"
         self._shop_closed = threading.Event()
+        self.compared = self.right_at_once = 0
+        self.longest_wrong = 0.0
         self._service = self._start()
         # The share of each fault; those of whole servers take their time.
         self._faults: dict[Callable[[], None], int] = {
@@ -58,8 +62,9 @@ class Soak:
 
     def run(self, seconds: float) -> None:
         """Do faults for that long, then let the shop close and compare."""
-        business = threading.Thread(target=self._do_business)
-        business.start()
+        threads = [threading.Thread(target=of) for of in (self._do_business, self._sample)]
+        for thread in threads:
+            thread.start()
         try:
             self._wait_for_recounts(1)
             end = time.monotonic() + seconds
@@ -68,7 +73,8 @@ class Soak:
                 self._do(fault)
         finally:
             self._shop_closed.set()
-            business.join()
+            for thread in threads:
+                thread.join()
         self._wait_for_recounts(2)  # the first may have begun before
         self._compare("daemon")
         self.terminate_the_service(again=False)
@@ -185,13 +191,39 @@ class Soak:
                 with suppress(PyMongoError):
                     rng.choice([shop.ship, shop.return_])(rng.randint(1, 50))
 
+    def _sample(self) -> None:
+        """Compare some users every few seconds, whether orders move or not."""
+        right_at: dict[Any, float] = {}
+        with self._deployment.client() as client:
+            database = client[DATABASE]
+            while not self._shop_closed.wait(3):
+                with suppress(PyMongoError):
+                    self._compare_sample(database, right_at)
+
+    def _compare_sample(self, database: Database[Any], right_at: dict[Any, float]) -> None:
+        """Compare with the counts just before and just after; note when each was last right."""
+        before = count(database)
+        found = database["users"].find({}, {"loyalty_points": 1}).sort("_id").limit(SAMPLE)
+        stored = [(key(user["_id"]), user["loyalty_points"]) for user in found]
+        after, now = count(database), time.monotonic()
+        for user, points in stored:
+            self.compared += 1
+            if points in range(min(before[user], after[user]), max(before[user], after[user]) + 1):
+                self.right_at_once += 1
+                right_at[user] = now
+            wrong = now - right_at.setdefault(user, now)
+            if wrong > PATIENCE >= self.longest_wrong:
+                self.problems.append(f"{user!r} was wrong for {wrong:.0f} s")
+            self.longest_wrong = max(self.longest_wrong, wrong)
+
     def _start(self, *arguments: str) -> Process:
         # Wrong points are many here, so the guard is off; small batches are more to cut off.
         return Process(
             *arguments,
             log=self._log,
             MONGODB_URI=self._deployment.uri_for(database=DATABASE),
-            RECOUNT_INTERVAL="1s",
+            RECOUNT_INTERVAL="2s",
+            LIVE_UPDATES=self._rng.choice(["yes", "yes", "no"]),
             MAX_DECREASE_PERCENT="100",
         )
 
@@ -223,7 +255,13 @@ class Soak:
         print(f"{'all':30} {sum(len(seconds) for _, seconds in rows):5}")
         said = {"recounts that succeeded": "outcome=succeeded", "that failed": "failed error="}
         said |= {"counted again": "counting_again", "not recorded": "not_recorded"}
+        said |= {"live": " live since=", "no longer live": "live_ended"}
         print("; ".join(f"{name}: {log.count(text)}" for name, text in said.items()))
+        share = 100 * self.right_at_once / max(self.compared, 1)
+        print(
+            f"{self.compared:,} times a user was compared meanwhile: {share:.0f} % were right, and "
+            f"the longest time that one was seen wrong is {self.longest_wrong:.0f} s"
+        )
         for problem in self.problems:
             print(f"PROBLEM: {problem}")
         print("It did not hold." if self.problems else "All of it held; the points are exact.")

@@ -11,6 +11,7 @@ from typing import Any
 from conftest import settings_for
 from pymongo.database import Database
 
+from config import load
 from loyalty.index import keys_of
 from loyalty.overlap import still
 from loyalty.service import Service
@@ -55,8 +56,8 @@ class Stage:
 @contextmanager
 def live(deployment: Deployment, shop: Database[Any], **values: str) -> Iterator[Stage]:
     """Let the service connect and recount, and disconnect it at the end."""
-    uri = deployment.uri_for(database=shop.name)
-    settings = settings_for(uri, **{"LIVE_UPDATES": "yes", **values})
+    uri = {"MONGODB_URI": deployment.uri_for(database=shop.name), "LIVE_UPDATES": "yes"}
+    settings = load(uri | values)
     service = Service(settings, lambda: settings)
     try:
         service.connect()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -330,9 +331,12 @@ def test_an_oplog_that_loses_history_is_a_full_recount_and_another_stream() -> N
             assert stream
             with stream._lock:  # it is kept from reading on
                 last = shop.orders.insert_one(ship(IDS[0])).inserted_id
-                for _ in range(60):
+
+                def lost() -> bool:
                     shop.noise.insert_one({"text": "x" * 500_000})
-                wait_until("a lost order", lambda: not oplog.find_one({"o._id": last}))
+                    return not oplog.find_one({"o._id": last})
+
+                wait_until("a lost order", lost)
             with pytest.raises(Unavailable, match=r"code (286|136)"):
                 stage.update_until(lambda: False)
             stage.recount()
@@ -450,3 +454,27 @@ def test_the_heartbeat_is_one_document_that_status_reads(
     small.shop.loyalty_recounts.delete_many({"outcome": "live"})
     command("--status", LIVE_UPDATES="yes")
     assert "NOT live: there is no heartbeat" in capsys.readouterr().out
+
+
+def test_check_config_says_whether_it_will_work_and_whether_pre_images_are_on(
+    small: Stage,
+    command: Command,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert command("--check-config") == 0
+    assert "live updates" not in capsys.readouterr().out
+    assert command("--check-config", LIVE_UPDATES="yes") == 0
+    said = capsys.readouterr().out
+    assert re.search("live updates +will work\n", said)
+    found = re.search(r"pre-images +off: .* switch them on: db.runCommand\((.*)\)", said)
+    assert found
+    # The command as it stands there, for the shell, is this one.
+    assert found[1] == "{collMod: 'orders', changeStreamPreAndPostImages: {enabled: true}}"
+    small.shop.command("collMod", "orders", changeStreamPreAndPostImages={"enabled": True})
+    command("--check-config", LIVE_UPDATES="yes")
+    assert re.search("pre-images +on\n", capsys.readouterr().out)
+    monkeypatch.setattr(index, "_LARGE", 2)
+    small.shop.orders.drop_indexes()
+    assert command("--check-config", LIVE_UPDATES="yes") == 1
+    assert "will NOT work: each update would read all orders" in capsys.readouterr().out

@@ -1,0 +1,211 @@
+"""Live updates when something goes wrong around them: the database, a permission, themselves."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+from urllib.parse import quote_plus
+
+import pytest
+from conftest import MEMORY, ROOT
+from live_stage import live, make_index
+from pymongo import MongoClient
+from pymongo.collection import Collection
+from pymongo.database import Database
+from test_faults import Stage, assert_ends_well, lines_with, role, staged
+
+from sandbox import faults
+from sandbox.faults import COUNTING, WRITING, Moment
+from sandbox.mongod import Deployment, wait_until
+from sandbox.service import Process
+from sandbox.shop import Shop, disagreements
+
+Start = Callable[..., Process]
+
+WAITING = Moment("waiting", "waitWithPinnedCursorDuringGetMoreBatch", "orders")
+UPDATING = replace(WRITING, name="updating", skip=0)
+
+
+@pytest.fixture
+def start(service: Start) -> Start:
+    """Start the daemon with live updates; it tries again after 0.05 s, and not after 10 s."""
+
+    def start(uri: str, **values: str) -> Process:
+        daemon = service(
+            *("pause", "0.05", "--env-file", os.devnull),
+            program=ROOT / "tests" / "faults_launcher.py",
+            MONGODB_URI=uri,
+            LIVE_UPDATES="yes",
+            **values,
+        )
+        daemon.wait_for("outcome=succeeded")
+        daemon.wait_for(" live since=")
+        return daemon
+
+    return start
+
+
+def wait_until_exact(shop: Database[Any]) -> None:
+    wait_until("exact points", lambda: not disagreements(shop))
+
+
+def ship_all(stage: Stage) -> None:
+    """Ship all paid orders, without a cursor of ours that could be held up."""
+    stage.shop.orders.update_many({"status": "Paid"}, {"$set": {"status": "Shipped"}})
+
+
+@pytest.fixture(scope="module")
+def three() -> Iterator[Deployment]:
+    with Deployment(3, options=faults.OPTIONS, election_ms=1000, parent=MEMORY) as deployment:
+        yield deployment
+
+
+@pytest.mark.xdist_group("live")
+@pytest.mark.size(1, deep=9)
+def test_when_the_primary_is_killed_live_updates_go_on_with_the_next(
+    three: Deployment, start: Start, size: int
+) -> None:
+    moments = [WAITING, COUNTING, UPDATING] * size
+    for moment in random.sample(moments, size):
+        with staged(three) as stage, ExitStack() as stack:
+            stack.callback(faults.heal, three)
+            daemon = start(stage.uri)
+            primary = three.primary()
+            held = faults.held(primary, stage.database.name, moment)
+            reached = stack.enter_context(held)
+            ship_all(stage)
+            reached()
+            primary.kill()
+            stage.shop.return_(20)
+            wait_until_exact(stage.database)
+            assert daemon.stop() == 0
+            assert "Traceback" not in daemon.output, moment
+
+
+@pytest.fixture
+def stage(deployment: Deployment) -> Iterator[Stage]:
+    with staged(deployment, users=500, orders=2000) as stage:
+        make_index(stage.database)
+        yield stage
+
+
+@pytest.mark.parametrize("moment", [WAITING, COUNTING, UPDATING], ids=str)
+def test_sigterm_ends_live_updates_within_two_seconds(
+    stage: Stage, start: Start, moment: Moment
+) -> None:
+    daemon = start(stage.uri)
+    with faults.held(stage.deployment.servers[0], stage.database.name, moment) as reached:
+        ship_all(stage)
+        reached()
+        assert_ends_well(daemon)
+
+
+@pytest.mark.size(1, deep=10)
+def test_two_services_at_once_of_which_one_is_killed_leave_everyone_right(
+    stage: Stage, start: Start, size: int
+) -> None:
+    with ExitStack() as stack:
+        survivor = start(stage.uri)
+        for _ in range(size):
+            other = start(stage.uri)
+            stack.callback(other.kill)
+            ship_all(stage)
+            for n in range(40):
+                if n == 20:
+                    other.kill()
+                stage.shop.ship(20)
+                stage.shop.return_(20)
+            wait_until_exact(stage.database)
+            # Whatever the other one has left on the server is done by now.
+            time.sleep(0.2)
+            assert disagreements(stage.database) == []
+        assert len(lines_with("outcome=succeeded", survivor)) == 1
+
+
+def test_orders_that_are_dropped_renamed_or_made_anew_are_a_full_recount_each_and_no_loop(
+    deployment: Deployment, database: Database[Any], uri: str, start: Start
+) -> None:
+    users = range(8)  # too few for the guard
+    database.users.insert_many({"_id": n} for n in users)
+
+    def fill(name: str) -> Collection[Any]:
+        database[name].insert_many({"customer_id": n, "status": "Shipped"} for n in users)
+        return database[name]
+
+    daemon = start(uri)  # no collection of orders yet
+    fill("orders")
+    wait_until_exact(database)
+    assert len(lines_with("outcome=succeeded", daemon)) == 1
+    changes: list[Callable[[], object]] = [
+        database.orders.drop,
+        lambda: fill("new").rename("orders"),
+        lambda: fill("new").rename("orders", dropTarget=True),
+        lambda: database.orders.aggregate([{"$set": {"status": "Paid"}}, {"$out": "orders"}]),
+        lambda: database.orders.rename("old"),
+    ]
+    for done, change in enumerate(changes, start=1):
+        change()
+        daemon.wait_for("outcome=succeeded", times=done + 1)
+        wait_until_exact(database)
+        assert len(lines_with("was changed as a whole", daemon)) == done
+    fill("orders")
+    wait_until_exact(database)
+    before = commands(database.client)
+    time.sleep(2)
+    assert commands(database.client) - before < 30
+    assert len(lines_with("outcome=succeeded", daemon)) == len(changes) + 1
+    assert daemon.stop() == 0
+    assert "Traceback" not in daemon.output
+
+
+def commands(client: MongoClient[Any]) -> int:
+    counted = client.admin.command("serverStatus")["opcounters"]
+    return sum(counted[kind] for kind in ("command", "query", "getmore", "insert", "update"))
+
+
+def test_a_standalone_server_is_one_warning_and_ordinary_recounts(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with Deployment(replica_set=False, parent=MEMORY) as alone, alone.client() as client:
+        Shop(client["shop"], random.Random(1)).fill(users=20, orders=100)
+        with live(alone, client["shop"]) as stage:
+            assert not stage.is_live
+            assert disagreements(stage.shop) == []
+            stage.update()
+            stage.recount()
+            assert sum("not_live" in line for line in caplog.messages) == 1
+            assert "a standalone server has no change streams" in caplog.text
+
+
+@pytest.mark.xdist_group("auth")
+def test_without_permission_it_is_one_warning_and_live_at_the_next_recount_once_granted(
+    authenticating: Deployment, caplog: pytest.LogCaptureFixture
+) -> None:
+    name, _, plain = role()
+    granted = role(create_index=True)[2]  # with all that stands there to be uncommented
+    with authenticating.client() as client, ExitStack() as stack:
+        shop = client[name]
+        stack.callback(client.drop_database, name)
+        Shop(shop, random.Random(1)).fill(users=20, orders=100)
+        client.admin.command("createRole", "liveRole", privileges=plain, roles=[])
+        stack.callback(client.admin.command, "dropRole", "liveRole")
+        client.admin.command("createUser", "live", pwd="x", roles=["liveRole"])
+        stack.callback(client.admin.command, "dropUser", "live")
+        uri = authenticating.uri_for("live", quote_plus("x"), name)
+        stage = stack.enter_context(live(authenticating, shop, MONGODB_URI=uri))
+        assert not stage.is_live
+        stage.recount()
+        (line,) = (line for line in caplog.messages if "not_live" in line)
+        assert f"no permission to watch {name}.orders" in line
+        client.admin.command("updateRole", "liveRole", privileges=granted, roles=[])
+        stage.recount()
+        Shop(shop, random.Random(2)).ship(5)
+        stage.settle()
+        stage.update(0.1)
+        assert shop.loyalty_recounts.count_documents({"outcome": "live"}) == 1
+        assert "not_recorded" not in caplog.text
