@@ -208,6 +208,7 @@ def test_whatever_happens_in_the_middle_of_a_range_the_recount_is_right(
             what(wide)
         return ask(count, scope)
 
+    wide.shop.orders.delete_many({"customer_id": {"$type": "array"}})  # which forbid ranges
     with connect(settings, writing=True) as connection:
         create_index(connection.orders, settings)
         with (
@@ -217,8 +218,8 @@ def test_whatever_happens_in_the_middle_of_a_range_the_recount_is_right(
             result = perform(connection, settings, History(connection.recounts))
     faults.heal(wide.deployment)
     assert result.exact
-    assert next(asked) > 8
-    if what in (kill_the_primary, kill_the_cursor):
+    assert next(asked) > 6
+    if what is kill_the_cursor:
         assert "counting_again attempt=2" in caplog.text
     wide.assert_exact()
 
