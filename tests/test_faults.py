@@ -170,6 +170,7 @@ def test_a_recount_whose_primary_is_killed_ends_well_within_seconds(
         primary.kill()
         daemon.wait_for("outcome=succeeded")
     wide.assert_exact()
+    assert len(wide.records) == 1  # of this very recount: none has failed before
     assert daemon.stop() == 0
     assert "Traceback" not in daemon.output
 
