@@ -82,6 +82,7 @@ class Service:
 
     def connect(self) -> None:
         """Connect for the first time. Raises ServiceError."""
+        self._metrics.keep()
         self._connection = open_shop(self._settings, writing=True)
         self._history = History(self._connection.recounts)
 
