@@ -20,6 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pymongo.database import Database
 
 from loyalty import metrics as metrics_module
+from loyalty import overlap
 from loyalty.metrics import Metrics
 from loyalty.overlap import still
 from loyalty.recount import Recount
@@ -119,9 +120,12 @@ def test_the_log_as_json_is_an_object_a_line_also_of_a_bug_and_of_wrong_settings
     def logged() -> list[dict[str, Any]]:
         return [json.loads(line) for line in capsys.readouterr().err.splitlines()]
 
+    monkeypatch.setattr(overlap, "REPORT_SECONDS", 0)
     assert command("--once", LOG_FORMAT="json") == 0
     lines = logged()
-    assert [line["event"] for line in lines] == ["connected", "points_taken", "recount"]
+    events = [line["event"] for line in lines]
+    assert events == ["connected", "points_taken", "writing", "recount"]
+    assert lines[2]["fields"].keys() == {"done", "total", "rate"}
     assert lines[-1]["fields"]["changed"] == 2
     monkeypatch.setattr(Recount, "refusal", lambda _: 1 / 0)
     assert command("--once", LOG_FORMAT="json") == 70
