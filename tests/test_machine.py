@@ -21,6 +21,7 @@ from pymongo.database import Database
 
 from loyalty import metrics as metrics_module
 from loyalty import overlap
+from loyalty.history import Heartbeat, History
 from loyalty.metrics import Metrics
 from loyalty.overlap import still
 from loyalty.recount import Recount
@@ -92,6 +93,21 @@ def test_the_readmes_examples_have_the_keys_and_types_of_what_is_printed(
     assert shape(check) == shape(example("--check-config --json"))
     assert check["settings"]["ORDER_STATUSES"] == ["Shipped", "Sent"]
     assert "mongodb://" not in str(check)
+
+
+def test_a_program_sees_the_heartbeat_of_live_updates_as_the_readme_says(
+    shop: Shop, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = datetime.now(UTC)
+    beat = Heartbeat(
+        live_since=now, last_event=None, last_update=now, customers_updated=1, waiting=2
+    )
+    History(shop.loyalty_recounts).beat(beat)
+    assert command("--status", "--json") == 1  # no recount of everyone has succeeded
+    found = json.loads(capsys.readouterr().out)["heartbeat"]
+    (said,) = re.findall(r"`heartbeat`, once live updates have been\s+at work: (.*?)\)", README)
+    assert set(re.findall(r"`(\w+)`", said)) == found.keys()
+    assert (found["alive"], found["waiting"], found["last_event"]) == (True, 2, None)
 
 
 def test_a_program_gets_the_exit_codes_of_before_and_errors_on_stderr(
