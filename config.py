@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from loyalty.errors import ConfigError
+from loyalty.parsers import (
+    Parser,
+    collection,
+    duration,
+    field,
+    metrics_file,
+    one_of,
+    statuses,
+    whole_number,
+    yes,
+)
 from loyalty.uri import database_name, split_uri, uri_faults
 
 VERSION = "0.1.0"
-
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-
-Parser = Callable[[str], Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,130 +43,72 @@ def _setting(name: str, default: str, parse: Parser, text: str, *, shown: bool =
     )
 
 
-# What a value must look like: each parser returns the value, or raises ValueError with the reason.
-
-
-def _text(text: str) -> str:
-    return text
-
-
-def _collection(text: str) -> str:
-    if "$" in text or "\0" in text or ".." in text or text.strip(".") != text:
-        raise ValueError(f"{text!r} is not a collection name")
-    if text.startswith("system."):
-        raise ValueError(f"{text!r} belongs to the server")
-    return text
-
-
-def _field(text: str) -> str:
-    if not all(re.fullmatch(r"[^$\0\s][^\0]*", part) for part in text.split(".")):
-        raise ValueError(f"{text!r} is not the name of a field, such as status or order.status")
-    return text
-
-
-def _statuses(text: str) -> tuple[str, ...]:
-    statuses = tuple(dict.fromkeys(filter(None, (part.strip() for part in text.split(",")))))
-    if not statuses:
-        raise ValueError("names no status; expected for example Shipped or Shipped,Delivered")
-    return statuses
-
-
-def _whole_number(low: int, high: int) -> Parser:
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"[0-9]{1,12}", text) or not low <= int(text) <= high:
-            raise ValueError(f"{text!r} is not a whole number from {low:,} to {high:,}")
-        return int(text)
-
-    return parse
-
-
-def _duration(longest: timedelta) -> Parser:
-    def parse(text: str) -> timedelta:
-        match = re.fullmatch(r"([0-9]{1,9})([smhd])", text)
-        seconds = int(match[1]) * _SECONDS[match[2]] if match else 0
-        if not 1 <= seconds <= longest.total_seconds():
-            raise ValueError(
-                f"{text!r} is not a time from 1s to {longest.days}d, such as 90s, 30m, 2h or 1d"
-            )
-        return timedelta(seconds=seconds)
-
-    return parse
-
-
-def _one_of(*words: str) -> Parser:
-    def parse(text: str) -> str:
-        for word in words:
-            if text.lower() == word.lower():
-                return word
-        raise ValueError(f"{text!r} is not one of {', '.join(words)}")
-
-    return parse
-
-
-def _yes(text: str) -> bool:
-    return bool(_one_of("yes", "no")(text) == "yes")
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """What the service was told; `load` is the way to make one."""
 
     mongodb_uri: str = _setting(
-        "MONGODB_URI", "", _text, "mongodb://… or mongodb+srv://…; required", shown=False
+        "MONGODB_URI", "", str, "mongodb://… or mongodb+srv://…; required", shown=False
     )
     database: str = _setting(
         "MONGODB_DATABASE", "", database_name, "the database; else the URI's, else oms_db"
     )
-    orders: str = _setting("ORDERS_COLLECTION", "orders", _collection, "the collection of orders")
-    users: str = _setting("USERS_COLLECTION", "users", _collection, "the collection of users")
+    orders: str = _setting("ORDERS_COLLECTION", "orders", collection, "the collection of orders")
+    users: str = _setting("USERS_COLLECTION", "users", collection, "the collection of users")
     recounts: str = _setting(
         "RECOUNTS_COLLECTION",
         "loyalty_recounts",
-        _collection,
+        collection,
         "where the records go, a collection of its own; empty: keep none",
     )
     order_statuses: tuple[str, ...] = _setting(
-        "ORDER_STATUSES", "Shipped", _statuses, "comma-separated, exactly as stored"
+        "ORDER_STATUSES", "Shipped", statuses, "comma-separated, exactly as stored"
     )
     points_per_order: int = _setting(
-        "POINTS_PER_ORDER", "1", _whole_number(1, 1_000_000), "1 to 1,000,000"
+        "POINTS_PER_ORDER", "1", whole_number(1, 1_000_000), "1 to 1,000,000"
     )
     status_field: str = _setting(
-        "ORDER_STATUS_FIELD", "status", _field, "an order's status; dots lead into nested documents"
+        "ORDER_STATUS_FIELD", "status", field, "an order's status; dots lead into nested documents"
     )
     customer_field: str = _setting(
-        "ORDER_CUSTOMER_FIELD", "customer_id", _field, "the id of an order's customer"
+        "ORDER_CUSTOMER_FIELD", "customer_id", field, "the id of an order's customer"
     )
     points_field: str = _setting(
-        "USER_POINTS_FIELD", "loyalty_points", _field, "where a user's points are written"
+        "USER_POINTS_FIELD", "loyalty_points", field, "where a user's points are written"
     )
     recount_interval: timedelta = _setting(
-        "RECOUNT_INTERVAL", "2h", _duration(timedelta(days=366)), "90s, 30m, 2h, 1d; at most 366d"
+        "RECOUNT_INTERVAL", "2h", duration(timedelta(days=366)), "90s, 30m, 2h, 1d; at most 366d"
     )
     live_updates: bool = _setting(
-        "LIVE_UPDATES", "no", _yes, "yes: right within a second; needs a replica set"
+        "LIVE_UPDATES", "no", yes, "yes: right within a second; needs a replica set"
     )
     # The server takes maxTimeMS as a 32-bit number, which ends after 24 days.
     count_timeout: timedelta = _setting(
         "COUNT_TIMEOUT",
         "10m",
-        _duration(timedelta(days=24)),
+        duration(timedelta(days=24)),
         "longest time for one aggregation; at most 24d",
     )
     count_workers: int = _setting(
-        "COUNT_WORKERS", "2", _whole_number(1, 16), "ranges counted side by side, 1 to 16"
+        "COUNT_WORKERS", "2", whole_number(1, 16), "ranges counted side by side, 1 to 16"
     )
     max_decrease_percent: int = _setting(
-        "MAX_DECREASE_PERCENT", "90", _whole_number(0, 100), "the guard, 0 to 100; 100 turns it off"
+        "MAX_DECREASE_PERCENT", "90", whole_number(0, 100), "the guard, 0 to 100; 100 turns it off"
     )
     batch_size: int = _setting(
-        "BATCH_SIZE", "1000", _whole_number(1, 100_000), "users in one write, 1 to 100,000"
+        "BATCH_SIZE", "1000", whole_number(1, 100_000), "users in one write, 1 to 100,000"
     )
     log_level: str = _setting(
         "LOG_LEVEL",
         "INFO",
-        _one_of("DEBUG", "INFO", "WARNING", "ERROR"),
+        one_of("DEBUG", "INFO", "WARNING", "ERROR"),
         "DEBUG, INFO, WARNING or ERROR",
+    )
+    log_format: str = _setting(
+        "LOG_FORMAT", "text", one_of("text", "json"), "text; or json: one object a line"
+    )
+    metrics_file: str = _setting(
+        "METRICS_FILE", "", metrics_file, "a .prom file for node_exporter; empty: none"
     )
 
     @property

@@ -30,25 +30,27 @@ from pathlib import Path
 
 import config
 from config import VERSION, Settings
-from loyalty import live_report, report
+from loyalty import live_report, machine, report
 from loyalty.daemon import Daemon
 from loyalty.env_file import read_env_file
 from loyalty.errors import ConfigError, Exit, ServiceError
 from loyalty.examine import examine
-from loyalty.history import History
+from loyalty.history import History, is_fresh
 from loyalty.ids import forms_of
 from loyalty.index import create_index
 from loyalty.live import keeps_pre_images, why_not_live
-from loyalty.logs import log_to_stderr
-from loyalty.mongo import Connection, connect
+from loyalty.logs import log_as, log_to_stderr
+from loyalty.metrics import Metrics
+from loyalty.mongo import connect
 from loyalty.perform import Task, perform
 from loyalty.service import Service, open_shop
-from loyalty.statuses import orders_of
+from loyalty.statuses import explained, orders_of
 
 log = logging.getLogger("loyalty")
 
 ENV_FILE = Path(__file__).with_name(".env")
 URI_NAMES = {"MONGODB_URI", "MONGODB_URI_FILE"}
+_CONFIGURATION = {"event": "configuration"}  # for LOG_FORMAT=json
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,22 +66,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
     except ConfigError as error:
         for fault in error.faults:
-            log.error("%s", fault)
+            log.error("%s", fault, extra=_CONFIGURATION)
         log.error(
             "settings come from the environment or from %s; .env.example explains them; "
             "to try the service without a database of your own: make demo",
             args.env_file or ENV_FILE,
+            extra=_CONFIGURATION,
         )
         return error.exit_code
     except ServiceError as error:
-        log.error("%s", error)
+        log.error("%s", error, extra={"event": "failed"})
         return error.exit_code
     except KeyboardInterrupt:
         return Exit.INTERRUPTED
     except BrokenPipeError:  # `--status | head`: whoever reads stdout has seen enough
         return Exit.FINE
     except OSError as error:  # of the driver's, and of files, none comes this far
-        log.error("the results cannot be written: %s", error.strerror)
+        log.error(
+            "the results cannot be written: %s", error.strerror, extra={"event": "no_results"}
+        )
         return Exit.FOUND
     except Exception:
         log.exception("bug")
@@ -110,6 +115,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--customer", metavar="ID", action="append", default=[], help=customer)
     force = "let this recount past the guard; with --once"
     parser.add_argument("--force", action="store_true", help=force)
+    as_json = "results as one JSON document; with all modes that print some"
+    parser.add_argument("--json", action="store_true", help=as_json)
     env_file = f"read settings from this file, not from {ENV_FILE.name}"
     parser.add_argument("--env-file", metavar="PATH", type=Path, help=env_file)
     parser.add_argument("--version", action="version", version=VERSION)
@@ -120,17 +127,21 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--customer: not text in this terminal's encoding")
     if args.force and args.run is not _once:
         parser.error("--force goes with --once")
+    if args.json and args.run in (_daemon, _create_index):
+        parser.error("--json goes with --once, --dry-run, --status or --check-config")
     return args
 
 
 def _settings(env_file: Path | None) -> Settings:
     values: dict[str, str] = {}
     path = env_file or ENV_FILE
+    log_as(os.environ.get("LOG_FORMAT", ""))
     if env_file or path.exists():
         values = read_env_file(path)
+        log_as({**values, **os.environ}.get("LOG_FORMAT", ""))
         mode = path.stat().st_mode
         if stat.S_ISREG(mode) and mode & stat.S_IROTH:
-            log.warning("others can read %s: chmod 600 %s", path, path)
+            log.warning("others can read %s: chmod 600 %s", path, path, extra=_CONFIGURATION)
     if os.environ.keys() & URI_NAMES:  # either of them outside replaces both in the file
         values = {name: value for name, value in values.items() if name not in URI_NAMES}
     return config.load({**values, **os.environ})
@@ -145,70 +156,86 @@ def _daemon(args: argparse.Namespace, settings: Settings) -> int:
 
 
 def _once(args: argparse.Namespace, settings: Settings) -> int:
-    with open_shop(settings, writing=True) as connection:
-        if args.customer:
-            return _customers(connection, settings, args.customer, write=True)
+    if args.customer:
+        return _customers(args, settings, write=True)
+    metrics = Metrics(settings)
+    with metrics.counting(), open_shop(settings, writing=True) as connection:
         result = perform(connection, settings, History(connection.recounts), Task(force=args.force))
-    print(f"Recount {result.outcome} in {result.seconds:.1f} s")
-    report.print_totals(result)
+    metrics.recounted(result)
+    if args.json:
+        machine.print_json(machine.of_recount(result))
+    else:
+        print(f"Recount {result.outcome} in {result.seconds:.1f} s")
+        report.print_totals(result)
     return Exit.FINE if result.outcome == "succeeded" else Exit.FOUND
 
 
 def _dry_run(args: argparse.Namespace, settings: Settings) -> int:
+    if args.customer:
+        return _customers(args, settings, write=False)
     with open_shop(settings, writing=False) as connection:
-        if args.customer:
-            return _customers(connection, settings, args.customer, write=False)
         result = perform(connection, settings, History(None), Task(write=False))
-    print("Dry run: nothing is written")
-    report.print_totals(result, names=True)
-    report.print_changes(result.totals.largest)
-    if result.refusal:
-        print(f"The guard would refuse this: {result.refusal}")
-    elif result.warning:
-        print(f"This would take points {result.warning}")
+    if args.json:
+        machine.print_json(machine.of_dry_run(result))
+    else:
+        report.print_dry_run(result)
     return Exit.FOUND if result.totals.changed else Exit.FINE
 
 
-def _customers(
-    connection: Connection, settings: Settings, texts: Sequence[str], *, write: bool
-) -> int:
-    code = Exit.FINE
-    for text in texts:
-        orders, changes, users = [], [], 0
-        for customer, forms in forms_of(text):
-            task = Task(customers=[(customer, forms)], write=write)
-            result = perform(connection, settings, History(None), task)
-            changes += result.totals.largest
-            users += result.totals.users
-            if result.outcome != "succeeded" or (result.totals.changed and not write):
+def _customers(args: argparse.Namespace, settings: Settings, *, write: bool) -> int:
+    code, documents = Exit.FINE, []
+    with open_shop(settings, writing=write) as connection:
+        for text in args.customer:
+            orders, changes, users = [], [], 0
+            for customer, forms in forms_of(text):
+                task = Task(customers=[(customer, forms)], write=write)
+                result = perform(connection, settings, History(None), task)
+                changes += result.totals.largest
+                users += result.totals.users
+                if result.outcome != "succeeded" or (result.totals.changed and not write):
+                    code = Exit.FOUND
+                found = orders_of(connection, settings, customer, forms)
+                orders += explained(settings, found, of_a_user=result.totals.users > 0)
+            if args.json:
+                documents.append(machine.of_customer(text, orders, changes))
+            else:
+                report.print_customer(text, settings, orders, changes)
+            if not users:
                 code = Exit.FOUND
-            found = orders_of(connection, settings, customer, forms)
-            orders += [(*row, result.totals.users > 0) for row in found]
-        report.print_customer(text, settings, orders, changes)
-        if not users:
-            code = Exit.FOUND
+    if args.json:
+        machine.print_json({"customers": documents})
     return code
 
 
 def _status(args: argparse.Namespace, settings: Settings) -> int:
     with connect(settings, writing=False) as connection:
-        history = History(connection.recounts)
-        report.print_records(history.newest(10))
-        wanted = settings.live_updates
-        live_report.print_live(history.heartbeat(), datetime.now(UTC), wanted=wanted)
-        fresh = report.print_age(history.age(datetime.now(UTC)), settings.recount_interval)
-    return Exit.FINE if fresh else Exit.FOUND
+        history, now = History(connection.recounts), datetime.now(UTC)
+        records, beat, age = history.newest(10), history.heartbeat(), history.age(now)
+    if args.json:
+        machine.print_json(machine.of_status(records, beat, age, now, settings))
+    else:
+        report.print_records(records)
+        live_report.print_live(beat, now, wanted=settings.live_updates)
+        report.print_age(age, settings.recount_interval)
+    return Exit.FINE if is_fresh(age, settings.recount_interval) else Exit.FOUND
 
 
 def _check_config(args: argparse.Namespace, settings: Settings) -> int:
     with open_shop(settings, writing=True) as connection:
         problem, not_live = History(connection.recounts).check(), None
-        report.print_settings(settings, connection, problem)
         if settings.live_updates:
             not_live = why_not_live(connection, settings)
-            live_report.print_prospects(connection, not_live, keeps_pre_images(connection))
+        if not args.json:  # before the look at the data, which takes its time
+            report.print_settings(settings, connection, problem)
+            if settings.live_updates:
+                live_report.print_prospects(connection, not_live, keeps_pre_images(connection))
         found = examine(connection, settings)
-        report.print_examination(found, settings)
+        found.problems += filter(None, [Metrics(settings).check()])
+        if args.json:
+            found.problems += [f"live updates will not work: {not_live}"] if not_live else []
+            machine.print_json(machine.of_check(settings, connection, problem, found))
+        else:
+            report.print_examination(found, settings)
     return Exit.FOUND if problem or not_live or found.problems else Exit.FINE
 
 

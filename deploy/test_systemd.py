@@ -536,6 +536,22 @@ def test_the_journal_has_no_timestamps_and_no_raw_priorities_of_ours(service: Ma
     assert not [line for line in lines if re.match(r"<\d>|\d{4}-\d\d-\d\dT", line)]
 
 
+def test_metrics_are_written_for_others_to_read_while_it_runs(service: Machine, shop: Shop) -> None:
+    file = Path("/run/loyalty-microservice/loyalty.prom")
+    service.write(SETTINGS, _settings(shop, f"METRICS_FILE={file}"))
+    service.systemctl("restart", UNIT)
+
+    def recounts() -> int:
+        text = service.run("setpriv", "--reuid=65534", "--clear-groups", "cat", str(file))
+        found = re.search(r'_total{database="oms_db",outcome="succeeded"} (\d+)\n', text)
+        return int(found[1]) if found else 0
+
+    _wait_for("metrics", lambda: service.path(file).exists() and recounts() > 1)
+    assert "no_metrics" not in service.journal("--output=cat")
+    service.systemctl("stop", UNIT)
+    assert not service.path(file).exists()
+
+
 @pytest.fixture(scope="session")
 def books(machine: Machine, shop: Shop, installed: str) -> Database[dict[str, Any]]:
     """A second shop on the same server, with a service of its own."""

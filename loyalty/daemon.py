@@ -42,7 +42,10 @@ class Work(Protocol):
         """Do it all once, and return how it went in a few words; call `moved` meanwhile."""
 
     def meanwhile(self, seconds: float, moved: Moved) -> None:
-        """Do what there is to do between two recounts, or nothing, for about so long."""
+        """Do what there is to do while waiting, or nothing, for about so long.
+
+        That may be before `connect` has succeeded.
+        """
 
 
 class Daemon:
@@ -142,7 +145,10 @@ class Daemon:
         self._pause = min(2 * self._pause if lately else FIRST_PAUSE, longest)
         self._failed = time.monotonic()
         if isinstance(error, ServiceError):
-            log.error('failed error="%s" retry_in=%gs', error, self._pause)
+            fields = {"error": str(error), "retry_in": self._pause}
+            log.error(
+                'failed error="%s" retry_in=%gs', error, self._pause, extra={"fields": fields}
+            )
             status = f"failed: {error}"
         else:
             log.error("bug retry_in=%gs", self._pause, exc_info=error)
@@ -157,9 +163,6 @@ class Daemon:
     def _wait(self) -> None:
         self._move("")
         seconds = min(_TICK, max(0.0, self._due - time.monotonic()))
-        if not self._connected:
-            time.sleep(seconds)
-            return
         try:
             self._work.meanwhile(seconds, self._move)
         except Exception as error:  # noqa: BLE001 -- logged there

@@ -45,6 +45,9 @@ class Heartbeat:
     """Changed orders, and customers, that are still to be counted."""
     at: datetime = field(default_factory=lambda: datetime.now(UTC))
 
+    def is_alive(self, now: datetime) -> bool:
+        return now - self.at <= 3 * HEARTBEAT
+
 
 class History:
     """The records of one shop; without a collection there are none, and writing does nothing."""
@@ -59,7 +62,7 @@ class History:
 
         def insert(collection: Collection[Any]) -> None:
             with sorted_errors("insert into", collection.full_name):
-                collection.insert_one(_record(result))
+                collection.insert_one(MARK | record_of(result))
             if not self._indexed:
                 with sorted_errors("create the expiry index on", collection.full_name):
                     collection.create_index(
@@ -149,9 +152,14 @@ class History:
         return None
 
 
-def _record(result: Result) -> dict[str, Any]:
+def is_fresh(age: timedelta | None, interval: timedelta) -> bool:
+    """Return whether points of this age are as new as they have to be."""
+    return age is not None and age <= 2 * interval
+
+
+def record_of(result: Result) -> dict[str, Any]:
+    """Return what is recorded of a recount; a program gets the same as JSON."""
     return {
-        **MARK,
         "started_at": result.started_at,
         "finished_at": result.finished_at,
         "seconds": result.seconds,

@@ -84,7 +84,7 @@ class Live:
         self._lock = threading.Condition()  # of an RLock
         self._problem: ServiceError | None = None
         self._closed = False
-        self._answered = self._marked = time.monotonic()
+        self._answered = self._marked = self._oldest = time.monotonic()
         with sorted_errors("watch", connection.orders.full_name):
             self._stream: ChangeStream[Any] = self._orders.watch(
                 stages(settings),
@@ -103,6 +103,10 @@ class Live:
     def waiting(self) -> int:
         """Return how many changes are waiting."""
         return len(self._marks)
+
+    def lag(self) -> float:
+        """Return for how many seconds the oldest of them has been waiting."""
+        return time.monotonic() - self._oldest if self._marks else 0.0
 
     def quiet_for(self) -> float:
         """Return the seconds since the last change."""
@@ -175,6 +179,8 @@ class Live:
     def _mark(self, event: Document) -> None:
         kind = event["operationType"]
         with self._lock:
+            if not self._marks:
+                self._oldest = time.monotonic()
             if kind == "update":
                 self._marks.orders.append(event["documentKey"]["_id"])
             for name in ("fullDocument", "fullDocumentBeforeChange"):

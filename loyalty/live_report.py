@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from loyalty.history import HEARTBEAT, Heartbeat
+from loyalty.history import Heartbeat
 from loyalty.mongo import Connection
 from loyalty.report import counted, print_table, written
 
@@ -17,7 +17,7 @@ def status_of(beat: Heartbeat) -> str:
 
 def print_live(beat: Heartbeat | None, now: datetime, *, wanted: bool) -> None:
     """Print whether live updates are at work; nothing if they are neither that nor wanted."""
-    if beat is not None and now - beat.at <= 3 * HEARTBEAT:
+    if beat is not None and beat.is_alive(now):
         print(f"Live: {status_of(beat)[5:]}")
     elif wanted:
         last = f"the last heartbeat was {written(now - beat.at)} ago" if beat else ""

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
 import time
+from datetime import UTC, datetime
 
 
 def log_to_stderr() -> None:
     """Set up logging: for the journal if that is where stderr goes, for people otherwise."""
     handler = logging.StreamHandler()
-    handler.setFormatter(_JournalFormatter() if _under_journal() else _TerminalFormatter())
+    handler.setFormatter(_formatter("text"))
     # Other libraries only from WARNING on: at DEBUG the driver logs commands and documents.
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger("loyalty").setLevel(logging.INFO)
+
+
+def log_as(form: str) -> None:
+    """Let the log be lines for people, or (`json`) objects for programs, from now on."""
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_formatter(form))
+
+
+def _formatter(form: str) -> logging.Formatter:
+    formatter = _JsonFormatter() if form.strip().lower() == "json" else None
+    if _under_journal():
+        return _JournalFormatter(formatter or logging.Formatter())
+    return formatter or _TerminalFormatter()
 
 
 class _TerminalFormatter(logging.Formatter):
@@ -23,13 +38,35 @@ class _TerminalFormatter(logging.Formatter):
         self.converter = time.gmtime
 
 
+class _JsonFormatter(logging.Formatter):
+    """One object a line, with the same keys in each."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        message = record.getMessage()
+        ours = message.split(maxsplit=1)[0] if record.name == "loyalty" and message else record.name
+        trace = self.formatException(record.exc_info) if record.exc_info else None
+        line = {
+            "time": f"{datetime.fromtimestamp(record.created, UTC):%Y-%m-%dT%H:%M:%S.%fZ}",
+            "level": record.levelname,
+            "event": getattr(record, "event", ours),
+            "message": message,
+            "fields": getattr(record, "fields", {}),
+            "traceback": trace,
+        }
+        return json.dumps(line)
+
+
 class _JournalFormatter(logging.Formatter):
     """The journal adds the time, and takes each line's priority from its start (sd-daemon(3))."""
+
+    def __init__(self, line: logging.Formatter) -> None:
+        super().__init__()
+        self._line = line
 
     def format(self, record: logging.LogRecord) -> str:
         level = record.levelno
         priority = 3 if level >= logging.ERROR else 4 if level >= logging.WARNING else 6
-        return "\n".join(f"<{priority}>{line}" for line in super().format(record).splitlines())
+        return "\n".join(f"<{priority}>{line}" for line in self._line.format(record).splitlines())
 
 
 def _under_journal() -> bool:

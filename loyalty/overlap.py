@@ -76,4 +76,5 @@ class Progress:
         log.info(
             "%s done=%d total=%d percent=%d rate=%.1f/s",
             *(self._doing, self._done, self._total, 100 * self._done // self._total, rate),
+            extra={"fields": {"done": self._done, "total": self._total, "rate": round(rate, 1)}},
         )

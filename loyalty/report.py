@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from datetime import datetime, timedelta
-from typing import Any
 
 from config import Settings, declared
 from loyalty.examine import Examination
-from loyalty.ids import Document, shown
+from loyalty.history import is_fresh
+from loyalty.ids import Document
 from loyalty.mongo import Connection
 from loyalty.recount import Change, Totals
 from loyalty.result import COUNTS, Result
-from loyalty.statuses import is_counted, shown_status
+from loyalty.statuses import Explained, is_counted, shown_status
 
 log = logging.getLogger("loyalty")
 
@@ -25,12 +25,16 @@ _UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 def log_result(result: Result) -> None:
     """Log one line about a recount, and a warning for whatever a person should look at."""
     totals = result.totals
-    numbers = [f"{name}={getattr(totals, name)}" for name in ("users", *COUNTS)]
-    numbers.append(f"refused_updates={result.refusing.reasons.total()}")
-    numbers += [f"as_of={result.as_of:%Y-%m-%dT%H:%M:%SZ}", f"exact={str(result.exact).lower()}"]
-    log.info(
-        "recount outcome=%s %s seconds=%.1f", result.outcome, " ".join(numbers), result.seconds
-    )
+    fields: dict[str, object] = {
+        "outcome": result.outcome,
+        **{name: getattr(totals, name) for name in ("users", *COUNTS)},
+        "refused_updates": result.refusing.reasons.total(),
+        "as_of": f"{result.as_of:%Y-%m-%dT%H:%M:%SZ}",
+        "exact": result.exact,
+        "seconds": round(result.seconds, 1),
+    }
+    words = [f"{n}={str(v).lower() if isinstance(v, bool) else v}" for n, v in fields.items()]
+    log.info("recount %s", " ".join(words), extra={"fields": fields})
     if totals.unknown_sample:  # at DEBUG only: an id may be an e-mail address
         log.debug('unknown_customers sample="%s"', ", ".join(totals.unknown_sample))
     if not totals.users:
@@ -82,33 +86,28 @@ def _exactness(result: Result) -> str:
     return "not one point in time"
 
 
-def print_changes(changes: Sequence[Change]) -> None:
-    """Print the largest changes first."""
-    if changes:
+def print_dry_run(result: Result) -> None:
+    """Print what a recount would do, with its largest changes first."""
+    print("Dry run: nothing is written")
+    print_totals(result, names=True)
+    if result.totals.largest:
         print("Largest changes")
-        ranked = sorted(changes, reverse=True)
+        ranked = sorted(result.totals.largest, reverse=True)
         print_table(_CHANGE, *((c.user, c.before, f"{c.after:,}") for c in ranked))
+    if result.refusal:
+        print(f"The guard would refuse this: {result.refusal}")
+    elif result.warning:
+        print(f"This would take points {result.warning}")
 
 
 def print_customer(
-    customer: str,
-    settings: Settings,
-    orders: Sequence[tuple[Any, Any, int, bool]],
-    users: Sequence[Change],
+    customer: str, settings: Settings, orders: Sequence[Explained], users: Sequence[Change]
 ) -> None:
-    """Print a customer's orders, `(form of the id, status, number, is of a user)`, and points."""
+    """Print a customer's orders and points."""
     print(customer)
-    rows = []
-    for form, status, n, of_a_user in orders:
-        points, why = n * settings.points_per_order, ""
-        if not is_counted(status, settings):
-            points, why = 0, f"only {' and '.join(settings.order_statuses)} counts"
-        elif not of_a_user:
-            points, why = 0, f"no user has the _id {shown(form)}"
-        rows.append((shown(form), shown_status(status), f"{n:,}", f"{points:,}", why))
-    if rows:
+    if orders:
         names = (settings.customer_field, settings.status_field, "orders", "points", "")
-        print_table(names, *rows)
+        print_table(names, *((form, s, f"{n:,}", f"{p:,}", why) for form, s, n, p, why in orders))
     else:
         print("  no orders")
     if users:
@@ -128,18 +127,17 @@ def print_records(records: Sequence[Document]) -> None:
     print("  As of: what most servers had confirmed, on idle ones a few seconds before the start.")
 
 
-def print_age(age: timedelta | None, interval: timedelta) -> bool:
-    """Print how old the points are and return whether that is fresh enough."""
+def print_age(age: timedelta | None, interval: timedelta) -> None:
+    """Print how old the points are, and whether that is fresh enough."""
     if age is None:
         print("No recount has succeeded yet")
-        return False
-    fresh = age <= 2 * interval
+        return
+    fresh = is_fresh(age, interval)
     old = timedelta(seconds=int(age.total_seconds()))
     print(
         f"The points are {written(old)} old: {'fresh, at most' if fresh else 'STALE, more than'} "
         f"twice the interval of {written(interval)}"
     )
-    return fresh
 
 
 def print_settings(settings: Settings, connection: Connection, problem: str | None) -> None:

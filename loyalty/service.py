@@ -19,6 +19,7 @@ from loyalty.history import HEARTBEAT, Heartbeat, History
 from loyalty.ids import any_case
 from loyalty.index import index_is_missing
 from loyalty.live import Live, Marks, open_live
+from loyalty.metrics import Metrics
 from loyalty.mongo import Connection, connect
 from loyalty.overlap import Moved
 from loyalty.perform import Task, perform
@@ -66,6 +67,7 @@ class Service:
         self._reload = reload
         self._connection: Connection | None = None
         self._history = History(None)
+        self._metrics = Metrics(settings)
         self._live: Live | None = None
         self._warned = False
         self._last = Result(datetime.now(UTC), datetime.now(UTC))  # full recount
@@ -80,20 +82,26 @@ class Service:
 
     def connect(self) -> None:
         """Connect for the first time. Raises ServiceError."""
+        self._metrics.keep()
         self._connection = open_shop(self._settings, writing=True)
         self._history = History(self._connection.recounts)
 
     def recount(self, moved: Moved) -> str:
         """Recount everyone, and return how it went, for a person. Raises ServiceError."""
+
+        def moving(progress: str) -> None:
+            self._metrics.keep()
+            moved(progress)
+
         try:
-            with self._or_anew():
+            with self._metrics.counting(), self._or_anew():
                 if self._connection is None:
                     self._reconnect()
                 assert self._connection is not None
                 # Also where another server answers, or one that is behind: nothing older is written
                 # over what is known to be newer.
                 task = Task(at=max(self._watch(self._connection), self._newest))
-                result = perform(self._connection, self._settings, self._history, task, moved)
+                result = perform(self._connection, self._settings, self._history, task, moving)
         except Refused as error:  # to try again soon would not help; the next is on schedule
             log.error("refused %s", error)
             return f"refused: {error}"
@@ -102,6 +110,7 @@ class Service:
                 self._connection.client.close()
                 self._connection = None
             raise
+        self._metrics.recounted(result)
         self._last, self._losers, self._held = result, 0, False
         if self._live is not None and result.first_time is not None:
             self._live.forget(result.first_time)
@@ -119,6 +128,7 @@ class Service:
 
         Then everyone is to be recounted.
         """
+        self._metrics.keep()
         if self._live is None or self._connection is None:
             time.sleep(seconds)
             return
@@ -154,6 +164,7 @@ class Service:
         if self._live is not None:
             self._live.close()
             self._live = None
+            self._metrics.not_live()
             log.info("live_ended until the next recount of everyone")
 
     def _update(self, connection: Connection, live: Live, seconds: float, moved: Moved) -> None:
@@ -175,6 +186,7 @@ class Service:
                 waiting=live.waiting(),
             )
             self._history.beat(beat)
+            self._metrics.live(beat.waiting, live.lag())
             moved(live_report.status_of(beat))
 
     def _recount_marked(self, connection: Connection, marks: Marks, moved: Moved) -> None:

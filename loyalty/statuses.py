@@ -95,3 +95,24 @@ def orders_of(
         ]
         found = orders.aggregate(grouped, collation=COLLATION, maxTimeMS=settings.count_ms)
         return [(row["_id"]["form"], row["_id"].get("status"), row["n"]) for row in found]
+
+
+Explained = tuple[str, str, int, int, str]
+"""A customer's orders: form of the id, status, number, points, and why those are none."""
+
+
+def explained(
+    settings: Settings, orders: Sequence[tuple[Any, Any, int]], *, of_a_user: bool
+) -> list[Explained]:
+    """Say of a customer's orders what they earn; `of_a_user`: whether the id refers to one."""
+    rows = []
+    for form, status, n in orders:
+        points, why = 0, ""
+        if not is_counted(status, settings):
+            why = f"only {' and '.join(settings.order_statuses)} counts"
+        elif not of_a_user:
+            why = f"no user has the _id {shown(form)}"
+        else:
+            points = n * settings.points_per_order
+        rows.append((shown(form), shown_status(status), n, points, why))
+    return rows

@@ -42,6 +42,8 @@ def test_only_the_uri_is_required_and_the_rest_has_the_documented_defaults() -> 
         max_decrease_percent=90,
         batch_size=1000,
         log_level="INFO",
+        log_format="text",
+        metrics_file="",
     )
 
 
@@ -73,6 +75,8 @@ def test_every_setting_is_read() -> None:
             "MAX_DECREASE_PERCENT": "100",
             "BATCH_SIZE": "1",
             "LOG_LEVEL": "debug",
+            "LOG_FORMAT": "JSON",
+            "METRICS_FILE": "/var/lib/node_exporter/loyalty.prom",
         }
     )
     assert settings.database == "shop"
@@ -87,7 +91,8 @@ def test_every_setting_is_read() -> None:
     assert settings.recount_interval == timedelta(seconds=90)
     assert settings.count_timeout == timedelta(days=1)
     assert (settings.max_decrease_percent, settings.batch_size) == (100, 1)
-    assert settings.log_level == "DEBUG"
+    assert (settings.log_level, settings.log_format) == ("DEBUG", "json")
+    assert settings.metrics_file == "/var/lib/node_exporter/loyalty.prom"
     assert load({"MONGODB_URI": URI + "/a", "MONGODB_DATABASE": "b"}).database == "b"
 
 
@@ -107,6 +112,8 @@ BAD = {
     "MAX_DECREASE_PERCENT": ["-1", "101", "90%"],
     "BATCH_SIZE": ["0", "100001", "1k"],
     "LOG_LEVEL": ["LOUD", "5"],
+    "LOG_FORMAT": ["xml"],
+    "METRICS_FILE": ["loyalty.prom", "/var/lib/node_exporter/loyalty.txt"],
 }
 
 

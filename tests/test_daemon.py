@@ -99,6 +99,26 @@ def test_it_works_at_once_and_then_not_before_the_interval() -> None:
     )
 
 
+def test_what_is_done_meanwhile_is_done_before_it_is_connected_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tries: list[str] = []
+    done_after: list[int] = []
+
+    def connect() -> None:
+        tries.append("")
+        if len(tries) == 1:
+            raise Unavailable("gone")
+
+    def meanwhile(work: FakeWork, seconds: float, moved: Moved) -> None:
+        done_after.append(len(tries))
+        time.sleep(seconds)
+
+    monkeypatch.setattr(FakeWork, "meanwhile", meanwhile)
+    run_until(make(lambda _: "", connect), lambda: len(tries) == 2)
+    assert done_after[0] == 1
+
+
 def test_a_failure_is_tried_again_after_pauses_that_double(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,103 @@
+"""What a program reads: results as one JSON document; the README shows each."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+
+from bson import Timestamp
+
+from config import Settings, declared
+from loyalty.examine import Examination
+from loyalty.history import Heartbeat, is_fresh, record_of
+from loyalty.ids import Document
+from loyalty.mongo import Connection
+from loyalty.recount import Change
+from loyalty.result import Result
+from loyalty.statuses import Explained, is_counted, shown_status
+
+
+def print_json(document: Document) -> None:
+    print(json.dumps(document, default=_plain))
+
+
+def _plain(value: object) -> object:
+    match value:
+        case datetime():
+            utc = value.astimezone(UTC)
+            return utc.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        case timedelta():
+            return value.total_seconds()
+        case Timestamp():
+            return {"t": value.time, "i": value.inc}
+    return str(value)
+
+
+def of_recount(result: Result) -> Document:
+    """Return the record of a recount, and the number of users."""
+    return {**record_of(result), "users": result.totals.users}
+
+
+def of_dry_run(result: Result) -> Document:
+    """Return what a recount would do; nothing has come of it."""
+    nothing = ("outcome", "error", "refused_updates")
+    return {
+        **{name: value for name, value in of_recount(result).items() if name not in nothing},
+        "refusal": result.refusal,
+        "warning": result.warning,
+        "unknown_sample": result.totals.unknown_sample,
+        "largest_changes": _changes(sorted(result.totals.largest, reverse=True)),
+    }
+
+
+def _changes(changes: Sequence[Change]) -> list[Document]:
+    return [{"user": c.user, "from": c.before, "to": c.after} for c in changes]
+
+
+def of_customer(customer: str, orders: Sequence[Explained], users: Sequence[Change]) -> Document:
+    names = ("id", "status", "orders", "points", "why")
+    rows = [dict(zip(names, row, strict=True)) for row in orders]
+    return {"customer": customer, "orders": rows, "users": _changes(users)}
+
+
+def of_status(
+    records: Sequence[Document],
+    beat: Heartbeat | None,
+    age: timedelta | None,
+    now: datetime,
+    settings: Settings,
+) -> Document:
+    return {
+        "fresh": is_fresh(age, settings.recount_interval),
+        "age_seconds": age,
+        "interval_seconds": settings.recount_interval,
+        "live_updates": settings.live_updates,
+        "heartbeat": beat and {**dataclasses.asdict(beat), "alive": beat.is_alive(now)},
+        "recounts": [{n: v for n, v in r.items() if n != "recorded_by"} for r in records],
+    }
+
+
+def of_check(
+    settings: Settings, connection: Connection, problem: str | None, found: Examination
+) -> Document:
+    data = dataclasses.asdict(found)
+    data["statuses"] = [
+        {"status": shown_status(status), "orders": n, "counts": is_counted(status, settings)}
+        for status, n in found.statuses
+    ]
+    return {
+        "problems": data.pop("problems"),
+        "permissions": problem,
+        "hosts": settings.hosts,
+        "server": connection.server_version,
+        "topology": connection.topology,
+        "inexact": connection.inexact or None,
+        "settings": {
+            setting.name: getattr(settings, attribute)
+            for attribute, setting in declared().items()
+            if attribute != "mongodb_uri"
+        },
+        "data": data,
+    }
