@@ -9,6 +9,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from bench import report
+from bench.live import Live, measure
 from bench.measure import OURS, Bench, Failed, Results, worst
 from bench.relay import relay
 from bench.shop import STATES, Shop, Wrong
@@ -79,6 +80,7 @@ def _bench(args: argparse.Namespace) -> tuple[list[str], str, list[Results]]:
                 near, far = (_far(bench, rounds, state, ms) for ms in (0, args.latency_ms))
                 sections.append(report.latency_table(STATES[state], near, far))
                 runs += [near, far]
+        live = {args.orders: measure(bench.deployment, shop, tiny=args.tiny)}
     if args.growth:
         known = {args.orders: states} if args.orders == 10 * args.users else {}
         grown = {size: known.get(size) or _grown(size) for size in sorted(args.sizes)}
@@ -89,6 +91,8 @@ def _bench(args: argparse.Namespace) -> tuple[list[str], str, list[Results]]:
             runs += sizes.values()
             if state == "quiet":
                 picture = report.chart(sizes)
+        live |= {size: _grown_live(size, tiny=args.tiny) for size in args.sizes if size not in live}
+    sections.append(report.live_table(live[size] for size in sorted(live)))
     return sections, picture, runs
 
 
@@ -102,6 +106,12 @@ def _grown(orders: int) -> dict[str, Results]:
         shop.make_index()
         # One run each: at the larger sizes it is long enough for its own noise.
         return {state: bench.rounds(1, GROWN, state) for state in STATES}
+
+
+def _grown_live(orders: int, *, tiny: bool) -> Live:
+    with _shop(orders, orders // 10) as (bench, shop):
+        shop.make_index()
+        return measure(bench.deployment, shop, tiny=tiny)
 
 
 def _some(results: Results) -> Results:
