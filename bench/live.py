@@ -43,7 +43,7 @@ class Live:
     """Milliseconds from one change, while nothing else happens, to the points; the median."""
     steady: Latency
     sustained: int
-    """The highest of the rates at which the points were right within 2 s after the last order."""
+    """The highest rate at which the points were right within 2 s after the last order."""
     lag: float
     """Seconds from the last order at that rate to the last points."""
     at_once: int
@@ -64,11 +64,13 @@ def measure(deployment: Deployment, shop: Shop, *, tiny: bool = False) -> Live:
         steady = bench.latency(int(100 * seconds), pause=0.01)
         sustained, lag = 0, 0.0
         for rate in _RATES[:1] if tiny else _RATES:
-            behind = bench.behind_after(rate, seconds)
-            print(f"  live, {rate:,}/s: {behind:.2f} s behind", file=sys.stderr, flush=True)
+            done, behind = bench.behind_after(rate, seconds)
+            print(f"  live, {done:,}/s: {behind:.2f} s behind", file=sys.stderr, flush=True)
             if behind > 2:
                 break
-            sustained, lag = rate, behind
+            sustained, lag = done, behind
+            if done < 0.9 * rate:  # the writers themselves come no further
+                break
         customers = min(_AT_ONCE, shop.customers)
         at_once = bench.at_once(customers)
         cpu, memory = _idle(service.pid, 2 if tiny else 30)
@@ -121,24 +123,27 @@ class _Bench:
                 customer, update = self._ship()
                 self._orders.bulk_write([update])
                 waiting[customer] = time.monotonic()  # again, if there is an order on the way
-                if not number:
-                    _say_if_late(time.monotonic() - end)
+                if not number and (late := time.monotonic() - end) > 1:
+                    print(f"  live: {late:.1f} s late", file=sys.stderr, flush=True)
             right, now = self._right(waiting), time.monotonic()
             took += [1000 * (now - waiting.pop(customer)) for customer in right]
             time.sleep(0.001)
         took.sort()
         return Latency(took[len(took) // 2], took[int(0.99 * len(took))], took[-1])
 
-    def behind_after(self, rate: int, seconds: float) -> float:
-        """Ship orders at this rate; return how long after the last one everyone is right."""
+    def behind_after(self, rate: int, seconds: float) -> tuple[int, float]:
+        """Ship orders at this rate, if possible.
+
+        Returns the rate that it was, and how long after the last order everyone is right.
+        """
         portions = int(_PORTIONS * seconds)
         started = time.monotonic()
         for n in range(portions):
             updates = [self._ship()[1] for _ in range(rate // _PORTIONS)]
             self._orders.bulk_write(updates, ordered=False)
             time.sleep(max(0.0, started + (n + 1) / _PORTIONS - time.monotonic()))
-        _say_if_late(time.monotonic() - started - seconds)
-        return self._until_right()
+        took = time.monotonic() - started
+        return round(portions * (rate // _PORTIONS) / took), self._until_right()
 
     def at_once(self, customers: int) -> float:
         """Insert an order each of so many; return the seconds until all are right."""
@@ -154,11 +159,6 @@ class _Bench:
         started = time.monotonic()
         wait_until("points", lambda: len(self._right(self._touched)) == len(self._touched))
         return time.monotonic() - started
-
-
-def _say_if_late(seconds: float) -> None:
-    if seconds > 1:
-        print(f"  live: the writers were {seconds:.1f} s late", file=sys.stderr, flush=True)
 
 
 def _idle(pid: int, seconds: float) -> tuple[float, float]:
