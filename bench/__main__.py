@@ -9,6 +9,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from bench import report
+from bench.live import Live, measure
 from bench.measure import ALONE, OURS, Bench, Failed, Results, worst
 from bench.neighbour import felt
 from bench.relay import relay
@@ -63,7 +64,7 @@ def _parse() -> argparse.Namespace:
 def _bench(args: argparse.Namespace) -> tuple[list[str], str, list[Results]]:
     """Return the sections of the results, the picture if there is one, and all that was run."""
     rounds, picture = args.rounds, ""
-    with _shop(args.orders, args.users) as (deployment, bench, shop):
+    with _shop(args.orders, args.users) as (bench, shop):
         bare = bench.rounds(1, RIVALS, "quiet")
         shop.make_index()
         states = {state: bench.rounds(rounds, RIVALS, state) for state in STATES}
@@ -74,7 +75,7 @@ def _bench(args: argparse.Namespace) -> tuple[list[str], str, list[Results]]:
         sections += [report.state_table(STATES[state], runs) for state, runs in states.items()]
         sections.append(report.profile_table(shop.profile()))
         sections.append(report.state_table("The quiet pass without the index, once", bare))
-        sections.append(report.neighbour_table(felt(deployment, shop)))
+        sections.append(report.neighbour_table(felt(bench.deployment, shop)))
         runs = [bare, *states.values()]
         if args.latency_ms:
             sections.append(report.FAR.format(args.latency_ms))
@@ -82,6 +83,7 @@ def _bench(args: argparse.Namespace) -> tuple[list[str], str, list[Results]]:
                 near, far = (_far(bench, rounds, state, ms) for ms in (0, args.latency_ms))
                 sections.append(report.latency_table(STATES[state], near, far))
                 runs += [near, far]
+        live = {args.orders: measure(bench.deployment, shop, tiny=args.tiny)}
     if args.growth:
         known = {args.orders: states} if args.orders == 10 * args.users else {}
         grown = {size: known.get(size) or _grown(size) for size in sorted(args.sizes)}
@@ -92,6 +94,8 @@ def _bench(args: argparse.Namespace) -> tuple[list[str], str, list[Results]]:
             runs += sizes.values()
             if state == "quiet":
                 picture = report.chart(sizes)
+        live |= {size: _grown_live(size, tiny=args.tiny) for size in args.sizes if size not in live}
+    sections.append(report.live_table(live[size] for size in sorted(live)))
     return sections, picture, runs
 
 
@@ -101,10 +105,16 @@ def _far(bench: Bench, rounds: int, state: str, milliseconds: float) -> Results:
 
 
 def _grown(orders: int) -> dict[str, Results]:
-    with _shop(orders, orders // 10) as (_, bench, shop):
+    with _shop(orders, orders // 10) as (bench, shop):
         shop.make_index()
         # One run each: at the larger sizes it is long enough for its own noise.
         return {state: bench.rounds(1, GROWN, state) for state in STATES}
+
+
+def _grown_live(orders: int, *, tiny: bool) -> Live:
+    with _shop(orders, orders // 10) as (bench, shop):
+        shop.make_index()
+        return measure(bench.deployment, shop, tiny=tiny)
 
 
 def _some(results: Results) -> Results:
@@ -112,10 +122,10 @@ def _some(results: Results) -> Results:
 
 
 @contextmanager
-def _shop(orders: int, users: int) -> Iterator[tuple[Deployment, Bench, Shop]]:
+def _shop(orders: int, users: int) -> Iterator[tuple[Bench, Shop]]:
     print(f"{orders:,} orders, {users:,} users", file=sys.stderr, flush=True)
     with Deployment(cache_gb=4) as deployment, closing(Shop(deployment, orders, users)) as shop:
-        yield deployment, Bench(deployment, shop), shop
+        yield Bench(deployment, shop), shop
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ class Bench:
     """Measures what is run against one shop."""
 
     def __init__(self, deployment: Deployment, shop: Shop) -> None:
-        self._deployment = deployment
+        self.deployment = deployment
         self._shop = shop
         self._empty = deployment.folder / "empty.env"
         self._empty.touch(mode=0o600)
@@ -73,7 +73,7 @@ class Bench:
         rival = ["-m", "bench.rivals", name]
         ours = ["loyalty_microservice.py", "--once", "--env-file", str(self._empty)]
         command = [sys.executable, *(ours if name in (OURS, ALONE) else rival)]
-        uri = self._deployment.uri_for(database=DATABASE)
+        uri = self.deployment.uri_for(database=DATABASE)
         if port:  # what the replica set says of its address must not lead past the relay
             uri = f"mongodb://127.0.0.1:{port}/{DATABASE}?directConnection=true"
         self._shop.restore(state)

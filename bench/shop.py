@@ -14,6 +14,7 @@ from bson import ObjectId
 from bson.raw_bson import RawBSONDocument
 from pymongo import WriteConcern
 from pymongo.collection import Collection
+from pymongo.database import Database
 
 from config import load
 from loyalty.index import COLLATION, keys_of
@@ -29,6 +30,7 @@ STATES = {
     "ordinary": "ordinary pass: 0.1 % of the customers changed",
 }
 _BATCH = 5_000
+_FIRST_USER = 1_600_000_000
 _NUMBER, _CUSTOMER = b"\xaa" * 12, b"c" * 24  # placeholders
 
 
@@ -93,6 +95,23 @@ class Shop:
         )
         found = [stored for stored, right in pairs if stored != right]
         return Wrong(len(found) - found.count(None), found.count(None))
+
+    @property
+    def database(self) -> Database[Document]:
+        return self._database
+
+    def unshipped(self, most: int) -> list[tuple[ObjectId, ObjectId]]:
+        """Return orders that are not shipped, each with its customer."""
+        found = self.orders.find({"status": {"$ne": "Shipped"}}, {"customer_id": 1}).limit(most)
+        found.hint([("$natural", 1)])  # by the index they would come customer by customer
+        return [(order["_id"], ObjectId(order["customer_id"])) for order in found]
+
+    def ship_to(self, user: ObjectId) -> None:
+        """Note that another order of the user is shipped."""
+        self._points[_number_of(user)] += 1
+
+    def right(self, user: ObjectId) -> int:
+        return self._points[_number_of(user)]
 
     def profile(self) -> list[Stage]:
         """Return what the server says of the stages of a recount: the sums over all ranges."""
@@ -183,7 +202,11 @@ def _template(status: str) -> tuple[bytes, bytes, bytes]:
 def _user_id(number: int) -> ObjectId:
     """Return ids in ascending order."""
     random_part = (number * 0x9E3779B97F4A7C15) % 2**64
-    return ObjectId((1_600_000_000 + number).to_bytes(4, "big") + random_part.to_bytes(8, "big"))
+    return ObjectId((_FIRST_USER + number).to_bytes(4, "big") + random_part.to_bytes(8, "big"))
+
+
+def _number_of(user: ObjectId) -> int:
+    return int.from_bytes(user.binary[:4], "big") - _FIRST_USER
 
 
 def _insert(collection: Collection[Document], documents: Iterable[bytes]) -> None:

@@ -90,6 +90,9 @@ def dirty(
         {"customer_id": own, "status": "Shipped" if n % 2 else "Paid"}
         for n, own in enumerate(USERS)
     )
+    # Counted under odd forms of the ids, which only the recount of everyone comes upon.
+    odd = [str(IDS[0]).title(), str(IDS[1])[:9].upper() + str(IDS[1])[9:]]
+    shop.orders.insert_many({"customer_id": form, "status": "Shipped"} for form in odd)
     with ExitStack() as stack:
         stack.callback(client.drop_database, shop.name)
         if known != "no index":
@@ -100,7 +103,7 @@ def dirty(
 
 
 @given(edits=EDITS, known=KNOWN)
-@settings(max_examples=examples(8, 300), suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(8, 150), suppress_health_check=[HealthCheck.too_slow])
 def test_a_moment_after_any_edits_everyone_is_right(
     client: MongoClient[Any], deployment: Deployment, known: str, edits: list[Any]
 ) -> None:
@@ -112,7 +115,7 @@ def test_a_moment_after_any_edits_everyone_is_right(
 
 
 @given(edits=EDITS, known=KNOWN)
-@settings(max_examples=examples(8, 300), suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(8, 150), suppress_health_check=[HealthCheck.too_slow])
 def test_without_pre_images_points_are_older_right_ones_until_everyone_is_recounted(
     client: MongoClient[Any], deployment: Deployment, known: str, edits: list[Any]
 ) -> None:
