@@ -146,8 +146,10 @@ def test_pauses_double_also_where_the_work_takes_longer_than_they_do(
             raise Unavailable("ended")
         time.sleep(seconds)
 
-    monkeypatch.setattr(FakeWork, "meanwhile", staticmethod(meanwhile))
-    run_until(make(work), lambda: len(recounts) >= 4)
+    daemon = make(work)
+    # Not of the class: the workers of earlier tests live on.
+    monkeypatch.setattr(daemon._work, "meanwhile", meanwhile)
+    run_until(daemon, lambda: len(recounts) >= 4)
     assert caplog.messages[:3] == [
         'failed error="gone" retry_in=0.02s',
         'failed error="gone" retry_in=0.04s',
