@@ -146,6 +146,37 @@ def test_a_failure_is_tried_again_after_pauses_that_double(
     assert not outcomes
 
 
+def test_pauses_double_also_where_the_work_takes_longer_than_they_do(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(daemon_module, "_CALM", 0.4)
+    recounts: list[int] = []
+    ended: list[bool] = []
+
+    def work(moved: Moved) -> str:
+        recounts.append(len(recounts))
+        time.sleep(0.6)
+        if len(recounts) < 3:
+            raise Unavailable("gone")
+        return "done"
+
+    def meanwhile(seconds: float, moved: Moved) -> None:
+        if len(recounts) == 3 and not ended:  # just after a recount that succeeded
+            ended.append(True)
+            raise Unavailable("ended")
+        time.sleep(seconds)
+
+    daemon = make(work)
+    # Not of the class: the workers of earlier tests live on.
+    monkeypatch.setattr(daemon._work, "meanwhile", meanwhile)
+    run_until(daemon, lambda: len(recounts) >= 4)
+    assert caplog.messages[:3] == [
+        'failed error="gone" retry_in=0.02s',
+        'failed error="gone" retry_in=0.04s',
+        'failed error="ended" retry_in=0.08s',
+    ]
+
+
 def test_the_database_may_be_down_at_start_but_not_be_forbidden() -> None:
     problems: list[Exception] = [Unavailable("down"), Unavailable("down"), Misconfigured("no")]
 
