@@ -23,7 +23,6 @@ if __name__ == "__main__":
 import argparse
 import io
 import logging
-import stat
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -32,14 +31,14 @@ import config
 from config import VERSION, Settings
 from loyalty import live_report, machine, report
 from loyalty.daemon import Daemon
-from loyalty.env_file import read_env_file
+from loyalty.env_file import settings_of
 from loyalty.errors import ConfigError, Exit, ServiceError
 from loyalty.examine import examine
 from loyalty.history import History, is_fresh
 from loyalty.ids import forms_of
 from loyalty.index import create_index
 from loyalty.live import keeps_pre_images, why_not_live
-from loyalty.logs import log_as, log_to_stderr
+from loyalty.logs import log_to_stderr
 from loyalty.metrics import Metrics
 from loyalty.mongo import connect
 from loyalty.perform import Task, perform
@@ -49,7 +48,6 @@ from loyalty.statuses import explained, orders_of
 log = logging.getLogger("loyalty")
 
 ENV_FILE = Path(__file__).with_name(".env")
-URI_NAMES = {"MONGODB_URI", "MONGODB_URI_FILE"}
 _CONFIGURATION = {"event": "configuration"}  # for LOG_FORMAT=json
 
 
@@ -59,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     log_to_stderr()
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        settings = _settings(args.env_file)
+        settings = settings_of(args.env_file, ENV_FILE)
         log.setLevel(settings.log_level)
         code = int(args.run(args, settings))
         if sys.stdout is not None:
@@ -132,23 +130,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def _settings(env_file: Path | None) -> Settings:
-    values: dict[str, str] = {}
-    path = env_file or ENV_FILE
-    log_as(os.environ.get("LOG_FORMAT", ""))
-    if env_file or path.exists():
-        values = read_env_file(path)
-        log_as({**values, **os.environ}.get("LOG_FORMAT", ""))
-        mode = path.stat().st_mode
-        if stat.S_ISREG(mode) and mode & stat.S_IROTH:
-            log.warning("others can read %s: chmod 600 %s", path, path, extra=_CONFIGURATION)
-    if os.environ.keys() & URI_NAMES:  # either of them outside replaces both in the file
-        values = {name: value for name, value in values.items() if name not in URI_NAMES}
-    return config.load({**values, **os.environ})
-
-
 def _daemon(args: argparse.Namespace, settings: Settings) -> int:
-    service = Service(settings, lambda: _settings(args.env_file))
+    service = Service(settings, lambda: settings_of(args.env_file, ENV_FILE))
     # The server ends a count at COUNT_TIMEOUT; after that every answer comes within a minute.
     patience = settings.count_timeout + timedelta(minutes=2)
     Daemon(service, interval=settings.recount_interval, patience=patience).run()

@@ -3,15 +3,43 @@
 from __future__ import annotations
 
 import difflib
+import logging
+import os
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 
 from dotenv.parser import parse_stream
 
-from config import declared, reason
+import config
+from config import Settings, declared, reason
 from loyalty.errors import ConfigError
+from loyalty.logs import log_as
 
+log = logging.getLogger("loyalty")
+
+_URI_NAMES = {"MONGODB_URI", "MONGODB_URI_FILE"}
 _NEAR = 0.8  # how alike a name must be to one of ours to be a misspelling of it, from 0 to 1
+
+
+def settings_of(given: Path | None, usual: Path) -> Settings:
+    """Read the settings: the environment's first, then those of a file.
+
+    The `usual` file need not be there. Raises ConfigError.
+    """
+    values: dict[str, str] = {}
+    path = given or usual
+    log_as(os.environ.get("LOG_FORMAT", ""))
+    if given or path.exists():
+        values = read_env_file(path)
+        log_as({**values, **os.environ}.get("LOG_FORMAT", ""))
+        mode = path.stat().st_mode
+        if stat.S_ISREG(mode) and mode & stat.S_IROTH:
+            told = {"event": "configuration"}
+            log.warning("others can read %s: chmod 600 %s", path, path, extra=told)
+    if os.environ.keys() & _URI_NAMES:  # either of them outside replaces both in the file
+        values = {name: value for name, value in values.items() if name not in _URI_NAMES}
+    return config.load({**values, **os.environ})
 
 
 def read_env_file(path: Path) -> dict[str, str]:
