@@ -19,8 +19,8 @@ help: ## show this
 demo: $(STAMP) ## the real service on a private MongoDB, for about 30 seconds
 	@$(RUN) -m sandbox.demo
 
-test: $(STAMP) ## all tests, with coverage; ARGS="-k word" for some
-	$(RUN) -m pytest -n 4 --dist loadgroup --cov --cov-report=term-missing:skip-covered $(ARGS)
+test: $(STAMP) ## all tests; ARGS="-k word" for some, ARGS=--cov with coverage
+	$(RUN) -m pytest -n 4 --dist loadgroup $(ARGS)
 
 test-deep: $(STAMP) ## those of them that come in numbers, in larger ones
 	$(RUN) -m pytest -n 4 --dist loadgroup --deep $(ARGS)

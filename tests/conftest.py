@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--deep"):
         items[:] = [item for item in items if _has_larger_numbers(item)]
     if config.option.markexpr != "machine":
-        reason = "needs root, or systemd's tools: make test-systemd"
+        reason = "needs root, systemd's tools or a long install: make test-systemd"
         for item in items:
             if item.get_closest_marker("machine"):
                 item.add_marker(pytest.mark.skip(reason=reason))

@@ -76,6 +76,7 @@ def _pinned() -> dict[str, str]:
     return {name: version for name, _, version in (pin.partition("==") for pin in pins) if name}
 
 
+@pytest.mark.machine  # a minute of pip, and make test-systemd installs anyway
 def test_install_lays_the_service_with_its_pinned_requirements_for_every_user_to_run(
     dest: Path,
 ) -> None:

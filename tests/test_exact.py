@@ -119,7 +119,7 @@ def test_an_ordinary_read_beside_busy_writers_sees_changes_that_are_not_there(
 
 
 @pytest.mark.xdist_group("busy")
-@pytest.mark.size(6, deep=60)
+@pytest.mark.size(4, deep=40)
 def test_beside_writers_of_all_kinds_every_recount_is_what_the_orders_said_at_its_cluster_time(
     busy: tuple[Connection, Settings], size: int
 ) -> None:
@@ -130,7 +130,7 @@ def test_beside_writers_of_all_kinds_every_recount_is_what_the_orders_said_at_it
     cuts = [object_id(n) for n in range(0, USERS, USERS // 12)] + ["65A"]
     with (
         mock.patch.object(counting, "edges", return_value=cuts),
-        writers(settings.mongodb_uri, *["all"] * 3),
+        writers(settings.mongodb_uri, *["all"] * 2),
     ):
         changed = 0
         for _ in range(size):
