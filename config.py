@@ -62,7 +62,10 @@ class Settings:
         "where the records go, a collection of its own; empty: keep none",
     )
     order_statuses: tuple[str, ...] = _setting(
-        "ORDER_STATUSES", "Shipped", statuses, "comma-separated, exactly as stored"
+        "ORDER_STATUSES",
+        "Shipped",
+        statuses,
+        "comma-separated, exactly as stored; in quotes if it ends in a blank",
     )
     points_per_order: int = _setting(
         "POINTS_PER_ORDER", "1", whole_number(1, 1_000_000), "1 to 1,000,000"

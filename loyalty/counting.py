@@ -130,10 +130,19 @@ class Count:
                 if done == pinned:
                     raise  # one range alone takes longer than the server keeps a snapshot
                 log.warning('counting_on done=%d total=%d error="%s"', done, len(cut), error)
-                # Each customer is still counted as of one point in time, but not all of the same.
-                self.exact, pinned = False, done
-                self._pin(None)
-        yield from self._with_odd_forms()
+                pinned = done
+                self._go_on_at_a_new_time()
+        try:  # as a list: all of them, or none
+            odd = list(self._with_odd_forms())
+        except SnapshotTooOld:
+            self._go_on_at_a_new_time()
+            odd = list(self._with_odd_forms())
+        yield from odd
+
+    def _go_on_at_a_new_time(self) -> None:
+        """Count each customer as of one point in time still, but not all as of the same."""
+        self.exact = False
+        self._pin(self.cluster_time)
 
     def _without_odd_forms(self, spool: Spool) -> Iterator[Row | Right]:
         """Yield the rows of a range, but for the customers of whom odd forms are known.

@@ -139,7 +139,7 @@ def _orders_by_status(connection: Connection, settings: Settings, found: Examina
         if found.sampled and list(rare.limit(1)):
             return
     reason, mistaken = uncounted(known, settings)
-    found.problems += [f"{reason}: correct ORDER_STATUSES"] if mistaken else []
+    found.problems += [reason] if mistaken else []
 
 
 def _references(connection: Connection, settings: Settings, found: Examination) -> None:

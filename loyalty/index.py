@@ -90,14 +90,16 @@ def has_index(orders: Collection[Any], settings: Settings) -> bool | None:
             indexes = orders.index_information().values()
     except ServiceError:  # advice is worth no permission, and a view has no indexes
         return None
-    return any(i["key"][: len(keys)] == keys for i in indexes if "collation" not in i)
+    unfit = {"collation", "partialFilterExpression", "hidden"}
+    return any(i["key"][: len(keys)] == keys for i in indexes if not unfit & i.keys())
 
 
 def index_is_missing(orders: Collection[Any], settings: Settings) -> bool:
     """Return whether `orders` is large and has no index for a recount."""
     with suppress(ServiceError), sorted_errors("count", orders.full_name):
-        large = orders.estimated_document_count() > _LARGE
-        return large and has_index(orders, settings) is False
+        if orders.estimated_document_count() <= _LARGE or plan_of(orders, settings).ranges:
+            return False
+        return has_index(orders, settings) is False
     return False
 
 

@@ -112,19 +112,23 @@ class Live:
         """Return the seconds since the last change."""
         return time.monotonic() - self._marked
 
+    def check(self) -> None:
+        """Raise ServiceError if the stream has died, is silent or has marked too many."""
+        if self._problem:
+            raise self._problem
+        if time.monotonic() - self._answered > _SILENT:
+            raise Unavailable(f"the change stream on {self._orders.full_name} is silent")
+
     def take(self, seconds: float) -> Marks | None:
         """Return what is marked, as soon as there is something; None after `seconds`.
 
-        Raises ServiceError if the stream has died, is silent or has marked too many.
+        Raises what `check` raises.
         """
         with self._lock:
             self._lock.wait_for(lambda: self._marks or self._problem, seconds)
             if self._marks:
                 self._settle()
-            if self._problem:
-                raise self._problem
-            if time.monotonic() - self._answered > _SILENT:
-                raise Unavailable(f"the change stream on {self._orders.full_name} is silent")
+            self.check()
             taken, self._marks = self._marks, Marks()
         self._look_up(taken)
         return taken if taken.customers else None

@@ -92,7 +92,8 @@ def _looked_up(uri: str) -> str:
     return (
         f"the user was looked up in the database {source!r}"
         + (", as authSource says" if named else "")
-        + ": if it lives in another, often admin, say so with ?authSource=admin"
+        + ": if it lives in another, say so with ?authSource="
+        + ("admin" if source != "admin" else "NAME")
     )
 
 

@@ -32,7 +32,7 @@ def overlapping(do: Callable[[T], R], items: Iterator[T], workers: int) -> Itera
 
     So the server has work while an answer travels, or while we take it apart; and little is left
     for it to do, and in our memory, when one side dies. None is on the way any more at the end,
-    lest a write land after a newer count; only Ctrl-C does not wait.
+    lest a write land after a newer count; only Ctrl-C does not wait for that.
     """
     pool = ThreadPoolExecutor(workers)
 
@@ -46,7 +46,7 @@ def overlapping(do: Callable[[T], R], items: Iterator[T], workers: int) -> Itera
     wait = True
     try:
         yield results()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, GeneratorExit):  # the latter where only a count is abandoned
         wait = False
         raise
     finally:

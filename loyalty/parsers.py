@@ -28,7 +28,10 @@ def field(text: str) -> str:
 
 
 def statuses(text: str) -> tuple[str, ...]:
-    found = tuple(dict.fromkeys(filter(None, (part.strip() for part in text.split(",")))))
+    parts = (part.strip() for part in text.split(","))
+    # In quotes a status may begin or end with a blank.
+    bare = (part[1:-1] if re.fullmatch(r"'.*'|\".*\"", part) else part for part in parts)
+    found = tuple(dict.fromkeys(filter(None, bare)))
     if not found:
         raise ValueError("names no status; expected for example Shipped or Shipped,Delivered")
     return found

@@ -8,9 +8,10 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
-from bson import Int64
+from bson import Int64, ObjectId
 
 from config import Settings
 from loyalty.ids import NO_CUSTOMER, Document, number_in, shown, value_of
@@ -43,6 +44,8 @@ class Totals:
     changed: int = 0
     increased: int = 0
     decreased: int = 0
+    other_values: int = 0  # users who hold a text or a document, say, where points go
+    other_value: str = ""
     zeroed: int = 0  # users who had no points, and get 0
     unknown_customers: int = 0
     orders_of_unknown_customers: int = 0
@@ -95,6 +98,9 @@ class Recount:
         totals.increased += after > before
         totals.decreased += after < before
         totals.zeroed += stored is None and after == 0
+        if isinstance(stored, str | list | dict | bytes | ObjectId | datetime):
+            totals.other_values += 1
+            totals.other_value = shown(stored)
         self._keep_if_large(user, abs(after - before), after)
         # Of two users with one customer's id, one may be right.
         if type(stored) not in (int, Int64) or stored != after:
@@ -112,6 +118,12 @@ class Recount:
     def refusal(self) -> str | None:
         """Return why the guard refuses to write what was counted, or None if it does not."""
         totals, limit = self.totals, self._settings.max_decrease_percent
+        if totals.other_values >= _GUARD_USERS and 2 * totals.other_values > totals.users:
+            return (
+                f"{totals.other_values:,} of {totals.users:,} users hold something else in "
+                f"{self._settings.points_field}, such as {totals.other_value}, which would be "
+                "lost: is USER_POINTS_FIELD right? If so, let it through once with --once --force"
+            )
         few = totals.decreased < _GUARD_USERS
         if few or limit == 100 or totals.decreased * 100 <= limit * totals.holders:
             return None

@@ -28,6 +28,7 @@ from loyalty.result import Result
 
 log = logging.getLogger("loyalty")
 
+_ODD_CUSTOMERS = 1_000  # each of which is looked for in 256 forms
 _QUIET = 1.0  # seconds without a change, after which a mass change has come to its end
 _FEW_USERS, _FEW_PERCENT = 10, 10
 _NEVER = Timestamp(0, 0)
@@ -77,7 +78,6 @@ class Service:
         self._losers = 0  # since the last full recount, less those who have gained
         self._held = False
         self._held_at = -inf
-        self._over_after = _QUIET
         self._beat_at = 0.0
 
     def connect(self) -> None:
@@ -168,13 +168,15 @@ class Service:
             log.info("live_ended until the next recount of everyone")
 
     def _update(self, connection: Connection, live: Live, seconds: float, moved: Moved) -> None:
-        if self._held:
-            if live.quiet_for() > self._over_after:
+        if self._held:  # and so no heartbeat, which would call the points fresh
+            live.check()
+            if live.quiet_for() > _QUIET:
                 raise Unavailable(
                     "live updates would take points from many users: recount everyone"
                 )
             time.sleep(min(seconds, _QUIET / 4))
-        elif marks := live.take(seconds):
+            return
+        if marks := live.take(seconds):
             self._recount_marked(connection, marks, moved)
         if time.monotonic() - self._beat_at >= HEARTBEAT.total_seconds():
             self._beat_at = time.monotonic()
@@ -194,12 +196,15 @@ class Service:
         self._newest = max(self._newest, marks.time)
         task = Task(customers=customers, at=marks.time, guard=self._too_many_losers)
         try:
-            totals = perform(connection, self._settings, History(None), task, moved).totals
+            result = perform(connection, self._settings, History(None), task, moved)
         except Refused as error:
             self._hold(error)
             return
+        totals, refused = result.totals, result.refusing.reasons.total()
         self._losers = max(0, self._losers + totals.decreased - totals.increased)
-        self._customers_updated += totals.changed
+        self._customers_updated += totals.changed - refused
+        if refused:
+            log.warning("incomplete %d users refused a live update; %s", refused, result.refusing)
         self._updated_at = datetime.now(UTC)
         log.debug("live_update customers=%d changed=%d", len(customers), totals.changed)
 
@@ -211,8 +216,11 @@ class Service:
         """
         now, interval = time.monotonic(), self._settings.recount_interval.total_seconds()
         again = now - self._held_at < interval
-        self._held, self._held_at, self._over_after = True, now, inf if again else _QUIET
+        self._held, self._held_at = True, now
+        self._metrics.not_live()
         log.warning("held %s%s", why, ", again: until the next recount" if again else "")
+        if again:
+            self._stop_watching()
 
     def _customers(self, marks: Marks) -> Customers:
         odd_forms = self._last.odd_forms
@@ -221,6 +229,8 @@ class Service:
             return [(own, []) for own, _ in customers]
         if odd_forms is not None:
             return customers
+        if len(customers) > _ODD_CUSTOMERS:
+            raise Unavailable("too many changes while ids are in mixed case: recount everyone")
         return [
             (own, [*forms, *any_case(own)] if isinstance(own, ObjectId) else forms)
             for own, forms in customers

@@ -22,7 +22,7 @@ def mistaken_status(connection: Connection, settings: Settings) -> str | None:
     """Say what statuses there are though no order was counted; return why that is a mistake."""
     reason, mistaken = uncounted(statuses(connection, settings), settings)
     if mistaken:
-        return f"{reason}: correct ORDER_STATUSES, or let one recount through with --once --force"
+        return f"{reason}, or let one recount through with --once --force"
     log.warning("no_counted_order %s", reason)
     return None
 
@@ -30,12 +30,15 @@ def mistaken_status(connection: Connection, settings: Settings) -> str | None:
 def uncounted(known: Sequence[tuple[Any, int]], settings: Settings) -> tuple[str, bool]:
     """Return what statuses there are instead of ours, and whether that is plainly a mistake.
 
-    It is one if some status differs from a counted one only in case or blanks.
+    It is one if some status differs from a counted one only in case or blanks, or none has any.
     """
     listed = ", ".join(f"{shown_status(s)} ({n:,})" for s, n in known[:_SHOWN]) or "no orders"
     ours = {_folded(status) for status in settings.order_statuses}
     mistaken = any(isinstance(status, str) and _folded(status) in ours for status, _ in known)
-    return f"no order has status {', '.join(settings.order_statuses)}; found: {listed}", mistaken
+    if known and all(status is None for status, _ in known):
+        return f"no order has a field {settings.status_field}: is ORDER_STATUS_FIELD right?", True
+    reason = f"no order has status {', '.join(settings.order_statuses)}; found: {listed}"
+    return reason + ": correct ORDER_STATUSES" * mistaken, mistaken
 
 
 def statuses(
@@ -82,7 +85,7 @@ def orders_of(
     key = {"form": f"${settings.customer_field}", "status": f"${status}"}
     with sorted_errors("find in", orders.full_name):
         # To name every status makes the index's second field reachable; null is none, too.
-        every = {"$in": [*orders.distinct(status), None]}
+        every = {"$in": [*orders.distinct(status, collation=COLLATION), None]}
         grouped: list[Document] = [
             {"$match": {status: every, settings.customer_field: {"$in": list(forms)}}},
             {"$group": {"_id": key, "n": {"$sum": 1}}},

@@ -111,18 +111,21 @@ def test_a_customer_id_that_is_an_array_is_counted_once(connection: Connection) 
     assert disagreements(connection.users.database) == []
 
 
+@pytest.mark.parametrize("late", [0, 15], ids=["in ranges", "with odd forms"])
 def test_a_recount_longer_than_the_servers_snapshots_goes_on_at_a_new_time_and_says_so(
-    caplog: pytest.LogCaptureFixture,
+    late: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     window = ["--setParameter", "minSnapshotHistoryWindowInSeconds=0"]
     with Deployment(options=window) as deployment, deployment.client() as client:
         settings = settings_for(deployment.uri, COUNT_WORKERS="1")
         shop = client.oms_db
         shop.users.insert_many([{"_id": n} for n in range(40)])
-        shop.orders.insert_many([{"customer_id": n % 40, "status": "Shipped"} for n in range(400)])
+        shop.orders.insert_many([{"customer_id": n % 40, "status": "Shipped"} for n in range(399)])
+        shop.users.insert_one({"_id": ADA})  # who is counted at the end, by herself
+        shop.orders.insert_one({"customer_id": str(ADA).upper(), "status": "Shipped"})
         with connect(settings, writing=True) as connection:
             create_index(connection.orders, settings)
-            result = slowly(connection, settings, client)
+            result = slowly(connection, settings, client, late)
             assert disagreements(shop) == []
             assert not result.exact
             assert result.cluster_time is None
@@ -131,14 +134,14 @@ def test_a_recount_longer_than_the_servers_snapshots_goes_on_at_a_new_time_and_s
             assert "counting_again" not in caplog.text
 
 
-def slowly(connection: Connection, settings: Any, client: MongoClient[Any]) -> Any:
-    """Recount in ten ranges; after some of them the server has forgotten how it was."""
+def slowly(connection: Connection, settings: Any, client: MongoClient[Any], late: int) -> Any:
+    """Recount in twelve ranges; after some of them the server has forgotten how it was."""
     ask, asked = Count._ask, 0
 
     def ask_late(count: Count, scope: Any) -> Any:
         nonlocal asked
         asked += 1
-        if asked in (3, 7):
+        if asked in (3, 7) or asked == late:
             forget(client)
         return ask(count, scope)
 

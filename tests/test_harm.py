@@ -435,7 +435,7 @@ def test_where_a_rejected_user_was_looked_up_is_said(
     uri = authenticating.uri.replace("/?", "/shop?").replace("&authSource=admin", "") + options
     assert command("--once", MONGODB_URI=uri) == 78
     said = capsys.readouterr().err
-    assert f"the user was looked up {looked_up} in another, often admin" in said
+    assert f"the user was looked up {looked_up} in another" in said
     assert "?authSource=admin" in said
     assert command("--create-index", MONGODB_URI=authenticating.uri_for("x", "y")) == 78
     assert "looked up in the database 'admin'" in capsys.readouterr().err
@@ -591,3 +591,36 @@ def test_the_declared_ranges_are_the_tested_ones() -> None:
     numbers = {s.name for s in declared().values() if re.fullmatch(r"\d+[a-z]?", s.default)}
     assert numbers <= RANGES.keys()
     assert timedelta(days=24) == settings_for("mongodb://h", COUNT_TIMEOUT="24d").count_timeout
+
+
+def test_a_field_of_the_orders_that_none_of_them_has_is_refused(
+    database: Database[Any], command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    database.users.insert_many([{"_id": n} for n in range(20)])
+    database.orders.insert_many([{"customer_id": n, "state": "Shipped"} for n in range(20)])
+    assert command("--check-config") == 1
+    assert "no order has a field status: is ORDER_STATUS_FIELD right?" in capsys.readouterr().out
+    assert command("--once") == 65
+    assert database.users.count_documents({"loyalty_points": {"$exists": True}}) == 0
+
+
+def test_a_field_of_the_users_that_holds_something_else_is_not_overwritten(
+    database: Database[Any], command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tier = {"points": 1, "tier": "gold"}
+    database.users.insert_many([{"_id": n, "loyalty": tier} for n in range(20)])
+    database.orders.insert_many([{"customer_id": n, "status": "Shipped"} for n in range(20)])
+    assert command("--once", USER_POINTS_FIELD="loyalty") == 65
+    assert "20 of 20 users hold something else in loyalty" in capsys.readouterr().err
+    assert database.users.count_documents({"loyalty": tier}) == 20
+    assert command("--once", USER_POINTS_FIELD="loyalty.points") == 0
+    assert database.users.count_documents({"loyalty": {"points": 1, "tier": "gold"}}) == 20
+
+
+def test_a_status_that_ends_with_a_blank_is_counted_where_it_is_named_in_quotes(
+    database: Database[Any], command: Command
+) -> None:
+    database.users.insert_one({"_id": 1})
+    database.orders.insert_many([{"customer_id": 1, "status": "shipped "} for _ in range(3)])
+    assert command("--once", ORDER_STATUSES="\"'shipped ',Delivered\"") == 0
+    assert database.users.find_one() == {"_id": 1, "loyalty_points": 3}
