@@ -110,9 +110,10 @@ def test_two_services_at_once_of_which_one_is_killed_leave_everyone_right(
     stage: Stage, start: Start, size: int
 ) -> None:
     with ExitStack() as stack:
-        survivor = start(stage.uri)
+        # So many orders are taken back in so few seconds that the guard would hold updates back.
+        survivor = start(stage.uri, MAX_DECREASE_PERCENT="100")
         for _ in range(size):
-            other = start(stage.uri)
+            other = start(stage.uri, MAX_DECREASE_PERCENT="100")
             stack.callback(other.kill)
             ship_all(stage)
             for n in range(40):
@@ -124,8 +125,7 @@ def test_two_services_at_once_of_which_one_is_killed_leave_everyone_right(
             # Whatever the other one has left on the server is done by now.
             time.sleep(0.2)
             assert disagreements(stage.database) == []
-        # By live updates; a mass return may have been left to the guard once a round.
-        assert len(lines_with("outcome=succeeded", survivor)) <= 1 + size
+        assert len(lines_with("outcome=succeeded", survivor)) == 1
 
 
 def test_orders_that_are_dropped_renamed_or_made_anew_are_a_full_recount_each_and_no_loop(
