@@ -624,3 +624,18 @@ def test_a_status_that_ends_with_a_blank_is_counted_where_it_is_named_in_quotes(
     database.orders.insert_many([{"customer_id": 1, "status": "shipped "} for _ in range(3)])
     assert command("--once", ORDER_STATUSES="\"'shipped ',Delivered\"") == 0
     assert database.users.find_one() == {"_id": 1, "loyalty_points": 3}
+
+
+def test_of_a_customer_every_status_is_listed_whatever_the_collation_of_the_orders(
+    database: Database[Any], command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    database.create_collection("orders", collation={"locale": "en", "strength": 2})
+    database.users.insert_one({"_id": "K001"})
+    database.orders.insert_many(
+        [{"customer_id": "K001", "status": status} for status in ("shipped", "Shipped")]
+    )
+    assert command("--once", "--customer", "K001") == 0
+    listed = capsys.readouterr().out
+    rows = [line.split()[:2] for line in listed.splitlines()]
+    assert ["'K001'", "shipped"] in rows
+    assert ["'K001'", "Shipped"] in rows
