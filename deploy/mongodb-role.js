@@ -2,10 +2,11 @@
 //
 //   mongosh "mongodb://admin@db1.example.com/?replicaSet=rs0" deploy/mongodb-role.js
 //
-// Edit the names below where your shop's are others, as in MONGODB_DATABASE and *_COLLECTION; with
-// settings of your own for fields nothing changes here. It asks for the new user's password. Run it again after a change: the role is replaced, and a
-// user that is there keeps its password. The service then connects with
+// Edit the names below where your shop's are others, as in MONGODB_DATABASE and *_COLLECTION; names
+// of fields do not matter here. It asks for the new user's password. Run it again after a change:
+// the role is replaced, and a user that is there keeps its password. The service then connects with
 // mongodb://loyalty:PASSWORD@db1.example.com/?replicaSet=rs0 (both live in the database `admin`).
+// In Atlas, which does not let this run, make a custom role with the same privileges.
 
 // What to edit:
 const database = "oms_db";
