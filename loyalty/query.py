@@ -93,6 +93,10 @@ def pipeline(settings: Settings, scope: Scope, *, arrays: bool) -> list[Document
     ]
     if scope.apart:  # documents before ObjectIds, and so odd forms before all customers
         compared.append({"$sort": {"_id.customer": 1}})
+    # A document for each value, so that one which Python cannot hold does not spoil the other; only
+    # now, as it is work for every user that is still there.
+    wrapped = {"key": {"_id": "$$this._id"}, "stored": {"points": "$$this.points"}}
+    compared.append({"$set": {"users": {"$map": {"input": "$users", "in": wrapped}}}})
     return counted + compared
 
 
@@ -116,8 +120,7 @@ def _orders(
 
 
 def _users(settings: Settings, scope: Scope, interval: Sequence[Document]) -> list[Document]:
-    # A document for each value, so that one which Python cannot hold does not spoil the other.
-    user = {"key": {"_id": "$_id"}, "stored": {"points": f"${settings.points_field}"}}
+    user = {"_id": "$_id", "points": f"${settings.points_field}"}
     return [
         {"$match": _matching("_id", interval)},
         {"$project": {"_id": _customer(scope, None), "user": user}},
@@ -148,8 +151,8 @@ def _is_right(settings: Settings) -> Document:
     points = {"$multiply": ["$orders", settings.points_per_order]}
     is_right = {
         "$and": [
-            {"$in": [{"$type": "$$this.stored.points"}, ["int", "long"]]},
-            {"$eq": ["$$this.stored.points", points]},
+            {"$in": [{"$type": "$$this.points"}, ["int", "long"]]},
+            {"$eq": ["$$this.points", points]},
         ]
     }
     return {
