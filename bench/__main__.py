@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from bench import report
+from bench import pictures, report
 from bench.live import Live, measure
 from bench.measure import ALONE, OURS, Bench, Failed, Results, worst
 from bench.neighbour import felt
@@ -93,7 +93,7 @@ def _bench(args: argparse.Namespace) -> tuple[list[str], str, list[Results]]:
             sections.append(report.growth_table(STATES[state], sizes))
             runs += sizes.values()
             if state == "quiet":
-                picture = report.chart(sizes)
+                picture = pictures.chart(sizes)
         live |= {size: _grown_live(size, tiny=args.tiny) for size in args.sizes if size not in live}
     sections.append(report.live_table(live[size] for size in sorted(live)))
     return sections, picture, runs
