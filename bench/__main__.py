@@ -93,7 +93,7 @@ def _bench(args: argparse.Namespace) -> tuple[list[str], str, list[Results]]:
             sections.append(report.growth_table(STATES[state], sizes))
             runs += sizes.values()
             if state == "quiet":
-                picture = pictures.chart(sizes)
+                picture = pictures.growth(sizes)
         live |= {size: _grown_live(size, tiny=args.tiny) for size in args.sizes if size not in live}
     sections.append(report.live_table(live[size] for size in sorted(live)))
     return sections, picture, runs

@@ -1,8 +1,8 @@
-"""The growth as a picture (SVG)."""
+"""Charts (SVG): the growth of a recount with the shop."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from bench.measure import OURS, Results, middle
 
@@ -11,49 +11,82 @@ _COLOURS = {"floor": "#8b95a1", OURS: "#2f9e6e", "merge": "#d9822b", "bulk": "#7
 _TEXT = "#848d97"
 _SHORT = {"floor": "floor", OURS: "this service", "merge": "$merge", "bulk": "bulk_write"}
 
+Points = Iterable[tuple[float, float]]
 
-def chart(sizes: Mapping[int, Results]) -> str:
-    """Draw seconds over orders, both linear: what grows with the orders is straight."""
-    width, height, left, top = 560, 260, 50, 40
-    names = list(next(iter(sizes.values())))
+
+class _Chart:
+    """Two linear axes from zero, lines between them, and the name of each at its end."""
+
+    _WIDTH, _HEIGHT, _LEFT, _TOP = 560, 260, 50, 40
+
+    def __init__(self, title: str, heading: str, most_x: float, most_y: float) -> None:
+        """Draw the axes: `title` is for who cannot see the picture, `heading` stands above it."""
+        self._title, self._most_x, self._most_y = title, most_x, most_y
+        self._parts: list[str] = []
+        self._names: list[float] = []
+        self._text(0, 16, "start", heading)
+        step = next(s for e in range(-1, 5) for m in (1, 2, 5) if (s := m * 10**e) * 5 >= most_y)
+        for n in range(int(most_y / step) + 1):
+            level = self._y(n * step)
+            line = f'd="M{self._LEFT} {level:.1f}h{self._WIDTH}"'
+            self._parts.append(f'<path {line} stroke="{_TEXT}" stroke-opacity=".3"/>')
+            self._text(self._LEFT - 8, level + 4, "end", f"{n * step:g}")
+
+    def mark(self, x: float, words: str) -> None:
+        """Put words below the horizontal axis."""
+        self._text(self._x(x), self._TOP + self._HEIGHT + 20, "middle", words)
+
+    def line(self, points: Points, colour: str) -> None:
+        """Connect points."""
+        dots = [(self._x(x), self._y(y)) for x, y in points]
+        corners = " ".join(f"{a:.1f},{b:.1f}" for a, b in dots)
+        self._parts.append(
+            f'<polyline points="{corners}" fill="none" stroke="{colour}" stroke-width="2"/>'
+        )
+        self._parts += [
+            f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{colour}"/>' for a, b in dots
+        ]
+
+    def name(self, y: float, words: str, colour: str) -> None:
+        """Name the line that ends at this height, from the lowest line to the highest."""
+        # Names stay apart.
+        self._names.append(min([self._y(y) + 4, *(other - 15 for other in self._names)]))
+        self._text(self._LEFT + self._WIDTH + 8, self._names[-1], "start", words, colour)
+
+    def svg(self) -> str:
+        size = f"{self._LEFT + self._WIDTH + 100} {self._TOP + self._HEIGHT + 34}"
+        return (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}" '
+            'font-family="sans-serif" font-size="13" role="img">\n'
+            f"<title>{self._title}</title>\n" + "\n".join(self._parts) + "\n</svg>\n"
+        )
+
+    def _x(self, x: float) -> float:
+        return self._LEFT + self._WIDTH * x / self._most_x
+
+    def _y(self, y: float) -> float:
+        return self._TOP + self._HEIGHT * (1 - y / self._most_y)
+
+    def _text(self, x: float, y: float, anchor: str, words: str, colour: str = _TEXT) -> None:
+        at = f'x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}" fill="{colour}"'
+        self._parts.append(f"<text {at}>{words}</text>")
+
+
+def growth(sizes: Mapping[int, Results]) -> str:
+    """Draw seconds over orders: what grows with the orders is straight."""
     most = max(sizes)
     slowest = max(middle(runs) for results in sizes.values() for runs in results.values())
-    step = next(s for e in range(-1, 5) for m in (1, 2, 5) if (s := m * 10**e) * 5 >= slowest)
-
-    def x(orders: float) -> float:
-        return left + width * orders / most
-
-    def y(seconds: float) -> float:
-        return top + height * (1 - seconds / slowest)
-
-    def text(x: float, y: float, anchor: str, words: str, colour: str = _TEXT) -> str:
-        at = f'x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}" fill="{colour}"'
-        return f"<text {at}>{words}</text>"
-
-    parts = [text(0, 16, "start", "Seconds for a pass in which nothing has changed")]
-    for n in range(int(slowest / step) + 1):
-        level = y(n * step)
-        line = f'<path d="M{left} {level:.1f}h{width}" stroke="{_TEXT}" stroke-opacity=".3"/>'
-        parts += [line, text(left - 8, level + 4, "end", f"{n * step:g}")]
+    chart = _Chart(
+        "Seconds of a recount over the number of orders",
+        "Seconds for a pass in which nothing has changed",
+        most,
+        slowest,
+    )
     for size in sizes:
         if size >= most / 12:
-            parts.append(text(x(size), top + height + 20, "middle", f"{size / 1e6:g} M"))
-    parts.append(text(left, top + height + 20, "middle", "orders"))
-    used: list[float] = []
-    for name in sorted(names, key=lambda name: middle(sizes[most][name])):
-        colour, last = _COLOURS[name], y(middle(sizes[most][name]))
-        dots = [(x(size), y(middle(results[name]))) for size, results in sizes.items()]
-        points = " ".join(f"{a:.1f},{b:.1f}" for a, b in dots)
-        parts.append(
-            f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>'
-        )
-        parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{colour}"/>' for a, b in dots]
-        used.append(min([last + 4, *(other - 15 for other in used)]))  # labels stay apart
-        parts.append(text(left + width + 8, used[-1], "start", _SHORT[name], colour))
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 100} '
-        f'{top + height + 34}" font-family="sans-serif" font-size="13" role="img">\n'
-        "<title>Seconds of a recount over the number of orders</title>\n"
-        + "\n".join(parts)
-        + "\n</svg>\n"
-    )
+            chart.mark(size, f"{size / 1e6:g} M")
+    chart.mark(0, "orders")
+    for name in sorted(sizes[most], key=lambda name: middle(sizes[most][name])):
+        chart.line([(size, middle(runs[name])) for size, runs in sizes.items()], _COLOURS[name])
+        chart.name(middle(sizes[most][name]), _SHORT[name], _COLOURS[name])
+    return chart.svg()
