@@ -148,7 +148,7 @@ def latency_table(title: str, near: Results, far: Results) -> str:
     )
 
 
-def live_table(sizes: Iterable[Live]) -> str:
+def live_table(sizes: Mapping[int, Live]) -> str:
     rows = [
         [
             f"{live.orders:,}",
@@ -158,7 +158,7 @@ def live_table(sizes: Iterable[Live]) -> str:
             f"{live.at_once_seconds:.1f} ({live.at_once:,})",
             f"{live.cpu_percent:.1f} %, {live.memory:.0f} MB",
         ]
-        for live in sizes
+        for _, live in sorted(sizes.items())
     ]
     columns = ["orders", "one order, ms", "at 100 a second: p50, p99, worst, ms"]
     columns += ["sustained, orders a second (behind at the end)", "customers at once, s", "idle"]
