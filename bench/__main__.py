@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from bench import pictures, report
+from bench import day, pictures, report
 from bench.live import Live, measure
 from bench.measure import ALONE, OURS, Bench, Failed, Results, worst
 from bench.neighbour import felt
@@ -107,6 +107,9 @@ def _bench(args: argparse.Namespace, paper: Paper) -> list[Results]:
                 runs += [near, far]
         live = {args.orders: measure(bench.deployment, shop, tiny=args.tiny)}
         paper.put("live", report.live_table(live))
+    one_day = day.measure(tiny=args.tiny)
+    paper.put("day", report.day_section(one_day))
+    paper.draw("day.svg", pictures.day(one_day))
     if args.growth:
         known = {args.orders: states} if args.orders == 10 * args.users else {}
         runs += _growth(args, paper, known, live)

@@ -1,9 +1,10 @@
-"""Charts (SVG): the growth of a recount with the shop."""
+"""Charts (SVG): a recount that grows with the shop, and a customer's day."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from bench.day import RECOUNTS, Day, Line
 from bench.measure import OURS, Results, middle
 
 # Mid-tones, readable on white and on black: no page tells a picture which of them it is on.
@@ -36,16 +37,18 @@ class _Chart:
         """Put words below the horizontal axis."""
         self._text(self._x(x), self._TOP + self._HEIGHT + 20, "middle", words)
 
-    def line(self, points: Points, colour: str) -> None:
+    def line(self, points: Points, colour: str, *, width: int = 2) -> None:
         """Connect points."""
-        dots = [(self._x(x), self._y(y)) for x, y in points]
-        corners = " ".join(f"{a:.1f},{b:.1f}" for a, b in dots)
-        self._parts.append(
-            f'<polyline points="{corners}" fill="none" stroke="{colour}" stroke-width="2"/>'
-        )
-        self._parts += [
-            f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{colour}"/>' for a, b in dots
-        ]
+        corners = " ".join(f"{self._x(x):.1f},{self._y(y):.1f}" for x, y in points)
+        stroke = f'stroke="{colour}" stroke-width="{width}"'
+        if width > 2:
+            stroke += ' stroke-opacity=".4"'  # what lies behind another line
+        self._parts.append(f'<polyline points="{corners}" fill="none" {stroke}/>')
+
+    def dots(self, points: Points, colour: str) -> None:
+        for x, y in points:
+            at = f'cx="{self._x(x):.1f}" cy="{self._y(y):.1f}"'
+            self._parts.append(f'<circle {at} r="3" fill="{colour}"/>')
 
     def name(self, y: float, words: str, colour: str) -> None:
         """Name the line that ends at this height, from the lowest line to the highest."""
@@ -54,7 +57,7 @@ class _Chart:
         self._text(self._LEFT + self._WIDTH + 8, self._names[-1], "start", words, colour)
 
     def svg(self) -> str:
-        size = f"{self._LEFT + self._WIDTH + 100} {self._TOP + self._HEIGHT + 34}"
+        size = f"{self._LEFT + self._WIDTH + 110} {self._TOP + self._HEIGHT + 34}"
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}" '
             'font-family="sans-serif" font-size="13" role="img">\n'
@@ -87,6 +90,46 @@ def growth(sizes: Mapping[int, Results]) -> str:
             chart.mark(size, f"{size / 1e6:g} M")
     chart.mark(0, "orders")
     for name in sorted(sizes[most], key=lambda name: middle(sizes[most][name])):
-        chart.line([(size, middle(runs[name])) for size, runs in sizes.items()], _COLOURS[name])
+        points = [(size, middle(runs[name])) for size, runs in sizes.items()]
+        chart.line(points, _COLOURS[name])
+        chart.dots(points, _COLOURS[name])
         chart.name(middle(sizes[most][name]), _SHORT[name], _COLOURS[name])
     return chart.svg()
+
+
+def day(day: Day) -> str:
+    """Draw the points of one customer over the hours."""
+    lines = [
+        ("the orders", day.right, _COLOURS["floor"]),
+        ("every 2 hours", day.recounted, _COLOURS["merge"]),
+        ("live updates", day.live, _COLOURS[OURS]),
+    ]
+    most = max(points for _, line, _ in lines for _, points in line.steps)
+    chart = _Chart(
+        "Points of one customer over a day: by the orders, with recounts, and with live updates",
+        f"A customer's points over a day, measured in {day.seconds} s: "
+        f"{day.interval} s are drawn as two hours",
+        24,
+        most,
+    )
+    for hour in range(0, 25, 24 // RECOUNTS):
+        chart.mark(hour, f"{hour} h")
+    ends = []
+    for name, line, colour in lines:
+        corners = _corners(day, line)
+        chart.line(corners, colour, width=8 if line is day.right else 2)
+        ends.append((corners[-1][1], name, colour))
+    for points, name, colour in sorted(ends, key=lambda end: end[0]):
+        chart.name(points, name, colour)
+    return chart.svg()
+
+
+def _corners(day: Day, line: Line) -> list[tuple[float, float]]:
+    """Return the corners of a line that goes in steps, up to the end of the day."""
+    corners: list[tuple[float, float]] = []
+    for seconds, points in line.steps:
+        if seconds <= day.seconds:
+            hour = day.hours(seconds) if corners else 0.0
+            corners += [(hour, corners[-1][1])] if corners else []
+            corners.append((hour, points))
+    return [*corners, (24.0, corners[-1][1])]

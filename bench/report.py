@@ -9,9 +9,11 @@ import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 
 import pymongo
 
+from bench.day import RECOUNTS, Day
 from bench.live import Live
 from bench.measure import ALONE, OURS, ROOT, Results, middle, worst
 from bench.neighbour import Felt, middle_and_tail
@@ -54,6 +56,16 @@ of one order while nothing else happens (median), and of each at 100 orders a se
 highest rate that was tried (250 to 4,000 orders a second for 5 s, or as many as the writer managed)
 after which everyone was right within 2 s; an order each of many customers, inserted at once, until
 all were right; and the idle service."""
+
+DAY = """## A customer's day
+
+![A customer's points over a day](day.svg)
+
+Two equal shops of 1,000 customers, in which one writer does the same: {changes} changes of one
+customer's orders at random moments, one of them an order that is taken back. {recounts} intervals
+of {interval} s stand for two hours each, so the day took {seconds} s. How long after each change
+it was in the points: with recounts alone as hours of such a day; with live updates as measured,
+since that has nothing to do with the interval."""
 
 
 def head(shop: Shop, rounds: int) -> str:
@@ -163,6 +175,23 @@ def live_table(sizes: Mapping[int, Live]) -> str:
     columns = ["orders", "one order, ms", "at 100 a second: p50, p99, worst, ms"]
     columns += ["sustained, orders a second (behind at the end)", "customers at once, s", "idle"]
     return LIVE + "\n\n" + _table(columns, rows)
+
+
+def day_section(day: Day) -> str:
+    recounted, live = ([median(line.lags), max(line.lags)] for line in (day.recounted, day.live))
+    rows = [
+        ["a recount every 2 hours", *(_hours(day.hours(lag)) for lag in recounted)],
+        ["and live updates", *(f"{1000 * lag:.0f} ms" for lag in live)],
+    ]
+    head = DAY.format(
+        changes=len(day.live.lags), recounts=RECOUNTS, interval=day.interval, seconds=day.seconds
+    )
+    return head + "\n\n" + _table(["in the points after", "median", "worst"], rows)
+
+
+def _hours(hours: float) -> str:
+    minutes = round(60 * hours)
+    return f"{minutes // 60} h {minutes % 60} min"
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
