@@ -11,13 +11,16 @@ STAMP := $(VENV)/installed-for-$(VERSION)
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-deep soak bench lint format clean
+.PHONY: help demo pictures test test-deep soak bench lint format clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(STAMP) ## the real service on a private MongoDB, for about 30 seconds
 	@$(RUN) -m sandbox.demo
+
+pictures: $(STAMP) ## the demo once more, as the picture in the README: sandbox/demo.svg
+	@$(RUN) -m sandbox.picture
 
 test: $(STAMP) ## all tests; ARGS="-k word" for some, ARGS=--cov with coverage
 	$(RUN) -m pytest -n 4 --dist loadgroup $(ARGS)

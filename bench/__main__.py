@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from bench import report
+from bench import day, pictures, report
 from bench.live import Live, measure
 from bench.measure import ALONE, OURS, Bench, Failed, Results, worst
 from bench.neighbour import felt
@@ -19,23 +19,20 @@ from sandbox.mongod import Deployment, NoMongod
 RIVALS = ["floor", OURS, "merge", "bulk"]
 GROWN = ["floor", OURS, "merge"]
 LOOP_ORDERS = 1_000_000  # beyond that, an update_one for each customer takes many minutes
+LIVE_ORDERS = 10_000_000  # beyond that, their first recount may outlast the wait for it
 FOLDER = Path(__file__).parent
 SIZES = (100_000, 1_000_000, 3_000_000, 10_000_000)
 
 
 def main() -> int:
     args = _parse()
+    paper = Paper(None if args.no_results else FOLDER)
     try:
-        sections, picture, runs = _bench(args)
+        runs = _bench(args, paper)
     except (NoMongod, Failed) as error:
         print(error, file=sys.stderr)
         return 1
-    text = "\n\n".join(sections) + "\n"
-    print(text)
-    if not args.no_results:
-        FOLDER.joinpath("RESULTS.md").write_text(text, encoding="utf-8")
-        if picture:
-            FOLDER.joinpath("growth.svg").write_text(picture, encoding="utf-8")
+    print(paper)
     if any(worst(results[OURS]) != Wrong() for results in runs):
         print("The service left users with wrong points.", file=sys.stderr)
         return 1
@@ -61,42 +58,62 @@ def _parse() -> argparse.Namespace:
     return args
 
 
-def _bench(args: argparse.Namespace) -> tuple[list[str], str, list[Results]]:
-    """Return the sections of the results, the picture if there is one, and all that was run."""
-    rounds, picture = args.rounds, ""
+class Paper:
+    """The results so far. Each section is printed and written at once: an end may come early."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self._sections: dict[str, str] = {}
+
+    def put(self, name: str, section: str) -> None:
+        """Add a section, or one that is longer now in the place of the one before."""
+        self._sections[name] = section
+        print(f"\n{section}\n", file=sys.stderr, flush=True)
+        if self._folder:
+            self._folder.joinpath("RESULTS.md").write_text(str(self), encoding="utf-8")
+
+    def draw(self, name: str, picture: str) -> None:
+        if self._folder:
+            self._folder.joinpath(name).write_text(picture, encoding="utf-8")
+
+    def __str__(self) -> str:
+        return "\n\n".join(self._sections.values()) + "\n"
+
+
+def _bench(args: argparse.Namespace, paper: Paper) -> list[Results]:
+    """Put everything on paper, and return all that was run."""
+    rounds = args.rounds
+    states: dict[str, Results] = {}
     with _shop(args.orders, args.users) as (bench, shop):
+        paper.put("head", report.head(shop, rounds))
         bare = bench.rounds(1, RIVALS, "quiet")
         shop.make_index()
-        states = {state: bench.rounds(rounds, RIVALS, state) for state in STATES}
-        states["quiet"] |= bench.rounds(rounds, [ALONE], "quiet")
-        if args.orders <= LOOP_ORDERS:
-            states["first"] |= bench.rounds(1, ["loop"], "first")
-        sections = [report.head(shop, rounds)]
-        sections += [report.state_table(STATES[state], runs) for state, runs in states.items()]
-        sections.append(report.profile_table(shop.profile()))
-        sections.append(report.state_table("The quiet pass without the index, once", bare))
-        sections.append(report.neighbour_table(felt(bench.deployment, shop)))
+        for state, title in STATES.items():
+            states[state] = bench.rounds(rounds, RIVALS, state)
+            if state == "quiet":
+                states[state] |= bench.rounds(rounds, [ALONE], state)
+            if state == "first" and args.orders <= LOOP_ORDERS:
+                states[state] |= bench.rounds(1, ["loop"], state)
+            paper.put(state, report.state_table(title, states[state]))
+        paper.put("profile", report.profile_table(shop.profile()))
+        paper.put("bare", report.state_table("The quiet pass without the index, once", bare))
+        paper.put("neighbour", report.neighbour_table(felt(bench.deployment, shop)))
         runs = [bare, *states.values()]
         if args.latency_ms:
-            sections.append(report.FAR.format(args.latency_ms))
+            paper.put("far", report.FAR.format(args.latency_ms))
             for state in ("first", "ordinary"):
                 near, far = (_far(bench, rounds, state, ms) for ms in (0, args.latency_ms))
-                sections.append(report.latency_table(STATES[state], near, far))
+                paper.put(f"far, {state}", report.latency_table(STATES[state], near, far))
                 runs += [near, far]
         live = {args.orders: measure(bench.deployment, shop, tiny=args.tiny)}
+        paper.put("live", report.live_table(live))
+    one_day = day.measure(tiny=args.tiny)
+    paper.put("day", report.day_section(one_day))
+    paper.draw("day.svg", pictures.day(one_day))
     if args.growth:
         known = {args.orders: states} if args.orders == 10 * args.users else {}
-        grown = {size: known.get(size) or _grown(size) for size in sorted(args.sizes)}
-        sections.append(report.GROWTH)
-        for state in STATES:
-            sizes = {size: _some(results[state]) for size, results in grown.items()}
-            sections.append(report.growth_table(STATES[state], sizes))
-            runs += sizes.values()
-            if state == "quiet":
-                picture = report.chart(sizes)
-        live |= {size: _grown_live(size, tiny=args.tiny) for size in args.sizes if size not in live}
-    sections.append(report.live_table(live[size] for size in sorted(live)))
-    return sections, picture, runs
+        runs += _growth(args, paper, known, live)
+    return runs
 
 
 def _far(bench: Bench, rounds: int, state: str, milliseconds: float) -> Results:
@@ -104,21 +121,41 @@ def _far(bench: Bench, rounds: int, state: str, milliseconds: float) -> Results:
         return bench.rounds(rounds, [OURS], state, port=port)
 
 
-def _grown(orders: int) -> dict[str, Results]:
-    with _shop(orders, orders // 10) as (bench, shop):
-        shop.make_index()
-        # One run each: at the larger sizes it is long enough for its own noise.
-        return {state: bench.rounds(1, GROWN, state) for state in STATES}
+def _growth(
+    args: argparse.Namespace,
+    paper: Paper,
+    known: dict[int, dict[str, Results]],
+    live: dict[int, Live],
+) -> list[Results]:
+    """Put other sizes on paper, one after another, and return all that was run for it."""
+    grown: dict[int, dict[str, Results]] = {}
+    for size in sorted({*args.sizes}):
+        if size in known:
+            grown[size] = known[size]
+            _put_growth(paper, grown)
+            continue
+        with _shop(size, size // 10) as (bench, shop):
+            shop.make_index()
+            # One run each: at the larger sizes it is long enough for its own noise.
+            grown[size] = {state: bench.rounds(1, GROWN, state) for state in STATES}
+            _put_growth(paper, grown)
+            if size not in live and size <= LIVE_ORDERS:
+                # The last, since it ships orders of the shop.
+                live[size] = measure(bench.deployment, shop, tiny=args.tiny)
+                paper.put("live", report.live_table(live))
+    return [results for states in grown.values() for results in states.values()]
 
 
-def _grown_live(orders: int, *, tiny: bool) -> Live:
-    with _shop(orders, orders // 10) as (bench, shop):
-        shop.make_index()
-        return measure(bench.deployment, shop, tiny=tiny)
-
-
-def _some(results: Results) -> Results:
-    return {name: results[name] for name in GROWN}
+def _put_growth(paper: Paper, grown: dict[int, dict[str, Results]]) -> None:
+    sizes = {
+        state: {
+            size: {name: states[state][name] for name in GROWN} for size, states in grown.items()
+        }
+        for state in STATES
+    }
+    tables = [report.growth_table(title, sizes[state]) for state, title in STATES.items()]
+    paper.put("growth", "\n\n".join([report.GROWTH, *tables]))
+    paper.draw("growth.svg", pictures.growth(sizes["quiet"]))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The results as Markdown, and the growth as a picture (SVG)."""
+"""The results as Markdown."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 
 import pymongo
 
+from bench.day import RECOUNTS, Day
 from bench.live import Live
 from bench.measure import ALONE, OURS, ROOT, Results, middle, worst
 from bench.neighbour import Felt, middle_and_tail
@@ -25,10 +27,6 @@ NAMES = {
     "bulk": "aggregate, `bulk_write` everyone",
     "loop": "find, count in Python, `update_one` each",
 }
-# Mid-tones, readable on white and on black: no page tells a picture which of them it is on.
-_COLOURS = {"floor": "#8b95a1", OURS: "#2f9e6e", "merge": "#d9822b", "bulk": "#7c83db"}
-_TEXT = "#848d97"
-_SHORT = {"floor": "floor", OURS: "this service", "merge": "$merge", "bulk": "bulk_write"}
 
 
 FAR = """## A server that is {:g} ms away
@@ -58,6 +56,16 @@ of one order while nothing else happens (median), and of each at 100 orders a se
 highest rate that was tried (250 to 4,000 orders a second for 5 s, or as many as the writer managed)
 after which everyone was right within 2 s; an order each of many customers, inserted at once, until
 all were right; and the idle service."""
+
+DAY = """## A customer's day
+
+![A customer's points over a day](day.svg)
+
+Two equal shops of 1,000 customers, in which one writer does the same: {changes} changes of one
+customer's orders at random moments, one of them an order that is taken back. {recounts} intervals
+of {interval} s stand for two hours each, so the day took {seconds} s. How long after each change
+it was in the points: with recounts alone as hours of such a day; with live updates as measured,
+since that has nothing to do with the interval."""
 
 
 def head(shop: Shop, rounds: int) -> str:
@@ -152,7 +160,7 @@ def latency_table(title: str, near: Results, far: Results) -> str:
     )
 
 
-def live_table(sizes: Iterable[Live]) -> str:
+def live_table(sizes: Mapping[int, Live]) -> str:
     rows = [
         [
             f"{live.orders:,}",
@@ -162,60 +170,30 @@ def live_table(sizes: Iterable[Live]) -> str:
             f"{live.at_once_seconds:.1f} ({live.at_once:,})",
             f"{live.cpu_percent:.1f} %, {live.memory:.0f} MB",
         ]
-        for live in sizes
+        for _, live in sorted(sizes.items())
     ]
     columns = ["orders", "one order, ms", "at 100 a second: p50, p99, worst, ms"]
     columns += ["sustained, orders a second (behind at the end)", "customers at once, s", "idle"]
     return LIVE + "\n\n" + _table(columns, rows)
 
 
+def day_section(day: Day) -> str:
+    recounted, live = ([median(line.lags), max(line.lags)] for line in (day.recounted, day.live))
+    rows = [
+        ["a recount every 2 hours", *(_hours(day.hours(lag)) for lag in recounted)],
+        ["and live updates", *(f"{1000 * lag:.0f} ms" for lag in live)],
+    ]
+    head = DAY.format(
+        changes=len(day.live.lags), recounts=RECOUNTS, interval=day.interval, seconds=day.seconds
+    )
+    return head + "\n\n" + _table(["in the points after", "median", "worst"], rows)
+
+
+def _hours(hours: float) -> str:
+    minutes = round(60 * hours)
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     rule = ["---", *["---:"] * (len(columns) - 1)]
     return "\n".join("| " + " | ".join(row) + " |" for row in [columns, rule, *rows])
-
-
-def chart(sizes: Mapping[int, Results]) -> str:
-    """Draw seconds over orders, both linear: what grows with the orders is straight."""
-    width, height, left, top = 560, 260, 50, 40
-    names = list(next(iter(sizes.values())))
-    most = max(sizes)
-    slowest = max(middle(runs) for results in sizes.values() for runs in results.values())
-    step = next(s for e in range(-1, 5) for m in (1, 2, 5) if (s := m * 10**e) * 5 >= slowest)
-
-    def x(orders: float) -> float:
-        return left + width * orders / most
-
-    def y(seconds: float) -> float:
-        return top + height * (1 - seconds / slowest)
-
-    def text(x: float, y: float, anchor: str, words: str, colour: str = _TEXT) -> str:
-        at = f'x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}" fill="{colour}"'
-        return f"<text {at}>{words}</text>"
-
-    parts = [text(0, 16, "start", "Seconds for a pass in which nothing has changed")]
-    for n in range(int(slowest / step) + 1):
-        level = y(n * step)
-        line = f'<path d="M{left} {level:.1f}h{width}" stroke="{_TEXT}" stroke-opacity=".3"/>'
-        parts += [line, text(left - 8, level + 4, "end", f"{n * step:g}")]
-    for size in sizes:
-        if size >= most / 12:
-            parts.append(text(x(size), top + height + 20, "middle", f"{size / 1e6:g} M"))
-    parts.append(text(left, top + height + 20, "middle", "orders"))
-    used: list[float] = []
-    for name in sorted(names, key=lambda name: middle(sizes[most][name])):
-        colour, last = _COLOURS[name], y(middle(sizes[most][name]))
-        dots = [(x(size), y(middle(results[name]))) for size, results in sizes.items()]
-        points = " ".join(f"{a:.1f},{b:.1f}" for a, b in dots)
-        parts.append(
-            f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>'
-        )
-        parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{colour}"/>' for a, b in dots]
-        used.append(min([last + 4, *(other - 15 for other in used)]))  # labels stay apart
-        parts.append(text(left + width + 8, used[-1], "start", _SHORT[name], colour))
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 100} '
-        f'{top + height + 34}" font-family="sans-serif" font-size="13" role="img">\n'
-        "<title>Seconds of a recount over the number of orders</title>\n"
-        + "\n".join(parts)
-        + "\n</svg>\n"
-    )
