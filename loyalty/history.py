@@ -16,7 +16,7 @@ from pymongo.collection import Collection
 from config import VERSION
 from loyalty.errors import Misconfigured, NoPermission, ServiceError, Unavailable
 from loyalty.ids import Document
-from loyalty.result import COUNTS, Result
+from loyalty.recount import COUNTS, Result
 from loyalty.sorting import sorted_errors
 
 log = logging.getLogger("loyalty")

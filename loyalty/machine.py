@@ -14,8 +14,7 @@ from loyalty.examine import Examination
 from loyalty.history import Heartbeat, is_fresh, record_of
 from loyalty.ids import Document
 from loyalty.mongo import Connection
-from loyalty.recount import Change
-from loyalty.result import Result
+from loyalty.recount import Change, Result
 from loyalty.statuses import Explained, is_counted, shown_status
 
 

@@ -17,8 +17,7 @@ from loyalty.errors import Refused, ServiceError, TooSlow, Unavailable
 from loyalty.history import History
 from loyalty.mongo import Connection
 from loyalty.overlap import Moved, still
-from loyalty.recount import Recount, Totals
-from loyalty.result import Result
+from loyalty.recount import Recount, Result, Totals
 from loyalty.statuses import mistaken_status
 from loyalty.writer import Changes
 

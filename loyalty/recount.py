@@ -1,4 +1,4 @@
-"""One recount over rows: the totals, what has to change, and whether that is plainly a mistake.
+"""One recount over rows: the totals, what has to change, whether that is a mistake; its result.
 
 It knows no driver: rows come from `counting`, and changes go to `writer`.
 """
@@ -6,12 +6,13 @@ It knows no driver: rows come from `counting`, and changes go to `writer`.
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import datetime
-from typing import Any
+from datetime import datetime, timedelta
+from typing import Any, Literal
 
-from bson import Int64, ObjectId
+from bson import Int64, ObjectId, Timestamp
 
 from config import Settings
 from loyalty.ids import NO_CUSTOMER, Document, number_in, shown, value_of
@@ -21,6 +22,19 @@ _GUARD_USERS = 10
 _WARN_PERCENT = 10
 _SAMPLES = 5
 _LARGEST = 10
+
+Outcome = Literal["succeeded", "incomplete", "refused", "failed"]
+
+COUNTS = (
+    "counted_orders",
+    "changed",
+    "increased",
+    "decreased",
+    "unknown_customers",
+    "orders_of_unknown_customers",
+    "orders_without_customer",
+)
+"""The totals that go into a record."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -58,6 +72,49 @@ class Totals:
         """Who would lose points, in words."""
         users = "user" if self.holders == 1 else "users"
         return f"{self.decreased:,} of the {self.holders:,} {users} with points"
+
+
+@dataclass(slots=True)
+class Refusing:
+    """Users who refused their update (a validator, say): how many, why, and a few of them."""
+
+    reasons: Counter[str] = field(default_factory=Counter)
+    sample: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        most = self.reasons.most_common(3)
+        why = (f"{reason} ({'once' if n == 1 else f'{n:,} times'})" for reason, n in most)
+        return f"refused: {', '.join(self.sample)}; because: {', '.join(why)}"
+
+
+@dataclass(slots=True)
+class Result:
+    """One recount, as far as it came."""
+
+    started_at: datetime
+    as_of: datetime
+    seconds: float = 0.0
+    cluster_time: Timestamp | None = None
+    """What everything was read at, if `exact`."""
+    first_time: Timestamp | None = None
+    """The oldest time that anything was read at."""
+    exact: bool = False
+    odd_forms: dict[ObjectId, set[str]] | None = field(default_factory=dict)
+    """The ids in capitals or mixed case, by customer; None if they are not known."""
+    finds_customers: bool = False
+    """Whether an index leads to the orders of one customer."""
+    outcome: Outcome = "succeeded"
+    totals: Totals = field(default_factory=Totals)
+    refusing: Refusing = field(default_factory=Refusing)
+    refusal: str | None = None
+    """Why the guard would not let it through."""
+    warning: str | None = None
+    """What a person should know of it though it is let through."""
+    error: str | None = None
+
+    @property
+    def finished_at(self) -> datetime:
+        return self.started_at + timedelta(seconds=self.seconds)
 
 
 class Recount:

@@ -11,8 +11,7 @@ from loyalty.examine import Examination
 from loyalty.history import is_fresh
 from loyalty.ids import Document
 from loyalty.mongo import Connection
-from loyalty.recount import Change, Totals
-from loyalty.result import COUNTS, Result
+from loyalty.recount import COUNTS, Change, Result, Totals
 from loyalty.statuses import Explained, is_counted, shown_status
 
 log = logging.getLogger("loyalty")

@@ -23,8 +23,7 @@ from loyalty.metrics import Metrics
 from loyalty.mongo import Connection, connect
 from loyalty.overlap import Moved
 from loyalty.perform import Task, perform
-from loyalty.recount import Totals
-from loyalty.result import Result
+from loyalty.recount import Result, Totals
 
 log = logging.getLogger("loyalty")
 

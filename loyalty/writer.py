@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Self
 
@@ -17,6 +16,7 @@ from pymongo.collection import Collection
 from loyalty.errors import FailedWrites, Unavailable
 from loyalty.ids import RAW, UNREADABLE, Document, shown, value_of
 from loyalty.overlap import Moved, Progress, overlapping
+from loyalty.recount import Refusing
 from loyalty.sorting import sorted_errors
 from loyalty.spool import Spool
 
@@ -24,19 +24,6 @@ _SAMPLES = 5
 _WRITERS = 8
 _BATCH_BYTES = 4 * 1024 * 1024  # of ids in one batch; a command may have 16 MB
 _OBJECT_ID_BYTES = 20  # with its place in an array
-
-
-@dataclass(slots=True)
-class Refusing:
-    """Users who refused their update (a validator, say): how many, why, and a few of them."""
-
-    reasons: Counter[str] = field(default_factory=Counter)
-    sample: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        most = self.reasons.most_common(3)
-        why = (f"{reason} ({'once' if n == 1 else f'{n:,} times'})" for reason, n in most)
-        return f"refused: {', '.join(self.sample)}; because: {', '.join(why)}"
 
 
 class Changes:
