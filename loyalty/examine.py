@@ -16,7 +16,7 @@ from config import Settings
 from loyalty.counting import Count
 from loyalty.errors import ServiceError
 from loyalty.ids import NO_CUSTOMER, Document, canonical, canonical_of, shown, spellings
-from loyalty.index import COLLATION, array_in, has_index, plan_of
+from loyalty.index import COLLATION, array_in, plan_of
 from loyalty.mongo import Connection
 from loyalty.recount import Recount
 from loyalty.sorting import sorted_errors
@@ -84,16 +84,10 @@ def _collections(connection: Connection, settings: Settings, found: Examination)
 
 def _index(connection: Connection, settings: Settings, found: Examination) -> None:
     plan, orders = plan_of(connection.orders, settings), connection.orders
-    if plan.ranges and not plan.fetches:
-        found.index = "there, and all that a recount reads"
+    found.index = plan.advice or "there, and all that a recount reads"
+    if not plan.advice:
         return
     names = f"{settings.status_field} or {settings.customer_field}"
-    found.index = "none that serves a recount: make it with --create-index"
-    if has_index(orders, settings):
-        found.index = (
-            "there, but not used, as if an order had once held an array: drop it, and make it "
-            "again with --create-index"
-        )
     holding = {"$or": array_in(settings.status_field) + array_in(settings.customer_field)}
     with sorted_errors("look for arrays in", orders.full_name):
         n = orders.count_documents(holding, maxTimeMS=settings.count_ms)

@@ -22,7 +22,7 @@ from loyalty.counting import snapshot_time
 from loyalty.errors import Misconfigured, ServiceError, Unavailable
 from loyalty.events import ENDS, may_have_points, stages, value_at
 from loyalty.ids import Document, canonical_of, is_hex_id, spellings
-from loyalty.index import index_is_missing
+from loyalty.index import advice_on_index
 from loyalty.mongo import Connection
 from loyalty.sorting import sorted_errors
 
@@ -210,8 +210,8 @@ def open_live(connection: Connection, settings: Settings) -> tuple[Live, Timesta
     after = snapshot_time(connection)
     if after is None:
         raise Misconfigured(f"{connection.inexact} has no change streams for this")
-    if index_is_missing(connection.orders, settings):
-        raise Misconfigured("each update would read all orders: make the index, --create-index")
+    if advice := advice_on_index(connection.orders, settings):
+        raise Misconfigured(f"each update would read all orders; the index: {advice}")
     return Live(connection, settings, after), after
 
 

@@ -17,7 +17,7 @@ from loyalty.counting import Count, Customers
 from loyalty.errors import ConfigError, Misconfigured, Refused, Unavailable
 from loyalty.history import HEARTBEAT, Heartbeat, History
 from loyalty.ids import any_case
-from loyalty.index import index_is_missing
+from loyalty.index import advice_on_index
 from loyalty.live import Live, Marks, open_live
 from loyalty.metrics import Metrics
 from loyalty.mongo import Connection, connect
@@ -43,10 +43,9 @@ def open_shop(settings: Settings, *, writing: bool) -> Connection:
             "recount may be missed or counted twice",
             connection.inexact,
         )
-    if index_is_missing(connection.orders, settings):
+    if advice := advice_on_index(connection.orders, settings):
         fields = f"{{{settings.status_field}, {settings.customer_field}}}"
-        orders = connection.orders.full_name
-        log.warning("no_index %s on %s: make it with --create-index", fields, orders)
+        log.warning("no_index %s on %s: %s", fields, connection.orders.full_name, advice)
     try:
         nobody = ObjectId()
         with suppress(Unavailable):  # the first recount will say that, and try again
