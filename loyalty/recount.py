@@ -19,7 +19,8 @@ from loyalty.ids import NO_CUSTOMER, Document, number_in, shown, value_of
 from loyalty.query import Right, Row, User
 
 _GUARD_USERS = 10
-_WARN_PERCENT = 10
+FEW_PERCENT = 10
+"""The share of those who hold points that may lose some without a word."""
 _SAMPLES = 5
 _LARGEST = 10
 
@@ -174,18 +175,17 @@ class Recount:
 
     def refusal(self) -> str | None:
         """Return why the guard refuses to write what was counted, or None if it does not."""
-        totals, limit = self.totals, self._settings.max_decrease_percent
+        totals, percent = self.totals, self._settings.max_decrease_percent
         if totals.other_values >= _GUARD_USERS and 2 * totals.other_values > totals.users:
             return (
                 f"{totals.other_values:,} of {totals.users:,} users hold something else in "
                 f"{self._settings.points_field}, such as {totals.other_value}, which would be "
                 "lost: is USER_POINTS_FIELD right? If so, let it through once with --once --force"
             )
-        few = totals.decreased < _GUARD_USERS
-        if few or limit == 100 or totals.decreased * 100 <= limit * totals.holders:
+        if not are_many(totals.decreased, totals.holders, percent):
             return None
         return (
-            f"{totals.losers} would lose some, more than MAX_DECREASE_PERCENT={limit} allows: "
+            f"{totals.losers} would lose some, more than MAX_DECREASE_PERCENT={percent} allows: "
             "are ORDER_STATUSES and the database right? If so, let one recount through with "
             "--once --force"
         )
@@ -193,7 +193,10 @@ class Recount:
     def warning(self) -> str | None:
         """Return what a person should know of this recount though it is not refused."""
         totals = self.totals
-        few = totals.decreased < _GUARD_USERS
-        if few or totals.decreased * 100 <= _WARN_PERCENT * totals.holders:
-            return None
-        return f"from {totals.losers}"
+        many = are_many(totals.decreased, totals.holders, FEW_PERCENT)
+        return f"from {totals.losers}" if many else None
+
+
+def are_many(losers: int, holders: int, percent: int) -> bool:
+    """Return whether so many who lose points are more than `percent` of those who hold some."""
+    return losers >= _GUARD_USERS and 100 * losers > percent * holders

@@ -23,13 +23,12 @@ from loyalty.metrics import Metrics
 from loyalty.mongo import Connection, connect
 from loyalty.overlap import Moved
 from loyalty.perform import Task, perform
-from loyalty.recount import Result, Totals
+from loyalty.recount import FEW_PERCENT, Result, Totals, are_many
 
 log = logging.getLogger("loyalty")
 
 _ODD_CUSTOMERS = 1_000  # each of which is looked for in 256 forms
 _QUIET = 1.0  # seconds without a change, after which a mass change has come to its end
-_FEW_USERS, _FEW_PERCENT = 10, 10
 _NEVER = Timestamp(0, 0)
 
 
@@ -235,10 +234,9 @@ class Service:
         ]
 
     def _too_many_losers(self, totals: Totals) -> str | None:
-        if self._settings.max_decrease_percent == 100:  # no guard is wanted
-            return None
         losers = self._losers + totals.decreased - totals.increased
         holders = self._last.totals.holding
-        if losers < _FEW_USERS or 100 * losers <= _FEW_PERCENT * holders:
+        is_wanted = self._settings.max_decrease_percent < 100
+        if not (is_wanted and are_many(losers, holders, FEW_PERCENT)):
             return None
         return f"live updates would take points from {losers:,} of {holders:,} users in all"
