@@ -28,91 +28,42 @@ VERSION = "0.1.0"
 
 @dataclass(frozen=True, slots=True)
 class Declared:
-    """What there is to know of a setting: its variable, and how to read and explain it."""
+    """What there is to know of a setting: its variable, and how to read it."""
 
     name: str
     default: str
     parse: Parser
-    help: str
 
 
-def _setting(name: str, default: str, parse: Parser, text: str, *, shown: bool = True) -> Any:
+def _setting(name: str, default: str, parse: Parser, *, shown: bool = True) -> Any:
     """Declare a setting; `default` is what a person would write, "" for none."""
-    return dataclasses.field(
-        metadata={"declared": Declared(name, default, parse, text)}, repr=shown
-    )
+    return dataclasses.field(metadata={"declared": Declared(name, default, parse)}, repr=shown)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What the service was told; `load` is the way to make one."""
+    """What the service was told; `load` is the way to make one, `.env.example` explains each."""
 
-    mongodb_uri: str = _setting(
-        "MONGODB_URI", "", str, "mongodb://… or mongodb+srv://…; required", shown=False
-    )
-    database: str = _setting(
-        "MONGODB_DATABASE", "", database_name, "the database; else the URI's, else oms_db"
-    )
-    orders: str = _setting("ORDERS_COLLECTION", "orders", collection, "the collection of orders")
-    users: str = _setting("USERS_COLLECTION", "users", collection, "the collection of users")
-    recounts: str = _setting(
-        "RECOUNTS_COLLECTION",
-        "loyalty_recounts",
-        collection,
-        "where the records go, a collection of its own; empty: keep none",
-    )
-    order_statuses: tuple[str, ...] = _setting(
-        "ORDER_STATUSES",
-        "Shipped",
-        statuses,
-        "comma-separated, exactly as stored; in quotes if it ends in a blank",
-    )
-    points_per_order: int = _setting(
-        "POINTS_PER_ORDER", "1", whole_number(1, 1_000_000), "1 to 1,000,000"
-    )
-    status_field: str = _setting(
-        "ORDER_STATUS_FIELD", "status", field, "an order's status; dots lead into nested documents"
-    )
-    customer_field: str = _setting(
-        "ORDER_CUSTOMER_FIELD", "customer_id", field, "the id of an order's customer"
-    )
-    points_field: str = _setting(
-        "USER_POINTS_FIELD", "loyalty_points", field, "where a user's points are written"
-    )
-    recount_interval: timedelta = _setting(
-        "RECOUNT_INTERVAL", "2h", duration(timedelta(days=366)), "90s, 30m, 2h, 1d; at most 366d"
-    )
-    live_updates: bool = _setting(
-        "LIVE_UPDATES", "no", yes, "yes: right within a second; needs a replica set"
-    )
+    mongodb_uri: str = _setting("MONGODB_URI", "", str, shown=False)
+    database: str = _setting("MONGODB_DATABASE", "", database_name)
+    orders: str = _setting("ORDERS_COLLECTION", "orders", collection)
+    users: str = _setting("USERS_COLLECTION", "users", collection)
+    recounts: str = _setting("RECOUNTS_COLLECTION", "loyalty_recounts", collection)
+    order_statuses: tuple[str, ...] = _setting("ORDER_STATUSES", "Shipped", statuses)
+    points_per_order: int = _setting("POINTS_PER_ORDER", "1", whole_number(1, 1_000_000))
+    status_field: str = _setting("ORDER_STATUS_FIELD", "status", field)
+    customer_field: str = _setting("ORDER_CUSTOMER_FIELD", "customer_id", field)
+    points_field: str = _setting("USER_POINTS_FIELD", "loyalty_points", field)
+    recount_interval: timedelta = _setting("RECOUNT_INTERVAL", "2h", duration(timedelta(days=366)))
+    live_updates: bool = _setting("LIVE_UPDATES", "no", yes)
     # The server takes maxTimeMS as a 32-bit number, which ends after 24 days.
-    count_timeout: timedelta = _setting(
-        "COUNT_TIMEOUT",
-        "10m",
-        duration(timedelta(days=24)),
-        "longest time for one aggregation; at most 24d",
-    )
-    count_workers: int = _setting(
-        "COUNT_WORKERS", "2", whole_number(1, 16), "ranges counted side by side, 1 to 16"
-    )
-    max_decrease_percent: int = _setting(
-        "MAX_DECREASE_PERCENT", "90", whole_number(0, 100), "the guard, 0 to 100; 100 turns it off"
-    )
-    batch_size: int = _setting(
-        "BATCH_SIZE", "1000", whole_number(1, 100_000), "users in one write, 1 to 100,000"
-    )
-    log_level: str = _setting(
-        "LOG_LEVEL",
-        "INFO",
-        one_of("DEBUG", "INFO", "WARNING", "ERROR"),
-        "DEBUG, INFO, WARNING or ERROR",
-    )
-    log_format: str = _setting(
-        "LOG_FORMAT", "text", one_of("text", "json"), "text; or json: one object a line"
-    )
-    metrics_file: str = _setting(
-        "METRICS_FILE", "", metrics_file, "a .prom file for node_exporter; empty: none"
-    )
+    count_timeout: timedelta = _setting("COUNT_TIMEOUT", "10m", duration(timedelta(days=24)))
+    count_workers: int = _setting("COUNT_WORKERS", "2", whole_number(1, 16))
+    max_decrease_percent: int = _setting("MAX_DECREASE_PERCENT", "90", whole_number(0, 100))
+    batch_size: int = _setting("BATCH_SIZE", "1000", whole_number(1, 100_000))
+    log_level: str = _setting("LOG_LEVEL", "INFO", one_of("DEBUG", "INFO", "WARNING", "ERROR"))
+    log_format: str = _setting("LOG_FORMAT", "text", one_of("text", "json"))
+    metrics_file: str = _setting("METRICS_FILE", "", metrics_file)
 
     @property
     def count_ms(self) -> int:
@@ -123,6 +74,15 @@ class Settings:
     def hosts(self) -> str:
         """The hosts of the URI, as written; never its credentials."""
         return split_uri(self.mongodb_uri)[1]
+
+    def shown(self) -> dict[str, Any]:
+        """Return all values by the name of their variable, but for the URI with its password."""
+        names = {attribute: setting.name for attribute, setting in declared().items()}
+        return {
+            name: getattr(self, attribute)
+            for attribute, name in names.items()
+            if name != "MONGODB_URI"
+        }
 
 
 def declared() -> dict[str, Declared]:

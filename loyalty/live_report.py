@@ -6,7 +6,8 @@ from datetime import datetime
 
 from loyalty.history import Heartbeat
 from loyalty.mongo import Connection
-from loyalty.report import counted, print_table, written
+from loyalty.parsers import written
+from loyalty.report import counted, print_table
 
 
 def status_of(beat: Heartbeat) -> str:

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 
 from bson import Timestamp
 
-from config import Settings, declared
+from config import Settings
 from loyalty.examine import Examination
 from loyalty.history import Heartbeat, is_fresh, record_of
 from loyalty.ids import Document
@@ -93,10 +93,6 @@ def of_check(
         "server": connection.server_version,
         "topology": connection.topology,
         "inexact": connection.inexact or None,
-        "settings": {
-            setting.name: getattr(settings, attribute)
-            for attribute, setting in declared().items()
-            if attribute != "mongodb_uri"
-        },
+        "settings": settings.shown(),
         "data": data,
     }

@@ -8,7 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
 Parser = Callable[[str], Any]
 
@@ -57,6 +57,15 @@ def duration(longest: timedelta) -> Parser:
         return timedelta(seconds=seconds)
 
     return parse
+
+
+def written(time: timedelta) -> str:
+    """Return a time as an operator writes it, see `duration`; what is long is rounded."""
+    seconds = int(time.total_seconds())
+    for unit, size in _SECONDS.items():
+        if seconds >= size and (seconds % size == 0 or seconds >= 100 * size):
+            return f"{seconds // size}{unit}"
+    return f"{seconds}s"
 
 
 def one_of(*words: str) -> Parser:

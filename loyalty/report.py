@@ -6,11 +6,12 @@ import logging
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 
-from config import Settings, declared
+from config import Settings
 from loyalty.examine import Examination
 from loyalty.history import is_fresh
 from loyalty.ids import Document
 from loyalty.mongo import Connection
+from loyalty.parsers import written
 from loyalty.recount import COUNTS, Change, Result, Totals
 from loyalty.statuses import Explained, is_counted, shown_status
 
@@ -18,7 +19,6 @@ log = logging.getLogger("loyalty")
 
 _CHANGE = ("user", "from", "to")
 _STATUSES = 10  # shown
-_UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
 
 def log_result(result: Result) -> None:
@@ -141,16 +141,11 @@ def print_age(age: timedelta | None, interval: timedelta) -> None:
 
 def print_settings(settings: Settings, connection: Connection, problem: str | None) -> None:
     """Print what the service goes by, without credentials."""
-    rows = [
-        (setting.name, cell(getattr(settings, attribute)))
-        for attribute, setting in declared().items()
-        if attribute != "mongodb_uri"
-    ]
     print_table(
         ("hosts", settings.hosts),
         ("server", f"{connection.server_version}, {connection.topology.replace('_', ' ')}"),
         ("one point in time", f"no: {connection.inexact}" if connection.inexact else "yes"),
-        *rows,
+        *((name, cell(value)) for name, value in settings.shown().items()),
         ("permissions", problem or "fine"),
     )
 
@@ -185,15 +180,6 @@ def print_examination(found: Examination, settings: Settings) -> None:
 
 def _such_as(found: Examination | Totals) -> str:
     return f", such as {', '.join(found.unknown_sample)}" if found.unknown_sample else ""
-
-
-def written(time: timedelta) -> str:
-    """Return a time as an operator writes it: 2h, 90s."""
-    seconds = int(time.total_seconds())
-    for unit, size in _UNITS.items():
-        if seconds >= size and (seconds % size == 0 or seconds >= 100 * size):
-            return f"{seconds // size}{unit}"
-    return f"{seconds}s"
 
 
 def cell(value: object) -> str:
