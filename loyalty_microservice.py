@@ -29,7 +29,7 @@ from pathlib import Path
 
 import config
 from config import VERSION, Settings
-from loyalty import live_report, machine, report
+from loyalty import machine, report
 from loyalty.daemon import Daemon
 from loyalty.env_file import settings_of
 from loyalty.errors import ConfigError, Exit, ServiceError
@@ -198,7 +198,7 @@ def _status(args: argparse.Namespace, settings: Settings) -> int:
         machine.print_json(machine.of_status(records, beat, age, now, settings))
     else:
         report.print_records(records)
-        live_report.print_live(beat, now, wanted=settings.live_updates)
+        report.print_live(beat, now, wanted=settings.live_updates)
         report.print_age(age, settings.recount_interval)
     return Exit.FINE if is_fresh(age, settings.recount_interval) else Exit.FOUND
 
@@ -211,7 +211,7 @@ def _check_config(args: argparse.Namespace, settings: Settings) -> int:
         if not args.json:  # before the look at the data, which takes its time
             report.print_settings(settings, connection, problem)
             if settings.live_updates:
-                live_report.print_prospects(connection, not_live, keeps_pre_images(connection))
+                report.print_prospects(connection, not_live, keeps_pre_images(connection))
         found = examine(connection, settings)
         found.problems += filter(None, [Metrics(settings).check()])
         if args.json:

@@ -12,7 +12,7 @@ from math import inf
 from bson import ObjectId, Timestamp
 
 from config import Settings
-from loyalty import live_report, report
+from loyalty import report
 from loyalty.counting import Count, Customers
 from loyalty.errors import ConfigError, Misconfigured, Refused, Unavailable
 from loyalty.history import HEARTBEAT, Heartbeat, History
@@ -186,7 +186,7 @@ class Service:
             )
             self._history.beat(beat)
             self._metrics.live(beat.waiting, live.lag())
-            moved(live_report.status_of(beat))
+            moved(report.status_of_live(beat))
 
     def _recount_marked(self, connection: Connection, marks: Marks, moved: Moved) -> None:
         customers = self._customers(marks)
