@@ -168,7 +168,7 @@ def record_of(result: Result) -> dict[str, Any]:
         "exact": result.exact,
         "outcome": result.outcome,
         **{name: getattr(result.totals, name) for name in COUNTS},
-        "refused_updates": result.refusing.reasons.total(),
+        "refused_updates": result.refused_updates,
         "error": result.error,
         "host": socket.gethostname(),
         "version": VERSION,

@@ -56,8 +56,7 @@ def _changes(changes: Sequence[Change]) -> list[Document]:
 
 
 def of_customer(customer: str, orders: Sequence[Explained], users: Sequence[Change]) -> Document:
-    names = ("id", "status", "orders", "points", "why")
-    rows = [dict(zip(names, row, strict=True)) for row in orders]
+    rows = [row._asdict() for row in orders]
     return {"customer": customer, "orders": rows, "users": _changes(users)}
 
 

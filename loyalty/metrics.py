@@ -84,7 +84,7 @@ class Metrics:
             "loyalty_recount_duration_seconds": result.seconds,
             "loyalty_users": result.totals.users,
             "loyalty_changed_users": result.totals.changed,
-            "loyalty_refused_updates": result.refusing.reasons.total(),
+            "loyalty_refused_updates": result.refused_updates,
         }
         self._write(news, result.outcome)
 

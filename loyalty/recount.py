@@ -117,6 +117,10 @@ class Result:
     def finished_at(self) -> datetime:
         return self.started_at + timedelta(seconds=self.seconds)
 
+    @property
+    def refused_updates(self) -> int:
+        return self.refusing.reasons.total()
+
 
 class Recount:
     """Takes the rows of one count; `change` gets each user's key and the points to write."""

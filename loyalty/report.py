@@ -27,7 +27,7 @@ def log_result(result: Result) -> None:
     fields: dict[str, object] = {
         "outcome": result.outcome,
         **{name: getattr(totals, name) for name in ("users", *COUNTS)},
-        "refused_updates": result.refusing.reasons.total(),
+        "refused_updates": result.refused_updates,
         "as_of": f"{result.as_of:%Y-%m-%dT%H:%M:%SZ}",
         "exact": result.exact,
         "seconds": round(result.seconds, 1),
@@ -38,7 +38,7 @@ def log_result(result: Result) -> None:
         log.debug('unknown_customers sample="%s"', ", ".join(totals.unknown_sample))
     if not totals.users:
         log.warning("no_users found: are MONGODB_DATABASE and USERS_COLLECTION right?")
-    if refused := result.refusing.reasons.total():
+    if refused := result.refused_updates:
         log.warning(
             "incomplete %s of %s users refused the update, the others are written; %s",
             *(f"{refused:,}", f"{totals.changed:,}", result.refusing),
@@ -48,7 +48,7 @@ def log_result(result: Result) -> None:
 def status_of(result: Result) -> str:
     """Return how a recount went in a few words, for systemd."""
     changed = f"{result.totals.changed:,} changed"
-    if refused := result.refusing.reasons.total():
+    if refused := result.refused_updates:
         changed += f", {counted(refused, 'user')} refused the update"
     return f"recounted as of {result.as_of:%Y-%m-%d %H:%M:%S} UTC, {changed}"
 

@@ -32,8 +32,11 @@ _QUIET = 1.0  # seconds without a change, after which a mass change has come to 
 _NEVER = Timestamp(0, 0)
 
 
-def open_shop(settings: Settings, *, writing: bool) -> Connection:
-    """Connect, prove that the server can do what a recount needs, and say what is to be known."""
+def open_shop(settings: Settings, *, writing: bool, recording: bool = True) -> Connection:
+    """Connect, prove that the server can do what a recount needs, and say what is to be known.
+
+    `recording`: if it is for writing, then records must have a place of their own, too.
+    """
     connection = connect(settings, writing=writing)
     log.info("connected %s", connection.description)
     if connection.inexact:
@@ -49,7 +52,7 @@ def open_shop(settings: Settings, *, writing: bool) -> Connection:
         nobody = ObjectId()
         with suppress(Unavailable):  # the first recount will say that, and try again
             list(Count(connection, settings, datetime.now(UTC)).of_customers([(nobody, [nobody])]))
-        if writing:
+        if writing and recording:
             History(connection.recounts).check()
     except BaseException:
         connection.client.close()
@@ -197,7 +200,7 @@ class Service:
         except Refused as error:
             self._hold(error)
             return
-        totals, refused = result.totals, result.refusing.reasons.total()
+        totals, refused = result.totals, result.refused_updates
         self._losers = max(0, self._losers + totals.decreased - totals.increased)
         self._customers_updated += totals.changed - refused
         if refused:
