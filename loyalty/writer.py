@@ -23,7 +23,7 @@ from loyalty.spool import Spool
 _SAMPLES = 5
 _WRITERS = 8
 _BATCH_BYTES = 4 * 1024 * 1024  # of ids in one batch; a command may have 16 MB
-_OBJECT_ID_BYTES = 20  # with its place in an array
+_OBJECT_ID_BYTES = 20  # with its place in an array; to measure each would take time
 
 
 class Changes:
@@ -37,18 +37,18 @@ class Changes:
     def __init__(self, batch_size: int, points_field: str) -> None:
         self._batch_size = batch_size
         self._field = points_field
-        self._in_batch = self._bytes = self._total = 0
-        self._ids: defaultdict[int, list[Any]] = defaultdict(list)
-        self._unreadable: list[Document] = []
-        self._spool = Spool()
+        self.clear()
 
     def clear(self) -> None:
         """Forget all that was added."""
-        self._in_batch = self._bytes = self._total = 0
-        self._ids.clear()
-        self._unreadable.clear()
-        self._spool.close()
-        self._spool = Spool()
+        self._total = 0
+        self._spool = Spool()  # the one before closes itself
+        self._begin_batch()
+
+    def _begin_batch(self) -> None:
+        self._in_batch = self._bytes = 0
+        self._ids: defaultdict[int, list[Any]] = defaultdict(list)
+        self._unreadable: list[Document] = []
 
     def __enter__(self) -> Self:
         return self
@@ -64,8 +64,7 @@ class Changes:
         else:
             self._ids[points].append(own)
         self._in_batch += 1
-        readable = not isinstance(own, ObjectId) and own is not UNREADABLE
-        self._bytes += len(bson.encode({"": own})) if readable else _OBJECT_ID_BYTES
+        self._bytes += _OBJECT_ID_BYTES if isinstance(own, ObjectId) else len(bson.encode(key))
         if self._in_batch == self._batch_size or self._bytes > _BATCH_BYTES:
             self._end_batch()
 
@@ -75,9 +74,7 @@ class Changes:
             bson.encode({"size": self._in_batch, "updates": updates + self._unreadable})
         )
         self._total += self._in_batch
-        self._in_batch = self._bytes = 0
-        self._ids.clear()
-        self._unreadable.clear()
+        self._begin_batch()
 
     def write(self, users: Collection[Any], moved: Moved) -> Refusing:
         """Set the points, and return who refused. Raises ServiceError."""
