@@ -1,15 +1,22 @@
-"""Settings: each declared once, read from a mapping that is passed in, checked whole, immutable."""
+"""Settings: each declared once; read from the environment and a file, checked whole, immutable."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import difflib
+import logging
+import os
+import stat
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from dotenv.parser import parse_stream
+
 from loyalty.errors import ConfigError
+from loyalty.logs import log_as
 from loyalty.parsers import (
     Parser,
     collection,
@@ -24,6 +31,11 @@ from loyalty.parsers import (
 from loyalty.uri import database_name, split_uri, uri_faults
 
 VERSION = "0.1.0"
+
+log = logging.getLogger("loyalty")
+
+_URI_NAMES = {"MONGODB_URI", "MONGODB_URI_FILE"}
+_NEAR = 0.8  # how alike a name must be to one of ours to be a misspelling of it, from 0 to 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +102,26 @@ def declared() -> dict[str, Declared]:
     return {f.name: f.metadata["declared"] for f in dataclasses.fields(Settings)}
 
 
+def settings_of(given: Path | None, usual: Path) -> Settings:
+    """Read the settings: the environment's first, then those of a file.
+
+    The `usual` file need not be there. Raises ConfigError.
+    """
+    values: dict[str, str] = {}
+    path = given or usual
+    log_as(os.environ.get("LOG_FORMAT", ""))
+    if given or path.exists():
+        values = read_env_file(path)
+        log_as({**values, **os.environ}.get("LOG_FORMAT", ""))
+        mode = path.stat().st_mode
+        if stat.S_ISREG(mode) and mode & stat.S_IROTH:
+            told = {"event": "configuration"}
+            log.warning("others can read %s: chmod 600 %s", path, path, extra=told)
+    if os.environ.keys() & _URI_NAMES:  # either of them outside replaces both in the file
+        values = {name: value for name, value in values.items() if name not in _URI_NAMES}
+    return load({**values, **os.environ})
+
+
 def load(values: Mapping[str, str]) -> Settings:
     """Check `values` (as in `os.environ`) and return the settings.
 
@@ -143,7 +175,7 @@ def _read_uri(values: Mapping[str, str], faults: list[str]) -> str:
         try:
             uri = Path(file).read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
-            faults.append(f"MONGODB_URI_FILE: {file}: {reason(error)}")
+            faults.append(f"MONGODB_URI_FILE: {file}: {_reason(error)}")
             return ""
     if uri:
         faults.extend(f"MONGODB_URI: {fault}" for fault in uri_faults(uri))
@@ -154,6 +186,41 @@ def _read_uri(values: Mapping[str, str], faults: list[str]) -> str:
     return uri
 
 
-def reason(error: OSError | UnicodeDecodeError) -> str:
+def read_env_file(path: Path) -> dict[str, str]:
+    """Return the settings in an `.env` file, taken literally: `$`, `%` and `#` in a value stay.
+
+    Raises ConfigError where the file cannot be read, a line is not `NAME=value`, or a name is
+    nearly one of ours.
+    """
+    # python-dotenv's own loader only warns about a bad line; its parser tells which one it is.
+    try:
+        with path.open(encoding="utf-8-sig") as stream:
+            lines = list(parse_stream(stream))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {_reason(error)}") from None
+    bad = [line.original.line for line in lines if line.error or (line.key and line.value is None)]
+    faults = [f"{path} line {n}: not NAME=value (quotes that do not close?)" for n in bad]
+    values = {line.key: line.value for line in lines if line.key and line.value is not None}
+    faults += _misspelt(values)
+    if faults:
+        raise ConfigError(*faults)
+    return values
+
+
+def _misspelt(names: Iterable[str]) -> list[str]:
+    """Return a fault for each name that is not, but nearly, a setting's.
+
+    Only of a file: in the environment, other programs have names of their own.
+    """
+    ours = ["MONGODB_URI_FILE", *(setting.name for setting in declared().values())]
+    faults = []
+    for name in names:
+        near = difflib.get_close_matches(name.upper(), ours, n=1, cutoff=_NEAR)
+        if name not in ours and near:
+            faults.append(f"unknown setting {name}, did you mean {near[0]}?")
+    return faults
+
+
+def _reason(error: OSError | UnicodeDecodeError) -> str:
     """Return why a file cannot be read, in a few words."""
     return str(error.strerror) if isinstance(error, OSError) else "it is not UTF-8 text"

@@ -28,10 +28,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import config
-from config import VERSION, Settings
+from config import VERSION, Settings, settings_of
 from loyalty import machine, report
 from loyalty.daemon import Daemon
-from loyalty.env_file import settings_of
 from loyalty.errors import ConfigError, Exit, Misconfigured, ServiceError
 from loyalty.examine import examine
 from loyalty.history import History, is_fresh
