@@ -80,11 +80,12 @@ class Service:
         self._held_at = -inf
         self._beat_at = 0.0
 
-    def connect(self) -> None:
-        """Connect for the first time. Raises ServiceError."""
+    def connect(self) -> Connection:
+        """Connect, as the settings are. Raises ServiceError."""
         self._metrics.keep()
         self._connection = open_shop(self._settings, writing=True)
         self._history = History(self._connection.recounts)
+        return self._connection
 
     def recount(self, moved: Moved) -> str:
         """Recount everyone, and return how it went, for a person. Raises ServiceError."""
@@ -95,13 +96,11 @@ class Service:
 
         try:
             with self._metrics.counting(), self._or_anew():
-                if self._connection is None:
-                    self._reconnect()
-                assert self._connection is not None
+                connection = self._connection or self._reconnect()
                 # Also where another server answers, or one that is behind: nothing older is written
                 # over what is known to be newer.
-                task = Task(at=max(self._watch(self._connection), self._newest))
-                result = perform(self._connection, self._settings, self._history, task, moving)
+                task = Task(at=max(self._watch(connection), self._newest))
+                result = perform(connection, self._settings, self._history, task, moving)
         except Refused as error:  # to try again soon would not help; the next is on schedule
             log.error("refused %s", error)
             return f"refused: {error}"
@@ -116,12 +115,12 @@ class Service:
             self._live.forget(result.first_time)
         return report.status_of(result)
 
-    def _reconnect(self) -> None:
+    def _reconnect(self) -> Connection:
         try:
             self._settings = self._reload()  # the password may have changed, and the file with it
         except ConfigError as error:
             raise Misconfigured(str(error)) from error
-        self.connect()
+        return self.connect()
 
     def meanwhile(self, seconds: float, moved: Moved) -> None:
         """Do live updates for about so long. Raises ServiceError if that cannot go on.
