@@ -8,11 +8,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-import bson
 from bson import ObjectId, Timestamp
 from bson.codec_options import CodecOptions, DatetimeConversion
 from pymongo.change_stream import ChangeStream
@@ -20,8 +18,8 @@ from pymongo.change_stream import ChangeStream
 from config import Settings
 from loyalty.counting import snapshot_time
 from loyalty.errors import Misconfigured, ServiceError, Unavailable
-from loyalty.events import ENDS, may_have_points, stages, value_at
-from loyalty.ids import Document, canonical_of, is_hex_id, spellings
+from loyalty.events import ENDS, Marks, stages, value_at
+from loyalty.ids import Document
 from loyalty.index import advice_on_index
 from loyalty.mongo import Connection
 from loyalty.sorting import sorted_errors
@@ -41,33 +39,6 @@ _BATCH = 1_000
 _ANYTHING: CodecOptions[dict[str, Any]] = CodecOptions(
     datetime_conversion=DatetimeConversion.DATETIME_AUTO, unicode_decode_error_handler="replace"
 )
-
-
-@dataclass(slots=True)
-class Marks:
-    """Customers to be recounted as of `time` or later, and updated orders whose customers are."""
-
-    time: Timestamp = field(default_factory=lambda: Timestamp(0, 0))
-    customers: dict[bytes, Any] = field(default_factory=dict)
-    orders: list[Any] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.customers) + len(self.orders)
-
-    def add(self, customer: Any) -> None:
-        """Mark a customer, by the id as it stands in an order."""
-        if may_have_points(customer):
-            self.customers[bson.encode({"": customer})] = customer
-
-    def forms(self, odd_forms: dict[ObjectId, set[str]]) -> list[tuple[Any, list[Any]]]:
-        """Return each customer's canonical id, with all forms of it; new odd ones are added."""
-        own = {}
-        for customer in self.customers.values():
-            canonical = canonical_of(customer)
-            own[bson.encode({"": canonical})] = canonical
-            if is_hex_id(customer) and customer not in spellings(canonical):
-                odd_forms.setdefault(canonical, set()).add(customer)
-        return [(one, [*spellings(one), *_odd(one, odd_forms)]) for one in own.values()]
 
 
 class Live:
@@ -236,7 +207,3 @@ def keeps_pre_images(connection: Connection) -> bool | None:
     except ServiceError:
         return None
     return bool(options.get("changeStreamPreAndPostImages", {}).get("enabled"))
-
-
-def _odd(customer: Any, odd_forms: dict[ObjectId, set[str]]) -> set[str]:
-    return odd_forms.get(customer, set()) if isinstance(customer, ObjectId) else set()

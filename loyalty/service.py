@@ -15,10 +15,11 @@ from config import Settings
 from loyalty import report
 from loyalty.counting import Count, Customers
 from loyalty.errors import ConfigError, Misconfigured, Refused, Unavailable
+from loyalty.events import Marks
 from loyalty.history import HEARTBEAT, Heartbeat, History
 from loyalty.ids import any_case
 from loyalty.index import advice_on_index
-from loyalty.live import Live, Marks, open_live
+from loyalty.live import Live, open_live
 from loyalty.metrics import Metrics
 from loyalty.mongo import Connection, connect
 from loyalty.overlap import Moved
