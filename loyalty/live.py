@@ -19,6 +19,7 @@ from config import Settings
 from loyalty.counting import snapshot_time
 from loyalty.errors import Misconfigured, ServiceError, Unavailable
 from loyalty.events import ENDS, Marks, stages, value_at
+from loyalty.history import Heartbeat
 from loyalty.ids import Document
 from loyalty.index import advice_on_index
 from loyalty.mongo import Connection
@@ -48,6 +49,10 @@ class Live:
         """Open it for whatever comes after a cluster time. Raises ServiceError."""
         self.since = datetime.now(UTC)
         self.last_event: datetime | None = None
+        self.last_update: datetime | None = None
+        self.customers_updated = 0
+        self.held = False
+        """Whether updates are held back until everyone has been counted."""
         self._field = settings.customer_field
         self._client = connection.client
         self._orders = connection.orders.with_options(codec_options=_ANYTHING)
@@ -74,6 +79,16 @@ class Live:
     def waiting(self) -> int:
         """Return how many changes are waiting."""
         return len(self._marks)
+
+    def heartbeat(self) -> Heartbeat:
+        """Return how live updates are doing by now."""
+        return Heartbeat(
+            live_since=self.since,
+            last_event=self.last_event,
+            last_update=self.last_update,
+            customers_updated=self.customers_updated,
+            waiting=self.waiting(),
+        )
 
     def lag(self) -> float:
         """Return for how many seconds the oldest of them has been waiting."""
@@ -128,7 +143,8 @@ class Live:
         marks.orders.clear()
 
     def forget(self, until: Timestamp) -> None:
-        """Drop all marks, unless one is newer than a count of everyone."""
+        """Drop all marks, unless one is newer than a count of everyone; hold back no more."""
+        self.held = False
         with self._lock:
             if self._marks.time <= until:
                 self._marks = Marks()

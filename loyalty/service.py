@@ -16,7 +16,7 @@ from loyalty import report
 from loyalty.counting import Count, Customers
 from loyalty.errors import ConfigError, Misconfigured, Refused, Unavailable
 from loyalty.events import Marks
-from loyalty.history import HEARTBEAT, Heartbeat, History
+from loyalty.history import HEARTBEAT, History
 from loyalty.ids import any_case
 from loyalty.index import advice_on_index
 from loyalty.live import Live, open_live
@@ -74,10 +74,7 @@ class Service:
         self._warned = False
         self._last = Result(datetime.now(UTC), datetime.now(UTC))  # full recount
         self._newest = _NEVER  # time that a live update was about
-        self._customers_updated = 0
-        self._updated_at: datetime | None = None
         self._losers = 0  # since the last full recount, less those who have gained
-        self._held = False
         self._held_at = -inf
         self._beat_at = 0.0
 
@@ -111,7 +108,7 @@ class Service:
                 self._connection = None
             raise
         self._metrics.recounted(result)
-        self._last, self._losers, self._held = result, 0, False
+        self._last, self._losers = result, 0
         if self._live is not None and result.first_time is not None:
             self._live.forget(result.first_time)
         return report.status_of(result)
@@ -160,7 +157,6 @@ class Service:
         return after
 
     def _stop_watching(self) -> None:
-        self._held = False
         if self._live is not None:
             self._live.close()
             self._live = None
@@ -168,7 +164,7 @@ class Service:
             log.info("live_ended until the next recount of everyone")
 
     def _update(self, connection: Connection, live: Live, seconds: float, moved: Moved) -> None:
-        if self._held:  # and so no heartbeat, which would call the points fresh
+        if live.held:  # and so no heartbeat, which would call the points fresh
             live.check()
             if live.quiet_for() > _QUIET:
                 raise Unavailable(
@@ -177,38 +173,34 @@ class Service:
             time.sleep(min(seconds, _QUIET / 4))
             return
         if marks := live.take(seconds):
-            self._recount_marked(connection, marks, moved)
+            self._recount_marked(connection, live, marks, moved)
         if time.monotonic() - self._beat_at >= HEARTBEAT.total_seconds():
             self._beat_at = time.monotonic()
-            beat = Heartbeat(
-                live_since=live.since,
-                last_event=live.last_event,
-                last_update=self._updated_at,
-                customers_updated=self._customers_updated,
-                waiting=live.waiting(),
-            )
+            beat = live.heartbeat()
             self._history.beat(beat)
             self._metrics.live(beat.waiting, live.lag())
             moved(report.status_of_live(beat))
 
-    def _recount_marked(self, connection: Connection, marks: Marks, moved: Moved) -> None:
+    def _recount_marked(
+        self, connection: Connection, live: Live, marks: Marks, moved: Moved
+    ) -> None:
         customers = self._customers(marks)
         self._newest = max(self._newest, marks.time)
         task = Task(customers=customers, at=marks.time, guard=self._too_many_losers)
         try:
             result = perform(connection, self._settings, History(None), task, moved)
         except Refused as error:
-            self._hold(error)
+            self._hold(live, error)
             return
         totals, refused = result.totals, result.refused_updates
         self._losers = max(0, self._losers + totals.decreased - totals.increased)
-        self._customers_updated += totals.changed - refused
+        live.customers_updated += totals.changed - refused
+        live.last_update = datetime.now(UTC)
         if refused:
             log.warning("incomplete %d users refused a live update; %s", refused, result.refusing)
-        self._updated_at = datetime.now(UTC)
         log.debug("live_update customers=%d changed=%d", len(customers), totals.changed)
 
-    def _hold(self, why: Refused) -> None:
+    def _hold(self, live: Live, why: Refused) -> None:
         """Hold live updates back: a mass change, and the guard is to judge the whole of it.
 
         Once it is over, everyone is recounted. Another within the interval may be a piece of the
@@ -216,7 +208,7 @@ class Service:
         """
         now, interval = time.monotonic(), self._settings.recount_interval.total_seconds()
         again = now - self._held_at < interval
-        self._held, self._held_at = True, now
+        live.held, self._held_at = True, now
         self._metrics.not_live()
         log.warning("held %s%s", why, ", again: until the next recount" if again else "")
         if again:
