@@ -40,8 +40,8 @@ from loyalty.live import keeps_pre_images, why_not_live
 from loyalty.logs import log_to_stderr
 from loyalty.metrics import Metrics
 from loyalty.mongo import connect
-from loyalty.perform import Task, perform
-from loyalty.service import Service, open_shop
+from loyalty.perform import Task, open_shop, perform
+from loyalty.service import Service
 from loyalty.statuses import explained, orders_of
 
 log = logging.getLogger("loyalty")

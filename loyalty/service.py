@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from math import inf
 
@@ -13,17 +13,16 @@ from bson import ObjectId, Timestamp
 
 from config import Settings
 from loyalty import report
-from loyalty.counting import Count, Customers
+from loyalty.counting import Customers
 from loyalty.errors import ConfigError, Misconfigured, Refused, Unavailable
 from loyalty.events import Marks
 from loyalty.history import HEARTBEAT, History
 from loyalty.ids import any_case
-from loyalty.index import advice_on_index
 from loyalty.live import Live, open_live
 from loyalty.metrics import Metrics
-from loyalty.mongo import Connection, connect
+from loyalty.mongo import Connection
 from loyalty.overlap import Moved
-from loyalty.perform import Task, perform
+from loyalty.perform import Task, open_shop, perform
 from loyalty.recount import FEW_PERCENT, Result, Totals, are_many
 
 log = logging.getLogger("loyalty")
@@ -31,34 +30,6 @@ log = logging.getLogger("loyalty")
 _ODD_CUSTOMERS = 1_000  # each of which is looked for in 256 forms
 _QUIET = 1.0  # seconds without a change, after which a mass change has come to its end
 _NEVER = Timestamp(0, 0)
-
-
-def open_shop(settings: Settings, *, writing: bool, recording: bool = True) -> Connection:
-    """Connect, prove that the server can do what a recount needs, and say what is to be known.
-
-    `recording`: if it is for writing, then records must have a place of their own, too.
-    """
-    connection = connect(settings, writing=writing)
-    log.info("connected %s", connection.description)
-    if connection.inexact:
-        log.warning(
-            "not_exact %s cannot read as of one point in time: an order that changes during a "
-            "recount may be missed or counted twice",
-            connection.inexact,
-        )
-    if advice := advice_on_index(connection.orders, settings):
-        fields = f"{{{settings.status_field}, {settings.customer_field}}}"
-        log.warning("no_index %s on %s: %s", fields, connection.orders.full_name, advice)
-    try:
-        nobody = ObjectId()
-        with suppress(Unavailable):  # the first recount will say that, and try again
-            list(Count(connection, settings, datetime.now(UTC)).of_customers([(nobody, [nobody])]))
-        if writing and recording:
-            History(connection.recounts).check()
-    except BaseException:
-        connection.client.close()
-        raise
-    return connection
 
 
 class Service:
