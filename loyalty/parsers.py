@@ -70,9 +70,8 @@ def written(time: timedelta) -> str:
 
 def one_of(*words: str) -> Parser:
     def parse(text: str) -> str:
-        for word in words:
-            if text.lower() == word.lower():
-                return word
+        if found := [word for word in words if word.lower() == text.lower()]:
+            return found[0]
         raise ValueError(f"{text!r} is not one of {', '.join(words)}")
 
     return parse

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from typing import Any
-from urllib.parse import unquote_plus
+from urllib.parse import parse_qsl, unquote_plus
 
 from pymongo import MongoClient
 from pymongo.errors import PyMongoError
@@ -37,8 +37,8 @@ def split_uri(uri: str) -> tuple[str, str, str, str]:
 
 def options_of(uri: str) -> dict[str, str]:
     """Return the options of a URI, their names in lower case."""
-    pairs = (option.partition("=") for option in re.split("[&;]", split_uri(uri)[3]) if option)
-    return {name.lower(): unquote_plus(value) for name, _, value in pairs}
+    options = split_uri(uri)[3].replace(";", "&")
+    return {name.lower(): value for name, value in parse_qsl(options, keep_blank_values=True)}
 
 
 def database_name(text: str) -> str:
