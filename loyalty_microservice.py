@@ -28,11 +28,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import config
-from config import VERSION, Settings
-from loyalty import live_report, machine, report
+from config import VERSION, Settings, settings_of
+from loyalty import machine, report
 from loyalty.daemon import Daemon
-from loyalty.env_file import settings_of
-from loyalty.errors import ConfigError, Exit, ServiceError
+from loyalty.errors import ConfigError, Exit, Misconfigured, ServiceError
 from loyalty.examine import examine
 from loyalty.history import History, is_fresh
 from loyalty.ids import forms_of
@@ -41,8 +40,8 @@ from loyalty.live import keeps_pre_images, why_not_live
 from loyalty.logs import log_to_stderr
 from loyalty.metrics import Metrics
 from loyalty.mongo import connect
-from loyalty.perform import Task, perform
-from loyalty.service import Service, open_shop
+from loyalty.perform import Task, open_shop, perform
+from loyalty.service import Service
 from loyalty.statuses import explained, orders_of
 
 log = logging.getLogger("loyalty")
@@ -198,27 +197,32 @@ def _status(args: argparse.Namespace, settings: Settings) -> int:
         machine.print_json(machine.of_status(records, beat, age, now, settings))
     else:
         report.print_records(records)
-        live_report.print_live(beat, now, wanted=settings.live_updates)
+        report.print_live(beat, now, wanted=settings.live_updates)
         report.print_age(age, settings.recount_interval)
     return Exit.FINE if is_fresh(age, settings.recount_interval) else Exit.FOUND
 
 
 def _check_config(args: argparse.Namespace, settings: Settings) -> int:
-    with open_shop(settings, writing=True) as connection:
-        problem, not_live = History(connection.recounts).check(), None
-        if settings.live_updates:
-            not_live = why_not_live(connection, settings)
+    misplaced: Misconfigured | None = None
+    with open_shop(settings, writing=True, recording=False) as connection:
+        try:
+            problem = History(connection.recounts).check()
+        except Misconfigured as error:  # said at the end: the data may have other problems
+            problem, misplaced = str(error), error
+        not_live = why_not_live(connection, settings) if settings.live_updates else None
         if not args.json:  # before the look at the data, which takes its time
             report.print_settings(settings, connection, problem)
             if settings.live_updates:
-                live_report.print_prospects(connection, not_live, keeps_pre_images(connection))
+                report.print_prospects(connection, not_live, keeps_pre_images(connection))
         found = examine(connection, settings)
         found.problems += filter(None, [Metrics(settings).check()])
-        if args.json:
+        if not args.json:
+            report.print_examination(found, settings)
+        elif not misplaced:
             found.problems += [f"live updates will not work: {not_live}"] if not_live else []
             machine.print_json(machine.of_check(settings, connection, problem, found))
-        else:
-            report.print_examination(found, settings)
+    if misplaced:
+        raise misplaced
     return Exit.FOUND if problem or not_live or found.problems else Exit.FINE
 
 

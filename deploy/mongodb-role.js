@@ -17,8 +17,7 @@ const user = "loyalty";
 const role = "loyaltyMicroservice";
 
 const privileges = [
-  // listIndexes is only for the warning that a large collection has no index.
-  { resource: { db: database, collection: orders }, actions: ["find", "listIndexes"] },
+  { resource: { db: database, collection: orders }, actions: ["find"] },
   // For --create-index; the service itself does without.
   // { resource: { db: database, collection: orders }, actions: ["createIndex"] },
   // For LIVE_UPDATES=yes: the change stream, and the heartbeat among the records.

@@ -35,7 +35,7 @@ _TICK = 1.0  # the longest time, in seconds, between two looks at the clocks
 class Work(Protocol):
     """What a daemon does; all of it may raise ServiceError."""
 
-    def connect(self) -> None:
+    def connect(self) -> object:
         """Do once what has to succeed before anything else."""
 
     def recount(self, moved: Moved) -> str:

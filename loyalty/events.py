@@ -1,13 +1,15 @@
-"""What the change stream tells: which events may change a count, and of these only the ids."""
+"""What the change stream tells: which events may change a count, and the customers they mark."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
-from bson import Regex
+import bson
+from bson import ObjectId, Regex, Timestamp
 
 from config import Settings
-from loyalty.ids import Document
+from loyalty.ids import Document, canonical_of, is_hex_id, spellings
 
 ENDS = ["drop", "rename", "dropDatabase", "invalidate"]
 """What happens to the collection as a whole; after it, a stream tells nothing more."""
@@ -55,6 +57,37 @@ def stages(settings: Settings) -> list[Document]:
 
 def _pairs(name: str) -> Document:
     return {"$objectToArray": {"$ifNull": [f"$updateDescription.{name}", {}]}}
+
+
+@dataclass(slots=True)
+class Marks:
+    """Customers to be recounted as of `time` or later, and updated orders whose customers are."""
+
+    time: Timestamp = field(default_factory=lambda: Timestamp(0, 0))
+    customers: dict[bytes, Any] = field(default_factory=dict)
+    orders: list[Any] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.customers) + len(self.orders)
+
+    def add(self, customer: Any) -> None:
+        """Mark a customer, by the id as it stands in an order."""
+        if may_have_points(customer):
+            self.customers[bson.encode({"": customer})] = customer
+
+    def forms(self, odd_forms: dict[ObjectId, set[str]]) -> list[tuple[Any, list[Any]]]:
+        """Return each customer's canonical id, with all forms of it; new odd ones are added."""
+        own = {}
+        for customer in self.customers.values():
+            canonical = canonical_of(customer)
+            own[bson.encode({"": canonical})] = canonical
+            if is_hex_id(customer) and customer not in spellings(canonical):
+                odd_forms.setdefault(canonical, set()).add(customer)
+        return [(one, [*spellings(one), *_odd(one, odd_forms)]) for one in own.values()]
+
+
+def _odd(customer: Any, odd_forms: dict[ObjectId, set[str]]) -> set[str]:
+    return odd_forms.get(customer, set()) if isinstance(customer, ObjectId) else set()
 
 
 def may_have_points(customer: Any) -> bool:

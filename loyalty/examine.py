@@ -13,10 +13,10 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from config import Settings
-from loyalty.counting import Count
+from loyalty.counting import Count, Customers
 from loyalty.errors import ServiceError
 from loyalty.ids import NO_CUSTOMER, Document, canonical, canonical_of, shown, spellings
-from loyalty.index import COLLATION, array_in, has_index, plan_of
+from loyalty.index import COLLATION, array_in, plan_of
 from loyalty.mongo import Connection
 from loyalty.recount import Recount
 from loyalty.sorting import sorted_errors
@@ -84,16 +84,10 @@ def _collections(connection: Connection, settings: Settings, found: Examination)
 
 def _index(connection: Connection, settings: Settings, found: Examination) -> None:
     plan, orders = plan_of(connection.orders, settings), connection.orders
-    if plan.ranges and not plan.fetches:
-        found.index = "there, and all that a recount reads"
+    found.index = plan.advice or "there, and all that a recount reads"
+    if not plan.advice:
         return
     names = f"{settings.status_field} or {settings.customer_field}"
-    found.index = "none that serves a recount: make it with --create-index"
-    if has_index(orders, settings):
-        found.index = (
-            "there, but not used, as if an order had once held an array: drop it, and make it "
-            "again with --create-index"
-        )
     holding = {"$or": array_in(settings.status_field) + array_in(settings.customer_field)}
     with sorted_errors("look for arrays in", orders.full_name):
         n = orders.count_documents(holding, maxTimeMS=settings.count_ms)
@@ -107,20 +101,16 @@ def _index(connection: Connection, settings: Settings, found: Examination) -> No
 def _users(connection: Connection, settings: Settings, found: Examination) -> None:
     points = f"${settings.points_field}"
     holds = {"$and": [{"$isNumber": points}, {"$gt": [points, 0]}]}
-    grouped: list[Document] = [{"$sample": {"size": _USERS}}] if found.sampled else []
-    grouped += [
-        {
-            "$group": {
-                "_id": {"$type": "$_id"},
-                "n": {"$sum": 1},
-                "holders": {"$sum": {"$cond": [holds, 1, 0]}},
-            }
-        },
-        {"$sort": {"n": -1}},
-    ]
+    group = {
+        "_id": {"$type": "$_id"},
+        "n": {"$sum": 1},
+        "holders": {"$sum": {"$cond": [holds, 1, 0]}},
+    }
+    sample: list[Document] = [{"$sample": {"size": _USERS}}] if found.sampled else []
+    asked: list[Document] = [*sample, {"$group": group}, {"$sort": {"n": -1}}]
     users = connection.users
     with sorted_errors("find in", users.full_name):
-        rows = list(users.aggregate(grouped, maxTimeMS=settings.count_ms))
+        rows = list(users.aggregate(asked, maxTimeMS=settings.count_ms))
     seen = sum(row["n"] for row in rows)
     found.ids = {row["_id"]: _scaled(row["n"], seen, found.users) for row in rows}
     found.holders = _scaled(sum(row["holders"] for row in rows), seen, found.users)
@@ -154,21 +144,15 @@ def _references(connection: Connection, settings: Settings, found: Examination) 
             ["$own"],
         ]
     }
-    users, orders = connection.users, connection.orders
+    orders = connection.orders
+    users_of_forms = {"from": settings.users, "localField": "forms", "foreignField": "_id"}
     looked_up: list[Document] = [
         {"$sample": {"size": _ORDERS}},
         {"$match": {settings.status_field: {"$in": list(settings.order_statuses)}}},
         {"$limit": _USERS},
         {"$project": {"own": canonical(f"${settings.customer_field}", NO_CUSTOMER)}},
         {"$set": {"forms": forms}},
-        {
-            "$lookup": {
-                "from": users.name,
-                "localField": "forms",
-                "foreignField": "_id",
-                "as": "users",
-            }
-        },
+        {"$lookup": {**users_of_forms, "as": "users"}},
         {"$project": {"own": 1, "known": {"$ne": ["$users", []]}}},
     ]
     with sorted_errors("look up the users of", orders.full_name):
@@ -177,10 +161,8 @@ def _references(connection: Connection, settings: Settings, found: Examination) 
     counted = sum(n for status, n in found.statuses if is_counted(status, settings))
     nobody = [row["own"] for row in rows if row["own"] == NO_CUSTOMER]
     unknown = [row["own"] for row in rows if not row["known"] and row["own"] != NO_CUSTOMER]
-    found.orders_without_customer = _scaled(len(nobody), len(rows), counted)
-    found.orders_of_unknown_customers = _scaled(len(unknown), len(rows), counted)
+    _note_references(settings, found, len(nobody), len(unknown), of=len(rows), counted=counted)
     found.unknown_sample = [shown(own) for own in unknown[:5]]
-    _nobody_known(len(rows) - len(nobody) - len(unknown), len(rows), settings, found)
 
 
 def _points(connection: Connection, settings: Settings, found: Examination) -> None:
@@ -190,36 +172,38 @@ def _points(connection: Connection, settings: Settings, found: Examination) -> N
     if not found.sampled:
         rows = count.of_everyone(in_one_piece=True)
     elif plan_of(connection.orders, settings).ranges:
-        customers = [(own, spellings(own)) for own in _some_customers(connection, settings)]
-        rows = count.of_customers(customers, everyone=True)
+        rows = count.of_customers(_some_customers(connection, settings), everyone=True)
     else:
         return  # each customer would be a look at all orders
     for row in rows:
         recount.take(row)
     totals = recount.totals
     if not found.sampled:
-        found.orders_without_customer = totals.orders_without_customer
-        found.orders_of_unknown_customers = totals.orders_of_unknown_customers
         found.unknown_sample = totals.unknown_sample
-        earning = totals.counted_orders - totals.orders_without_customer
-        earning -= totals.orders_of_unknown_customers
-        _nobody_known(earning, totals.counted_orders, settings, found)
+        nobody, unknown = totals.orders_without_customer, totals.orders_of_unknown_customers
+        counted = totals.counted_orders
+        _note_references(settings, found, nobody, unknown, of=counted, counted=counted)
     found.decreased = _scaled(totals.decreased, totals.users, found.users)
     if refusal := recount.refusal():
         whom = " (going by a sample of users)" if found.sampled else ""
         found.problems.append(f"the guard would refuse the recount{whom}: {refusal}")
 
 
-def _some_customers(connection: Connection, settings: Settings) -> list[Any]:
+def _some_customers(connection: Connection, settings: Settings) -> Customers:
     users = connection.users
     sample: list[Document] = [{"$sample": {"size": _USERS}}, {"$project": {"_id": 1}}]
     with sorted_errors("find in", users.full_name):
         ids = [u["_id"] for u in users.aggregate(sample, maxTimeMS=settings.count_ms)]
-    return [canonical_of(own) for own in ids]
+    return [(own, spellings(own)) for own in map(canonical_of, ids)]
 
 
-def _nobody_known(earning: int, counted: int, settings: Settings, found: Examination) -> None:
-    if counted and not earning and found.users:
+def _note_references(
+    settings: Settings, found: Examination, nobody: int, unknown: int, *, of: int, counted: int
+) -> None:
+    """Note how many counted orders have no customer, or an unknown one, going by some `of` them."""
+    found.orders_without_customer = _scaled(nobody, of, counted)
+    found.orders_of_unknown_customers = _scaled(unknown, of, counted)
+    if of and nobody + unknown == of and found.users:
         found.problems.append(
             "no order that counts refers to a user: are ORDER_CUSTOMER_FIELD="
             f"{settings.customer_field} and USERS_COLLECTION={settings.users} right?"

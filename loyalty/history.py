@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -16,7 +16,7 @@ from pymongo.collection import Collection
 from config import VERSION
 from loyalty.errors import Misconfigured, NoPermission, ServiceError, Unavailable
 from loyalty.ids import Document
-from loyalty.result import COUNTS, Result
+from loyalty.recount import COUNTS, Result
 from loyalty.sorting import sorted_errors
 
 log = logging.getLogger("loyalty")
@@ -59,13 +59,15 @@ class History:
 
     def write(self, result: Result) -> None:
         """Write the record of one recount. Failing to is a warning, and only the first time."""
-
-        def insert(collection: Collection[Any]) -> None:
-            with sorted_errors("insert into", collection.full_name):
-                collection.insert_one(MARK | record_of(result))
+        if self._collection is None:
+            return
+        name = self._collection.full_name
+        with self._warned_of():
+            with sorted_errors("insert into", name):
+                self._collection.insert_one(MARK | record_of(result))
             if not self._indexed:
-                with sorted_errors("create the expiry index on", collection.full_name):
-                    collection.create_index(
+                with sorted_errors("create the expiry index on", name):
+                    self._collection.create_index(
                         "finished_at",
                         name="loyalty_records_expire",
                         expireAfterSeconds=int(KEEP.total_seconds()),
@@ -73,26 +75,21 @@ class History:
                     )
                 self._indexed = True
 
-        self._try(insert)
-
     def beat(self, heartbeat: Heartbeat) -> None:
         """Replace this host's heartbeat. Failing to is a warning, as with records."""
-        own = {"_id": f"live {socket.gethostname()}", **MARK}
-        values = {**asdict(heartbeat), "outcome": "live", "finished_at": heartbeat.at}
-
-        def replace(collection: Collection[Any]) -> None:
-            with sorted_errors("update", collection.full_name):
-                collection.update_one(own, {"$set": values}, upsert=True)
-
-        self._try(replace)
-
-    def _try(self, write: Callable[[Collection[Any]], None]) -> None:
         if self._collection is None:
             return
+        own = {"_id": f"live {socket.gethostname()}", **MARK}
+        values = {**asdict(heartbeat), "outcome": "live", "finished_at": heartbeat.at}
+        with self._warned_of(), sorted_errors("update", self._collection.full_name):
+            self._collection.update_one(own, {"$set": values}, upsert=True)
+
+    @contextmanager
+    def _warned_of(self) -> Iterator[None]:
         try:
             # The record is the least of the work: it must not hold up the next recount.
             with pymongo.timeout(_SECONDS):
-                write(self._collection)
+                yield
         except ServiceError as problem:
             if not self._warned:
                 log.warning('not_recorded error="%s"', problem)
@@ -168,7 +165,7 @@ def record_of(result: Result) -> dict[str, Any]:
         "exact": result.exact,
         "outcome": result.outcome,
         **{name: getattr(result.totals, name) for name in COUNTS},
-        "refused_updates": result.refusing.reasons.total(),
+        "refused_updates": result.refused_updates,
         "error": result.error,
         "host": socket.gethostname(),
         "version": VERSION,

@@ -30,6 +30,20 @@ class Plan:
     """Whether a status may be an array, so that each has to be looked at."""
     fetches: bool = True
     """Whether orders are fetched, and not only the index read."""
+    spoilt: bool = False
+    """Whether the index is there, but some order has held an array in one of its fields."""
+
+    @property
+    def advice(self) -> str:
+        """What to do about the index; "" if nothing."""
+        if self.ranges and not self.fetches:
+            return ""
+        if self.spoilt:
+            return (
+                "there, but not used, as if an order had once held an array: drop it, and make it "
+                "again with --create-index"
+            )
+        return "none that serves a recount: make it with --create-index"
 
 
 def keys_of(settings: Settings) -> list[tuple[str, int]]:
@@ -66,6 +80,7 @@ def plan_of(orders: Collection[Any], settings: Settings) -> Plan:
         ranges=all(scan.get(settings.customer_field) == [] for scan in scans),
         arrays=any(scan.get(settings.status_field) != [] for scan in scans),
         fetches=any(stage["stage"] == "FETCH" for stage in stages),
+        spoilt=any(any(scan.values()) for scan in scans if settings.customer_field in scan),
     )
 
 
@@ -82,25 +97,13 @@ def _stages(plan: Any) -> Iterator[Document]:
             yield from _stages(part)
 
 
-def has_index(orders: Collection[Any], settings: Settings) -> bool | None:
-    """Return whether some index starts with what a recount reads; None if there is no telling."""
-    keys = keys_of(settings)
-    try:
-        with sorted_errors("list the indexes of", orders.full_name):
-            indexes = orders.index_information().values()
-    except ServiceError:  # advice is worth no permission, and a view has no indexes
-        return None
-    unfit = {"collation", "partialFilterExpression", "hidden"}
-    return any(i["key"][: len(keys)] == keys for i in indexes if not unfit & i.keys())
-
-
-def index_is_missing(orders: Collection[Any], settings: Settings) -> bool:
-    """Return whether `orders` is large and has no index for a recount."""
+def advice_on_index(orders: Collection[Any], settings: Settings) -> str:
+    """Return what to do where `orders` is large and no index leads to a customer's; else ""."""
     with suppress(ServiceError), sorted_errors("count", orders.full_name):
-        if orders.estimated_document_count() <= _LARGE or plan_of(orders, settings).ranges:
-            return False
-        return has_index(orders, settings) is False
-    return False
+        if orders.estimated_document_count() > _LARGE:
+            plan = plan_of(orders, settings)
+            return "" if plan.ranges else plan.advice
+    return ""
 
 
 def create_index(orders: Collection[Any], settings: Settings) -> str:

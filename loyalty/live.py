@@ -8,11 +8,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-import bson
 from bson import ObjectId, Timestamp
 from bson.codec_options import CodecOptions, DatetimeConversion
 from pymongo.change_stream import ChangeStream
@@ -20,9 +18,10 @@ from pymongo.change_stream import ChangeStream
 from config import Settings
 from loyalty.counting import snapshot_time
 from loyalty.errors import Misconfigured, ServiceError, Unavailable
-from loyalty.events import ENDS, may_have_points, stages, value_at
-from loyalty.ids import Document, canonical_of, is_hex_id, spellings
-from loyalty.index import index_is_missing
+from loyalty.events import ENDS, Marks, stages, value_at
+from loyalty.history import Heartbeat
+from loyalty.ids import Document
+from loyalty.index import advice_on_index
 from loyalty.mongo import Connection
 from loyalty.sorting import sorted_errors
 
@@ -43,33 +42,6 @@ _ANYTHING: CodecOptions[dict[str, Any]] = CodecOptions(
 )
 
 
-@dataclass(slots=True)
-class Marks:
-    """Customers to be recounted as of `time` or later, and updated orders whose customers are."""
-
-    time: Timestamp = field(default_factory=lambda: Timestamp(0, 0))
-    customers: dict[bytes, Any] = field(default_factory=dict)
-    orders: list[Any] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.customers) + len(self.orders)
-
-    def add(self, customer: Any) -> None:
-        """Mark a customer, by the id as it stands in an order."""
-        if may_have_points(customer):
-            self.customers[bson.encode({"": customer})] = customer
-
-    def forms(self, odd_forms: dict[ObjectId, set[str]]) -> list[tuple[Any, list[Any]]]:
-        """Return each customer's canonical id, with all forms of it; new odd ones are added."""
-        own = {}
-        for customer in self.customers.values():
-            canonical = canonical_of(customer)
-            own[bson.encode({"": canonical})] = canonical
-            if is_hex_id(customer) and customer not in spellings(canonical):
-                odd_forms.setdefault(canonical, set()).add(customer)
-        return [(one, [*spellings(one), *_odd(one, odd_forms)]) for one in own.values()]
-
-
 class Live:
     """An open stream, and a thread that drains it; close it at the end."""
 
@@ -77,6 +49,10 @@ class Live:
         """Open it for whatever comes after a cluster time. Raises ServiceError."""
         self.since = datetime.now(UTC)
         self.last_event: datetime | None = None
+        self.last_update: datetime | None = None
+        self.customers_updated = 0
+        self.held = False
+        """Whether updates are held back until everyone has been counted."""
         self._field = settings.customer_field
         self._client = connection.client
         self._orders = connection.orders.with_options(codec_options=_ANYTHING)
@@ -103,6 +79,16 @@ class Live:
     def waiting(self) -> int:
         """Return how many changes are waiting."""
         return len(self._marks)
+
+    def heartbeat(self) -> Heartbeat:
+        """Return how live updates are doing by now."""
+        return Heartbeat(
+            live_since=self.since,
+            last_event=self.last_event,
+            last_update=self.last_update,
+            customers_updated=self.customers_updated,
+            waiting=self.waiting(),
+        )
 
     def lag(self) -> float:
         """Return for how many seconds the oldest of them has been waiting."""
@@ -157,7 +143,8 @@ class Live:
         marks.orders.clear()
 
     def forget(self, until: Timestamp) -> None:
-        """Drop all marks, unless one is newer than a count of everyone."""
+        """Drop all marks, unless one is newer than a count of everyone; hold back no more."""
+        self.held = False
         with self._lock:
             if self._marks.time <= until:
                 self._marks = Marks()
@@ -210,8 +197,8 @@ def open_live(connection: Connection, settings: Settings) -> tuple[Live, Timesta
     after = snapshot_time(connection)
     if after is None:
         raise Misconfigured(f"{connection.inexact} has no change streams for this")
-    if index_is_missing(connection.orders, settings):
-        raise Misconfigured("each update would read all orders: make the index, --create-index")
+    if advice := advice_on_index(connection.orders, settings):
+        raise Misconfigured(f"each update would read all orders; the index: {advice}")
     return Live(connection, settings, after), after
 
 
@@ -236,7 +223,3 @@ def keeps_pre_images(connection: Connection) -> bool | None:
     except ServiceError:
         return None
     return bool(options.get("changeStreamPreAndPostImages", {}).get("enabled"))
-
-
-def _odd(customer: Any, odd_forms: dict[ObjectId, set[str]]) -> set[str]:
-    return odd_forms.get(customer, set()) if isinstance(customer, ObjectId) else set()

@@ -26,16 +26,11 @@ def log_as(form: str) -> None:
 
 
 def _formatter(form: str) -> logging.Formatter:
-    formatter = _JsonFormatter() if form.strip().lower() == "json" else None
-    if _under_journal():
-        return _JournalFormatter(formatter or logging.Formatter())
-    return formatter or _TerminalFormatter()
-
-
-class _TerminalFormatter(logging.Formatter):
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
-        self.converter = time.gmtime
+    is_json, under_journal = form.strip().lower() == "json", _under_journal()
+    line = "%(message)s" if under_journal else "%(asctime)s %(levelname)s %(message)s"
+    formatter = _JsonFormatter() if is_json else logging.Formatter(line, "%Y-%m-%dT%H:%M:%SZ")
+    formatter.converter = time.gmtime
+    return _JournalFormatter(formatter) if under_journal else formatter
 
 
 class _JsonFormatter(logging.Formatter):

@@ -9,13 +9,12 @@ from datetime import UTC, datetime, timedelta
 
 from bson import Timestamp
 
-from config import Settings, declared
+from config import Settings
 from loyalty.examine import Examination
 from loyalty.history import Heartbeat, is_fresh, record_of
 from loyalty.ids import Document
 from loyalty.mongo import Connection
-from loyalty.recount import Change
-from loyalty.result import Result
+from loyalty.recount import Change, Result
 from loyalty.statuses import Explained, is_counted, shown_status
 
 
@@ -57,8 +56,7 @@ def _changes(changes: Sequence[Change]) -> list[Document]:
 
 
 def of_customer(customer: str, orders: Sequence[Explained], users: Sequence[Change]) -> Document:
-    names = ("id", "status", "orders", "points", "why")
-    rows = [dict(zip(names, row, strict=True)) for row in orders]
+    rows = [row._asdict() for row in orders]
     return {"customer": customer, "orders": rows, "users": _changes(users)}
 
 
@@ -94,10 +92,6 @@ def of_check(
         "server": connection.server_version,
         "topology": connection.topology,
         "inexact": connection.inexact or None,
-        "settings": {
-            setting.name: getattr(settings, attribute)
-            for attribute, setting in declared().items()
-            if attribute != "mongodb_uri"
-        },
+        "settings": settings.shown(),
         "data": data,
     }

@@ -13,7 +13,7 @@ from typing import get_args
 
 from config import Settings
 from loyalty.errors import Refused
-from loyalty.result import Outcome, Result
+from loyalty.recount import Outcome, Result
 
 log = logging.getLogger("loyalty")
 
@@ -32,6 +32,8 @@ _METRICS = {
     "loyalty_live_waiting": "Changed orders and customers still to be counted",
     "loyalty_live_lag_seconds": "How long the oldest of them has been waiting",
 }
+
+_LIVE = ("loyalty_live", "loyalty_live_waiting", "loyalty_live_lag_seconds")
 
 
 class Metrics:
@@ -58,15 +60,11 @@ class Metrics:
 
     def live(self, waiting: int, lag: float) -> None:
         """Write how live updates are doing."""
-        self._set_live(1, waiting, lag)
+        self._now |= dict(zip(_LIVE, (1, waiting, lag), strict=True))
         self._write()
 
     def not_live(self) -> None:
-        self._set_live(0, 0, 0)
-
-    def _set_live(self, *values: float) -> None:
-        names = ("loyalty_live", "loyalty_live_waiting", "loyalty_live_lag_seconds")
-        self._now |= dict(zip(names, values, strict=True))
+        self._now |= dict.fromkeys(_LIVE, 0)
 
     @contextmanager
     def counting(self) -> Iterator[None]:
@@ -74,19 +72,19 @@ class Metrics:
         try:
             yield
         except Exception as error:
-            self._write({}, "refused" if isinstance(error, Refused) else "failed")
+            self._write("refused" if isinstance(error, Refused) else "failed")
             raise
 
     def recounted(self, result: Result) -> None:
-        news = {
-            "loyalty_last_success_timestamp_seconds": result.finished_at.timestamp(),
-            "loyalty_as_of_timestamp_seconds": result.as_of.timestamp(),
-            "loyalty_recount_duration_seconds": result.seconds,
-            "loyalty_users": result.totals.users,
-            "loyalty_changed_users": result.totals.changed,
-            "loyalty_refused_updates": result.refusing.reasons.total(),
-        }
-        self._write(news, result.outcome)
+        self._write(
+            result.outcome,
+            loyalty_last_success_timestamp_seconds=result.finished_at.timestamp(),
+            loyalty_as_of_timestamp_seconds=result.as_of.timestamp(),
+            loyalty_recount_duration_seconds=result.seconds,
+            loyalty_users=result.totals.users,
+            loyalty_changed_users=result.totals.changed,
+            loyalty_refused_updates=result.refused_updates,
+        )
 
     def check(self) -> str | None:
         """Return why the file cannot be written, if so."""
@@ -97,15 +95,14 @@ class Metrics:
             return f"METRICS_FILE: {self._file} cannot be written: {error.strerror}"
         return None
 
-    def _write(self, news: Mapping[str, float] | None = None, outcome: str = "") -> None:
+    def _write(self, outcome: str = "", **news: float) -> None:
         """Write it anew. Failing to is a warning, and only the first time."""
         if self._file is None:
             return
         self._written_at = time.monotonic()
         try:
             values = self._remembered()
-            for name, value in {**self._now, **(news or {})}.items():
-                values[self._sample(name)] = value
+            values |= {self._sample(name): value for name, value in {**self._now, **news}.items()}
             if outcome:
                 values[self._sample("loyalty_recounts_total", outcome)] += 1
             _replace(self._file, _text(values))
@@ -126,13 +123,12 @@ class Metrics:
         counters, *gauges = _METRICS
         samples = [self._sample(counters, outcome) for outcome in get_args(Outcome)]
         values = dict.fromkeys([*samples, *map(self._sample, gauges)], 0.0)
-        with suppress(OSError):  # there is none yet, or it is somebody else's
+        with suppress(OSError, ValueError):  # there is none yet, or it is somebody else's
             assert self._file is not None
-            for line in self._file.read_text(encoding="utf-8", errors="replace").splitlines():
+            for line in self._file.read_text(encoding="utf-8").splitlines():
                 sample, _, value = line.rpartition(" ")
-                with suppress(ValueError):  # whatever that is, it is not ours
-                    if sample in values:
-                        values[sample] = float(value)
+                if sample in values:
+                    values[sample] = float(value)
         return values
 
 

@@ -23,7 +23,7 @@ from loyalty.uri import options_of, split_uri
 _CONNECT_SECONDS = 5  # one try; then it is logged and tried again
 _MONGODB_5 = 13  # as a wire version; the first with snapshot reads
 _MONGODB_6 = 17  # the first with pre-images
-_LONGEST_SOCKET_TIMEOUT_MS = 1_000_000_000  # the driver takes no more
+_LONGEST_SOCKET_TIMEOUT_MS = 999_999_999  # the driver takes no more
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,10 @@ def _looked_up(uri: str) -> str:
     _, _, database, _ = split_uri(uri)
     named = options_of(uri).get("authsource")
     source = named or database or "admin"
+    why, other = ", as authSource says" * bool(named), "NAME" if source == "admin" else "admin"
     return (
-        f"the user was looked up in the database {source!r}"
-        + (", as authSource says" if named else "")
-        + ": if it lives in another, say so with ?authSource="
-        + ("admin" if source != "admin" else "NAME")
+        f"the user was looked up in the database {source!r}{why}: if it lives in another, say so "
+        f"with ?authSource={other}"
     )
 
 
@@ -162,12 +161,11 @@ def _outlast_dead_writers(connection: Connection) -> None:
 
 def _defaults(settings: Settings) -> dict[str, Any]:
     """Options for the client that the URI does not set itself."""
-    # The server ends a count at COUNT_TIMEOUT; silence beyond that is a dead connection.
-    patience_ms = settings.count_ms + 30_000
     defaults: dict[str, Any] = {
         "appname": "loyalty-microservice",
         "connectTimeoutMS": 10_000,
-        "socketTimeoutMS": patience_ms if patience_ms <= _LONGEST_SOCKET_TIMEOUT_MS else None,
+        # The server ends a count at COUNT_TIMEOUT; silence beyond that is a dead connection.
+        "socketTimeoutMS": min(settings.count_ms + 30_000, _LONGEST_SOCKET_TIMEOUT_MS),
     }
     given = options_of(settings.mongodb_uri)
     return {name: value for name, value in defaults.items() if name.lower() not in given}

@@ -8,7 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
 Parser = Callable[[str], Any]
 
@@ -59,11 +59,19 @@ def duration(longest: timedelta) -> Parser:
     return parse
 
 
+def written(time: timedelta) -> str:
+    """Return a time as an operator writes it, see `duration`; what is long is rounded."""
+    seconds = int(time.total_seconds())
+    for unit, size in _SECONDS.items():
+        if seconds >= size and (seconds % size == 0 or seconds >= 100 * size):
+            return f"{seconds // size}{unit}"
+    return f"{seconds}s"
+
+
 def one_of(*words: str) -> Parser:
     def parse(text: str) -> str:
-        for word in words:
-            if text.lower() == word.lower():
-                return word
+        if found := [word for word in words if word.lower() == text.lower()]:
+            return found[0]
         raise ValueError(f"{text!r} is not one of {', '.join(words)}")
 
     return parse

@@ -1,30 +1,59 @@
-"""A whole recount: count, guard, write, record. Everything that recounts comes here."""
+"""A whole recount: connect; count, guard, write, record. Everything that recounts comes here."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from bson import Timestamp
+from bson import ObjectId, Timestamp
 
 from config import Settings
 from loyalty import report
 from loyalty.counting import Count, Customers, TooManyOddForms
 from loyalty.errors import Refused, ServiceError, TooSlow, Unavailable
 from loyalty.history import History
-from loyalty.mongo import Connection
+from loyalty.index import advice_on_index
+from loyalty.mongo import Connection, connect
 from loyalty.overlap import Moved, still
-from loyalty.recount import Recount, Totals
-from loyalty.result import Result
+from loyalty.recount import Recount, Result, Totals
 from loyalty.statuses import mistaken_status
 from loyalty.writer import Changes
 
 log = logging.getLogger("loyalty")
 
 _COUNT_ATTEMPTS = 3
+
+
+def open_shop(settings: Settings, *, writing: bool, recording: bool = True) -> Connection:
+    """Connect, prove that the server can do what a recount needs, and say what is to be known.
+
+    `recording`: if it is for writing, then records must have a place of their own, too.
+    """
+    connection = connect(settings, writing=writing)
+    log.info("connected %s", connection.description)
+    if connection.inexact:
+        log.warning(
+            "not_exact %s cannot read as of one point in time: an order that changes during a "
+            "recount may be missed or counted twice",
+            connection.inexact,
+        )
+    if advice := advice_on_index(connection.orders, settings):
+        fields = f"{{{settings.status_field}, {settings.customer_field}}}"
+        log.warning("no_index %s on %s: %s", fields, connection.orders.full_name, advice)
+    try:
+        nobody = ObjectId()
+        with suppress(Unavailable):  # the first recount will say that, and try again
+            list(Count(connection, settings, datetime.now(UTC)).of_customers([(nobody, [nobody])]))
+        if writing and recording:
+            History(connection.recounts).check()
+    except BaseException:
+        connection.client.close()
+        raise
+    return connection
 
 
 @dataclass(frozen=True, kw_only=True)

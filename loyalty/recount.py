@@ -1,4 +1,4 @@
-"""One recount over rows: the totals, what has to change, and whether that is plainly a mistake.
+"""One recount over rows: the totals, what has to change, whether that is a mistake; its result.
 
 It knows no driver: rows come from `counting`, and changes go to `writer`.
 """
@@ -6,21 +6,36 @@ It knows no driver: rows come from `counting`, and changes go to `writer`.
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import datetime
-from typing import Any
+from datetime import datetime, timedelta
+from typing import Any, Literal
 
-from bson import Int64, ObjectId
+from bson import Int64, ObjectId, Timestamp
 
 from config import Settings
 from loyalty.ids import NO_CUSTOMER, Document, number_in, shown, value_of
 from loyalty.query import Right, Row, User
 
 _GUARD_USERS = 10
-_WARN_PERCENT = 10
+FEW_PERCENT = 10
+"""The share of those who hold points that may lose some without a word."""
 _SAMPLES = 5
 _LARGEST = 10
+
+Outcome = Literal["succeeded", "incomplete", "refused", "failed"]
+
+COUNTS = (
+    "counted_orders",
+    "changed",
+    "increased",
+    "decreased",
+    "unknown_customers",
+    "orders_of_unknown_customers",
+    "orders_without_customer",
+)
+"""The totals that go into a record."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -58,6 +73,53 @@ class Totals:
         """Who would lose points, in words."""
         users = "user" if self.holders == 1 else "users"
         return f"{self.decreased:,} of the {self.holders:,} {users} with points"
+
+
+@dataclass(slots=True)
+class Refusing:
+    """Users who refused their update (a validator, say): how many, why, and a few of them."""
+
+    reasons: Counter[str] = field(default_factory=Counter)
+    sample: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        most = self.reasons.most_common(3)
+        why = (f"{reason} ({'once' if n == 1 else f'{n:,} times'})" for reason, n in most)
+        return f"refused: {', '.join(self.sample)}; because: {', '.join(why)}"
+
+
+@dataclass(slots=True)
+class Result:
+    """One recount, as far as it came."""
+
+    started_at: datetime
+    as_of: datetime
+    seconds: float = 0.0
+    cluster_time: Timestamp | None = None
+    """What everything was read at, if `exact`."""
+    first_time: Timestamp | None = None
+    """The oldest time that anything was read at."""
+    exact: bool = False
+    odd_forms: dict[ObjectId, set[str]] | None = field(default_factory=dict)
+    """The ids in capitals or mixed case, by customer; None if they are not known."""
+    finds_customers: bool = False
+    """Whether an index leads to the orders of one customer."""
+    outcome: Outcome = "succeeded"
+    totals: Totals = field(default_factory=Totals)
+    refusing: Refusing = field(default_factory=Refusing)
+    refusal: str | None = None
+    """Why the guard would not let it through."""
+    warning: str | None = None
+    """What a person should know of it though it is let through."""
+    error: str | None = None
+
+    @property
+    def finished_at(self) -> datetime:
+        return self.started_at + timedelta(seconds=self.seconds)
+
+    @property
+    def refused_updates(self) -> int:
+        return self.refusing.reasons.total()
 
 
 class Recount:
@@ -117,18 +179,17 @@ class Recount:
 
     def refusal(self) -> str | None:
         """Return why the guard refuses to write what was counted, or None if it does not."""
-        totals, limit = self.totals, self._settings.max_decrease_percent
+        totals, percent = self.totals, self._settings.max_decrease_percent
         if totals.other_values >= _GUARD_USERS and 2 * totals.other_values > totals.users:
             return (
                 f"{totals.other_values:,} of {totals.users:,} users hold something else in "
                 f"{self._settings.points_field}, such as {totals.other_value}, which would be "
                 "lost: is USER_POINTS_FIELD right? If so, let it through once with --once --force"
             )
-        few = totals.decreased < _GUARD_USERS
-        if few or limit == 100 or totals.decreased * 100 <= limit * totals.holders:
+        if not are_many(totals.decreased, totals.holders, percent):
             return None
         return (
-            f"{totals.losers} would lose some, more than MAX_DECREASE_PERCENT={limit} allows: "
+            f"{totals.losers} would lose some, more than MAX_DECREASE_PERCENT={percent} allows: "
             "are ORDER_STATUSES and the database right? If so, let one recount through with "
             "--once --force"
         )
@@ -136,7 +197,10 @@ class Recount:
     def warning(self) -> str | None:
         """Return what a person should know of this recount though it is not refused."""
         totals = self.totals
-        few = totals.decreased < _GUARD_USERS
-        if few or totals.decreased * 100 <= _WARN_PERCENT * totals.holders:
-            return None
-        return f"from {totals.losers}"
+        many = are_many(totals.decreased, totals.holders, FEW_PERCENT)
+        return f"from {totals.losers}" if many else None
+
+
+def are_many(losers: int, holders: int, percent: int) -> bool:
+    """Return whether so many who lose points are more than `percent` of those who hold some."""
+    return losers >= _GUARD_USERS and 100 * losers > percent * holders

@@ -6,20 +6,19 @@ import logging
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 
-from config import Settings, declared
+from config import Settings
 from loyalty.examine import Examination
-from loyalty.history import is_fresh
+from loyalty.history import Heartbeat, is_fresh
 from loyalty.ids import Document
 from loyalty.mongo import Connection
-from loyalty.recount import Change, Totals
-from loyalty.result import COUNTS, Result
+from loyalty.parsers import written
+from loyalty.recount import COUNTS, Change, Result, Totals
 from loyalty.statuses import Explained, is_counted, shown_status
 
 log = logging.getLogger("loyalty")
 
 _CHANGE = ("user", "from", "to")
 _STATUSES = 10  # shown
-_UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
 
 def log_result(result: Result) -> None:
@@ -28,7 +27,7 @@ def log_result(result: Result) -> None:
     fields: dict[str, object] = {
         "outcome": result.outcome,
         **{name: getattr(totals, name) for name in ("users", *COUNTS)},
-        "refused_updates": result.refusing.reasons.total(),
+        "refused_updates": result.refused_updates,
         "as_of": f"{result.as_of:%Y-%m-%dT%H:%M:%SZ}",
         "exact": result.exact,
         "seconds": round(result.seconds, 1),
@@ -39,7 +38,7 @@ def log_result(result: Result) -> None:
         log.debug('unknown_customers sample="%s"', ", ".join(totals.unknown_sample))
     if not totals.users:
         log.warning("no_users found: are MONGODB_DATABASE and USERS_COLLECTION right?")
-    if refused := result.refusing.reasons.total():
+    if refused := result.refused_updates:
         log.warning(
             "incomplete %s of %s users refused the update, the others are written; %s",
             *(f"{refused:,}", f"{totals.changed:,}", result.refusing),
@@ -49,7 +48,7 @@ def log_result(result: Result) -> None:
 def status_of(result: Result) -> str:
     """Return how a recount went in a few words, for systemd."""
     changed = f"{result.totals.changed:,} changed"
-    if refused := result.refusing.reasons.total():
+    if refused := result.refused_updates:
         changed += f", {counted(refused, 'user')} refused the update"
     return f"recounted as of {result.as_of:%Y-%m-%d %H:%M:%S} UTC, {changed}"
 
@@ -140,18 +139,46 @@ def print_age(age: timedelta | None, interval: timedelta) -> None:
     )
 
 
+def status_of_live(beat: Heartbeat) -> str:
+    """Return how live updates are doing in a few words, for systemd."""
+    since = f"live since {beat.live_since:%Y-%m-%d %H:%M:%S} UTC"
+    return f"{since}, {counted(beat.customers_updated, 'update')}, {beat.waiting:,} waiting"
+
+
+def print_live(beat: Heartbeat | None, now: datetime, *, wanted: bool) -> None:
+    """Print whether live updates are at work; nothing if they are neither that nor wanted."""
+    if beat is not None and beat.is_alive(now):
+        print(f"Live: {status_of_live(beat)[5:]}")
+    elif wanted:
+        last = f"the last heartbeat was {written(now - beat.at)} ago" if beat else ""
+        print(f"NOT live: {last or 'there is no heartbeat'}")
+
+
+def print_prospects(connection: Connection, problem: str | None, pre_images: bool | None) -> None:
+    """Print whether live updates will work, and what they will see at once."""
+    orders = connection.orders
+    switch = f"db.runCommand({{collMod: '{orders.name}', changeStreamPreAndPostImages: "
+    told = {
+        True: "on",
+        False: "off: deletes, and orders that go to another customer, wait for the next full "
+        f"recount; to switch them on: {switch}{{enabled: true}}}})",
+        None: "not known: that takes the permission listCollections",
+    }
+    if not connection.pre_images:
+        told[False] = "none before MongoDB 6.0: deletes wait for the next full recount"
+    print_table(
+        ("live updates", f"will NOT work: {problem}" if problem else "will work"),
+        ("pre-images", told[pre_images]),
+    )
+
+
 def print_settings(settings: Settings, connection: Connection, problem: str | None) -> None:
     """Print what the service goes by, without credentials."""
-    rows = [
-        (setting.name, cell(getattr(settings, attribute)))
-        for attribute, setting in declared().items()
-        if attribute != "mongodb_uri"
-    ]
     print_table(
         ("hosts", settings.hosts),
         ("server", f"{connection.server_version}, {connection.topology.replace('_', ' ')}"),
         ("one point in time", f"no: {connection.inexact}" if connection.inexact else "yes"),
-        *rows,
+        *((name, cell(value)) for name, value in settings.shown().items()),
         ("permissions", problem or "fine"),
     )
 
@@ -186,15 +213,6 @@ def print_examination(found: Examination, settings: Settings) -> None:
 
 def _such_as(found: Examination | Totals) -> str:
     return f", such as {', '.join(found.unknown_sample)}" if found.unknown_sample else ""
-
-
-def written(time: timedelta) -> str:
-    """Return a time as an operator writes it: 2h, 90s."""
-    seconds = int(time.total_seconds())
-    for unit, size in _UNITS.items():
-        if seconds >= size and (seconds % size == 0 or seconds >= 100 * size):
-            return f"{seconds // size}{unit}"
-    return f"{seconds}s"
 
 
 def cell(value: object) -> str:

@@ -5,59 +5,31 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from math import inf
 
 from bson import ObjectId, Timestamp
 
 from config import Settings
-from loyalty import live_report, report
-from loyalty.counting import Count, Customers
+from loyalty import report
+from loyalty.counting import Customers
 from loyalty.errors import ConfigError, Misconfigured, Refused, Unavailable
-from loyalty.history import HEARTBEAT, Heartbeat, History
+from loyalty.events import Marks
+from loyalty.history import HEARTBEAT, History
 from loyalty.ids import any_case
-from loyalty.index import index_is_missing
-from loyalty.live import Live, Marks, open_live
+from loyalty.live import Live, open_live
 from loyalty.metrics import Metrics
-from loyalty.mongo import Connection, connect
+from loyalty.mongo import Connection
 from loyalty.overlap import Moved
-from loyalty.perform import Task, perform
-from loyalty.recount import Totals
-from loyalty.result import Result
+from loyalty.perform import Task, open_shop, perform
+from loyalty.recount import FEW_PERCENT, Result, Totals, are_many
 
 log = logging.getLogger("loyalty")
 
 _ODD_CUSTOMERS = 1_000  # each of which is looked for in 256 forms
 _QUIET = 1.0  # seconds without a change, after which a mass change has come to its end
-_FEW_USERS, _FEW_PERCENT = 10, 10
 _NEVER = Timestamp(0, 0)
-
-
-def open_shop(settings: Settings, *, writing: bool) -> Connection:
-    """Connect, prove that the server can do what a recount needs, and say what is to be known."""
-    connection = connect(settings, writing=writing)
-    log.info("connected %s", connection.description)
-    if connection.inexact:
-        log.warning(
-            "not_exact %s cannot read as of one point in time: an order that changes during a "
-            "recount may be missed or counted twice",
-            connection.inexact,
-        )
-    if index_is_missing(connection.orders, settings):
-        fields = f"{{{settings.status_field}, {settings.customer_field}}}"
-        orders = connection.orders.full_name
-        log.warning("no_index %s on %s: make it with --create-index", fields, orders)
-    try:
-        nobody = ObjectId()
-        with suppress(Unavailable):  # the first recount will say that, and try again
-            list(Count(connection, settings, datetime.now(UTC)).of_customers([(nobody, [nobody])]))
-        if writing:
-            History(connection.recounts).check()
-    except BaseException:
-        connection.client.close()
-        raise
-    return connection
 
 
 class Service:
@@ -73,18 +45,16 @@ class Service:
         self._warned = False
         self._last = Result(datetime.now(UTC), datetime.now(UTC))  # full recount
         self._newest = _NEVER  # time that a live update was about
-        self._customers_updated = 0
-        self._updated_at: datetime | None = None
         self._losers = 0  # since the last full recount, less those who have gained
-        self._held = False
         self._held_at = -inf
         self._beat_at = 0.0
 
-    def connect(self) -> None:
-        """Connect for the first time. Raises ServiceError."""
+    def connect(self) -> Connection:
+        """Connect, as the settings are. Raises ServiceError."""
         self._metrics.keep()
         self._connection = open_shop(self._settings, writing=True)
         self._history = History(self._connection.recounts)
+        return self._connection
 
     def recount(self, moved: Moved) -> str:
         """Recount everyone, and return how it went, for a person. Raises ServiceError."""
@@ -95,13 +65,11 @@ class Service:
 
         try:
             with self._metrics.counting(), self._or_anew():
-                if self._connection is None:
-                    self._reconnect()
-                assert self._connection is not None
+                connection = self._connection or self._reconnect()
                 # Also where another server answers, or one that is behind: nothing older is written
                 # over what is known to be newer.
-                task = Task(at=max(self._watch(self._connection), self._newest))
-                result = perform(self._connection, self._settings, self._history, task, moving)
+                task = Task(at=max(self._watch(connection), self._newest))
+                result = perform(connection, self._settings, self._history, task, moving)
         except Refused as error:  # to try again soon would not help; the next is on schedule
             log.error("refused %s", error)
             return f"refused: {error}"
@@ -111,17 +79,17 @@ class Service:
                 self._connection = None
             raise
         self._metrics.recounted(result)
-        self._last, self._losers, self._held = result, 0, False
+        self._last, self._losers = result, 0
         if self._live is not None and result.first_time is not None:
             self._live.forget(result.first_time)
         return report.status_of(result)
 
-    def _reconnect(self) -> None:
+    def _reconnect(self) -> Connection:
         try:
             self._settings = self._reload()  # the password may have changed, and the file with it
         except ConfigError as error:
             raise Misconfigured(str(error)) from error
-        self.connect()
+        return self.connect()
 
     def meanwhile(self, seconds: float, moved: Moved) -> None:
         """Do live updates for about so long. Raises ServiceError if that cannot go on.
@@ -160,7 +128,6 @@ class Service:
         return after
 
     def _stop_watching(self) -> None:
-        self._held = False
         if self._live is not None:
             self._live.close()
             self._live = None
@@ -168,7 +135,7 @@ class Service:
             log.info("live_ended until the next recount of everyone")
 
     def _update(self, connection: Connection, live: Live, seconds: float, moved: Moved) -> None:
-        if self._held:  # and so no heartbeat, which would call the points fresh
+        if live.held:  # and so no heartbeat, which would call the points fresh
             live.check()
             if live.quiet_for() > _QUIET:
                 raise Unavailable(
@@ -177,38 +144,34 @@ class Service:
             time.sleep(min(seconds, _QUIET / 4))
             return
         if marks := live.take(seconds):
-            self._recount_marked(connection, marks, moved)
+            self._recount_marked(connection, live, marks, moved)
         if time.monotonic() - self._beat_at >= HEARTBEAT.total_seconds():
             self._beat_at = time.monotonic()
-            beat = Heartbeat(
-                live_since=live.since,
-                last_event=live.last_event,
-                last_update=self._updated_at,
-                customers_updated=self._customers_updated,
-                waiting=live.waiting(),
-            )
+            beat = live.heartbeat()
             self._history.beat(beat)
             self._metrics.live(beat.waiting, live.lag())
-            moved(live_report.status_of(beat))
+            moved(report.status_of_live(beat))
 
-    def _recount_marked(self, connection: Connection, marks: Marks, moved: Moved) -> None:
+    def _recount_marked(
+        self, connection: Connection, live: Live, marks: Marks, moved: Moved
+    ) -> None:
         customers = self._customers(marks)
         self._newest = max(self._newest, marks.time)
         task = Task(customers=customers, at=marks.time, guard=self._too_many_losers)
         try:
             result = perform(connection, self._settings, History(None), task, moved)
         except Refused as error:
-            self._hold(error)
+            self._hold(live, error)
             return
-        totals, refused = result.totals, result.refusing.reasons.total()
+        totals, refused = result.totals, result.refused_updates
         self._losers = max(0, self._losers + totals.decreased - totals.increased)
-        self._customers_updated += totals.changed - refused
+        live.customers_updated += totals.changed - refused
+        live.last_update = datetime.now(UTC)
         if refused:
             log.warning("incomplete %d users refused a live update; %s", refused, result.refusing)
-        self._updated_at = datetime.now(UTC)
         log.debug("live_update customers=%d changed=%d", len(customers), totals.changed)
 
-    def _hold(self, why: Refused) -> None:
+    def _hold(self, live: Live, why: Refused) -> None:
         """Hold live updates back: a mass change, and the guard is to judge the whole of it.
 
         Once it is over, everyone is recounted. Another within the interval may be a piece of the
@@ -216,7 +179,7 @@ class Service:
         """
         now, interval = time.monotonic(), self._settings.recount_interval.total_seconds()
         again = now - self._held_at < interval
-        self._held, self._held_at = True, now
+        live.held, self._held_at = True, now
         self._metrics.not_live()
         log.warning("held %s%s", why, ", again: until the next recount" if again else "")
         if again:
@@ -237,10 +200,9 @@ class Service:
         ]
 
     def _too_many_losers(self, totals: Totals) -> str | None:
-        if self._settings.max_decrease_percent == 100:  # no guard is wanted
-            return None
         losers = self._losers + totals.decreased - totals.increased
         holders = self._last.totals.holding
-        if losers < _FEW_USERS or 100 * losers <= _FEW_PERCENT * holders:
+        is_wanted = self._settings.max_decrease_percent < 100
+        if not (is_wanted and are_many(losers, holders, FEW_PERCENT)):
             return None
         return f"live updates would take points from {losers:,} of {holders:,} users in all"

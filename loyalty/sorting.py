@@ -8,13 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pymongo.errors import (
-    BulkWriteError,
-    ConfigurationError,
-    ConnectionFailure,
-    OperationFailure,
-    PyMongoError,
-)
+from pymongo.errors import BulkWriteError, ConfigurationError, OperationFailure, PyMongoError
 
 from loyalty.errors import (
     FailedWrites,
@@ -58,23 +52,16 @@ def _sorted(
         return FailedWrites(
             {e["index"]: f"code {e['code']}, {_one_line(e['errmsg'])}" for e in failed}
         )
-    could_not = f"could not {doing} {where}"
     if isinstance(error, OperationFailure):
         return _sorted_failure(error, doing, where, if_too_slow)
-    if isinstance(error, ConfigurationError) and not _is_about_dns(error):
-        return Misconfigured(f"{could_not}: {_one_line(str(error))}")
-    reason = _one_line(str(error))
-    if isinstance(error, ConnectionFailure):
-        if "SSL handshake failed" in reason:
-            return Misconfigured(f"{could_not}: {reason}; does the server expect TLS, as the URI?")
-        if "[Errno -2]" in reason or "[Errno -5]" in reason:  # getaddrinfo's EAI_NONAME, EAI_NODATA
-            return Unavailable(f"{could_not}: no such host name, or not yet")
-        return Unavailable(f"{could_not}: {reason}")
-    if isinstance(error, ConfigurationError):
-        return Unavailable(f"{could_not}: {reason}")
-    if isinstance(error, OSError):  # a certificate file that is missing or no certificate
-        return Misconfigured(f"{could_not}: {error}")
-    return Unavailable(f"{could_not}: {type(error).__name__}: {reason}")
+    could_not, reason = f"could not {doing} {where}", _one_line(str(error))
+    if "SSL handshake failed" in reason:
+        return Misconfigured(f"{could_not}: {reason}; does the server expect TLS, as the URI?")
+    if "[Errno -2]" in reason or "[Errno -5]" in reason:  # getaddrinfo's EAI_NONAME, EAI_NODATA
+        return Unavailable(f"{could_not}: no such host name, or not yet")
+    # An OSError: a certificate file that is missing or no certificate.
+    final = isinstance(error, ConfigurationError | OSError) and not _is_about_dns(error)
+    return (Misconfigured if final else Unavailable)(f"{could_not}: {reason}")
 
 
 def _sorted_failure(
@@ -104,7 +91,7 @@ def _sorted_failure(
     return sort(f"{could_not}: {reason} (code {code})")
 
 
-def _is_about_dns(error: ConfigurationError) -> bool:
+def _is_about_dns(error: Exception) -> bool:
     """Whether a mongodb+srv name could not be resolved, which the driver wraps."""
     return type(error.__cause__).__module__.startswith("dns.")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from config import Settings
 from loyalty.ids import NO_CUSTOMER, Document, canonical, shown
@@ -100,8 +100,14 @@ def orders_of(
         return [(row["_id"]["form"], row["_id"].get("status"), row["n"]) for row in found]
 
 
-Explained = tuple[str, str, int, int, str]
-"""A customer's orders: form of the id, status, number, points, and why those are none."""
+class Explained(NamedTuple):
+    """A customer's orders by the form of the id and the status; `why` there are no points."""
+
+    id: str
+    status: str
+    orders: int
+    points: int
+    why: str
 
 
 def explained(
@@ -117,5 +123,5 @@ def explained(
             why = f"no user has the _id {shown(form)}"
         else:
             points = n * settings.points_per_order
-        rows.append((shown(form), shown_status(status), n, points, why))
+        rows.append(Explained(shown(form), shown_status(status), n, points, why))
     return rows

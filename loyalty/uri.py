@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from typing import Any
-from urllib.parse import unquote_plus
+from urllib.parse import parse_qsl, unquote_plus
 
 from pymongo import MongoClient
 from pymongo.errors import PyMongoError
@@ -23,7 +23,7 @@ _HOSTS = (
     "the hosts must be host[:port], separated by commas "
     "(and a user name and password percent-encoded, followed by @)"
 )
-READ_CONCERNS = ("local", "available", "majority", "linearizable", "snapshot")
+_READ_CONCERNS = ("local", "available", "majority", "linearizable", "snapshot")
 
 
 def split_uri(uri: str) -> tuple[str, str, str, str]:
@@ -37,8 +37,8 @@ def split_uri(uri: str) -> tuple[str, str, str, str]:
 
 def options_of(uri: str) -> dict[str, str]:
     """Return the options of a URI, their names in lower case."""
-    pairs = (option.partition("=") for option in re.split("[&;]", split_uri(uri)[3]) if option)
-    return {name.lower(): unquote_plus(value) for name, _, value in pairs}
+    options = split_uri(uri)[3].replace(";", "&")
+    return {name.lower(): value for name, value in parse_qsl(options, keep_blank_values=True)}
 
 
 def database_name(text: str) -> str:
@@ -57,9 +57,8 @@ def uri_faults(uri: str) -> list[str]:
     if not _SCHEME.match(uri):
         return ["must begin with mongodb:// or mongodb+srv://"]
     userinfo, hosts, database, options = split_uri(uri)
-    if "@" in database + options or "@" in userinfo or userinfo.count(":") > 1:
-        return [_ENCODE]
-    if re.search(r"%(?![0-9A-Fa-f]{2})", userinfo):
+    bad_escape = re.search(r"%(?![0-9A-Fa-f]{2})", userinfo)
+    if "@" in userinfo + database + options or userinfo.count(":") > 1 or bad_escape:
         return [_ENCODE]
     if not all(_HOST.fullmatch(host) for host in hosts.split(",")):
         return [_HOSTS]
@@ -77,7 +76,7 @@ def _option_faults(option: str) -> list[str]:
     name, given, value = option.partition("=")
     if not given:
         return ["options must be name=value, separated by &"]
-    if name.lower() == "readconcernlevel" and value not in READ_CONCERNS:  # the driver takes any
+    if name.lower() == "readconcernlevel" and value not in _READ_CONCERNS:  # the driver takes any
         return [f"bad value of option {name}"]
     try:
         with warnings.catch_warnings():

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Self
 
@@ -17,26 +16,14 @@ from pymongo.collection import Collection
 from loyalty.errors import FailedWrites, Unavailable
 from loyalty.ids import RAW, UNREADABLE, Document, shown, value_of
 from loyalty.overlap import Moved, Progress, overlapping
+from loyalty.recount import Refusing
 from loyalty.sorting import sorted_errors
 from loyalty.spool import Spool
 
 _SAMPLES = 5
 _WRITERS = 8
 _BATCH_BYTES = 4 * 1024 * 1024  # of ids in one batch; a command may have 16 MB
-_OBJECT_ID_BYTES = 20  # with its place in an array
-
-
-@dataclass(slots=True)
-class Refusing:
-    """Users who refused their update (a validator, say): how many, why, and a few of them."""
-
-    reasons: Counter[str] = field(default_factory=Counter)
-    sample: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        most = self.reasons.most_common(3)
-        why = (f"{reason} ({'once' if n == 1 else f'{n:,} times'})" for reason, n in most)
-        return f"refused: {', '.join(self.sample)}; because: {', '.join(why)}"
+_OBJECT_ID_BYTES = 20  # with its place in an array; to measure each would take time
 
 
 class Changes:
@@ -50,18 +37,18 @@ class Changes:
     def __init__(self, batch_size: int, points_field: str) -> None:
         self._batch_size = batch_size
         self._field = points_field
-        self._in_batch = self._bytes = self._total = 0
-        self._ids: defaultdict[int, list[Any]] = defaultdict(list)
-        self._unreadable: list[Document] = []
-        self._spool = Spool()
+        self.clear()
 
     def clear(self) -> None:
         """Forget all that was added."""
-        self._in_batch = self._bytes = self._total = 0
-        self._ids.clear()
-        self._unreadable.clear()
-        self._spool.close()
-        self._spool = Spool()
+        self._total = 0
+        self._spool = Spool()  # the one before closes itself
+        self._begin_batch()
+
+    def _begin_batch(self) -> None:
+        self._in_batch = self._bytes = 0
+        self._ids: defaultdict[int, list[Any]] = defaultdict(list)
+        self._unreadable: list[Document] = []
 
     def __enter__(self) -> Self:
         return self
@@ -77,8 +64,7 @@ class Changes:
         else:
             self._ids[points].append(own)
         self._in_batch += 1
-        readable = not isinstance(own, ObjectId) and own is not UNREADABLE
-        self._bytes += len(bson.encode({"": own})) if readable else _OBJECT_ID_BYTES
+        self._bytes += _OBJECT_ID_BYTES if isinstance(own, ObjectId) else len(bson.encode(key))
         if self._in_batch == self._batch_size or self._bytes > _BATCH_BYTES:
             self._end_batch()
 
@@ -88,9 +74,7 @@ class Changes:
             bson.encode({"size": self._in_batch, "updates": updates + self._unreadable})
         )
         self._total += self._in_batch
-        self._in_batch = self._bytes = 0
-        self._ids.clear()
-        self._unreadable.clear()
+        self._begin_batch()
 
     def write(self, users: Collection[Any], moved: Moved) -> Refusing:
         """Set the points, and return who refused. Raises ServiceError."""

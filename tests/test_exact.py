@@ -21,8 +21,7 @@ from loyalty import counting, spool
 from loyalty.history import History
 from loyalty.mongo import Connection, connect
 from loyalty.perform import Task, perform
-from loyalty.recount import Totals
-from loyalty.result import Result
+from loyalty.recount import Result, Totals
 from sandbox.mongod import Deployment, wait_until
 from sandbox.service import Process
 from sandbox.shop import count, disagreements

@@ -194,8 +194,9 @@ def test_five_mistakes_are_found_one_and_all(
     names = {"ORDER_STATUS_FIELD": "state"}
     code, _, err = check(**names, mongodb_datbase="webshop")
     assert (code, "did you mean MONGODB_DATABASE?" in err) == (78, True)
-    code, _, err = check(**names, RECOUNTS_COLLECTION="jobs")
+    code, out, err = check(**names, RECOUNTS_COLLECTION="jobs")
     assert (code, ".jobs holds documents that are not this service's" in err) == (78, True)
+    assert "PROBLEM: no order has status Shipped" in out  # nor does it hide the others
     code, out, _ = check(**names, USERS_COLLECTION="clients")
     assert code == 1
     assert f"PROBLEM: there is no collection {database.name}.clients" in out

@@ -32,8 +32,7 @@ from loyalty.mongo import Connection, connect
 from loyalty.perform import Task, perform
 from loyalty.query import Scope, pipeline
 from loyalty.ranges import Range, edges, ranges
-from loyalty.recount import Totals
-from loyalty.result import Result
+from loyalty.recount import Result, Totals
 from loyalty.statuses import orders_of
 from sandbox.mongod import Deployment
 from sandbox.shop import Names, Shop, count, disagreements, key
