@@ -27,10 +27,10 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-import config
-from config import VERSION, Settings, settings_of
+from config import VERSION, Settings, help_on_settings
 from loyalty import machine, report
 from loyalty.daemon import Daemon
+from loyalty.env_file import settings_of
 from loyalty.errors import ConfigError, Exit, Misconfigured, ServiceError
 from loyalty.examine import examine
 from loyalty.history import History, is_fresh
@@ -48,6 +48,16 @@ log = logging.getLogger("loyalty")
 
 ENV_FILE = Path(__file__).with_name(".env")
 _CONFIGURATION = {"event": "configuration"}  # for LOG_FORMAT=json
+_WHAT = """\
+Counts each customer's shipped orders and keeps loyalty_points in the users collection right:
+at once, then every RECOUNT_INTERVAL until it is stopped."""
+_EXIT_CODES = """\
+exit codes:
+  0 fine; 1 a check found something, or users refused their update; 2 usage;
+  65 refused by the guard; 69 database unreachable, or too slow; 70 a bug; 78 configuration
+
+settings, from the environment or .env; .env.example explains them:
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,11 +102,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="loyalty_microservice.py",
-        description="Counts each customer's shipped orders and keeps loyalty_points in the users "
-        "collection right: at once, then every RECOUNT_INTERVAL (2h) until it is stopped.",
-        epilog="Exit codes: 0 fine; 1 a check found something, or users refused their update; "
-        "2 usage; 65 refused by the guard; 69 database unreachable; 70 a bug; 78 configuration. "
-        f"Settings: {', '.join(s.name for s in config.declared().values())}; see .env.example.",
+        description=_WHAT,
+        epilog=_EXIT_CODES + help_on_settings(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=_daemon)
     modes = parser.add_mutually_exclusive_group()
@@ -112,8 +120,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--customer", metavar="ID", action="append", default=[], help=customer)
     force = "let this recount past the guard; with --once"
     parser.add_argument("--force", action="store_true", help=force)
-    as_json = "results as one JSON document; with all modes that print some"
-    parser.add_argument("--json", action="store_true", help=as_json)
+    parser.add_argument("--json", action="store_true", help="results as one JSON document")
     env_file = f"read settings from this file, not from {ENV_FILE.name}"
     parser.add_argument("--env-file", metavar="PATH", type=Path, help=env_file)
     parser.add_argument("--version", action="version", version=VERSION)

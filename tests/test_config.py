@@ -10,7 +10,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from config import Settings, declared, load, read_env_file
+from config import Settings, declared, load
+from loyalty.env_file import read_env_file
 from loyalty.errors import ConfigError
 
 URI = "mongodb://localhost"
