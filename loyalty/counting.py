@@ -47,8 +47,11 @@ def snapshot_time(connection: Connection, at: Timestamp | None = None) -> Timest
     read = {"find": users.name, "filter": {"_id": ObjectId()}, "singleBatch": True}
     with sorted_errors("find in", users.full_name):
         reply = users.database.command({**read, "readConcern": concern})
-    # A collection that does not exist has no snapshot, only a last operation before it.
-    moment: Timestamp | None = reply["cursor"].get("atClusterTime") or reply.get("operationTime")
+        moment: Timestamp | None = reply["cursor"].get("atClusterTime")
+        # A collection that does not exist has no snapshot, only a last operation before it. If
+        # there are users, this server has not done what it was asked for.
+        if moment is None and users.find_one({}, {"_id": 1}) is None:
+            moment = reply.get("operationTime")
     return moment
 
 

@@ -196,7 +196,8 @@ def open_live(connection: Connection, settings: Settings) -> tuple[Live, Timesta
     """Open a stream, and return the time from which on it tells all. Raises ServiceError."""
     after = snapshot_time(connection)
     if after is None:
-        raise Misconfigured(f"{connection.inexact} has no change streams for this")
+        server = connection.inexact or "a server without snapshots"
+        raise Misconfigured(f"{server} has no change streams for this")
     if advice := advice_on_index(connection.orders, settings):
         raise Misconfigured(f"each update would read all orders; the index: {advice}")
     return Live(connection, settings, after), after

@@ -26,7 +26,8 @@ _UNAUTHORIZED = 13
 _FINAL = {166, 171}  # a view where a collection is needed; an index over two arrays
 # A stage, an operator, a command or an option that the server does not know, by MongoDB and others.
 _UNSUPPORTED = {40324, 168, 59, 115, 303, 304}
-_BAD_CREDENTIALS = {18, 8000}  # the server's own, and Atlas's
+_BAD_CREDENTIALS = 18
+_ATLAS = 8000  # whatever Atlas itself turns down
 _MAX_TIME_EXPIRED = 50
 _SNAPSHOT_TOO_OLD = 239
 
@@ -79,7 +80,7 @@ def _sorted_failure(
         if "requires authentication" in reason:
             advice += ", or put a user name and password into MONGODB_URI"
         return NoPermission(f"no permission to {doing} {where}: {advice}")
-    if code in _BAD_CREDENTIALS:
+    if code == _BAD_CREDENTIALS or (code == _ATLAS and "bad auth" in reason):
         return Rejected("the server rejects the user name or password in MONGODB_URI")
     if code == _MAX_TIME_EXPIRED:
         return TooSlow(f"{could_not} in time" + (f": {if_too_slow}" if if_too_slow else ""))
@@ -87,7 +88,7 @@ def _sorted_failure(
         return SnapshotTooOld(f"{could_not}: {reason} (code {code})")
     if code in _UNSUPPORTED:
         return Misconfigured(f"this server does not support what the service needs: {reason}")
-    sort = Misconfigured if code in _FINAL else Unavailable
+    sort = Misconfigured if code in {*_FINAL, _ATLAS} else Unavailable
     return sort(f"{could_not}: {reason} (code {code})")
 
 

@@ -12,10 +12,11 @@ import pytest
 from bson import ObjectId
 from conftest import settings_for
 from pymongo import MongoClient
+from pymongo.database import Database
 from pymongo.errors import OperationFailure
 
 from loyalty import counting
-from loyalty.counting import Count, TooManyOddForms
+from loyalty.counting import Count, TooManyOddForms, snapshot_time
 from loyalty.history import History
 from loyalty.index import create_index
 from loyalty.mongo import Connection, connect
@@ -167,3 +168,18 @@ def forget(client: MongoClient[Any]) -> None:
         return False
 
     wait_until("a snapshot that is too old", too_old)
+
+
+def test_a_server_that_ignores_a_snapshot_is_not_called_exact(connection: Connection) -> None:
+    command = Database.command
+
+    def deaf(database: Database[Any], asked: Any, *args: Any, **options: Any) -> Any:
+        if "readConcern" in asked:
+            asked = {key: value for key, value in asked.items() if key != "readConcern"}
+        return command(database, asked, *args, **options)
+
+    with mock.patch.object(Database, "command", deaf):
+        assert snapshot_time(connection) is not None  # of no users, whenever that is
+        connection.users.insert_one({})
+        assert snapshot_time(connection) is None
+    assert snapshot_time(connection) is not None

@@ -1,0 +1,42 @@
+"""What the driver raises becomes an error of ours, whose exit code says what helps."""
+
+from __future__ import annotations
+
+import pytest
+from pymongo.errors import OperationFailure
+
+from loyalty.errors import (
+    Misconfigured,
+    NoPermission,
+    Rejected,
+    ServiceError,
+    SnapshotTooOld,
+    TooSlow,
+    Unavailable,
+)
+from loyalty.sorting import sorted_errors
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "kind"),
+    [
+        (13, "not authorized on shop to execute command { find: 'secret' }", NoPermission),
+        (18, "Authentication failed.", Rejected),
+        (8000, "bad auth : authentication failed", Rejected),
+        (8000, "user is not allowed to do action [find] on [shop.orders]", Misconfigured),
+        (50, "operation exceeded time limit", TooSlow),
+        (239, "Snapshot too old", SnapshotTooOld),
+        (40324, "Unrecognized pipeline stage name: '$unionWith'", Misconfigured),
+        (304, "Aggregation stage not supported: '$unionWith'", Misconfigured),
+        (166, "Namespace shop.orders is a view, not a collection", Misconfigured),
+        (91, "The server is in quiesce mode and will shut down", Unavailable),
+    ],
+)
+def test_what_the_server_turns_down_is_sorted_by_its_code(
+    code: int, said: str, kind: type[ServiceError]
+) -> None:
+    with pytest.raises(ServiceError) as raised, sorted_errors("find in", "shop.orders"):
+        raise OperationFailure(said, code, {"errmsg": said, "code": code, "of": "a secret"})
+    assert type(raised.value) is kind
+    assert "secret" not in str(raised.value)
+    assert "\n" not in str(raised.value)
