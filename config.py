@@ -23,7 +23,7 @@ from loyalty.parsers import (
 )
 from loyalty.uri import database_name, split_uri, uri_faults
 
-VERSION = "0.1.0"
+VERSION = "1.0.0"
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from config import VERSION
 from deploy import debian
 
 DEPLOY = debian.TOP / "deploy"
@@ -37,12 +35,6 @@ def _says(*command: str) -> str:
 def test_kubernetes_own_schema_allows_it(file: str, version: str) -> None:
     tool = str(BIN / "kubernetes-validate")
     assert "passed" in _says(tool, "--strict", "--kubernetes-version", version, file)
-
-
-@pytest.mark.parametrize("file", ["cronjob.yaml", "deployment.yaml"])
-def test_it_names_the_image_of_this_version(file: str) -> None:
-    text = (DEPLOY / file).read_text(encoding="utf-8")
-    assert re.findall(r"image: .*:(.*)\n", text) == [VERSION]
 
 
 def test_compose_reads_its_file_and_locks_the_service_up_as_the_readme_does() -> None:

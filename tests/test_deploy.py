@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from config import VERSION
+
 TOP = Path(__file__).resolve().parents[1]
 UNIT = "loyalty-microservice.service"
 PREFIX = "opt/loyalty-microservice"
@@ -182,6 +184,23 @@ def test_the_sample_settings_are_all_those_of_the_env_example() -> None:
     # In a unit, MONGODB_URI_FILE goes with LoadCredential= and stands beside it.
     wanted = names(TOP / ".env.example") - {"MONGODB_URI_FILE"}
     assert names(TOP / "deploy/loyalty.env") == wanted
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("CHANGELOG.md", r"^## (\S+) \("),
+        ("README.md", r'"version": "(.*?)"'),
+        ("deploy/Dockerfile", r"^LABEL .*version=(\S+)"),
+        ("deploy/cronjob.yaml", r"image: .*:(\S+)"),
+        ("deploy/deployment.yaml", r"image: .*:(\S+)"),
+    ],
+)
+def test_all_that_names_a_version_names_this_one(file: str, said: str) -> None:
+    text = (TOP / file).read_text(encoding="utf-8")
+    found = re.findall(said, text, re.MULTILINE)
+    newest = found[:1] if file == "CHANGELOG.md" else found
+    assert set(newest) == {VERSION}
 
 
 def _systemd_analyze(*arguments: str) -> subprocess.CompletedProcess[str]:
