@@ -118,6 +118,7 @@ class Daemon:
         return "connected"
 
     def _recount(self) -> str:
+        self._move("recounting")
         return self._work.recount(self._move)
 
     def _attempt(self, step: Callable[[], str]) -> bool:

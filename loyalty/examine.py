@@ -93,9 +93,9 @@ def _index(connection: Connection, settings: Settings, found: Examination) -> No
         n = orders.count_documents(holding, maxTimeMS=settings.count_ms)
     if n:
         orders_hold = "1 order holds" if n == 1 else f"{n:,} orders hold"
-        found.index = (
-            f"of little use: {orders_hold} an array in {names}, so that every order is fetched"
-        )
+        state = "there, but" if plan.spoilt else "not there, and would be"
+        found.index = f"{state} of little use: {orders_hold} an array in {names}, so that every "
+        found.index += "order is fetched"
 
 
 def _users(connection: Connection, settings: Settings, found: Examination) -> None:

@@ -36,7 +36,7 @@ class Plan:
     @property
     def advice(self) -> str:
         """What to do about the index; "" if nothing."""
-        if self.ranges and not self.fetches:
+        if self.ranges and not self.fetches and not self.arrays:
             return ""
         if self.spoilt:
             return (
