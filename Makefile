@@ -20,10 +20,10 @@ demo: $(STAMP) ## the real service on a private MongoDB, for about 30 seconds
 	@$(RUN) -m sandbox.demo
 
 test: $(STAMP) ## all tests; ARGS="-k word" for some, ARGS=--cov with coverage
-	$(RUN) -m pytest -n 4 --dist loadgroup $(ARGS)
+	$(RUN) -m pytest -n 6 --dist loadgroup $(ARGS)
 
 test-deep: $(STAMP) ## those of them that come in numbers, in larger ones
-	$(RUN) -m pytest -n 4 --dist loadgroup --deep $(ARGS)
+	$(RUN) -m pytest -n 6 --dist loadgroup --deep $(ARGS)
 
 soak: $(STAMP) ## MINUTES=10 of random faults against the daemon while a shop changes
 	$(RUN) -m sandbox.soak $(MINUTES)

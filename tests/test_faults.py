@@ -93,7 +93,7 @@ class Stage:
 
 
 @contextmanager
-def staged(deployment: Deployment, *, users: int = 2000, orders: int = 8000) -> Iterator[Stage]:
+def staged(deployment: Deployment, *, users: int = 2000, orders: int = 4000) -> Iterator[Stage]:
     with deployment.client() as client:
         database = client[f"faults_{uuid4().hex[:12]}"]
         shop = Shop(database, random.Random(database.name))
