@@ -159,7 +159,7 @@ def test_a_database_that_comes_up_later_is_waited_for_with_growing_pauses(servic
     deployment = Deployment(parent=MEMORY)
     uri = deployment.uri_for(database="shop")
     once = service("--once", MONGODB_URI=uri)
-    daemon = service(*QUICKER, program=LAUNCHER, MONGODB_URI=uri, RECOUNT_INTERVAL="9s")
+    daemon = service(*QUICKER, program=LAUNCHER, MONGODB_URI=uri, RECOUNT_INTERVAL="3s")
     assert once.wait() == 69
     assert len(once.lines) == 1
     daemon.wait_for("retry_in=2s")
