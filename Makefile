@@ -23,10 +23,10 @@ pictures: $(STAMP) ## the demo once more, as the picture in the README: sandbox/
 	@$(RUN) -m sandbox.picture
 
 test: $(STAMP) ## all tests; ARGS="-k word" for some, ARGS=--cov with coverage
-	$(RUN) -m pytest -n 4 --dist loadgroup $(ARGS)
+	$(RUN) -m pytest -n 6 --dist loadgroup $(ARGS)
 
 test-deep: $(STAMP) ## those of them that come in numbers, in larger ones
-	$(RUN) -m pytest -n 4 --dist loadgroup --deep $(ARGS)
+	$(RUN) -m pytest -n 6 --dist loadgroup --deep $(ARGS)
 
 soak: $(STAMP) ## MINUTES=10 of random faults against the daemon while a shop changes
 	$(RUN) -m sandbox.soak $(MINUTES)

@@ -313,7 +313,12 @@ class Deployment:
         members = [
             {"_id": n, "host": f"127.0.0.1:{server.port}"} for n, server in enumerate(self.servers)
         ]
-        settings = {"electionTimeoutMillis": self._election_ms, "heartbeatIntervalMillis": 500}
+        settings = {
+            "electionTimeoutMillis": self._election_ms,
+            "heartbeatIntervalMillis": 500,
+            # A node that is frozen is down for the others when they elect, and not 8 s later.
+            "heartbeatTimeoutSecs": max(1, self._election_ms // 1000),
+        }
         with MongoClient[dict[str, Any]](self.servers[0].uri) as client:
             client.admin.command(
                 "replSetInitiate", {"_id": "rs0", "members": members, "settings": settings}

@@ -86,6 +86,13 @@ def authenticating() -> Iterator[Deployment]:
 
 
 @pytest.fixture(scope="session")
+def three() -> Iterator[Deployment]:
+    """Three nodes, for the groups `lost` and `frozen`: each in one worker, for its time."""
+    with Deployment(3, options=faults.OPTIONS, parent=MEMORY) as deployment:
+        yield deployment
+
+
+@pytest.fixture(scope="session")
 def client(deployment: Deployment) -> Iterator[MongoClient[Any]]:
     with deployment.client() as client:
         yield client

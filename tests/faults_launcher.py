@@ -1,7 +1,8 @@
 """Runs the service in a process in which something is not as it should be.
 
 - `faults_launcher.py clock FILE [arguments]`: the clock is set to the seconds in FILE.
-- `faults_launcher.py pause SECONDS [arguments]`: the first pause after a failure is that long.
+- `faults_launcher.py pause SECONDS[,SECONDS] [arguments]`: the first pause after a failure is that
+  long, and so is, with a second number, a try to connect.
 - `faults_launcher.py bugs LIST [arguments]`: recounts raise what LIST says: count:KeyError,...
 - `faults_launcher.py recounts NUMBER`: does that many; prints how much memory and files they take.
 """
@@ -25,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import config
 import loyalty_microservice
-from loyalty import daemon
+from loyalty import daemon, mongo
 from loyalty.counting import Count
 from loyalty.overlap import still
 from loyalty.service import Service
@@ -49,7 +50,10 @@ def clock(file: str) -> None:
 
 
 def pause(seconds: str) -> None:
-    daemon.FIRST_PAUSE = float(seconds)
+    first, *tried = map(float, seconds.split(","))
+    daemon.FIRST_PAUSE = first
+    for patience in tried:
+        mongo._CONNECT_SECONDS = patience  # type: ignore[assignment]
 
 
 def bugs(listed: str) -> None:

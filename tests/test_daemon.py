@@ -34,6 +34,18 @@ class FakeWork:
         time.sleep(seconds)
 
 
+class Over:
+    """What a worker is given that is left behind: to wait for the end of the tests."""
+
+    def connect(self) -> None: ...
+
+    def recount(self, moved: Moved) -> str:
+        return ""
+
+    def meanwhile(self, seconds: float, moved: Moved) -> None:
+        threading.Event().wait()
+
+
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Short pauses, and the signal handlers as they were."""
@@ -72,7 +84,9 @@ def run_until(daemon: Daemon, ready: Callable[[], object]) -> None:
     stopper.start()
     daemon.run()
     stopper.join()
-    daemon.scheduler.clear()  # the worker is left behind, and in here it lives on
+    # The worker is left behind, and in here it lives on. Without a schedule it would never rest.
+    daemon._work = Over()
+    daemon.scheduler.clear()
 
 
 def test_schedule_is_asked_for_the_two_hours_of_the_default() -> None:

@@ -84,7 +84,7 @@ def ordinary(connection: Connection) -> Connection:
 
 
 @pytest.mark.xdist_group("busy")
-@pytest.mark.size(10, deep=30)
+@pytest.mark.size(5, deep=30)
 @pytest.mark.parametrize(
     ("index", "kind"),
     [(True, "move"), (False, "move"), (True, "swap")],
@@ -118,7 +118,7 @@ def test_an_ordinary_read_beside_busy_writers_sees_changes_that_are_not_there(
 
 
 @pytest.mark.xdist_group("busy")
-@pytest.mark.size(4, deep=40)
+@pytest.mark.size(3, deep=40)
 def test_beside_writers_of_all_kinds_every_recount_is_what_the_orders_said_at_its_cluster_time(
     busy: tuple[Connection, Settings], size: int
 ) -> None:
@@ -163,8 +163,9 @@ def test_after_writers_that_change_counts_one_recount_is_right(
 
 
 @pytest.mark.xdist_group("busy")
+@pytest.mark.size(2, deep=10)
 def test_two_services_at_once_one_killed_and_the_next_recount_is_right(
-    busy: tuple[Connection, Settings], service: Callable[..., Process]
+    busy: tuple[Connection, Settings], service: Callable[..., Process], size: int
 ) -> None:
     connection, settings = busy
     shop, statuses = connection.users.database, settings.order_statuses
@@ -172,10 +173,10 @@ def test_two_services_at_once_one_killed_and_the_next_recount_is_right(
     env["MAX_DECREASE_PERCENT"] = "100"  # the writers may well take points from nearly everyone
     with writers(settings.mongodb_uri, "change", "change"):
         one, two = (service(**env, RECOUNT_INTERVAL="1s") for _ in range(2))
-        one.wait_for("outcome=succeeded", times=3)
-        two.wait_for("outcome=succeeded", times=3)
+        one.wait_for("outcome=succeeded", times=size)
+        two.wait_for("outcome=succeeded", times=size)
         one.kill()
-        two.wait_for("outcome=succeeded", times=5)
+        two.wait_for("outcome=succeeded", times=size + 2)
     assert two.stop() == 0
     assert service("--once", **env).wait() == 0
     assert disagreements(shop, statuses) == []

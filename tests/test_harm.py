@@ -18,7 +18,7 @@ from uuid import uuid4
 
 import pytest
 from bson import ObjectId
-from conftest import MEMORY, ROOT, Command, settings_for
+from conftest import MEMORY, ROOT, Command, examples, settings_for
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pymongo import MongoClient
@@ -338,7 +338,7 @@ def reshaped(deployment: Deployment) -> Iterator[Connection]:
         connection.client.drop_database(connection.users.database.name)
 
 
-@settings(suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(25, 200), suppress_health_check=list(HealthCheck))
 @given(users=USERS, orders=ORDERS, cuts=st.lists(EDGES, max_size=4))
 def test_in_a_shop_of_another_shape_every_user_has_the_points_that_plain_python_counts(
     reshaped: Connection, users: list[Any], orders: list[Any], cuts: list[Any]

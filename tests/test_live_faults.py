@@ -59,13 +59,7 @@ def ship_all(stage: Stage) -> None:
     stage.shop.orders.update_many({"status": "Paid"}, {"$set": {"status": "Shipped"}})
 
 
-@pytest.fixture(scope="module")
-def three() -> Iterator[Deployment]:
-    with Deployment(3, options=faults.OPTIONS, election_ms=1000, parent=MEMORY) as deployment:
-        yield deployment
-
-
-@pytest.mark.xdist_group("live")
+@pytest.mark.xdist_group("frozen")
 @pytest.mark.size(1, deep=9)
 def test_when_the_primary_is_killed_live_updates_go_on_with_the_next(
     three: Deployment, start: Start, size: int

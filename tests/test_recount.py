@@ -18,7 +18,7 @@ import bson
 import pytest
 from bson import Binary, Decimal128, Int64, ObjectId
 from bson.raw_bson import RawBSONDocument
-from conftest import settings_for
+from conftest import examples, settings_for
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pymongo import MongoClient
@@ -127,7 +127,7 @@ def everything(connection: Connection) -> list[Document]:
     return sorted(found, key=lambda user: bson.encode({"": user["_id"]}))
 
 
-@settings(suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(25, 200), suppress_health_check=list(HealthCheck))
 @example(  # the sum of the points is no 64-bit integer, and nevertheless one user is right
     users=[{"_id": n, "loyalty_points": 2**62 if n else 1} for n in range(5)],
     orders=[{"customer_id": 0, "status": "Shipped"}],
