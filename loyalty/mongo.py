@@ -100,7 +100,9 @@ def _prove(client: MongoClient[Any], settings: Settings, writing: bool) -> Conne
     with sorted_errors("connect to", settings.hosts):
         hello = client.admin.command("hello")
         version = client.server_info()["version"]
-    if hello.get("secondary"):  # only where the URI leads to this one server
+    if hello.get("secondary"):
+        if client.topology_description.topology_type_name != "Single":
+            raise Unavailable(f"{settings.hosts} has no primary just now")  # an election
         name = hello["setName"]
         raise Misconfigured(
             f"{settings.hosts} is a secondary: name the replica set, with ?replicaSet={name} and "

@@ -27,6 +27,7 @@ from test_recount import EDGES, ORDERS, USERS
 
 from config import declared
 from loyalty import counting, mongo
+from loyalty.errors import Unavailable
 from loyalty.history import MARK, History
 from loyalty.index import Plan, create_index, plan_of
 from loyalty.mongo import Connection, connect
@@ -449,6 +450,17 @@ def test_a_secondary_is_called_that(command: Command, capsys: Capture) -> None:
     said = capsys.readouterr().err
     host = uri.split("/")[2]
     assert f"{host} is a secondary: name the replica set, with ?replicaSet=rs0" in said
+
+
+def test_a_primary_that_has_just_stepped_down_is_waited_for(deployment: Deployment) -> None:
+    command = Database.command
+
+    def stepping_down(database: Database[Any], asked: Any, **options: Any) -> Any:
+        reply = command(database, asked, **options)
+        return {**reply, "secondary": True} if asked == "hello" else reply
+
+    with mock.patch.object(Database, "command", stepping_down), pytest.raises(Unavailable):
+        connect(settings_for(deployment.uri), writing=False)
 
 
 def test_a_count_that_is_too_slow_with_the_index_there_gets_no_advice_to_make_it(
