@@ -23,6 +23,7 @@ from loyalty.spool import Spool
 log = logging.getLogger("loyalty")
 
 _ROWS = 5_000  # in one answer of the server; its own limit of 16 MB becomes 100 MB in Python
+_AHEAD = 8  # ranges: where a few customers order a lot, one takes several times as long as others
 _ODD_CUSTOMERS = 10_000
 _FORMS = 4_000  # in one aggregation, the canonical ids among them
 
@@ -123,7 +124,8 @@ class Count:
         while done < len(cut):
             scopes = (Scope(part, apart=part.of_text) for part in cut[done:])
             try:
-                with overlapping(self._ask, scopes, self._settings.count_workers) as answers:
+                workers = self._settings.count_workers
+                with overlapping(self._ask, scopes, workers, ahead=_AHEAD) as answers:
                     for answer in answers:
                         with answer:
                             yield from self._without_odd_forms(answer)

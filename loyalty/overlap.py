@@ -27,17 +27,20 @@ def still(_: str) -> None:
 
 
 @contextmanager
-def overlapping(do: Callable[[T], R], items: Iterator[T], workers: int) -> Iterator[Iterator[R]]:
+def overlapping(
+    do: Callable[[T], R], items: Iterator[T], workers: int, *, ahead: int = 0
+) -> Iterator[Iterator[R]]:
     """Yield the results of `do(item)` in their order, with `workers` of them on the way at a time.
 
     So the server has work while an answer travels, or while we take it apart; and little is left
-    for it to do, and in our memory, when one side dies. None is on the way any more at the end,
-    lest a write land after a newer count; only Ctrl-C does not wait for that.
+    for it to do, and in our memory, when one side dies. Up to `ahead` more are done before their
+    turn while one takes long. None is on the way any more at the end, lest a write land after a
+    newer count; only Ctrl-C does not wait for that.
     """
     pool = ThreadPoolExecutor(workers)
 
     def results() -> Iterator[R]:
-        pending = deque(pool.submit(do, item) for item in islice(items, workers))
+        pending = deque(pool.submit(do, item) for item in islice(items, workers + ahead))
         while pending:
             result = pending.popleft().result()
             pending.extend(pool.submit(do, item) for item in islice(items, 1))

@@ -18,8 +18,9 @@ from pymongo.collection import Collection
 
 from loyalty.ids import RAW, UNREADABLE, Document, is_hex_id, value_of
 
-USERS = 50_000
-"""How many users make a range: few enough that neither the server nor we need the disk."""
+USERS = 25_000
+"""How many users make a range: few enough that neither the server nor we need the disk, and that
+two workers get even shares of a small shop, too."""
 
 _DIGITS = "0123456789abcdef"
 # The least value of each kind; NaN is below all numbers, and so in the rest.
