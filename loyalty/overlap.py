@@ -6,9 +6,10 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
+from threading import Event
 from typing import TypeVar
 
 log = logging.getLogger("loyalty")
@@ -35,15 +36,24 @@ def overlapping(
     So the server has work while an answer travels, or while we take it apart; and little is left
     for it to do, and in our memory, when one side dies. Up to `ahead` more are done before their
     turn while one takes long. None is on the way any more at the end, lest a write land after a
-    newer count; only Ctrl-C does not wait for that.
+    newer count; only Ctrl-C does not wait for that. After one that fails, none is begun.
     """
-    pool = ThreadPoolExecutor(workers)
+    pool, failed = ThreadPoolExecutor(workers), Event()
+
+    def attempt(item: T) -> R:
+        if failed.is_set():  # a later item's turn never comes
+            raise CancelledError
+        try:
+            return do(item)
+        except BaseException:
+            failed.set()
+            raise
 
     def results() -> Iterator[R]:
-        pending = deque(pool.submit(do, item) for item in islice(items, workers + ahead))
+        pending = deque(pool.submit(attempt, item) for item in islice(items, workers + ahead))
         while pending:
             result = pending.popleft().result()
-            pending.extend(pool.submit(do, item) for item in islice(items, 1))
+            pending.extend(pool.submit(attempt, item) for item in islice(items, 1))
             yield result
 
     wait = True

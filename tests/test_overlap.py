@@ -1,0 +1,40 @@
+"""Work that overlaps: in its order, and ended by the first failure."""
+
+from __future__ import annotations
+
+from threading import Barrier
+
+import pytest
+
+from loyalty.errors import Unavailable
+from loyalty.overlap import overlapping
+from sandbox.mongod import SECONDS
+
+
+def test_after_one_that_fails_none_is_begun() -> None:
+    begun: list[int] = []
+    together = Barrier(2)
+
+    def fail(item: int) -> None:
+        begun.append(item)
+        together.wait(SECONDS)
+        raise Unavailable(f"of {item}")
+
+    with (
+        pytest.raises(Unavailable, match="of 0"),
+        overlapping(fail, iter(range(20)), 2, ahead=8) as results,
+    ):
+        list(results)
+    assert sorted(begun) == [0, 1]
+
+
+def test_results_come_in_order_though_later_ones_are_done_before() -> None:
+    others_done = Barrier(2)
+
+    def do(item: int) -> int:
+        if item in (0, 8):  # the first waits for one that is well ahead of it
+            others_done.wait(SECONDS)
+        return item
+
+    with overlapping(do, iter(range(20)), 2, ahead=8) as results:
+        assert list(results) == list(range(20))
