@@ -64,11 +64,12 @@ class Service:
             moved(progress)
 
         try:
-            with self._metrics.counting(), self._or_anew():
+            with self._metrics.counting(), self._stop_live_on_failure():
                 connection = self._connection or self._reconnect()
+                since = self._watch(connection)
                 # Also where another server answers, or one that is behind: nothing older is written
                 # over what is known to be newer.
-                task = Task(at=max(self._watch(connection), self._newest))
+                task = Task(at=max(since, self._newest))
                 result = perform(connection, self._settings, self._history, task, moving)
         except Refused as error:  # to try again soon would not help; the next is on schedule
             log.error("refused %s", error)
@@ -100,11 +101,11 @@ class Service:
         if self._live is None or self._connection is None:
             time.sleep(seconds)
             return
-        with self._or_anew():
+        with self._stop_live_on_failure():
             self._update(self._connection, self._live, seconds, moved)
 
     @contextmanager
-    def _or_anew(self) -> Iterator[None]:
+    def _stop_live_on_failure(self) -> Iterator[None]:
         """Should anything fail: give up the stream with its marks; a full recount opens another."""
         try:
             yield
@@ -145,7 +146,8 @@ class Service:
             return
         if marks := live.take(seconds):
             self._recount_marked(connection, live, marks, moved)
-        if time.monotonic() - self._beat_at >= HEARTBEAT.total_seconds():
+        due = time.monotonic() - self._beat_at >= HEARTBEAT.total_seconds()
+        if due and not live.held:
             self._beat_at = time.monotonic()
             beat = live.heartbeat()
             self._history.beat(beat)
@@ -188,7 +190,7 @@ class Service:
     def _customers(self, marks: Marks) -> Customers:
         odd_forms = self._last.odd_forms
         customers = marks.forms({} if odd_forms is None else odd_forms)
-        if not self._last.finds_customers:  # all orders are read, and few: see `_watch`
+        if not self._last.finds_customers:  # all orders are read, and few: see `open_live`
             return [(own, []) for own, _ in customers]
         if odd_forms is not None:
             return customers

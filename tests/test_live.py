@@ -219,6 +219,18 @@ def test_marks_are_not_lost_when_a_live_update_fails(small: Stage) -> None:
     assert points(small.shop) == [2, 1, 1]
 
 
+def test_a_user_who_refuses_a_live_update_is_said_and_not_called_updated(
+    small: Stage, caplog: pytest.LogCaptureFixture
+) -> None:
+    allowed = {"$or": [{"_id": {"$ne": IDS[0]}}, {"loyalty_points": {"$lte": 1}}]}
+    small.shop.command("collMod", "users", validator=allowed)
+    small.shop.orders.insert_many([ship(IDS[0]), ship(IDS[1])])
+    small.update_until(lambda: points(small.shop) == [1, 2, 1])
+    assert "incomplete 1 users refused a live update" in caplog.text
+    assert small.service._live
+    assert small.service._live.customers_updated == 1
+
+
 def test_a_large_collection_without_the_index_is_not_updated_live_but_warned_of_once(
     small: Stage, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,6 +300,27 @@ def test_a_status_renamed_piecemeal_is_ended_by_the_guard(
         assert "again: until the next recount" in caplog.text
         assert stage.recount().startswith("refused")
         assert points(database).count(1) > 0.5 * users
+
+
+def test_points_that_are_held_back_have_no_heartbeat(
+    deployment: Deployment, database: Database[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "HEARTBEAT", timedelta(0))
+    beats: list[Heartbeat] = []
+    monkeypatch.setattr(History, "beat", lambda _, beat: beats.append(beat))
+    database.users.insert_many({"_id": n} for n in range(50))
+    database.orders.insert_many({"customer_id": n, "status": "Shipped"} for n in range(50))
+    with live(deployment, database) as stage:
+        live_updates = stage.service._live
+        assert live_updates
+        stage.update()
+        assert beats
+        database.orders.update_many({}, {"$set": {"status": "Sent"}})
+        while not live_updates.held:
+            before = len(beats)
+            stage.update()
+        stage.update()
+        assert len(beats) == before
 
 
 def test_with_the_guard_turned_off_nothing_is_held_back(
