@@ -94,15 +94,15 @@ class Count:
             yield from self._in_scope(Scope())
 
     def of_customers(
-        self, customers: Customers, *, at: Timestamp | None = None, everyone: bool = False
+        self, customers: Customers, *, at: Timestamp | None = None, with_right: bool = False
     ) -> Iterator[Row | Right]:
         """Count some customers, as of `at` or later.
 
-        With `everyone`, those who are right come as rows, too.
+        With `with_right`, those who are right come as rows, too.
         """
         self._pin(at)
         self.exact = self.cluster_time is not None
-        yield from self._of_customers(customers, everyone=everyone)
+        yield from self._of_customers(customers, with_right=with_right)
 
     def _pin(self, at: Timestamp | None) -> None:
         """Let everything from now on be read as of one point in time: `at`, or later."""
@@ -120,7 +120,7 @@ class Count:
 
     def _in_ranges(self, cut: Sequence[Range]) -> Iterator[Row | Right]:
         progress = Progress("counting", len(cut), self._moved)
-        done = pinned = 0
+        done = done_at_pin = 0
         while done < len(cut):
             scopes = (Scope(part, apart=part.of_text) for part in cut[done:])
             try:
@@ -128,20 +128,20 @@ class Count:
                 with overlapping(self._ask, scopes, workers, ahead=_AHEAD) as answers:
                     for answer in answers:
                         with answer:
-                            yield from self._without_odd_forms(answer)
+                            yield from self._rows_of_range(answer)
                         done += 1
                         progress.add(1)
             except SnapshotTooOld as error:
-                if done == pinned:
+                if done == done_at_pin:
                     raise  # one range alone takes longer than the server keeps a snapshot
                 log.warning('counting_on done=%d total=%d error="%s"', done, len(cut), error)
-                pinned = done
+                done_at_pin = done
                 self._go_on_at_a_new_time()
         try:  # as a list: all of them, or none
-            odd = list(self._with_odd_forms())
+            odd = list(self._rows_of_odd_customers())
         except SnapshotTooOld:
             self._go_on_at_a_new_time()
-            odd = list(self._with_odd_forms())
+            odd = list(self._rows_of_odd_customers())
         yield from odd
 
     def _go_on_at_a_new_time(self) -> None:
@@ -149,7 +149,7 @@ class Count:
         self.exact = False
         self._pin(self.cluster_time)
 
-    def _without_odd_forms(self, spool: Spool) -> Iterator[Row | Right]:
+    def _rows_of_range(self, spool: Spool) -> Iterator[Row | Right]:
         """Yield the rows of a range, but for the customers of whom odd forms are known.
 
         An odd form is never in a later range than its customer, and in the same it comes first.
@@ -166,7 +166,7 @@ class Count:
     def _has_odd_forms(self, customer: Any) -> bool:
         return isinstance(customer, ObjectId) and customer in self.odd_forms
 
-    def _with_odd_forms(self) -> Iterator[Row | Right]:
+    def _rows_of_odd_customers(self) -> Iterator[Row | Right]:
         """Count the customers with odd forms by themselves, and take back what is in the sums."""
         counted = [(customer, [customer, str(customer)]) for customer in self.odd_forms]
         for row in self._of_customers(counted):
@@ -176,13 +176,13 @@ class Count:
         yield from self._of_customers(whole)
 
     def _of_customers(
-        self, customers: Customers, *, everyone: bool = False
+        self, customers: Customers, *, with_right: bool = False
     ) -> Iterator[Row | Right]:
         for chosen in _portions(customers):
             forms = [form for _, forms in chosen for form in forms]
             found = Range([[{"$in": forms}]] if forms else [[]])
             own = [customer for customer, _ in chosen]
-            yield from self._in_scope(Scope(found, customers=own, everyone=everyone))
+            yield from self._in_scope(Scope(found, customers=own, with_right=with_right))
 
     def _in_scope(self, scope: Scope) -> Iterator[Row | Right]:
         with self._ask(scope) as spool:

@@ -172,7 +172,7 @@ def _points(connection: Connection, settings: Settings, found: Examination) -> N
     if not found.sampled:
         rows = count.of_everyone(in_one_piece=True)
     elif plan_of(connection.orders, settings).ranges:
-        rows = count.of_customers(_some_customers(connection, settings), everyone=True)
+        rows = count.of_customers(_some_customers(connection, settings), with_right=True)
     else:
         return  # each customer would be a look at all orders
     for row in rows:

@@ -36,8 +36,8 @@ class Plan:
     @property
     def advice(self) -> str:
         """What to do about the index; "" if nothing."""
-        if self.ranges and not self.fetches and not self.arrays:
-            return ""
+        if self.ranges and not self.arrays:
+            return "there; orders are fetched all the same" if self.fetches else ""
         if self.spoilt:
             return (
                 "there, but not used, as if an order had once held an array: drop it, and make it "

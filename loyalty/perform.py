@@ -135,7 +135,7 @@ def _count(
         if task.customers is None:
             rows = count.of_everyone(at=task.at, in_one_piece=in_one_piece)
         else:
-            rows = count.of_customers(task.customers, at=task.at, everyone=True)
+            rows = count.of_customers(task.customers, at=task.at, with_right=True)
         result.totals = recount.totals
         try:
             for row in rows:

@@ -53,13 +53,13 @@ class Scope:
 
     `apart`, for a range of texts: odd forms come as rows of their own, since their customer may be
     in another range.
-    `everyone`: rows also of the customers who are right.
+    `with_right`: rows also of the customers who are right.
     """
 
     range: Range = Range([[]])  # noqa: RUF009 -- it is immutable
     apart: bool = False
     customers: Sequence[Any] = ()
-    everyone: bool = False
+    with_right: bool = False
 
 
 def pipeline(settings: Settings, scope: Scope, *, arrays: bool) -> list[Document]:
@@ -80,7 +80,7 @@ def pipeline(settings: Settings, scope: Scope, *, arrays: bool) -> list[Document
     if scope.apart:
         key["odd"] = "$_id.odd"
     compared: list[Document] = [
-        {"$set": {"right": {"$literal": False} if scope.everyone else _is_right(settings)}},
+        {"$set": {"right": {"$literal": False} if scope.with_right else _is_right(settings)}},
         {
             "$group": {  # of those who are right, only sums come back
                 "_id": key,
@@ -123,7 +123,8 @@ def _users(settings: Settings, scope: Scope, interval: Sequence[Document]) -> li
     user = {"_id": "$_id", "points": f"${settings.points_field}"}
     return [
         {"$match": _matching("_id", interval)},
-        {"$project": {"_id": _customer(scope, None), "user": user}},
+        # Not $project, which would go into a user's own field `user`, were it an array.
+        {"$replaceWith": {"_id": _customer(scope, None), "user": user}},
     ]
 
 

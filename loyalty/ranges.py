@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from bson import Binary, Decimal128, ObjectId
+from bson import Binary, ObjectId
 from pymongo.collection import Collection
 
 from loyalty.ids import RAW, UNREADABLE, Document, is_hex_id, value_of
@@ -61,23 +61,23 @@ def ranges(edges: Iterable[Any]) -> list[Range]:
     What is neither text nor ObjectId is cut at the edges of its own kind, where there are any;
     all that is left, and no id at all, is the rest.
     """
-    sorted_edges: dict[str, set[Any]] = {kind: set() for kind in _LEAST}
+    by_kind: dict[str, set[Any]] = {kind: set() for kind in _LEAST}
     for edge in edges:
         if kind := _kind(edge):
-            sorted_edges[kind].add(edge)
+            by_kind[kind].add(edge)
     found = []
-    whole = {"text", "objectid"}
+    cut_kinds = {"text", "objectid"}
     for kind in ("number", "binary"):
-        if sorted_edges[kind]:
-            whole.add(kind)
-            cuts = sorted(sorted_edges[kind], key=_order)
+        if by_kind[kind]:
+            cut_kinds.add(kind)
+            cuts = sorted(by_kind[kind], key=_order)
             found += [Range([_interval(kind, *ends)]) for ends in pairwise([None, *cuts, None])]
     # In the order of their text: an id in capitals then is never in a later range than its user.
-    texts = {str(edge) for edge in sorted_edges["text"] | sorted_edges["objectid"]}
+    texts = {str(edge) for edge in by_kind["text"] | by_kind["objectid"]}
     cuts = sorted({edge.lower() if is_hex_id(edge) else edge for edge in texts})
     found += [_of_text(*ends) for ends in pairwise([None, *cuts, None])]
     # Not $nor: it would fetch every order to look.
-    found.append(Range([[{"$not": {"$gte": _LEAST[kind]}} for kind in sorted(whole)]]))
+    found.append(Range([[{"$not": {"$gte": _LEAST[kind]}} for kind in sorted(cut_kinds)]]))
     return found
 
 
@@ -85,9 +85,8 @@ def _kind(edge: Any) -> str:
     match edge:
         case bool():
             return ""
-        case int() | float() | Decimal128():
-            # No edge can be NaN, and a Decimal128 has no order in Python.
-            return "" if isinstance(edge, Decimal128) or edge != edge else "number"
+        case int() | float():  # a Decimal128 has no order in Python
+            return "number" if edge == edge else ""  # no edge can be NaN
         case str():
             return "text" if edge else ""
         case Binary() | bytes():
@@ -119,7 +118,10 @@ def _of_text(low: str | None, high: str | None) -> Range:
 
 
 def first_spelt(text: str) -> ObjectId | None:
-    """Return the first ObjectId whose 24 digits are `text` or come after it, if there is one."""
+    """Return the first ObjectId whose 24 digits are `text` or come after it, if there is one.
+
+    That is a900…0 for "a9", b000…0 for "a~", and none for "g".
+    """
     spelt = re.match("[0-9a-f]{0,24}", text)
     digits = spelt[0] if spelt else ""
     if digits == text:

@@ -20,7 +20,10 @@ _SHOWN = 10
 
 def mistaken_status(connection: Connection, settings: Settings) -> str | None:
     """Say what statuses there are though no order was counted; return why that is a mistake."""
-    reason, mistaken = uncounted(statuses(connection, settings), settings)
+    known = statuses(connection, settings)
+    if any(is_counted(status, settings) for status, _ in known):
+        return None  # the first of them has come after the count
+    reason, mistaken = uncounted(known, settings)
     if mistaken:
         return f"{reason}, or let one recount through with --once --force"
     log.warning("no_counted_order %s", reason)

@@ -18,7 +18,7 @@ from pymongo.errors import OperationFailure
 from loyalty import counting
 from loyalty.counting import Count, TooManyOddForms, snapshot_time
 from loyalty.history import History
-from loyalty.index import create_index
+from loyalty.index import create_index, plan_of
 from loyalty.mongo import Connection, connect
 from loyalty.perform import perform
 from loyalty.query import Right, Row
@@ -183,3 +183,38 @@ def test_a_server_that_ignores_a_snapshot_is_not_called_exact(connection: Connec
         connection.users.insert_one({})
         assert snapshot_time(connection) is None
     assert snapshot_time(connection) is not None
+
+
+@pytest.mark.parametrize(
+    "options", [{"hidden": True}, {"partialFilterExpression": {"status": "Shipped"}}]
+)
+def test_an_index_that_a_count_cannot_go_by_is_none(
+    connection: Connection, options: dict[str, Any]
+) -> None:
+    settings = settings_for("mongodb://x/")
+    assert plan_of(connection.orders, settings).ranges
+    connection.orders.drop_indexes()
+    connection.orders.create_index([("status", 1), ("customer_id", 1)], **options)
+    asked = settings_for("mongodb://x/", ORDER_STATUSES="Shipped,Sent")  # more than is in it
+    assert not plan_of(connection.orders, asked).ranges
+    assert "none that serves a recount" in plan_of(connection.orders, asked).advice
+
+
+def test_a_users_own_field_of_any_name_and_kind_is_no_obstacle(connection: Connection) -> None:
+    fields = ("user", "key", "stored", "orders", "points", "odd")
+    values: tuple[Any, ...] = ([], [1], {"_id": 7}, "text")
+    connection.users.insert_many(
+        {"_id": ObjectId(), **dict.fromkeys(fields, value)} for value in values
+    )
+    ship(connection, *(str(user["_id"]) for user in connection.users.find()))
+    perform(connection, settings_for("mongodb://x/"), History(None))
+    assert [user["loyalty_points"] for user in connection.users.find()] == [1] * len(values)
+
+
+def test_the_first_order_that_counts_may_come_after_the_count(connection: Connection) -> None:
+    def too_late(*_: Any, **__: Any) -> Iterator[Row | Right]:
+        ship(connection, ADA)
+        return iter([])
+
+    with mock.patch.object(Count, "of_everyone", too_late):
+        assert perform(connection, settings_for("mongodb://x/"), History(None)).refusal is None
