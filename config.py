@@ -47,7 +47,7 @@ class Settings:
     """What the service was told; `load` is the way to make one, `.env.example` explains each."""
 
     mongodb_uri: str = _setting(
-        "MONGODB_URI", "", str, "mongodb://... or mongodb+srv://...; required", shown=False
+        "MONGODB_URI", "", str, "required; or MONGODB_URI_FILE, a file that holds it", shown=False
     )
     database: str = _setting("MONGODB_DATABASE", "", database_name, "else the URI's, else oms_db")
     orders: str = _setting("ORDERS_COLLECTION", "orders", collection, "")

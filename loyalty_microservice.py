@@ -129,8 +129,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--customer goes with --once or --dry-run")
     if any("\udc80" <= character <= "\udcff" for character in "".join(args.customer)):
         parser.error("--customer: not text in this terminal's encoding")
-    if args.force and args.run is not _once:
-        parser.error("--force goes with --once")
+    if args.force and (args.run is not _once or args.customer):
+        parser.error("--force goes with --once, of everyone")
     if args.json and args.run in (_daemon, _create_index):
         parser.error("--json goes with --once, --dry-run, --status or --check-config")
     return args

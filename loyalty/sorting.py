@@ -75,7 +75,7 @@ def _sorted_failure(
     code, reason = error.code, _one_line(str(details.get("errmsg", "no reason given")))
     code = details.get("code", code)
     could_not = f"could not {doing} {where}"
-    if code == _UNAUTHORIZED:
+    if code == _UNAUTHORIZED or (code == _ATLAS and "not allowed to do action" in reason):
         advice = "grant it to the database user (deploy/mongodb-role.js)"
         if "requires authentication" in reason:
             advice += ", or put a user name and password into MONGODB_URI"
