@@ -18,7 +18,7 @@ from loyalty.errors import ServiceError
 from loyalty.ids import NO_CUSTOMER, Document, canonical, canonical_of, shown, spellings
 from loyalty.index import COLLATION, array_in, plan_of
 from loyalty.mongo import Connection
-from loyalty.recount import Recount
+from loyalty.recount import Recount, nobody_known
 from loyalty.sorting import sorted_errors
 from loyalty.statuses import is_counted, statuses, uncounted
 
@@ -128,8 +128,7 @@ def _orders_by_status(connection: Connection, settings: Settings, found: Examina
         rare = orders.find(one, {"_id": 1}, collation=COLLATION, max_time_ms=settings.count_ms)
         if found.sampled and list(rare.limit(1)):
             return
-    reason, mistaken = uncounted(known, settings)
-    found.problems += [reason] if mistaken else []
+    found.problems += [uncounted(known, settings)[0]] if known else []
 
 
 def _references(connection: Connection, settings: Settings, found: Examination) -> None:
@@ -184,7 +183,8 @@ def _points(connection: Connection, settings: Settings, found: Examination) -> N
         counted = totals.counted_orders
         _note_references(settings, found, nobody, unknown, of=counted, counted=counted)
     found.decreased = _scaled(totals.decreased, totals.users, found.users)
-    if refusal := recount.refusal():
+    refusal = recount.refusal()
+    if refusal and not refusal.startswith(tuple(found.problems)):  # nor twice
         whom = " (going by a sample of users)" if found.sampled else ""
         found.problems.append(f"the guard would refuse the recount{whom}: {refusal}")
 
@@ -204,10 +204,7 @@ def _note_references(
     found.orders_without_customer = _scaled(nobody, of, counted)
     found.orders_of_unknown_customers = _scaled(unknown, of, counted)
     if of and nobody + unknown == of and found.users:
-        found.problems.append(
-            "no order that counts refers to a user: are ORDER_CUSTOMER_FIELD="
-            f"{settings.customer_field} and USERS_COLLECTION={settings.users} right?"
-        )
+        found.problems.append(nobody_known(settings))
 
 
 def _scaled(n: int, of: int, total: int | None) -> int:

@@ -26,7 +26,7 @@ _METRICS = {
     "loyalty_recount_duration_seconds": "How long the last successful recount took",
     "loyalty_interval_seconds": "RECOUNT_INTERVAL",
     "loyalty_users": "Users in the last successful recount",
-    "loyalty_changed_users": "Users whose points it changed",
+    "loyalty_changed_users": "Users whose points it had to change",
     "loyalty_refused_updates": "Users that the server refused to update in it",
     "loyalty_live": "Whether live updates are at work",
     "loyalty_live_waiting": "Changed orders and customers still to be counted",

@@ -96,8 +96,14 @@ def perform(
             _count(connection, settings, task, changes, result, moved)
             if task.write and result.refusal and not task.force:
                 raise Refused(result.refusal)
-            if recorded and result.totals.decreased and history.is_empty():
-                result.warning = f"from {result.totals.losers}, as this is the first recount"
+            totals = result.totals
+            if totals.other_values and task.customers is None:
+                log.warning(
+                    "values_replaced %d users hold something else in %s, such as %s",
+                    *(totals.other_values, settings.points_field, totals.other_value),
+                )
+            if recorded and totals.decreased and history.is_empty():
+                result.warning = f"from {totals.losers}, as this is the first recount"
             if recorded and result.warning:  # before it happens
                 log.warning("points_taken %s", result.warning)
             if task.write:
@@ -115,6 +121,8 @@ def perform(
     if recorded:
         history.write(result)
         report.log_result(result)
+    elif result.refusing.reasons:
+        log.warning("incomplete %s", result.refusing)
     return result
 
 

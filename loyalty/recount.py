@@ -19,6 +19,7 @@ from loyalty.ids import NO_CUSTOMER, Document, number_in, shown, value_of
 from loyalty.query import Right, Row, User
 
 _GUARD_USERS = 10
+_GUARD_ORDERS = 10
 FEW_PERCENT = 10
 """The share of those who hold points that may lose some without a word."""
 _SAMPLES = 5
@@ -59,7 +60,8 @@ class Totals:
     changed: int = 0
     increased: int = 0
     decreased: int = 0
-    other_values: int = 0  # users who hold a text or a document, say, where points go
+    valued: int = 0  # users who hold anything where points go
+    other_values: int = 0  # of them, those who hold a text or a document, say
     other_value: str = ""
     zeroed: int = 0  # users who had no points, and get 0
     unknown_customers: int = 0
@@ -136,6 +138,7 @@ class Recount:
         totals.counted_orders += row.orders
         if isinstance(row, Right):
             totals.users += row.users
+            totals.valued += row.users
             totals.holders += row.holders
             totals.holding += row.holders
             return
@@ -160,7 +163,8 @@ class Recount:
         totals.increased += after > before
         totals.decreased += after < before
         totals.zeroed += stored is None and after == 0
-        if isinstance(stored, str | list | dict | bytes | ObjectId | datetime):
+        totals.valued += stored is not None
+        if isinstance(stored, str | list | dict | bytes | bool | ObjectId | datetime):
             totals.other_values += 1
             totals.other_value = shown(stored)
         self._keep_if_large(user, abs(after - before), after)
@@ -180,12 +184,16 @@ class Recount:
     def refusal(self) -> str | None:
         """Return why the guard refuses to write what was counted, or None if it does not."""
         totals, percent = self.totals, self._settings.max_decrease_percent
-        if totals.other_values >= _GUARD_USERS and 2 * totals.other_values > totals.users:
+        if totals.other_values >= _GUARD_USERS and 2 * totals.other_values > totals.valued:
             return (
-                f"{totals.other_values:,} of {totals.users:,} users hold something else in "
-                f"{self._settings.points_field}, such as {totals.other_value}, which would be "
-                "lost: is USER_POINTS_FIELD right? If so, let it through once with --once --force"
+                f"{totals.other_values:,} of the {totals.valued:,} users who have "
+                f"{self._settings.points_field} hold something else in it, such as "
+                f"{totals.other_value}, which would be lost: is USER_POINTS_FIELD right? If so, "
+                "let it through once with --once --force"
             )
+        earning_nothing = totals.orders_without_customer + totals.orders_of_unknown_customers
+        if totals.users and totals.counted_orders == earning_nothing >= _GUARD_ORDERS:
+            return f"{nobody_known(self._settings)} If so, let it through once with --once --force"
         if not are_many(totals.decreased, totals.holders, percent):
             return None
         return (
@@ -204,3 +212,11 @@ class Recount:
 def are_many(losers: int, holders: int, percent: int) -> bool:
     """Return whether so many who lose points are more than `percent` of those who hold some."""
     return losers >= _GUARD_USERS and 100 * losers > percent * holders
+
+
+def nobody_known(settings: Settings) -> str:
+    """Return what is said where no order that counts refers to a user."""
+    return (
+        "no order that counts refers to a user: are ORDER_CUSTOMER_FIELD="
+        f"{settings.customer_field} and USERS_COLLECTION={settings.users} right?"
+    )

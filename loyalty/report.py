@@ -67,6 +67,7 @@ def print_totals(result: Result, *, names: bool = False) -> None:
         ("changed", _changed(totals)),
         ("unknown customers", unknown),
         ("orders without customer", f"{totals.orders_without_customer:,}"),
+        *([("refused the update", f"{result.refused_updates:,}")] * bool(result.refused_updates)),
         ("as of", f"{cell(result.as_of)} UTC ({_exactness(result)})"),
     )
 

@@ -165,12 +165,10 @@ class Service:
         except Refused as error:
             self._hold(live, error)
             return
-        totals, refused = result.totals, result.refused_updates
+        totals = result.totals
         self._losers = max(0, self._losers + totals.decreased - totals.increased)
-        live.customers_updated += totals.changed - refused
+        live.customers_updated += totals.changed - result.refused_updates
         live.last_update = datetime.now(UTC)
-        if refused:
-            log.warning("incomplete %d users refused a live update; %s", refused, result.refusing)
         log.debug("live_update customers=%d changed=%d", len(customers), totals.changed)
 
     def _hold(self, live: Live, why: Refused) -> None:

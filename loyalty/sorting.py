@@ -23,7 +23,9 @@ from loyalty.errors import (
 from loyalty.ids import Document
 
 _UNAUTHORIZED = 13
-_FINAL = {166, 171}  # a view where a collection is needed; an index over two arrays
+# A view where a collection is needed, or with a collation of its own; an index over two arrays, or
+# one that is there with other options.
+_FINAL = {166, 167, 171, 85, 86}
 # A stage, an operator, a command or an option that the server does not know, by MongoDB and others.
 _UNSUPPORTED = {40324, 168, 59, 115, 303, 304}
 _BAD_CREDENTIALS = 18

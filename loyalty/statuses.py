@@ -24,8 +24,14 @@ def mistaken_status(connection: Connection, settings: Settings) -> str | None:
     if any(is_counted(status, settings) for status, _ in known):
         return None  # the first of them has come after the count
     reason, mistaken = uncounted(known, settings)
+    users = connection.users
+    counted = {settings.status_field: {"$in": list(settings.order_statuses)}}
+    with sorted_errors("find in", users.full_name):
+        if users.find_one(counted, {"_id": 1}, max_time_ms=settings.count_ms):
+            reason += f"; but {users.full_name} holds such: are ORDERS_COLLECTION and "
+            reason, mistaken = f"{reason}USERS_COLLECTION swapped?", True
     if mistaken:
-        return f"{reason}, or let one recount through with --once --force"
+        return f"{reason} Or let one recount through with --once --force"
     log.warning("no_counted_order %s", reason)
     return None
 
@@ -41,7 +47,7 @@ def uncounted(known: Sequence[tuple[Any, int]], settings: Settings) -> tuple[str
     if known and all(status is None for status, _ in known):
         return f"no order has a field {settings.status_field}: is ORDER_STATUS_FIELD right?", True
     reason = f"no order has status {', '.join(settings.order_statuses)}; found: {listed}"
-    return reason + ": correct ORDER_STATUSES" * mistaken, mistaken
+    return reason + ": correct ORDER_STATUSES." * mistaken, mistaken
 
 
 def statuses(

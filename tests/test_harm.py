@@ -112,7 +112,7 @@ def test_orders_in_a_status_that_differs_only_in_case_or_blanks_are_refused(
 
     said = capsys.readouterr().err
     assert "no order has status Shipped; found: other 0 (4), " in said
-    assert ": correct ORDER_STATUSES, or let one recount through with --once --force" in said
+    assert ": correct ORDER_STATUSES. Or let one recount through with --once --force" in said
     assert database.users.count_documents({"loyalty_points": {"$exists": True}}) == 0
     (record,) = database.loyalty_recounts.find()
     assert record["outcome"] == "refused"
@@ -623,10 +623,66 @@ def test_a_field_of_the_users_that_holds_something_else_is_not_overwritten(
     database.users.insert_many([{"_id": n, "loyalty": tier} for n in range(20)])
     database.orders.insert_many([{"customer_id": n, "status": "Shipped"} for n in range(20)])
     assert command("--once", USER_POINTS_FIELD="loyalty") == 65
-    assert "20 of 20 users hold something else in loyalty" in capsys.readouterr().err
+    assert (
+        "20 of the 20 users who have loyalty hold something else in it" in capsys.readouterr().err
+    )
     assert database.users.count_documents({"loyalty": tier}) == 20
     assert command("--once", USER_POINTS_FIELD="loyalty.points") == 0
     assert database.users.count_documents({"loyalty": {"points": 1, "tier": "gold"}}) == 20
+
+
+@pytest.mark.parametrize("other", ["+49 30", True, {"city": "Berlin"}])
+def test_a_field_that_fewer_than_half_of_the_users_have_is_not_overwritten_either(
+    database: Database[Any], command: Command, capsys: pytest.CaptureFixture[str], other: Any
+) -> None:
+    before: list[dict[str, Any]] = [{"_id": n} for n in range(30)]
+    before += [{"_id": 30 + n, "phone": other} for n in range(12)]
+    database.users.insert_many(before)
+    database.orders.insert_many([{"customer_id": n, "status": "Shipped"} for n in range(42)])
+    assert command("--once", USER_POINTS_FIELD="phone") == 65
+    assert "12 of the 12 users who have phone" in capsys.readouterr().err
+    assert list(database.users.find()) == before
+    # A few that are dirty are put right, and it is said.
+    database.users.update_many({"_id": {"$lt": 30}}, {"$set": {"phone": 0}})
+    assert command("--once", USER_POINTS_FIELD="phone") == 0
+    assert "values_replaced 12 users hold something else in phone" in capsys.readouterr().err
+    assert database.users.count_documents({"phone": 1}) == 42
+
+
+def test_swapped_collections_are_refused(
+    database: Database[Any], command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    database.users.insert_many([{"_id": n, "status": "active"} for n in range(20)])
+    database.orders.insert_many([{"customer_id": n, "status": "Shipped"} for n in range(20)])
+    swapped = {"ORDERS_COLLECTION": "users", "USERS_COLLECTION": "orders"}
+    assert command("--check-config", **swapped) == 1
+    assert command("--once", **swapped) == 65
+    assert "are ORDERS_COLLECTION and USERS_COLLECTION swapped?" in capsys.readouterr().err
+    assert database.orders.count_documents({"loyalty_points": {"$exists": True}}) == 0
+
+
+def test_orders_of_nobody_that_is_known_are_refused(
+    database: Database[Any], command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    database.users.insert_many([{"_id": n} for n in range(20)])
+    database.orders.insert_many([{"customer_id": n, "status": "Shipped"} for n in range(20)])
+    database.products.insert_one({"_id": "a"})
+    for wrong in ({"ORDER_CUSTOMER_FIELD": "customerId"}, {"USERS_COLLECTION": "products"}):
+        assert command("--check-config", **wrong) == 1
+        capsys.readouterr()
+        assert command("--once", **wrong) == 65
+        assert "no order that counts refers to a user: are" in capsys.readouterr().err
+    assert database.users.count_documents({"loyalty_points": {"$exists": True}}) == 0
+    assert database.products.count_documents({"loyalty_points": {"$exists": True}}) == 0
+
+
+def test_a_status_that_no_order_has_is_a_problem_before_the_first_recount(
+    database: Database[Any], command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    database.users.insert_one({"_id": 1})
+    database.orders.insert_one({"customer_id": 1, "status": "Shipped"})
+    assert command("--check-config", ORDER_STATUSES="Shiped") == 1
+    assert "PROBLEM: no order has status Shiped; found: Shipped (1)" in capsys.readouterr().out
 
 
 def test_a_status_that_ends_with_a_blank_is_counted_where_it_is_named_in_quotes(

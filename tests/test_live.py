@@ -226,7 +226,7 @@ def test_a_user_who_refuses_a_live_update_is_said_and_not_called_updated(
     small.shop.command("collMod", "users", validator=allowed)
     small.shop.orders.insert_many([ship(IDS[0]), ship(IDS[1])])
     small.update_until(lambda: points(small.shop) == [1, 2, 1])
-    assert "incomplete 1 users refused a live update" in caplog.text
+    assert "incomplete refused: " in caplog.text
     assert small.service._live
     assert small.service._live.customers_updated == 1
 
