@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +29,8 @@ from pymongo import MongoClient
 from pymongo.errors import PyMongoError
 
 T = TypeVar("T")
+
+_given: deque[int] = deque(maxlen=100)  # ports, lately
 
 SECONDS = 60.0  # a deadline for what takes about one, on a machine that does other things
 _OLDEST = 5  # MongoDB 5.0 is the first that reads orders and users as of one point in time
@@ -356,17 +359,21 @@ def _free_port() -> int:
     """Return a port that nobody listens on.
 
     It is none of those that the system gives to outgoing connections, so that a server can be
-    restarted on it.
+    restarted on it; nor one that was returned lately, or that a process beside this one may have
+    found free, too: servers start to listen only later.
     """
     # Not the shared generator of `random`, which tests seed: parallel ones would get equal ports.
     while True:
-        port = 20_000 + secrets.randbelow(12_000)
+        port = 20_000 + os.getpid() % 24 * 500 + secrets.randbelow(500)
+        if port in _given:
+            continue
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))
             except OSError:
                 continue
-            return port
+        _given.append(port)
+        return port
 
 
 def wait_until(what: str, ready: Callable[[], T | None], seconds: float = SECONDS) -> T:
