@@ -92,10 +92,10 @@ def _index(connection: Connection, settings: Settings, found: Examination) -> No
     with sorted_errors("look for arrays in", orders.full_name):
         n = orders.count_documents(holding, maxTimeMS=settings.count_ms)
     if n:
-        orders_hold = "1 order holds" if n == 1 else f"{n:,} orders hold"
         state = "there, but" if plan.spoilt else "not there, and would be"
-        found.index = f"{state} of little use: {orders_hold} an array in {names}, so that every "
-        found.index += "order is fetched"
+        hold = "1 order holds" if n == 1 else f"{n:,} orders hold"
+        why = f"{hold} an array in {names}, so that every order is fetched"
+        found.index = f"{state} of little use: {why}"
 
 
 def _users(connection: Connection, settings: Settings, found: Examination) -> None:

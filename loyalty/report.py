@@ -61,15 +61,17 @@ def print_totals(result: Result, *, names: bool = False) -> None:
         unknown += f" with {counted(totals.orders_of_unknown_customers, 'order')}"
     if names:
         unknown += _such_as(totals)
-    print_table(
+    rows = [
         ("users", f"{totals.users:,}"),
         ("counted orders", f"{totals.counted_orders:,}"),
         ("changed", _changed(totals)),
         ("unknown customers", unknown),
         ("orders without customer", f"{totals.orders_without_customer:,}"),
-        *([("refused the update", f"{result.refused_updates:,}")] * bool(result.refused_updates)),
         ("as of", f"{cell(result.as_of)} UTC ({_exactness(result)})"),
-    )
+    ]
+    if result.refused_updates:
+        rows.append(("refused the update", f"{result.refused_updates:,}"))
+    print_table(*rows)
 
 
 def _changed(totals: Totals) -> str:

@@ -27,10 +27,11 @@ def mistaken_status(connection: Connection, settings: Settings) -> str | None:
     users = connection.users
     counted = {settings.status_field: {"$in": list(settings.order_statuses)}}
     with sorted_errors("find in", users.full_name):
-        if users.find_one(counted, {"_id": 1}, max_time_ms=settings.count_ms):
-            reason += f"; but {users.full_name} holds such: are ORDERS_COLLECTION and "
-            reason, mistaken = f"{reason}USERS_COLLECTION swapped?", True
-    if mistaken:
+        swapped = users.find_one(counted, {"_id": 1}, max_time_ms=settings.count_ms)
+    if swapped:
+        swap = "are ORDERS_COLLECTION and USERS_COLLECTION swapped?"
+        reason = f"{reason}; but {users.full_name} holds such: {swap}"
+    if mistaken or swapped:
         return f"{reason} Or let one recount through with --once --force"
     log.warning("no_counted_order %s", reason)
     return None

@@ -30,6 +30,8 @@ from loyalty.sorting import sorted_errors
         (40324, "Unrecognized pipeline stage name: '$unionWith'", Misconfigured),
         (304, "Aggregation stage not supported: '$unionWith'", Misconfigured),
         (166, "Namespace shop.orders is a view, not a collection", Misconfigured),
+        (167, "Cannot override a view's default collation", Misconfigured),
+        (86, "An existing index has the same name as the requested index", Misconfigured),
         (91, "The server is in quiesce mode and will shut down", Unavailable),
     ],
 )
