@@ -204,7 +204,11 @@ def test_a_user_who_refuses_the_update_makes_a_recount_incomplete_and_no_more(
     assert command("--status") == 0
     assert "fresh" in capsys.readouterr().out
     assert command("--once") == 1
-    assert "Recount incomplete in " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "Recount incomplete in " in said
+    assert re.search(r"^  refused the update +1$", said, re.MULTILINE)
+    assert command("--once", "--customer", "3") == 1
+    assert "WARNING incomplete refused: 3; because: code 121" in capsys.readouterr().err
     database.command("collMod", "users", validator={})
     assert command("--once") == 0
     assert disagreements(database) == []

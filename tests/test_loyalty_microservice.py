@@ -278,6 +278,7 @@ def test_whoever_reads_its_output_may_leave(
         ["--nonsense"],
         ["extra"],
         ["--dry-run", "--force"],
+        ["--once", "--force", "--customer", "7"],
     ],
 )
 def test_wrong_usage_ends_with_2(arguments: list[str]) -> None:
