@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loyalty.errors import ConfigError
+from loyalty.mongo.uri import database_name, split_uri, uri_faults
 from loyalty.parsers import (
     Parser,
     collection,
@@ -21,7 +22,6 @@ from loyalty.parsers import (
     whole_number,
     yes,
 )
-from loyalty.uri import database_name, split_uri, uri_faults
 
 VERSION = "1.0.0"
 

@@ -34,15 +34,15 @@ from loyalty.env_file import settings_of
 from loyalty.errors import ConfigError, Exit, Misconfigured, ServiceError
 from loyalty.examine import examine
 from loyalty.history import History, is_fresh
-from loyalty.ids import forms_of
-from loyalty.index import create_index
-from loyalty.live import keeps_pre_images, why_not_live
+from loyalty.live.watcher import keeps_pre_images, why_not_live
 from loyalty.logs import log_to_stderr
 from loyalty.metrics import Metrics
-from loyalty.mongo import connect
-from loyalty.perform import Task, open_shop, perform
+from loyalty.mongo.connection import connect
+from loyalty.recount.customer_ids import forms_of
+from loyalty.recount.index import create_index
+from loyalty.recount.runner import Task, open_shop, perform
+from loyalty.recount.statuses import explained, orders_of
 from loyalty.service import Service
-from loyalty.statuses import explained, orders_of
 
 log = logging.getLogger("loyalty")
 

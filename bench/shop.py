@@ -17,9 +17,9 @@ from pymongo.collection import Collection
 from pymongo.database import Database
 
 from config import load
-from loyalty.index import COLLATION, keys_of
-from loyalty.query import Scope, pipeline
-from loyalty.ranges import edges, ranges
+from loyalty.recount.index import COLLATION, keys_of
+from loyalty.recount.partitions import edges, ranges
+from loyalty.recount.pipeline import Scope, pipeline
 from sandbox.mongod import Deployment
 from sandbox.shop import STATUSES, Document
 

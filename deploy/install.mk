@@ -50,9 +50,9 @@ install: check-prefix ## install or upgrade the systemd service, as root
 	rm -rf '$(prefix)/venv'
 	mv '$(prefix)/venv.new' '$(prefix)/venv'
 	rm -rf '$(prefix)/__pycache__' '$(prefix)/loyalty' '$(prefix)/'*.py
-	umask 022 && mkdir '$(prefix)/loyalty'
 	install -m 0644 *.py requirements.txt '$(prefix)'
-	install -m 0644 loyalty/*.py '$(prefix)/loyalty'
+	find loyalty -name '*.py' -exec install -D -m 0644 {} '$(prefix)/{}' \;
+	find '$(prefix)/loyalty' -type d -exec chmod 0755 {} +
 	set -e; for unit in $(unit) $(looks); do \
 	  sed 's#/opt/loyalty-microservice#$(PREFIX)#g; s#/etc/loyalty-microservice#$(SYSCONFDIR)#g' \
 	    "deploy/$$unit" > "$(DESTDIR)$(UNITDIR)/$$unit"; done

@@ -21,8 +21,8 @@ from typing import Protocol
 
 import schedule
 
+from loyalty.concurrency import Moved
 from loyalty.errors import Misconfigured, ServiceError
-from loyalty.overlap import Moved
 
 log = logging.getLogger("loyalty")
 

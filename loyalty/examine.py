@@ -13,14 +13,21 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from config import Settings
-from loyalty.counting import Count, Customers
 from loyalty.errors import ServiceError
-from loyalty.ids import NO_CUSTOMER, Document, canonical, canonical_of, shown, spellings
-from loyalty.index import COLLATION, array_in, plan_of
-from loyalty.mongo import Connection
-from loyalty.recount import Recount, nobody_known
-from loyalty.sorting import sorted_errors
-from loyalty.statuses import is_counted, statuses, uncounted
+from loyalty.mongo.connection import Connection
+from loyalty.mongo.driver_errors import sorted_errors
+from loyalty.recount.counter import Count, Customers
+from loyalty.recount.customer_ids import (
+    NO_CUSTOMER,
+    Document,
+    canonical,
+    canonical_of,
+    shown,
+    spellings,
+)
+from loyalty.recount.index import COLLATION, array_in, plan_of
+from loyalty.recount.statuses import is_counted, statuses, uncounted
+from loyalty.recount.tally import Recount, nobody_known
 
 log = logging.getLogger("loyalty")
 

@@ -15,9 +15,9 @@ from pymongo.collection import Collection
 
 from config import VERSION
 from loyalty.errors import Misconfigured, NoPermission, ServiceError, Unavailable
-from loyalty.ids import Document
-from loyalty.recount import COUNTS, Result
-from loyalty.sorting import sorted_errors
+from loyalty.mongo.driver_errors import sorted_errors
+from loyalty.recount.customer_ids import Document
+from loyalty.recount.tally import COUNTS, Result
 
 log = logging.getLogger("loyalty")
 

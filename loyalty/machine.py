@@ -12,10 +12,10 @@ from bson import Timestamp
 from config import Settings
 from loyalty.examine import Examination
 from loyalty.history import Heartbeat, is_fresh, record_of
-from loyalty.ids import Document
-from loyalty.mongo import Connection
-from loyalty.recount import Change, Result
-from loyalty.statuses import Explained, is_counted, shown_status
+from loyalty.mongo.connection import Connection
+from loyalty.recount.customer_ids import Document
+from loyalty.recount.statuses import Explained, is_counted, shown_status
+from loyalty.recount.tally import Change, Result
 
 
 def print_json(document: Document) -> None:

@@ -13,7 +13,7 @@ from typing import get_args
 
 from config import Settings
 from loyalty.errors import Refused
-from loyalty.recount import Outcome, Result
+from loyalty.recount.tally import Outcome, Result
 
 log = logging.getLogger("loyalty")
 

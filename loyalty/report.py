@@ -9,11 +9,11 @@ from datetime import datetime, timedelta
 from config import Settings
 from loyalty.examine import Examination
 from loyalty.history import Heartbeat, is_fresh
-from loyalty.ids import Document
-from loyalty.mongo import Connection
+from loyalty.mongo.connection import Connection
 from loyalty.parsers import written
-from loyalty.recount import COUNTS, Change, Result, Totals
-from loyalty.statuses import Explained, is_counted, shown_status
+from loyalty.recount.customer_ids import Document
+from loyalty.recount.statuses import Explained, is_counted, shown_status
+from loyalty.recount.tally import COUNTS, Change, Result, Totals
 
 log = logging.getLogger("loyalty")
 

@@ -13,17 +13,17 @@ from bson import ObjectId, Timestamp
 
 from config import Settings
 from loyalty import report
-from loyalty.counting import Customers
+from loyalty.concurrency import Moved
 from loyalty.errors import ConfigError, Misconfigured, Refused, Unavailable
-from loyalty.events import Marks
 from loyalty.history import HEARTBEAT, History
-from loyalty.ids import any_case
-from loyalty.live import Live, open_live
+from loyalty.live.events import Marks
+from loyalty.live.watcher import Live, open_live
 from loyalty.metrics import Metrics
-from loyalty.mongo import Connection
-from loyalty.overlap import Moved
-from loyalty.perform import Task, open_shop, perform
-from loyalty.recount import FEW_PERCENT, Result, Totals, are_many
+from loyalty.mongo.connection import Connection
+from loyalty.recount.counter import Customers
+from loyalty.recount.customer_ids import any_case
+from loyalty.recount.runner import Task, open_shop, perform
+from loyalty.recount.tally import FEW_PERCENT, Result, Totals, are_many
 
 log = logging.getLogger("loyalty")
 

@@ -26,11 +26,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import config
 import loyalty_microservice
-from loyalty import daemon, mongo
-from loyalty.counting import Count
-from loyalty.overlap import still
+from loyalty import daemon
+from loyalty.concurrency import still
+from loyalty.mongo import connection as mongo
+from loyalty.recount.counter import Count
+from loyalty.recount.updates import Changes
 from loyalty.service import Service
-from loyalty.writer import Changes
 
 RECONNECT_EVERY = 10
 

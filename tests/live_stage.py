@@ -12,8 +12,8 @@ from conftest import settings_for
 from pymongo.database import Database
 
 from config import load
-from loyalty.index import keys_of
-from loyalty.overlap import still
+from loyalty.concurrency import still
+from loyalty.recount.index import keys_of
 from loyalty.service import Service
 from sandbox.mongod import SECONDS, Deployment
 from sandbox.shop import disagreements

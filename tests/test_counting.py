@@ -15,13 +15,13 @@ from pymongo import MongoClient
 from pymongo.database import Database
 from pymongo.errors import OperationFailure
 
-from loyalty import counting
-from loyalty.counting import Count, TooManyOddForms, snapshot_time
 from loyalty.history import History
-from loyalty.index import create_index, plan_of
-from loyalty.mongo import Connection, connect
-from loyalty.perform import perform
-from loyalty.query import Right, Row
+from loyalty.mongo.connection import Connection, connect
+from loyalty.recount import counter as counting
+from loyalty.recount.counter import Count, TooManyOddForms, snapshot_time
+from loyalty.recount.index import create_index, plan_of
+from loyalty.recount.pipeline import Right, Row
+from loyalty.recount.runner import perform
 from sandbox.mongod import Deployment, wait_until
 from sandbox.shop import disagreements
 

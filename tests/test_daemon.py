@@ -15,9 +15,9 @@ import pytest
 from conftest import settings_for
 
 import loyalty.daemon as daemon_module
+from loyalty.concurrency import Moved
 from loyalty.daemon import Daemon
 from loyalty.errors import Misconfigured, Unavailable
-from loyalty.overlap import Moved
 from sandbox.mongod import wait_until
 
 Recounting = Callable[[Moved], str]

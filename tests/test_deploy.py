@@ -52,7 +52,7 @@ def _files(top: Path) -> set[str]:
 
 
 def _modules() -> set[Path]:
-    return {*TOP.glob("*.py"), *TOP.glob("loyalty/*.py")}
+    return {*TOP.glob("*.py"), *TOP.glob("loyalty/**/*.py")}
 
 
 def _mode(path: Path) -> int:

@@ -17,11 +17,12 @@ from pymongo.database import Database
 from writers import ORDERS, USERS, object_id, writers
 
 from config import Settings
-from loyalty import counting, spool
 from loyalty.history import History
-from loyalty.mongo import Connection, connect
-from loyalty.perform import Task, perform
-from loyalty.recount import Result, Totals
+from loyalty.mongo.connection import Connection, connect
+from loyalty.recount import counter as counting
+from loyalty.recount import spool
+from loyalty.recount.runner import Task, perform
+from loyalty.recount.tally import Result, Totals
 from sandbox.mongod import Deployment, wait_until
 from sandbox.service import Process
 from sandbox.shop import count, disagreements

@@ -35,14 +35,14 @@ from pymongo import MongoClient
 from pymongo.database import Database
 
 import loyalty_microservice
-from loyalty import counting
-from loyalty.counting import Count
 from loyalty.history import KEEP, MARK, History
-from loyalty.index import create_index
-from loyalty.mongo import connect
-from loyalty.perform import perform
-from loyalty.query import Scope
-from loyalty.spool import Spool
+from loyalty.mongo.connection import connect
+from loyalty.recount import counter as counting
+from loyalty.recount.counter import Count
+from loyalty.recount.index import create_index
+from loyalty.recount.pipeline import Scope
+from loyalty.recount.runner import perform
+from loyalty.recount.spool import Spool
 from sandbox import faults
 from sandbox.faults import COUNTING, FETCHING, RECORDING, WRITING, Moment
 from sandbox.mongod import Deployment, wait_until

@@ -26,12 +26,13 @@ from pymongo.database import Database
 from test_recount import EDGES, ORDERS, USERS
 
 from config import declared
-from loyalty import counting, mongo
 from loyalty.errors import Unavailable
 from loyalty.history import MARK, History
-from loyalty.index import Plan, create_index, plan_of
-from loyalty.mongo import Connection, connect
-from loyalty.perform import Task, perform
+from loyalty.mongo import connection as mongo
+from loyalty.mongo.connection import Connection, connect
+from loyalty.recount import counter as counting
+from loyalty.recount.index import Plan, create_index, plan_of
+from loyalty.recount.runner import Task, perform
 from sandbox import faults
 from sandbox.mongod import Deployment, wait_until
 from sandbox.service import Process

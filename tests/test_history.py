@@ -14,8 +14,8 @@ from pymongo.database import Database
 from config import VERSION
 from loyalty.errors import Misconfigured
 from loyalty.history import History
-from loyalty.mongo import connect
-from loyalty.perform import perform
+from loyalty.mongo.connection import connect
+from loyalty.recount.runner import perform
 from sandbox.shop import Shop
 
 

@@ -20,12 +20,16 @@ from live_stage import Stage, live, make_index, points
 from pymongo import MongoClient
 from pymongo.database import Database
 
-from loyalty import counting, events, index, perform, service
-from loyalty.counting import snapshot_time
+from loyalty import service
 from loyalty.errors import Unavailable
 from loyalty.history import HEARTBEAT, Heartbeat, History
-from loyalty.live import Live
-from loyalty.mongo import connect
+from loyalty.live import events
+from loyalty.live.watcher import Live
+from loyalty.mongo.connection import connect
+from loyalty.recount import counter as counting
+from loyalty.recount import index
+from loyalty.recount import runner as perform
+from loyalty.recount.counter import snapshot_time
 from sandbox import faults
 from sandbox.mongod import Deployment, wait_until
 from sandbox.shop import count, disagreements, key
@@ -402,7 +406,7 @@ def asked(shop: Database[Any]) -> int:
 def test_a_silent_stream_is_given_up(
     small: Stage, deployment: Deployment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loyalty.live._SILENT", 0.2)
+    monkeypatch.setattr("loyalty.live.watcher._SILENT", 0.2)
     with (
         faults.slowed(deployment.servers[0], "getMore", 3000),
         pytest.raises(Unavailable, match="silent"),
@@ -414,7 +418,7 @@ def test_a_silent_stream_is_given_up(
 def test_more_changes_than_can_wait_are_a_full_recount(
     small: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loyalty.live.MOST", 50)
+    monkeypatch.setattr("loyalty.live.watcher.MOST", 50)
     small.shop.orders.insert_many([ship(ObjectId()) for _ in range(100)])
     with pytest.raises(Unavailable, match="more than 50 changes"):
         small.update_until(lambda: False)

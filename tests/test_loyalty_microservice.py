@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +16,9 @@ from bson import ObjectId
 from conftest import ROOT, Command
 from pymongo.database import Database
 
-from loyalty import index
-from loyalty.counting import Count
-from loyalty.recount import Recount
+from loyalty.recount import index
+from loyalty.recount.counter import Count
+from loyalty.recount.tally import Recount
 from loyalty_microservice import main
 from sandbox.mongod import Deployment, wait_until
 from sandbox.service import Process, environment
@@ -104,9 +105,9 @@ def test_the_environment_goes_before_the_env_file(
 def test_env_beside_the_program_is_read_wherever_it_is_started_from(
     shop: Database[Any], uri: str, service: Start, tmp_path: Path
 ) -> None:
-    (tmp_path / "loyalty").mkdir()
-    for module in (*ROOT.glob("*.py"), *ROOT.glob("loyalty/*.py")):
-        (tmp_path / module.relative_to(ROOT)).write_text(module.read_text())
+    for module in ROOT.glob("*.py"):
+        (tmp_path / module.name).write_text(module.read_text())
+    shutil.copytree(ROOT / "loyalty", tmp_path / "loyalty")
     (tmp_path / ".env").write_text(f"MONGODB_URI={uri}\n")
     (tmp_path / ".env").chmod(0o644)
     once = service("--once", program=tmp_path / "loyalty_microservice.py")

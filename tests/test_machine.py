@@ -19,12 +19,12 @@ from live_stage import live, make_index
 from prometheus_client.parser import text_string_to_metric_families
 from pymongo.database import Database
 
+from loyalty import concurrency as overlap
 from loyalty import metrics as metrics_module
-from loyalty import overlap
+from loyalty.concurrency import still
 from loyalty.history import Heartbeat, History
 from loyalty.metrics import Metrics
-from loyalty.overlap import still
-from loyalty.recount import Recount
+from loyalty.recount.tally import Recount
 from loyalty.service import Service
 from loyalty_microservice import main
 from sandbox.mongod import Deployment, wait_until

@@ -6,8 +6,8 @@ from threading import Barrier, Event
 
 import pytest
 
+from loyalty.concurrency import overlapping
 from loyalty.errors import Unavailable
-from loyalty.overlap import overlapping
 from sandbox.mongod import SECONDS
 
 

@@ -9,7 +9,7 @@ from bson import Binary, ObjectId
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from loyalty.ranges import Range, first_spelt, ranges
+from loyalty.recount.partitions import Range, first_spelt, ranges
 
 DIGITS = "0123456789abcdef"
 TEXTS = st.one_of(

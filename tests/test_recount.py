@@ -23,17 +23,19 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pymongo import MongoClient
 
-from loyalty import counting, overlap, spool
+from loyalty import concurrency as overlap
 from loyalty.errors import NoRoom
 from loyalty.history import History
-from loyalty.ids import forms_of
-from loyalty.index import Plan, create_index, keys_of, plan_of
-from loyalty.mongo import Connection, connect
-from loyalty.perform import Task, perform
-from loyalty.query import Scope, pipeline
-from loyalty.ranges import Range, edges, ranges
-from loyalty.recount import Result, Totals
-from loyalty.statuses import orders_of
+from loyalty.mongo.connection import Connection, connect
+from loyalty.recount import counter as counting
+from loyalty.recount import spool
+from loyalty.recount.customer_ids import forms_of
+from loyalty.recount.index import Plan, create_index, keys_of, plan_of
+from loyalty.recount.partitions import Range, edges, ranges
+from loyalty.recount.pipeline import Scope, pipeline
+from loyalty.recount.runner import Task, perform
+from loyalty.recount.statuses import orders_of
+from loyalty.recount.tally import Result, Totals
 from sandbox.mongod import Deployment
 from sandbox.shop import Names, Shop, count, disagreements, key
 

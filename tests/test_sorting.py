@@ -14,7 +14,7 @@ from loyalty.errors import (
     TooSlow,
     Unavailable,
 )
-from loyalty.sorting import sorted_errors
+from loyalty.mongo.driver_errors import sorted_errors
 
 
 @pytest.mark.parametrize(

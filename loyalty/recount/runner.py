@@ -13,15 +13,15 @@ from bson import ObjectId, Timestamp
 
 from config import Settings
 from loyalty import report
-from loyalty.counting import Count, Customers, TooManyOddForms
+from loyalty.concurrency import Moved, still
 from loyalty.errors import Refused, ServiceError, TooSlow, Unavailable
 from loyalty.history import History
-from loyalty.index import advice_on_index
-from loyalty.mongo import Connection, connect
-from loyalty.overlap import Moved, still
-from loyalty.recount import Recount, Result, Totals
-from loyalty.statuses import mistaken_status
-from loyalty.writer import Changes
+from loyalty.mongo.connection import Connection, connect
+from loyalty.recount.counter import Count, Customers, TooManyOddForms
+from loyalty.recount.index import advice_on_index
+from loyalty.recount.statuses import mistaken_status
+from loyalty.recount.tally import Recount, Result, Totals
+from loyalty.recount.updates import Changes
 
 log = logging.getLogger("loyalty")
 

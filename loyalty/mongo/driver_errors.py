@@ -20,7 +20,7 @@ from loyalty.errors import (
     TooSlow,
     Unavailable,
 )
-from loyalty.ids import Document
+from loyalty.recount.customer_ids import Document
 
 _UNAUTHORIZED = 13
 # A view where a collection is needed, or with a collation of its own; an index over two arrays, or

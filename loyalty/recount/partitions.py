@@ -16,7 +16,7 @@ from typing import Any
 from bson import Binary, ObjectId
 from pymongo.collection import Collection
 
-from loyalty.ids import RAW, UNREADABLE, Document, is_hex_id, value_of
+from loyalty.recount.customer_ids import RAW, UNREADABLE, Document, is_hex_id, value_of
 
 USERS = 25_000
 """How many users make a range: few enough that neither the server nor we need the disk, and that

@@ -10,15 +10,15 @@ from typing import Any
 from bson import ObjectId, Timestamp
 
 from config import Settings
+from loyalty.concurrency import Moved, Progress, overlapping, still
 from loyalty.errors import SnapshotTooOld
-from loyalty.ids import spellings
-from loyalty.index import COLLATION, Plan, plan_of
-from loyalty.mongo import Connection
-from loyalty.overlap import Moved, Progress, overlapping, still
-from loyalty.query import OddForm, Right, Row, Scope, pipeline, rows
-from loyalty.ranges import Range, edges, ranges
-from loyalty.sorting import sorted_errors
-from loyalty.spool import Spool
+from loyalty.mongo.connection import Connection
+from loyalty.mongo.driver_errors import sorted_errors
+from loyalty.recount.customer_ids import spellings
+from loyalty.recount.index import COLLATION, Plan, plan_of
+from loyalty.recount.partitions import Range, edges, ranges
+from loyalty.recount.pipeline import OddForm, Right, Row, Scope, pipeline, rows
+from loyalty.recount.spool import Spool
 
 log = logging.getLogger("loyalty")
 

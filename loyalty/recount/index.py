@@ -11,8 +11,8 @@ from pymongo.collection import Collection
 
 from config import Settings
 from loyalty.errors import Misconfigured, ServiceError
-from loyalty.ids import Document, shown
-from loyalty.sorting import sorted_errors
+from loyalty.mongo.driver_errors import sorted_errors
+from loyalty.recount.customer_ids import Document, shown
 
 COLLATION = {"locale": "simple"}  # whatever the collections' own: exactly `Shipped`
 

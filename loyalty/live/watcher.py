@@ -16,14 +16,14 @@ from bson.codec_options import CodecOptions, DatetimeConversion
 from pymongo.change_stream import ChangeStream
 
 from config import Settings
-from loyalty.counting import snapshot_time
 from loyalty.errors import Misconfigured, ServiceError, Unavailable
-from loyalty.events import ENDS, Marks, stages, value_at
 from loyalty.history import Heartbeat
-from loyalty.ids import Document
-from loyalty.index import advice_on_index
-from loyalty.mongo import Connection
-from loyalty.sorting import sorted_errors
+from loyalty.live.events import ENDS, Marks, stages, value_at
+from loyalty.mongo.connection import Connection
+from loyalty.mongo.driver_errors import sorted_errors
+from loyalty.recount.counter import snapshot_time
+from loyalty.recount.customer_ids import Document
+from loyalty.recount.index import advice_on_index
 
 log = logging.getLogger("loyalty")
 

@@ -15,8 +15,8 @@ from typing import Any, Literal
 from bson import Int64, ObjectId, Timestamp
 
 from config import Settings
-from loyalty.ids import NO_CUSTOMER, Document, number_in, shown, value_of
-from loyalty.query import Right, Row, User
+from loyalty.recount.customer_ids import NO_CUSTOMER, Document, number_in, shown, value_of
+from loyalty.recount.pipeline import Right, Row, User
 
 _GUARD_USERS = 10
 _GUARD_ORDERS = 10

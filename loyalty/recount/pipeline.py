@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from config import Settings
-from loyalty.ids import NO_CUSTOMER, Document, canonical, decoded, value_of
-from loyalty.ranges import Range
+from loyalty.recount.customer_ids import NO_CUSTOMER, Document, canonical, decoded, value_of
+from loyalty.recount.partitions import Range
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from config import Settings
-from loyalty.ids import NO_CUSTOMER, Document, canonical, shown
-from loyalty.index import COLLATION
-from loyalty.mongo import Connection
-from loyalty.sorting import sorted_errors
+from loyalty.mongo.connection import Connection
+from loyalty.mongo.driver_errors import sorted_errors
+from loyalty.recount.customer_ids import NO_CUSTOMER, Document, canonical, shown
+from loyalty.recount.index import COLLATION
 
 log = logging.getLogger("loyalty")
 

@@ -16,9 +16,9 @@ from pymongo.errors import OperationFailure
 
 from config import Settings
 from loyalty.errors import Misconfigured, Rejected, Unavailable
-from loyalty.ids import Document
-from loyalty.sorting import sorted_errors
-from loyalty.uri import options_of, split_uri
+from loyalty.mongo.driver_errors import sorted_errors
+from loyalty.mongo.uri import options_of, split_uri
+from loyalty.recount.customer_ids import Document
 
 _CONNECT_SECONDS = 5  # one try; then it is logged and tried again
 _MONGODB_5 = 13  # as a wire version; the first with snapshot reads

@@ -13,12 +13,12 @@ from bson.raw_bson import RawBSONDocument
 from pymongo import UpdateMany, UpdateOne
 from pymongo.collection import Collection
 
+from loyalty.concurrency import Moved, Progress, overlapping
 from loyalty.errors import FailedWrites, Unavailable
-from loyalty.ids import RAW, UNREADABLE, Document, shown, value_of
-from loyalty.overlap import Moved, Progress, overlapping
-from loyalty.recount import Refusing
-from loyalty.sorting import sorted_errors
-from loyalty.spool import Spool
+from loyalty.mongo.driver_errors import sorted_errors
+from loyalty.recount.customer_ids import RAW, UNREADABLE, Document, shown, value_of
+from loyalty.recount.spool import Spool
+from loyalty.recount.tally import Refusing
 
 _SAMPLES = 5
 _WRITERS = 8

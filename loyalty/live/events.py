@@ -9,7 +9,7 @@ import bson
 from bson import ObjectId, Regex, Timestamp
 
 from config import Settings
-from loyalty.ids import Document, canonical_of, is_hex_id, spellings
+from loyalty.recount.customer_ids import Document, canonical_of, is_hex_id, spellings
 
 ENDS = ["drop", "rename", "dropDatabase", "invalidate"]
 """What happens to the collection as a whole; after it, a stream tells nothing more."""

@@ -1,0 +1,1 @@
+"""Live updates: recount only the customers whose orders have changed."""

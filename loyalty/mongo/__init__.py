@@ -1,0 +1,1 @@
+"""The connection to MongoDB, its errors and its values. Knows no query."""

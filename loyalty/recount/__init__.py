@@ -1,0 +1,1 @@
+"""One recount: count, compare, check, write, record."""
