@@ -9,7 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from loyalty.errors import ConfigError
+from loyalty.errors import ConfigurationError
 from loyalty.mongo.uri import database_name, split_uri, uri_faults
 from loyalty.parsers import (
     Parser,
@@ -27,7 +27,7 @@ VERSION = "1.0.0"
 
 
 @dataclass(frozen=True, slots=True)
-class Declared:
+class SettingSpec:
     """What there is to know of a setting: its variable, how to read it, and a line of help."""
 
     name: str
@@ -36,72 +36,76 @@ class Declared:
     help: str
 
 
-def _setting(name: str, default: str, parse: Parser, text: str, *, shown: bool = True) -> Any:
+def setting(name: str, default: str, parse: Parser, text: str, *, format_value: bool = True) -> Any:
     """Declare a setting; `default` is what a person would write, "" for none."""
-    setting = Declared(name, default, parse, text)
-    return dataclasses.field(metadata={"declared": setting}, repr=shown)
+    setting = SettingSpec(name, default, parse, text)
+    return dataclasses.field(metadata={"declared": setting}, repr=format_value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """What the service was told; `load` is the way to make one, `.env.example` explains each."""
 
-    mongodb_uri: str = _setting(
-        "MONGODB_URI", "", str, "required; or MONGODB_URI_FILE, a file that holds it", shown=False
+    mongodb_uri: str = setting(
+        "MONGODB_URI",
+        "",
+        str,
+        "required; or MONGODB_URI_FILE, a file that holds it",
+        format_value=False,
     )
-    database: str = _setting("MONGODB_DATABASE", "", database_name, "else the URI's, else oms_db")
-    orders: str = _setting("ORDERS_COLLECTION", "orders", collection, "")
-    users: str = _setting("USERS_COLLECTION", "users", collection, "")
-    recounts: str = _setting(
+    database: str = setting("MONGODB_DATABASE", "", database_name, "else the URI's, else oms_db")
+    orders: str = setting("ORDERS_COLLECTION", "orders", collection, "")
+    users: str = setting("USERS_COLLECTION", "users", collection, "")
+    recounts: str = setting(
         "RECOUNTS_COLLECTION",
         "loyalty_recounts",
         collection,
         "where the records go; empty: keep none",
     )
-    order_statuses: tuple[str, ...] = _setting(
+    order_statuses: tuple[str, ...] = setting(
         "ORDER_STATUSES", "Shipped", statuses, "comma-separated, exactly as stored"
     )
-    points_per_order: int = _setting(
+    points_per_order: int = setting(
         "POINTS_PER_ORDER", "1", whole_number(1, 1_000_000), "1 to 1,000,000"
     )
-    status_field: str = _setting(
+    status_field: str = setting(
         "ORDER_STATUS_FIELD", "status", field, "dots lead into nested documents"
     )
-    customer_field: str = _setting(
+    customer_field: str = setting(
         "ORDER_CUSTOMER_FIELD", "customer_id", field, "the id of an order's customer"
     )
-    points_field: str = _setting(
+    points_field: str = setting(
         "USER_POINTS_FIELD", "loyalty_points", field, "where a user's points are written"
     )
-    recount_interval: timedelta = _setting(
+    recount_interval: timedelta = setting(
         "RECOUNT_INTERVAL", "2h", duration(timedelta(days=366)), "90s, 30m, 2h, 1d; at most 366d"
     )
-    live_updates: bool = _setting(
+    live_updates: bool = setting(
         "LIVE_UPDATES", "no", yes, "yes: right within a second; needs a replica set"
     )
     # The server takes maxTimeMS as a 32-bit number, which ends after 24 days.
-    count_timeout: timedelta = _setting(
+    count_timeout: timedelta = setting(
         "COUNT_TIMEOUT", "10m", duration(timedelta(days=24)), "for one aggregation; at most 24d"
     )
-    count_workers: int = _setting(
+    count_workers: int = setting(
         "COUNT_WORKERS", "2", whole_number(1, 16), "ranges counted side by side, 1 to 16"
     )
-    max_decrease_percent: int = _setting(
+    max_decrease_percent: int = setting(
         "MAX_DECREASE_PERCENT", "90", whole_number(0, 100), "the guard, 0 to 100; 100 turns it off"
     )
-    batch_size: int = _setting(
+    batch_size: int = setting(
         "BATCH_SIZE", "1000", whole_number(1, 100_000), "users in one write, 1 to 100,000"
     )
-    log_level: str = _setting(
+    log_level: str = setting(
         "LOG_LEVEL",
         "INFO",
         one_of("DEBUG", "INFO", "WARNING", "ERROR"),
         "DEBUG, INFO, WARNING or ERROR",
     )
-    log_format: str = _setting(
+    log_format: str = setting(
         "LOG_FORMAT", "text", one_of("text", "json"), "text; or json: one object a line"
     )
-    metrics_file: str = _setting(
+    metrics_file: str = setting(
         "METRICS_FILE", "", metrics_file, "a .prom file for node_exporter; empty: none"
     )
 
@@ -115,7 +119,7 @@ class Settings:
         """The hosts of the URI, as written; never its credentials."""
         return split_uri(self.mongodb_uri)[1]
 
-    def shown(self) -> dict[str, Any]:
+    def format_value(self) -> dict[str, Any]:
         """Return all values by the name of their variable, but for the URI with its password."""
         names = {attribute: setting.name for attribute, setting in declared().items()}
         return {
@@ -125,12 +129,12 @@ class Settings:
         }
 
 
-def declared() -> dict[str, Declared]:
+def declared() -> dict[str, SettingSpec]:
     """Return what is declared of each setting, by the name of its attribute."""
     return {f.name: f.metadata["declared"] for f in dataclasses.fields(Settings)}
 
 
-def help_on_settings() -> str:
+def settings_help() -> str:
     """Return a line on each setting, as --help has it."""
     lines = []
     for setting in declared().values():
@@ -143,7 +147,7 @@ def load(values: Mapping[str, str]) -> Settings:
     """Check `values` (as in `os.environ`) and return the settings.
 
     A value that is empty counts as not given, save `RECOUNTS_COLLECTION`, where it means "none".
-    Raises ConfigError with every fault at once.
+    Raises ConfigurationError with every fault at once.
     """
     faults: list[str] = []
     given = {name: value.strip() for name, value in values.items()}
@@ -160,13 +164,13 @@ def load(values: Mapping[str, str]) -> Settings:
     if given.get("RECOUNTS_COLLECTION") == "":
         read["recounts"] = ""
     settings = Settings(**read)
-    faults += _contradictions(settings)
+    faults += _cross_checks(settings)
     if faults:
-        raise ConfigError(*faults)
+        raise ConfigurationError(*faults)
     return settings
 
 
-def _contradictions(settings: Settings) -> list[str]:
+def _cross_checks(settings: Settings) -> list[str]:
     faults = []
     named = {"ORDERS_COLLECTION": settings.orders, "USERS_COLLECTION": settings.users}
     if settings.recounts:

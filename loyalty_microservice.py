@@ -8,7 +8,7 @@ import signal
 import sys
 
 
-def _leave(number: int, _frame: object) -> None:
+def _exit_on_early_signal(number: int, _frame: object) -> None:
     modes = [a for a in sys.argv[1:] if a.startswith("-") and not a.startswith("--env-file")]
     # A daemon that is told to stop has done so; of anything else, nobody is to think it is done.
     asked_to_stop = number == signal.SIGTERM and not modes
@@ -18,7 +18,7 @@ def _leave(number: int, _frame: object) -> None:
 # Nothing has been begun until `main` takes over.
 if __name__ == "__main__":
     for _number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(_number, _leave)
+        signal.signal(_number, _exit_on_early_signal)
 
 import argparse
 import io
@@ -27,20 +27,20 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from config import VERSION, Settings, help_on_settings
+from config import VERSION, Settings, settings_help
 from loyalty import machine, report
 from loyalty.daemon import Daemon
-from loyalty.env_file import settings_of
-from loyalty.errors import ConfigError, Exit, Misconfigured, ServiceError
-from loyalty.examine import examine
+from loyalty.env_file import load_settings
+from loyalty.errors import ConfigurationError, Exit, ServiceError
+from loyalty.examine import run_preflight
 from loyalty.history import History, is_fresh
-from loyalty.live.watcher import keeps_pre_images, why_not_live
+from loyalty.live.watcher import keeps_pre_images, live_updates_blocker
 from loyalty.logs import log_to_stderr
 from loyalty.metrics import Metrics
 from loyalty.mongo.connection import connect
-from loyalty.recount.customer_ids import forms_of
+from loyalty.recount.customer_ids import parse_id_argument
 from loyalty.recount.index import create_index
-from loyalty.recount.runner import Task, open_shop, perform
+from loyalty.recount.runner import RecountRequest, connect_and_verify, run_recount
 from loyalty.recount.statuses import explained, orders_of
 from loyalty.service import Service
 
@@ -66,44 +66,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     log_to_stderr()
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        settings = settings_of(args.env_file, ENV_FILE)
+        try:
+            settings = load_settings(args.env_file, ENV_FILE)
+        except ConfigurationError as error:
+            _log_settings_problems(error, args.env_file or ENV_FILE)
+            return error.exit_code
         log.setLevel(settings.log_level)
         code = int(args.run(args, settings))
         if sys.stdout is not None:
             sys.stdout.flush()
-    except ConfigError as error:
-        for fault in error.faults:
-            log.error("%s", fault, extra=_CONFIGURATION)
-        log.error(
-            "settings come from the environment or from %s; .env.example explains them; "
-            "to try the service without a database of your own: make demo",
-            args.env_file or ENV_FILE,
-            extra=_CONFIGURATION,
-        )
-        return error.exit_code
     except ServiceError as error:
         log.error("%s", error, extra={"event": "failed"})
         return error.exit_code
     except KeyboardInterrupt:
         return Exit.INTERRUPTED
     except BrokenPipeError:  # `--status | head`: whoever reads stdout has seen enough
-        return Exit.FINE
+        return Exit.OK
     except OSError as error:  # of the driver's, and of files, none comes this far
         log.error(
             "the results cannot be written: %s", error.strerror, extra={"event": "no_results"}
         )
-        return Exit.FOUND
+        return Exit.FINDINGS
     except Exception:
         log.exception("bug")
-        return Exit.BUG
+        return Exit.INTERNAL_ERROR
     return code
+
+
+def _log_settings_problems(error: ConfigurationError, env_file: Path) -> None:
+    for problem in error.problems:
+        log.error("%s", problem, extra=_CONFIGURATION)
+    log.error(
+        "settings come from the environment or from %s; .env.example explains them; "
+        "to try the service without a database of your own: make demo",
+        env_file,
+        extra=_CONFIGURATION,
+    )
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="loyalty_microservice.py",
         description=_WHAT,
-        epilog=_EXIT_CODES + help_on_settings(),
+        epilog=_EXIT_CODES + settings_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=_daemon)
@@ -137,60 +142,62 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _daemon(args: argparse.Namespace, settings: Settings) -> int:
-    service = Service(settings, lambda: settings_of(args.env_file, ENV_FILE))
+    service = Service(settings, lambda: load_settings(args.env_file, ENV_FILE))
     # The server ends a count at COUNT_TIMEOUT; after that every answer comes within a minute.
-    patience = settings.count_timeout + timedelta(minutes=2)
-    Daemon(service, interval=settings.recount_interval, patience=patience).run()
-    return Exit.FINE
+    stall_timeout = settings.count_timeout + timedelta(minutes=2)
+    Daemon(service, interval=settings.recount_interval, stall_timeout=stall_timeout).run()
+    return Exit.OK
 
 
 def _once(args: argparse.Namespace, settings: Settings) -> int:
     if args.customer:
         return _customers(args, settings, write=True)
     metrics = Metrics(settings)
-    with metrics.counting(), open_shop(settings, writing=True) as connection:
-        result = perform(connection, settings, History(connection.recounts), Task(force=args.force))
-    metrics.recounted(result)
+    with metrics.count_failures(), connect_and_verify(settings, writing=True) as connection:
+        result = run_recount(
+            connection, settings, History(connection.recounts), RecountRequest(force=args.force)
+        )
+    metrics.record_recount(result)
     if args.json:
         machine.print_json(machine.of_recount(result))
     else:
         print(f"Recount {result.outcome} in {result.seconds:.1f} s")
         report.print_totals(result)
-    return Exit.FINE if result.outcome == "succeeded" else Exit.FOUND
+    return Exit.OK if result.outcome == "succeeded" else Exit.FINDINGS
 
 
 def _dry_run(args: argparse.Namespace, settings: Settings) -> int:
     if args.customer:
         return _customers(args, settings, write=False)
-    with open_shop(settings, writing=False) as connection:
-        result = perform(connection, settings, History(None), Task(write=False))
+    with connect_and_verify(settings, writing=False) as connection:
+        result = run_recount(connection, settings, History(None), RecountRequest(write=False))
     if args.json:
         machine.print_json(machine.of_dry_run(result))
     else:
         report.print_dry_run(result)
-    return Exit.FOUND if result.totals.changed else Exit.FINE
+    return Exit.FINDINGS if result.totals.changed else Exit.OK
 
 
 def _customers(args: argparse.Namespace, settings: Settings, *, write: bool) -> int:
-    code, documents = Exit.FINE, []
-    with open_shop(settings, writing=write) as connection:
+    code, documents = Exit.OK, []
+    with connect_and_verify(settings, writing=write) as connection:
         for text in args.customer:
             orders, changes, users = [], [], 0
-            for customer, forms in forms_of(text):
-                task = Task(customers=[(customer, forms)], write=write)
-                result = perform(connection, settings, History(None), task)
+            for customer, forms in parse_id_argument(text):
+                task = RecountRequest(customers=[(customer, forms)], write=write)
+                result = run_recount(connection, settings, History(None), task)
                 changes += result.totals.largest
                 users += result.totals.users
                 if result.outcome != "succeeded" or (result.totals.changed and not write):
-                    code = Exit.FOUND
+                    code = Exit.FINDINGS
                 found = orders_of(connection, settings, customer, forms)
-                orders += explained(settings, found, of_a_user=result.totals.users > 0)
+                orders += explained(settings, found, user_exists=result.totals.users > 0)
             if args.json:
                 documents.append(machine.of_customer(text, orders, changes))
             else:
                 report.print_customer(text, settings, orders, changes)
             if not users:
-                code = Exit.FOUND
+                code = Exit.FINDINGS
     if args.json:
         machine.print_json({"customers": documents})
     return code
@@ -199,29 +206,29 @@ def _customers(args: argparse.Namespace, settings: Settings, *, write: bool) -> 
 def _status(args: argparse.Namespace, settings: Settings) -> int:
     with connect(settings, writing=False) as connection:
         history, now = History(connection.recounts), datetime.now(UTC)
-        records, beat, age = history.newest(10), history.heartbeat(), history.age(now)
+        records, heartbeat, age = history.newest(10), history.heartbeat(), history.age(now)
     if args.json:
-        machine.print_json(machine.of_status(records, beat, age, now, settings))
+        machine.print_json(machine.of_status(records, heartbeat, age, now, settings))
     else:
         report.print_records(records)
-        report.print_live(beat, now, wanted=settings.live_updates)
+        report.print_live(heartbeat, now, wanted=settings.live_updates)
         report.print_age(age, settings.recount_interval)
-    return Exit.FINE if is_fresh(age, settings.recount_interval) else Exit.FOUND
+    return Exit.OK if is_fresh(age, settings.recount_interval) else Exit.FINDINGS
 
 
 def _check_config(args: argparse.Namespace, settings: Settings) -> int:
-    misplaced: Misconfigured | None = None
-    with open_shop(settings, writing=True, recording=False) as connection:
+    misplaced: ConfigurationError | None = None
+    with connect_and_verify(settings, writing=True, recording=False) as connection:
         try:
             problem = History(connection.recounts).check()
-        except Misconfigured as error:  # said at the end: the data may have other problems
+        except ConfigurationError as error:  # said at the end: the data may have other problems
             problem, misplaced = str(error), error
-        not_live = why_not_live(connection, settings) if settings.live_updates else None
+        not_live = live_updates_blocker(connection, settings) if settings.live_updates else None
         if not args.json:  # before the look at the data, which takes its time
             report.print_settings(settings, connection, problem)
             if settings.live_updates:
-                report.print_prospects(connection, not_live, keeps_pre_images(connection))
-        found = examine(connection, settings)
+                report.print_live_updates_check(connection, not_live, keeps_pre_images(connection))
+        found = run_preflight(connection, settings)
         found.problems += filter(None, [Metrics(settings).check()])
         if not args.json:
             report.print_examination(found, settings)
@@ -230,14 +237,14 @@ def _check_config(args: argparse.Namespace, settings: Settings) -> int:
             machine.print_json(machine.of_check(settings, connection, problem, found))
     if misplaced:
         raise misplaced
-    return Exit.FOUND if problem or not_live or found.problems else Exit.FINE
+    return Exit.FINDINGS if problem or not_live or found.problems else Exit.OK
 
 
 def _create_index(args: argparse.Namespace, settings: Settings) -> int:
     with connect(settings, writing=False) as connection:
         name = create_index(connection.orders, settings)
         print(f"{connection.orders.full_name} has the index {name}")
-    return Exit.FINE
+    return Exit.OK
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from bench import day, pictures, report
-from bench.live import Live, measure
+from bench.live import ChangeStreamWatcher, measure
 from bench.measure import ALONE, OURS, Bench, Failed, Results, worst
 from bench.neighbour import felt
 from bench.relay import relay
@@ -126,7 +126,7 @@ def _growth(
     args: argparse.Namespace,
     paper: Paper,
     known: dict[int, dict[str, Results]],
-    live: dict[int, Live],
+    live: dict[int, ChangeStreamWatcher],
 ) -> list[Results]:
     """Put other sizes on paper, one after another, and return all that was run for it."""
     grown: dict[int, dict[str, Results]] = {}

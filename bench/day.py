@@ -46,7 +46,7 @@ class Day:
 
     interval: int
     right: Line = field(default_factory=Line)
-    recounted: Line = field(default_factory=Line)
+    record_recount: Line = field(default_factory=Line)
     live: Line = field(default_factory=Line)
 
     @property
@@ -56,7 +56,7 @@ class Day:
     @property
     def complete(self) -> bool:
         """Whether all changes are in the points."""
-        return len(self.recounted.lags) == len(self.live.lags) == _CHANGES
+        return len(self.record_recount.lags) == len(self.live.lags) == _CHANGES
 
     def hours(self, seconds: float) -> float:
         return 24 * seconds / self.seconds
@@ -66,14 +66,14 @@ def measure(*, tiny: bool = False) -> Day:
     """Write the same orders to two equal shops, and follow the points of one customer in both."""
     day = Day(1 if tiny else _INTERVAL)
     with Deployment() as deployment, deployment.client() as client:
-        recounted, live = _Shop(client, "recounted"), _Shop(client, "live")
+        record_recount, live = _Shop(client, "recounted"), _Shop(client, "live")
         # Both recount from the start of the day on; the one without live updates starts last, since
         # the hours of its recounts are what can be seen.
         with (
             _service(deployment, live, day.interval, live_updates="yes"),
-            _service(deployment, recounted, day.interval, live_updates="no"),
+            _service(deployment, record_recount, day.interval, live_updates="no"),
         ):
-            _follow(day, recounted, live)
+            _follow(day, record_recount, live)
     return day
 
 
@@ -121,24 +121,24 @@ def _service(
             raise Failed(service.output)
 
 
-def _follow(day: Day, recounted: _Shop, live: _Shop) -> None:
+def _follow(day: Day, record_recount: _Shop, live: _Shop) -> None:
     """Move orders at random moments, and note all points, until the day is over and all right."""
     rng = random.Random(_SEED)  # noqa: S311 -- no secret
     moments = sorted(rng.uniform(0, day.seconds) for _ in range(_CHANGES))
     changed = [0.0]  # when the orders changed
-    right = [recounted.right()]  # and the right points from then on
+    right = [record_recount.right()]  # and the right points from then on
     day.right.note(0, right[0])
     started = time.monotonic()
     while (now := time.monotonic() - started) < day.seconds or not day.complete:
         if now > day.seconds + SECONDS:
             raise Failed("the points of a customer do not become right")
         if len(right) <= _CHANGES and now >= moments[len(right) - 1]:
-            for shop in (recounted, live):
+            for shop in (record_recount, live):
                 shop.move(len(right) - 1)
             changed.append(time.monotonic() - started)
-            right.append(recounted.right())
+            right.append(record_recount.right())
             day.right.note(changed[-1], right[-1])
-        for shop, line in ((recounted, day.recounted), (live, day.live)):
+        for shop, line in ((record_recount, day.record_recount), (live, day.live)):
             stored, now = shop.stored(), time.monotonic() - started
             line.note(now, stored)
             # Points that are those of an earlier moment have all the changes before it.

@@ -35,7 +35,7 @@ class Latency:
 
 
 @dataclass(frozen=True)
-class Live:
+class ChangeStreamWatcher:
     """What was measured at one size of the shop."""
 
     orders: int
@@ -54,7 +54,7 @@ class Live:
     memory: float
 
 
-def measure(deployment: Deployment, shop: Shop, *, tiny: bool = False) -> Live:
+def measure(deployment: Deployment, shop: Shop, *, tiny: bool = False) -> ChangeStreamWatcher:
     """Run the service with live updates beside one shop; its orders grow by that."""
     seconds = 1.0 if tiny else _SECONDS
     shop.restore("quiet")
@@ -76,7 +76,9 @@ def measure(deployment: Deployment, shop: Shop, *, tiny: bool = False) -> Live:
         cpu, memory = _idle(service.pid, 2 if tiny else 30)
         if service.stop():
             raise RuntimeError(service.output)
-    return Live(shop.size, single, steady, sustained, lag, customers, at_once, cpu, memory)
+    return ChangeStreamWatcher(
+        shop.size, single, steady, sustained, lag, customers, at_once, cpu, memory
+    )
 
 
 @contextmanager

@@ -38,7 +38,7 @@ class Run:
     client_mb: float
     server_cpu: float
     wire_mb: float
-    written: float
+    written_mb: float
     wrong: Wrong
 
 
@@ -86,13 +86,13 @@ class Bench:
             text=True,
             check=True,
         )
-        cpu, wire, written = (b - a for a, b in zip(before, self._counters(), strict=True))
+        cpu, wire, written_mb = (b - a for a, b in zip(before, self._counters(), strict=True))
         code, seconds, memory = json.loads(process.stdout.splitlines()[-1])
         recount = re.search(r"exact=true seconds=([\d.]+)", process.stderr)
         if code or (name == OURS and not recount):
             raise Failed(f"{name}: exit code {code}\n{process.stderr}")
         alone = float(recount[1]) if recount else 0.0
-        return Run(seconds, alone, memory, cpu, wire / 1e6, written, self._shop.wrong())
+        return Run(seconds, alone, memory, cpu, wire / 1e6, written_mb, self._shop.wrong())
 
     def _counters(self) -> tuple[float, float, float]:
         """Return CPU seconds, bytes of its network, and users written, since the server started."""

@@ -101,7 +101,7 @@ def day(day: Day) -> str:
     """Draw the points of one customer over the hours."""
     lines = [
         ("the orders", day.right, _COLOURS["floor"]),
-        ("every 2 hours", day.recounted, _COLOURS["merge"]),
+        ("every 2 hours", day.record_recount, _COLOURS["merge"]),
         ("live updates", day.live, _COLOURS[OURS]),
     ]
     most = max(points for _, line, _ in lines for _, points in line.steps)

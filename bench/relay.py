@@ -47,11 +47,11 @@ async def _pass_on(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, delay: float
 ) -> None:
     loop = asyncio.get_running_loop()
-    held: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
+    delayed: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
 
     async def send() -> None:
         while True:
-            due, chunk = await held.get()
+            due, chunk = await delayed.get()
             await asyncio.sleep(due - loop.time())
             if not chunk:
                 writer.close()
@@ -61,6 +61,6 @@ async def _pass_on(
     sender = asyncio.create_task(send())
     with suppress(ConnectionError):
         while chunk := await reader.read(_CHUNK):
-            held.put_nowait((loop.time() + delay, chunk))
-    held.put_nowait((loop.time() + delay, b""))
+            delayed.put_nowait((loop.time() + delay, chunk))
+    delayed.put_nowait((loop.time() + delay, b""))
     await sender

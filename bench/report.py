@@ -14,7 +14,7 @@ from statistics import median
 import pymongo
 
 from bench.day import RECOUNTS, Day
-from bench.live import Live
+from bench.live import ChangeStreamWatcher
 from bench.measure import ALONE, OURS, ROOT, Results, middle, worst
 from bench.neighbour import Felt, middle_and_tail
 from bench.shop import Shop, Stage
@@ -105,7 +105,7 @@ def state_table(title: str, results: Results) -> str:
                 f"{seconds:.2f}",
                 f"{seconds / floor:.2f}",
                 f"{seconds / ours:.2f}",
-                f"{middle(runs, lambda r: r.written):,.0f}",
+                f"{middle(runs, lambda r: r.written_mb):,.0f}",
                 f"{middle(runs, lambda r: r.client_mb):.0f}",
                 f"{middle(runs, lambda r: r.server_cpu):.2f}",
                 f"{middle(runs, lambda r: r.wire_mb):.2f}",
@@ -118,10 +118,10 @@ def state_table(title: str, results: Results) -> str:
     )
 
 
-def profile_table(stages: Iterable[Stage]) -> str:
+def profile_table(change_stream_pipeline: Iterable[Stage]) -> str:
     rows = [
         [f"`{stage.name}`", f"{stage.seconds:.2f}", f"{stage.rows:,}", str(stage.spills)]
-        for stage in stages
+        for stage in change_stream_pipeline
     ]
     return PROFILE + "\n\n" + _table(["stage", "seconds", "rows out", "spills to disk"], rows)
 
@@ -160,7 +160,7 @@ def latency_table(title: str, near: Results, far: Results) -> str:
     )
 
 
-def live_table(sizes: Mapping[int, Live]) -> str:
+def live_table(sizes: Mapping[int, ChangeStreamWatcher]) -> str:
     rows = [
         [
             f"{live.orders:,}",
@@ -178,9 +178,11 @@ def live_table(sizes: Mapping[int, Live]) -> str:
 
 
 def day_section(day: Day) -> str:
-    recounted, live = ([median(line.lags), max(line.lags)] for line in (day.recounted, day.live))
+    record_recount, live = (
+        [median(line.lags), max(line.lags)] for line in (day.record_recount, day.live)
+    )
     rows = [
-        ["a recount every 2 hours", *(_hours(day.hours(lag)) for lag in recounted)],
+        ["a recount every 2 hours", *(_hours(day.hours(lag)) for lag in record_recount)],
         ["and live updates", *(f"{1000 * lag:.0f} ms" for lag in live)],
     ]
     head = DAY.format(

@@ -17,7 +17,7 @@ from pymongo.collection import Collection
 from pymongo.database import Database
 
 from config import load
-from loyalty.recount.index import COLLATION, keys_of
+from loyalty.recount.index import COLLATION, index_keys
 from loyalty.recount.partitions import edges, ranges
 from loyalty.recount.pipeline import Scope, pipeline
 from sandbox.mongod import Deployment
@@ -81,7 +81,7 @@ class Shop:
             _insert(self._database[state], self._new_users(state, changed))
 
     def make_index(self) -> None:
-        self.orders.create_index(keys_of(self._settings))
+        self.orders.create_index(index_keys(self._settings))
 
     def restore(self, state: str) -> None:
         """Give all users the points of `state` again, and let the server come to rest."""
@@ -116,15 +116,16 @@ class Shop:
     def profile(self) -> list[Stage]:
         """Return what the server says of the stages of a recount: the sums over all ranges."""
         self.restore("quiet")
-        stages: list[Stage] = []
+        change_stream_pipeline: list[Stage] = []
         for part in ranges(edges(self._database.users)):
-            found = self._explained(Scope(part, apart=part.of_text))
-            if len(found) > len(stages):  # a range of texts has the most
-                found, stages = stages, found
-            stages = [
-                a.plus(b) for a, b in zip_longest(stages, found, fillvalue=Stage("", 0, 0, 0))
+            found = self._explained(Scope(part, apart=part.is_string_partition))
+            if len(found) > len(change_stream_pipeline):  # a range of texts has the most
+                found, change_stream_pipeline = change_stream_pipeline, found
+            change_stream_pipeline = [
+                a.plus(b)
+                for a, b in zip_longest(change_stream_pipeline, found, fillvalue=Stage("", 0, 0, 0))
             ]
-        return stages
+        return change_stream_pipeline
 
     def _explained(self, scope: Scope) -> list[Stage]:
         asked: Document = {
@@ -135,15 +136,17 @@ class Shop:
             "collation": COLLATION,
         }
         said = self._database.command("explain", asked, verbosity="executionStats")
-        stages, before = [], 0
+        change_stream_pipeline, before = [], 0
         for stage in said["stages"]:
             name = next(key for key in stage if key.startswith("$"))
             until = int(stage["executionTimeMillisEstimate"])  # from the start of the pipeline
             label = "$match, the index" if name == "$cursor" else name
             spills = int(stage.get("spills", 0))
-            stages.append(Stage(label, (until - before) / 1000, int(stage["nReturned"]), spills))
+            change_stream_pipeline.append(
+                Stage(label, (until - before) / 1000, int(stage["nReturned"]), spills)
+            )
             before = until
-        return stages
+        return change_stream_pipeline
 
     def status(self) -> dict[str, Any]:
         return self._client.admin.command("serverStatus")

@@ -573,10 +573,10 @@ def _books_settings(shop: Shop) -> str:
 def test_a_second_shop_has_the_same_unit_with_settings_of_its_own(
     service: Machine, books: Database[dict[str, Any]]
 ) -> None:
-    def recounted() -> bool:
+    def record_recount() -> bool:
         return [user.get("loyalty_points") for user in books.users.find()] == [3]
 
-    _wait_for("the second shop's points", recounted)
+    _wait_for("the second shop's points", record_recount)
     assert service.state() == "active (running)"
     assert service.systemctl("is-active", "loyalty-microservice@books").strip() == "active"
     assert service.run("systemd-analyze", "verify", "loyalty-microservice@books.service") == ""

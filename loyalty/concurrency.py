@@ -19,17 +19,17 @@ REPORT_SECONDS = 5.0
 T = TypeVar("T")
 R = TypeVar("R")
 
-Moved = Callable[[str], None]
+ProgressCallback = Callable[[str], None]
 """What long work calls whenever it has moved on, with how far it is ("" if that is not news)."""
 
 
-def still(_: str) -> None:
+def ignore_progress(_: str) -> None:
     """Serve as a `Moved` where nobody wants to know."""
 
 
 @contextmanager
-def overlapping(
-    do: Callable[[T], R], items: Iterator[T], workers: int, *, ahead: int = 0
+def map_ordered(
+    do: Callable[[T], R], items: Iterator[T], workers: int, *, prefetch: int = 0
 ) -> Iterator[Iterator[R]]:
     """Yield the results of `do(item)` in their order, with `workers` of them on the way at a time.
 
@@ -50,7 +50,7 @@ def overlapping(
             raise
 
     def results() -> Iterator[R]:
-        pending = deque(pool.submit(attempt, item) for item in islice(items, workers + ahead))
+        pending = deque(pool.submit(attempt, item) for item in islice(items, workers + prefetch))
         while pending:
             result = pending.popleft().result()
             pending.extend(pool.submit(attempt, item) for item in islice(items, 1))
@@ -69,10 +69,10 @@ def overlapping(
 class Progress:
     """Says every few seconds how far long work is: to the log, and to whoever listens."""
 
-    def __init__(self, doing: str, total: int, moved: Moved) -> None:
+    def __init__(self, doing: str, total: int, on_progress: ProgressCallback) -> None:
         self._doing = doing
         self._total = total
-        self._moved = moved
+        self._moved = on_progress
         self._done = 0
         self._started = self._reported = time.monotonic()
 

@@ -21,27 +21,27 @@ from typing import Protocol
 
 import schedule
 
-from loyalty.concurrency import Moved
-from loyalty.errors import Misconfigured, ServiceError
+from loyalty.concurrency import ProgressCallback
+from loyalty.errors import ConfigurationError, ServiceError
 
 log = logging.getLogger("loyalty")
 
-FIRST_PAUSE = 10.0
-LONGEST_PAUSE = 300.0
-_CALM = 60.0  # seconds without a failure, after which pauses are short again
+INITIAL_BACKOFF_SECONDS = 10.0
+MAX_BACKOFF_SECONDS = 300.0
+BACKOFF_RESET_SECONDS = 60.0  # seconds without a failure, after which pauses are short again
 _TICK = 1.0  # the longest time, in seconds, between two looks at the clocks
 
 
-class Work(Protocol):
+class Job(Protocol):
     """What a daemon does; all of it may raise ServiceError."""
 
     def connect(self) -> object:
         """Do once what has to succeed before anything else."""
 
-    def recount(self, moved: Moved) -> str:
+    def recount(self, on_progress: ProgressCallback) -> str:
         """Do it all once, and return how it went in a few words; call `moved` meanwhile."""
 
-    def meanwhile(self, seconds: float, moved: Moved) -> None:
+    def run_between(self, seconds: float, on_progress: ProgressCallback) -> None:
         """Do what there is to do while waiting, or nothing, for about so long.
 
         That may be before `connect` has succeeded.
@@ -56,12 +56,12 @@ class Daemon:
     the daemon.
     """
 
-    def __init__(self, work: Work, *, interval: timedelta, patience: timedelta) -> None:
+    def __init__(self, work: Job, *, interval: timedelta, stall_timeout: timedelta) -> None:
         self._work = work
         self._interval = interval.total_seconds()
-        self._patience = patience.total_seconds()
+        self._patience = stall_timeout.total_seconds()
         self._connected = False
-        self._pause = FIRST_PAUSE
+        self._pause = INITIAL_BACKOFF_SECONDS
         self._failed = float("-inf")
         self._due = 0.0
         self._moved = time.monotonic()
@@ -127,7 +127,7 @@ class Daemon:
         try:
             status = step()
         except Exception as error:
-            if isinstance(error, Misconfigured) and not self._connected:
+            if isinstance(error, ConfigurationError) and not self._connected:
                 raise  # only a person can put that right, and is likely still watching
             self._fail(error, began)
             return False
@@ -141,9 +141,9 @@ class Daemon:
 
         This is where errors end.
         """
-        longest = min(LONGEST_PAUSE, self._interval)
-        lately = began - self._failed < self._pause + _CALM
-        self._pause = min(2 * self._pause if lately else FIRST_PAUSE, longest)
+        longest = min(MAX_BACKOFF_SECONDS, self._interval)
+        lately = began - self._failed < self._pause + BACKOFF_RESET_SECONDS
+        self._pause = min(2 * self._pause if lately else INITIAL_BACKOFF_SECONDS, longest)
         self._failed = time.monotonic()
         if isinstance(error, ServiceError):
             fields = {"error": str(error), "retry_in": self._pause}
@@ -165,7 +165,7 @@ class Daemon:
         self._move("")
         seconds = min(_TICK, max(0.0, self._due - time.monotonic()))
         try:
-            self._work.meanwhile(seconds, self._move)
+            self._work.run_between(seconds, self._move)
         except Exception as error:  # noqa: BLE001 -- logged there
             self._fail(error, time.monotonic())
 

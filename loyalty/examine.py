@@ -15,19 +15,19 @@ from typing import Any
 from config import Settings
 from loyalty.errors import ServiceError
 from loyalty.mongo.connection import Connection
-from loyalty.mongo.driver_errors import sorted_errors
+from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.recount.counter import Count, Customers
 from loyalty.recount.customer_ids import (
     NO_CUSTOMER,
     Document,
     canonical,
-    canonical_of,
-    shown,
-    spellings,
+    canonicalize,
+    format_value,
+    indexable_variants,
 )
-from loyalty.recount.index import COLLATION, array_in, plan_of
-from loyalty.recount.statuses import is_counted, statuses, uncounted
-from loyalty.recount.tally import Recount, nobody_known
+from loyalty.recount.index import COLLATION, array_conditions, inspect_plan
+from loyalty.recount.statuses import describe_uncounted, is_counted, statuses
+from loyalty.recount.tally import Tally, no_matching_users
 
 log = logging.getLogger("loyalty")
 
@@ -38,7 +38,7 @@ _SHOWN = 10
 
 
 @dataclass(slots=True)
-class Examination:
+class PreflightReport:
     """What was found; None is what nobody could tell within the time."""
 
     sampled: bool = False
@@ -54,14 +54,14 @@ class Examination:
     """Like those of unknown customers, of orders that count."""
     orders_of_unknown_customers: int | None = None
     unknown_sample: list[str] = field(default_factory=list)
-    holders: int | None = None
+    users_with_points_before: int | None = None
     decreased: int | None = None
     index: str = ""
 
 
-def examine(connection: Connection, settings: Settings) -> Examination:
+def run_preflight(connection: Connection, settings: Settings) -> PreflightReport:
     """Look at the data; what cannot be looked at is a warning."""
-    found = Examination()
+    found = PreflightReport()
     brief = dataclasses.replace(settings, count_timeout=min(_LIMIT, settings.count_timeout))
     for look in (_collections, _index, _users, _orders_by_status, _references, _points):
         try:
@@ -73,9 +73,9 @@ def examine(connection: Connection, settings: Settings) -> Examination:
     return found
 
 
-def _collections(connection: Connection, settings: Settings, found: Examination) -> None:
+def _collections(connection: Connection, settings: Settings, found: PreflightReport) -> None:
     users, orders = connection.users, connection.orders
-    with sorted_errors("list the collections of", users.database.name):
+    with map_driver_errors("list the collections of", users.database.name):
         # Of those that the database user may see, to list them takes no permission.
         there = users.database.list_collection_names(authorizedCollections=True)
         limit = {"maxTimeMS": settings.count_ms}
@@ -89,23 +89,25 @@ def _collections(connection: Connection, settings: Settings, found: Examination)
     ]
 
 
-def _index(connection: Connection, settings: Settings, found: Examination) -> None:
-    plan, orders = plan_of(connection.orders, settings), connection.orders
+def _index(connection: Connection, settings: Settings, found: PreflightReport) -> None:
+    plan, orders = inspect_plan(connection.orders, settings), connection.orders
     found.index = plan.advice or "there, and all that a recount reads"
     if not plan.advice:
         return
     names = f"{settings.status_field} or {settings.customer_field}"
-    holding = {"$or": array_in(settings.status_field) + array_in(settings.customer_field)}
-    with sorted_errors("look for arrays in", orders.full_name):
-        n = orders.count_documents(holding, maxTimeMS=settings.count_ms)
+    users_with_points_after = {
+        "$or": array_conditions(settings.status_field) + array_conditions(settings.customer_field)
+    }
+    with map_driver_errors("look for arrays in", orders.full_name):
+        n = orders.count_documents(users_with_points_after, maxTimeMS=settings.count_ms)
     if n:
-        state = "there, but" if plan.spoilt else "not there, and would be"
+        state = "there, but" if plan.multikey else "not there, and would be"
         hold = "1 order holds" if n == 1 else f"{n:,} orders hold"
         why = f"{hold} an array in {names}, so that every order is fetched"
         found.index = f"{state} of little use: {why}"
 
 
-def _users(connection: Connection, settings: Settings, found: Examination) -> None:
+def _users(connection: Connection, settings: Settings, found: PreflightReport) -> None:
     points = f"${settings.points_field}"
     holds = {"$and": [{"$isNumber": points}, {"$gt": [points, 0]}]}
     group = {
@@ -116,14 +118,14 @@ def _users(connection: Connection, settings: Settings, found: Examination) -> No
     sample: list[Document] = [{"$sample": {"size": _USERS}}] if found.sampled else []
     asked: list[Document] = [*sample, {"$group": group}, {"$sort": {"n": -1}}]
     users = connection.users
-    with sorted_errors("find in", users.full_name):
+    with map_driver_errors("find in", users.full_name):
         rows = list(users.aggregate(asked, maxTimeMS=settings.count_ms))
     seen = sum(row["n"] for row in rows)
     found.ids = {row["_id"]: _scaled(row["n"], seen, found.users) for row in rows}
-    found.holders = _scaled(sum(row["holders"] for row in rows), seen, found.users)
+    found.users_with_points_before = _scaled(sum(row["holders"] for row in rows), seen, found.users)
 
 
-def _orders_by_status(connection: Connection, settings: Settings, found: Examination) -> None:
+def _orders_by_status(connection: Connection, settings: Settings, found: PreflightReport) -> None:
     known = statuses(connection, settings, sample=_ORDERS if found.sampled else 0)
     seen = sum(n for _, n in known)
     found.statuses = [(status, _scaled(n, seen, found.orders)) for status, n in known]
@@ -131,14 +133,14 @@ def _orders_by_status(connection: Connection, settings: Settings, found: Examina
         return
     orders = connection.orders
     one = {settings.status_field: {"$in": list(settings.order_statuses)}}
-    with sorted_errors("find in", orders.full_name):
+    with map_driver_errors("find in", orders.full_name):
         rare = orders.find(one, {"_id": 1}, collation=COLLATION, max_time_ms=settings.count_ms)
         if found.sampled and list(rare.limit(1)):
             return
-    found.problems += [uncounted(known, settings)[0]] if known else []
+    found.problems += [describe_uncounted(known, settings)[0]] if known else []
 
 
-def _references(connection: Connection, settings: Settings, found: Examination) -> None:
+def _references(connection: Connection, settings: Settings, found: PreflightReport) -> None:
     """Look up the users that a sample of counted orders refers to; `_points` does it for all."""
     if not found.sampled:
         return
@@ -161,28 +163,28 @@ def _references(connection: Connection, settings: Settings, found: Examination) 
         {"$lookup": {**users_of_forms, "as": "users"}},
         {"$project": {"own": 1, "known": {"$ne": ["$users", []]}}},
     ]
-    with sorted_errors("look up the users of", orders.full_name):
+    with map_driver_errors("look up the users of", orders.full_name):
         asked = orders.aggregate(looked_up, collation=COLLATION, maxTimeMS=settings.count_ms)
         rows = list(asked)
     counted = sum(n for status, n in found.statuses if is_counted(status, settings))
     nobody = [row["own"] for row in rows if row["own"] == NO_CUSTOMER]
     unknown = [row["own"] for row in rows if not row["known"] and row["own"] != NO_CUSTOMER]
     _note_references(settings, found, len(nobody), len(unknown), of=len(rows), counted=counted)
-    found.unknown_sample = [shown(own) for own in unknown[:5]]
+    found.unknown_sample = [format_value(own) for own in unknown[:5]]
 
 
-def _points(connection: Connection, settings: Settings, found: Examination) -> None:
+def _points(connection: Connection, settings: Settings, found: PreflightReport) -> None:
     """Count, for all users or a sample of them, and compare with the points that they hold."""
-    recount = Recount(settings, lambda _key, _points: None)
+    recount = Tally(settings, lambda _key, _points: None)
     count = Count(connection, settings, datetime.now(UTC))
     if not found.sampled:
-        rows = count.of_everyone(in_one_piece=True)
-    elif plan_of(connection.orders, settings).ranges:
-        rows = count.of_customers(_some_customers(connection, settings), with_right=True)
+        rows = count.count_all(single_query=True)
+    elif inspect_plan(connection.orders, settings).ranges:
+        rows = count.count_customers(_some_customers(connection, settings), include_up_to_date=True)
     else:
         return  # each customer would be a look at all orders
     for row in rows:
-        recount.take(row)
+        recount.pop_pending(row)
     totals = recount.totals
     if not found.sampled:
         found.unknown_sample = totals.unknown_sample
@@ -199,19 +201,19 @@ def _points(connection: Connection, settings: Settings, found: Examination) -> N
 def _some_customers(connection: Connection, settings: Settings) -> Customers:
     users = connection.users
     sample: list[Document] = [{"$sample": {"size": _USERS}}, {"$project": {"_id": 1}}]
-    with sorted_errors("find in", users.full_name):
+    with map_driver_errors("find in", users.full_name):
         ids = [u["_id"] for u in users.aggregate(sample, maxTimeMS=settings.count_ms)]
-    return [(own, spellings(own)) for own in map(canonical_of, ids)]
+    return [(own, indexable_variants(own)) for own in map(canonicalize, ids)]
 
 
 def _note_references(
-    settings: Settings, found: Examination, nobody: int, unknown: int, *, of: int, counted: int
+    settings: Settings, found: PreflightReport, nobody: int, unknown: int, *, of: int, counted: int
 ) -> None:
     """Note how many counted orders have no customer, or an unknown one, going by some `of` them."""
     found.orders_without_customer = _scaled(nobody, of, counted)
     found.orders_of_unknown_customers = _scaled(unknown, of, counted)
     if of and nobody + unknown == of and found.users:
-        found.problems.append(nobody_known(settings))
+        found.problems.append(no_matching_users(settings))
 
 
 def _scaled(n: int, of: int, total: int | None) -> int:

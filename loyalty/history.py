@@ -14,20 +14,20 @@ import pymongo
 from pymongo.collection import Collection
 
 from config import VERSION
-from loyalty.errors import Misconfigured, NoPermission, ServiceError, Unavailable
-from loyalty.mongo.driver_errors import sorted_errors
+from loyalty.errors import ConfigurationError, DatabaseUnavailable, NoPermission, ServiceError
+from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.recount.customer_ids import Document
 from loyalty.recount.tally import COUNTS, Result
 
 log = logging.getLogger("loyalty")
 
-KEEP = timedelta(days=90)
+RETENTION = timedelta(days=90)
 HEARTBEAT = timedelta(seconds=10)
 
 _SECONDS = 5
 
 # What we wrote, and nothing else, is read again and expires.
-MARK = {"recorded_by": "loyalty-microservice"}
+OWNER_FILTER = {"recorded_by": "loyalty-microservice"}
 
 _RECOUNTS = {"outcome": {"$ne": "live"}}
 _FRESH = {"outcome": {"$in": ["succeeded", "incomplete"]}}
@@ -62,30 +62,30 @@ class History:
         if self._collection is None:
             return
         name = self._collection.full_name
-        with self._warned_of():
-            with sorted_errors("insert into", name):
-                self._collection.insert_one(MARK | record_of(result))
+        with self.warn_once():
+            with map_driver_errors("insert into", name):
+                self._collection.insert_one(OWNER_FILTER | record_of(result))
             if not self._indexed:
-                with sorted_errors("create the expiry index on", name):
+                with map_driver_errors("create the expiry index on", name):
                     self._collection.create_index(
                         "finished_at",
                         name="loyalty_records_expire",
-                        expireAfterSeconds=int(KEEP.total_seconds()),
-                        partialFilterExpression=MARK,
+                        expireAfterSeconds=int(RETENTION.total_seconds()),
+                        partialFilterExpression=OWNER_FILTER,
                     )
                 self._indexed = True
 
-    def beat(self, heartbeat: Heartbeat) -> None:
+    def write_heartbeat(self, heartbeat: Heartbeat) -> None:
         """Replace this host's heartbeat. Failing to is a warning, as with records."""
         if self._collection is None:
             return
-        own = {"_id": f"live {socket.gethostname()}", **MARK}
+        own = {"_id": f"live {socket.gethostname()}", **OWNER_FILTER}
         values = {**asdict(heartbeat), "outcome": "live", "finished_at": heartbeat.at}
-        with self._warned_of(), sorted_errors("update", self._collection.full_name):
+        with self.warn_once(), map_driver_errors("update", self._collection.full_name):
             self._collection.update_one(own, {"$set": values}, upsert=True)
 
     @contextmanager
-    def _warned_of(self) -> Iterator[None]:
+    def warn_once(self) -> Iterator[None]:
         try:
             # The record is the least of the work: it must not hold up the next recount.
             with pymongo.timeout(_SECONDS):
@@ -107,20 +107,25 @@ class History:
         name = self._collection.full_name
         hint = "RECOUNTS_COLLECTION must name a collection of its own, which need not exist"
         try:
-            with sorted_errors("find in", name):
-                foreign = self._collection.find_one({"recorded_by": {"$ne": MARK["recorded_by"]}})
+            with map_driver_errors("find in", name):
+                foreign = self._collection.find_one(
+                    {"recorded_by": {"$ne": OWNER_FILTER["recorded_by"]}}
+                )
             if foreign is not None:
-                raise Misconfigured(f"{name} holds documents that are not this service's")
+                raise ConfigurationError(f"{name} holds documents that are not this service's")
             # The server looks at permissions first, and whether this is a view; then it turns down
             # an _id that is an array, and an expiry that is negative.
-            with suppress(Unavailable), sorted_errors("insert into", name):
+            with suppress(DatabaseUnavailable), map_driver_errors("insert into", name):
                 self._collection.insert_one({"_id": []})
-            with suppress(Unavailable), sorted_errors("create the expiry index on", name):
+            with (
+                suppress(DatabaseUnavailable),
+                map_driver_errors("create the expiry index on", name),
+            ):
                 self._collection.create_index("finished_at", expireAfterSeconds=-1)
         except NoPermission as error:
             return str(error)
-        except Misconfigured as error:
-            raise Misconfigured(f"{error}: {hint}") from error
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{error}: {hint}") from error
         return None
 
     def is_empty(self) -> bool:
@@ -132,9 +137,9 @@ class History:
     def newest(self, limit: int, matching: Document | None = None) -> list[Document]:
         """Return the newest records of recounts first. Raises ServiceError."""
         if self._collection is None:
-            raise Misconfigured("RECOUNTS_COLLECTION is empty, so no record is kept")
-        with sorted_errors("find in", self._collection.full_name):
-            found = self._collection.find({**MARK, **(matching or _RECOUNTS)}, {"_id": 0})
+            raise ConfigurationError("RECOUNTS_COLLECTION is empty, so no record is kept")
+        with map_driver_errors("find in", self._collection.full_name):
+            found = self._collection.find({**OWNER_FILTER, **(matching or _RECOUNTS)}, {"_id": 0})
             return list(found.sort("finished_at", -1).limit(limit))
 
     def age(self, now: datetime) -> timedelta | None:
@@ -165,7 +170,7 @@ def record_of(result: Result) -> dict[str, Any]:
         "exact": result.exact,
         "outcome": result.outcome,
         **{name: getattr(result.totals, name) for name in COUNTS},
-        "refused_updates": result.refused_updates,
+        "failed_updates": result.failed_updates,
         "error": result.error,
         "host": socket.gethostname(),
         "version": VERSION,

@@ -19,7 +19,7 @@ def log_to_stderr() -> None:
     logging.getLogger("loyalty").setLevel(logging.INFO)
 
 
-def log_as(form: str) -> None:
+def set_log_format(form: str) -> None:
     """Let the log be lines for people, or (`json`) objects for programs, from now on."""
     for handler in logging.getLogger().handlers:
         handler.setFormatter(_formatter(form))

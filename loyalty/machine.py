@@ -10,11 +10,11 @@ from datetime import UTC, datetime, timedelta
 from bson import Timestamp
 
 from config import Settings
-from loyalty.examine import Examination
+from loyalty.examine import PreflightReport
 from loyalty.history import Heartbeat, is_fresh, record_of
 from loyalty.mongo.connection import Connection
 from loyalty.recount.customer_ids import Document
-from loyalty.recount.statuses import Explained, is_counted, shown_status
+from loyalty.recount.statuses import OrderBreakdown, is_counted, shown_status
 from loyalty.recount.tally import Change, Result
 
 
@@ -41,7 +41,7 @@ def of_recount(result: Result) -> Document:
 
 def of_dry_run(result: Result) -> Document:
     """Return what a recount would do; nothing has come of it."""
-    nothing = ("outcome", "error", "refused_updates")
+    nothing = ("outcome", "error", "failed_updates")
     return {
         **{name: value for name, value in of_recount(result).items() if name not in nothing},
         "refusal": result.refusal,
@@ -55,14 +55,16 @@ def _changes(changes: Sequence[Change]) -> list[Document]:
     return [{"user": c.user, "from": c.before, "to": c.after} for c in changes]
 
 
-def of_customer(customer: str, orders: Sequence[Explained], users: Sequence[Change]) -> Document:
+def of_customer(
+    customer: str, orders: Sequence[OrderBreakdown], users: Sequence[Change]
+) -> Document:
     rows = [row._asdict() for row in orders]
     return {"customer": customer, "orders": rows, "users": _changes(users)}
 
 
 def of_status(
     records: Sequence[Document],
-    beat: Heartbeat | None,
+    heartbeat: Heartbeat | None,
     age: timedelta | None,
     now: datetime,
     settings: Settings,
@@ -72,13 +74,14 @@ def of_status(
         "age_seconds": age,
         "interval_seconds": settings.recount_interval,
         "live_updates": settings.live_updates,
-        "heartbeat": beat and {**dataclasses.asdict(beat), "alive": beat.is_alive(now)},
+        "heartbeat": heartbeat
+        and {**dataclasses.asdict(heartbeat), "alive": heartbeat.is_alive(now)},
         "recounts": [{n: v for n, v in r.items() if n != "recorded_by"} for r in records],
     }
 
 
 def of_check(
-    settings: Settings, connection: Connection, problem: str | None, found: Examination
+    settings: Settings, connection: Connection, problem: str | None, found: PreflightReport
 ) -> Document:
     data = dataclasses.asdict(found)
     data["statuses"] = [
@@ -91,7 +94,7 @@ def of_check(
         "hosts": settings.hosts,
         "server": connection.server_version,
         "topology": connection.topology,
-        "inexact": connection.inexact or None,
-        "settings": settings.shown(),
+        "inexact": connection.snapshot_unsupported_reason or None,
+        "settings": settings.format_value(),
         "data": data,
     }

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import get_args
 
 from config import Settings
-from loyalty.errors import Refused
+from loyalty.errors import RecountRefused
 from loyalty.recount.tally import Outcome, Result
 
 log = logging.getLogger("loyalty")
@@ -27,7 +27,7 @@ _METRICS = {
     "loyalty_interval_seconds": "RECOUNT_INTERVAL",
     "loyalty_users": "Users in the last successful recount",
     "loyalty_changed_users": "Users whose points it had to change",
-    "loyalty_refused_updates": "Users that the server refused to update in it",
+    "loyalty_failed_updates": "Users that the server refused to update in it",
     "loyalty_live": "Whether live updates are at work",
     "loyalty_live_waiting": "Changed orders and customers still to be counted",
     "loyalty_live_lag_seconds": "How long the oldest of them has been waiting",
@@ -46,36 +46,36 @@ class Metrics:
     def __init__(self, settings: Settings) -> None:
         self._file = Path(settings.metrics_file) if settings.metrics_file else None
         self._database = settings.database  # tells several shops on one machine apart
-        self._now: dict[str, float] = {
+        self._gauges: dict[str, float] = {
             "loyalty_interval_seconds": settings.recount_interval.total_seconds()
         }
         self.not_live()
         self._written_at = -inf
         self._warned = False
 
-    def keep(self) -> None:
+    def refresh_if_due(self) -> None:
         """Write it if that is long ago, to show that the service is there."""
         if time.monotonic() - self._written_at >= _KEEP_SECONDS:
             self._write()
 
     def live(self, waiting: int, lag: float) -> None:
         """Write how live updates are doing."""
-        self._now |= dict(zip(_LIVE, (1, waiting, lag), strict=True))
+        self._gauges |= dict(zip(_LIVE, (1, waiting, lag), strict=True))
         self._write()
 
     def not_live(self) -> None:
-        self._now |= dict.fromkeys(_LIVE, 0)
+        self._gauges |= dict.fromkeys(_LIVE, 0)
 
     @contextmanager
-    def counting(self) -> Iterator[None]:
+    def count_failures(self) -> Iterator[None]:
         """Count a recount that raises; `recounted` counts the others."""
         try:
             yield
         except Exception as error:
-            self._write("refused" if isinstance(error, Refused) else "failed")
+            self._write("refused" if isinstance(error, RecountRefused) else "failed")
             raise
 
-    def recounted(self, result: Result) -> None:
+    def record_recount(self, result: Result) -> None:
         self._write(
             result.outcome,
             loyalty_last_success_timestamp_seconds=result.finished_at.timestamp(),
@@ -83,7 +83,7 @@ class Metrics:
             loyalty_recount_duration_seconds=result.seconds,
             loyalty_users=result.totals.users,
             loyalty_changed_users=result.totals.changed,
-            loyalty_refused_updates=result.refused_updates,
+            loyalty_failed_updates=result.failed_updates,
         )
 
     def check(self) -> str | None:
@@ -95,14 +95,16 @@ class Metrics:
             return f"METRICS_FILE: {self._file} cannot be written: {error.strerror}"
         return None
 
-    def _write(self, outcome: str = "", **news: float) -> None:
+    def _write(self, outcome: str = "", **updates: float) -> None:
         """Write it anew. Failing to is a warning, and only the first time."""
         if self._file is None:
             return
         self._written_at = time.monotonic()
         try:
-            values = self._remembered()
-            values |= {self._sample(name): value for name, value in {**self._now, **news}.items()}
+            values = self._load()
+            values |= {
+                self._sample(name): value for name, value in {**self._gauges, **updates}.items()
+            }
             if outcome:
                 values[self._sample("loyalty_recounts_total", outcome)] += 1
             _replace(self._file, _text(values))
@@ -118,7 +120,7 @@ class Metrics:
         labels = f'database="{self._database}"' + (f',outcome="{outcome}"' if outcome else "")
         return f"{name}{{{labels}}}"
 
-    def _remembered(self) -> dict[str, float]:
+    def _load(self) -> dict[str, float]:
         """Return all samples as they stand in the file, else 0."""
         counters, *gauges = _METRICS
         samples = [self._sample(counters, outcome) for outcome in get_args(Outcome)]

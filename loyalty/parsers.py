@@ -59,7 +59,7 @@ def duration(longest: timedelta) -> Parser:
     return parse
 
 
-def written(time: timedelta) -> str:
+def format_duration(time: timedelta) -> str:
     """Return a time as an operator writes it, see `duration`; what is long is rounded."""
     seconds = int(time.total_seconds())
     for unit, size in _SECONDS.items():

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 
 from config import Settings
-from loyalty.examine import Examination
+from loyalty.examine import PreflightReport
 from loyalty.history import Heartbeat, is_fresh
 from loyalty.mongo.connection import Connection
-from loyalty.parsers import written
+from loyalty.parsers import format_duration
 from loyalty.recount.customer_ids import Document
-from loyalty.recount.statuses import Explained, is_counted, shown_status
+from loyalty.recount.statuses import OrderBreakdown, is_counted, shown_status
 from loyalty.recount.tally import COUNTS, Change, Result, Totals
 
 log = logging.getLogger("loyalty")
@@ -27,7 +27,7 @@ def log_result(result: Result) -> None:
     fields: dict[str, object] = {
         "outcome": result.outcome,
         **{name: getattr(totals, name) for name in ("users", *COUNTS)},
-        "refused_updates": result.refused_updates,
+        "failed_updates": result.failed_updates,
         "as_of": f"{result.as_of:%Y-%m-%dT%H:%M:%SZ}",
         "exact": result.exact,
         "seconds": round(result.seconds, 1),
@@ -38,17 +38,17 @@ def log_result(result: Result) -> None:
         log.debug('unknown_customers sample="%s"', ", ".join(totals.unknown_sample))
     if not totals.users:
         log.warning("no_users found: are MONGODB_DATABASE and USERS_COLLECTION right?")
-    if refused := result.refused_updates:
+    if refused := result.failed_updates:
         log.warning(
             "incomplete %s of %s users refused the update, the others are written; %s",
             *(f"{refused:,}", f"{totals.changed:,}", result.refusing),
         )
 
 
-def status_of(result: Result) -> str:
+def systemd_status(result: Result) -> str:
     """Return how a recount went in a few words, for systemd."""
     changed = f"{result.totals.changed:,} changed"
-    if refused := result.refused_updates:
+    if refused := result.failed_updates:
         changed += f", {counted(refused, 'user')} refused the update"
     return f"recounted as of {result.as_of:%Y-%m-%d %H:%M:%S} UTC, {changed}"
 
@@ -60,22 +60,26 @@ def print_totals(result: Result, *, names: bool = False) -> None:
     if totals.unknown_customers:
         unknown += f" with {counted(totals.orders_of_unknown_customers, 'order')}"
     if names:
-        unknown += _such_as(totals)
+        unknown += format_sample(totals)
     rows = [
         ("users", f"{totals.users:,}"),
         ("counted orders", f"{totals.counted_orders:,}"),
         ("changed", _changed(totals)),
         ("unknown customers", unknown),
         ("orders without customer", f"{totals.orders_without_customer:,}"),
-        ("as of", f"{cell(result.as_of)} UTC ({_exactness(result)})"),
+        ("as of", f"{format_cell(result.as_of)} UTC ({_exactness(result)})"),
     ]
-    if result.refused_updates:
-        rows.append(("refused the update", f"{result.refused_updates:,}"))
+    if result.failed_updates:
+        rows.append(("refused the update", f"{result.failed_updates:,}"))
     print_table(*rows)
 
 
 def _changed(totals: Totals) -> str:
-    parts = {"up": totals.increased, "down": totals.decreased, "set to 0": totals.zeroed}
+    parts = {
+        "up": totals.increased,
+        "down": totals.decreased,
+        "set to 0": totals.initialized_to_zero,
+    }
     parts["only in type"] = totals.changed - sum(parts.values())
     kinds = [f"{n:,} {kind}" for kind, n in parts.items() if n or kind in ("up", "down")]
     return f"{totals.changed:,} ({', '.join(kinds)})"
@@ -103,7 +107,7 @@ def print_dry_run(result: Result) -> None:
 
 
 def print_customer(
-    customer: str, settings: Settings, orders: Sequence[Explained], users: Sequence[Change]
+    customer: str, settings: Settings, orders: Sequence[OrderBreakdown], users: Sequence[Change]
 ) -> None:
     """Print a customer's orders and points."""
     print(customer)
@@ -123,7 +127,7 @@ def print_records(records: Sequence[Document]) -> None:
     if not records:
         return
     names = ("finished_at", "outcome", "changed", "counted_orders", "as_of", "exact", "error")
-    rows = ([cell(record.get(name)) for name in names] for record in records)
+    rows = ([format_cell(record.get(name)) for name in names] for record in records)
     times = {"finished_at": "finished (UTC)", "as_of": "as of (UTC)"}
     print_table([times.get(name, name.replace("_", " ")) for name in names], *rows)
     print("  As of: what most servers had confirmed, on idle ones a few seconds before the start.")
@@ -137,27 +141,33 @@ def print_age(age: timedelta | None, interval: timedelta) -> None:
     fresh = is_fresh(age, interval)
     old = timedelta(seconds=int(age.total_seconds()))
     print(
-        f"The points are {written(old)} old: {'fresh, at most' if fresh else 'STALE, more than'} "
-        f"twice the interval of {written(interval)}"
+        f"The points are {format_duration(old)} old: {'fresh, at most' if fresh else 'STALE, more than'} "
+        f"twice the interval of {format_duration(interval)}"
     )
 
 
-def status_of_live(beat: Heartbeat) -> str:
+def status_of_live(heartbeat: Heartbeat) -> str:
     """Return how live updates are doing in a few words, for systemd."""
-    since = f"live since {beat.live_since:%Y-%m-%d %H:%M:%S} UTC"
-    return f"{since}, {counted(beat.customers_updated, 'update')}, {beat.waiting:,} waiting"
+    since = f"live since {heartbeat.live_since:%Y-%m-%d %H:%M:%S} UTC"
+    return (
+        f"{since}, {counted(heartbeat.customers_updated, 'update')}, {heartbeat.waiting:,} waiting"
+    )
 
 
-def print_live(beat: Heartbeat | None, now: datetime, *, wanted: bool) -> None:
+def print_live(heartbeat: Heartbeat | None, now: datetime, *, wanted: bool) -> None:
     """Print whether live updates are at work; nothing if they are neither that nor wanted."""
-    if beat is not None and beat.is_alive(now):
-        print(f"Live: {status_of_live(beat)[5:]}")
+    if heartbeat is not None and heartbeat.is_alive(now):
+        print(f"Live: {status_of_live(heartbeat)[5:]}")
     elif wanted:
-        last = f"the last heartbeat was {written(now - beat.at)} ago" if beat else ""
+        last = (
+            f"the last heartbeat was {format_duration(now - heartbeat.at)} ago" if heartbeat else ""
+        )
         print(f"NOT live: {last or 'there is no heartbeat'}")
 
 
-def print_prospects(connection: Connection, problem: str | None, pre_images: bool | None) -> None:
+def print_live_updates_check(
+    connection: Connection, problem: str | None, pre_images: bool | None
+) -> None:
     """Print whether live updates will work, and what they will see at once."""
     orders = connection.orders
     switch = f"db.runCommand({{collMod: '{orders.name}', changeStreamPreAndPostImages: "
@@ -180,13 +190,18 @@ def print_settings(settings: Settings, connection: Connection, problem: str | No
     print_table(
         ("hosts", settings.hosts),
         ("server", f"{connection.server_version}, {connection.topology.replace('_', ' ')}"),
-        ("one point in time", f"no: {connection.inexact}" if connection.inexact else "yes"),
-        *((name, cell(value)) for name, value in settings.shown().items()),
+        (
+            "one point in time",
+            f"no: {connection.snapshot_unsupported_reason}"
+            if connection.snapshot_unsupported_reason
+            else "yes",
+        ),
+        *((name, format_cell(value)) for name, value in settings.format_value().items()),
         ("permissions", problem or "fine"),
     )
 
 
-def print_examination(found: Examination, settings: Settings) -> None:
+def print_examination(found: PreflightReport, settings: Settings) -> None:
     """Print what is known of the data, and what has to be put right."""
     about = "about " if found.sampled else ""
 
@@ -205,8 +220,11 @@ def print_examination(found: Examination, settings: Settings) -> None:
             for status, n in [*found.statuses[:_STATUSES], *missing]
         ),
         ("that count, without customer", number(found.orders_without_customer)),
-        ("that count, of no user", number(found.orders_of_unknown_customers) + _such_as(found)),
-        ("users with points", number(found.holders)),
+        (
+            "that count, of no user",
+            number(found.orders_of_unknown_customers) + format_sample(found),
+        ),
+        ("users with points", number(found.users_with_points_before)),
         ("who would lose some", number(found.decreased)),
         (f"index {settings.status_field}, {settings.customer_field}", found.index or "not known"),
     )
@@ -214,11 +232,11 @@ def print_examination(found: Examination, settings: Settings) -> None:
         print(f"PROBLEM: {problem}")
 
 
-def _such_as(found: Examination | Totals) -> str:
+def format_sample(found: PreflightReport | Totals) -> str:
     return f", such as {', '.join(found.unknown_sample)}" if found.unknown_sample else ""
 
 
-def cell(value: object) -> str:
+def format_cell(value: object) -> str:
     """Return a value as it stands in a table."""
     match value:
         case None:
@@ -230,7 +248,7 @@ def cell(value: object) -> str:
         case datetime():
             return f"{value:%Y-%m-%d %H:%M:%S}"
         case timedelta():
-            return written(value)
+            return format_duration(value)
         case tuple():
             return ", ".join(value)
     return str(value) or "none"

@@ -13,17 +13,17 @@ from bson import ObjectId, Timestamp
 
 from config import Settings
 from loyalty import report
-from loyalty.concurrency import Moved
-from loyalty.errors import ConfigError, Misconfigured, Refused, Unavailable
+from loyalty.concurrency import ProgressCallback
+from loyalty.errors import ConfigurationError, DatabaseUnavailable, RecountRefused
 from loyalty.history import HEARTBEAT, History
-from loyalty.live.events import Marks
-from loyalty.live.watcher import Live, open_live
+from loyalty.live.events import PendingChanges
+from loyalty.live.watcher import ChangeStreamWatcher, open_watcher
 from loyalty.metrics import Metrics
 from loyalty.mongo.connection import Connection
 from loyalty.recount.counter import Customers
 from loyalty.recount.customer_ids import any_case
-from loyalty.recount.runner import Task, open_shop, perform
-from loyalty.recount.tally import FEW_PERCENT, Result, Totals, are_many
+from loyalty.recount.runner import RecountRequest, connect_and_verify, run_recount
+from loyalty.recount.tally import FEW_PERCENT, Result, Totals, exceeds_share
 
 log = logging.getLogger("loyalty")
 
@@ -41,7 +41,7 @@ class Service:
         self._connection: Connection | None = None
         self._history = History(None)
         self._metrics = Metrics(settings)
-        self._live: Live | None = None
+        self._live: ChangeStreamWatcher | None = None
         self._warned = False
         self._last = Result(datetime.now(UTC), datetime.now(UTC))  # full recount
         self._newest = _NEVER  # time that a live update was about
@@ -51,58 +51,58 @@ class Service:
 
     def connect(self) -> Connection:
         """Connect, as the settings are. Raises ServiceError."""
-        self._metrics.keep()
-        self._connection = open_shop(self._settings, writing=True)
+        self._metrics.refresh_if_due()
+        self._connection = connect_and_verify(self._settings, writing=True)
         self._history = History(self._connection.recounts)
         return self._connection
 
-    def recount(self, moved: Moved) -> str:
+    def recount(self, on_progress: ProgressCallback) -> str:
         """Recount everyone, and return how it went, for a person. Raises ServiceError."""
 
         def moving(progress: str) -> None:
-            self._metrics.keep()
-            moved(progress)
+            self._metrics.refresh_if_due()
+            on_progress(progress)
 
         try:
-            with self._metrics.counting(), self._stop_live_on_failure():
+            with self._metrics.count_failures(), self._stop_live_on_failure():
                 connection = self._connection or self._reconnect()
                 since = self._watch(connection)
                 # Also where another server answers, or one that is behind: nothing older is written
                 # over what is known to be newer.
-                task = Task(at=max(since, self._newest))
-                result = perform(connection, self._settings, self._history, task, moving)
-        except Refused as error:  # to try again soon would not help; the next is on schedule
+                task = RecountRequest(at=max(since, self._newest))
+                result = run_recount(connection, self._settings, self._history, task, moving)
+        except RecountRefused as error:  # to try again soon would not help; the next is on schedule
             log.error("refused %s", error)
             return f"refused: {error}"
-        except Misconfigured:
+        except ConfigurationError:
             if self._connection is not None:
                 self._connection.client.close()
                 self._connection = None
             raise
-        self._metrics.recounted(result)
+        self._metrics.record_recount(result)
         self._last, self._losers = result, 0
-        if self._live is not None and result.first_time is not None:
-            self._live.forget(result.first_time)
-        return report.status_of(result)
+        if self._live is not None and result.oldest_snapshot is not None:
+            self._live.discard_until(result.oldest_snapshot)
+        return report.systemd_status(result)
 
     def _reconnect(self) -> Connection:
         try:
             self._settings = self._reload()  # the password may have changed, and the file with it
-        except ConfigError as error:
-            raise Misconfigured(str(error)) from error
+        except ConfigurationError as error:
+            raise ConfigurationError(str(error)) from error
         return self.connect()
 
-    def meanwhile(self, seconds: float, moved: Moved) -> None:
+    def run_between(self, seconds: float, on_progress: ProgressCallback) -> None:
         """Do live updates for about so long. Raises ServiceError if that cannot go on.
 
         Then everyone is to be recounted.
         """
-        self._metrics.keep()
+        self._metrics.refresh_if_due()
         if self._live is None or self._connection is None:
             time.sleep(seconds)
             return
         with self._stop_live_on_failure():
-            self._update(self._connection, self._live, seconds, moved)
+            self._update(self._connection, self._live, seconds, on_progress)
 
     @contextmanager
     def _stop_live_on_failure(self) -> Iterator[None]:
@@ -118,8 +118,8 @@ class Service:
         if self._live is not None or not self._settings.live_updates:
             return _NEVER
         try:
-            self._live, after = open_live(connection, self._settings)
-        except Misconfigured as error:
+            self._live, after = open_watcher(connection, self._settings)
+        except ConfigurationError as error:
             if not self._warned:
                 log.warning('not_live error="%s"', error)
             self._warned = True
@@ -135,43 +135,53 @@ class Service:
             self._metrics.not_live()
             log.info("live_ended until the next recount of everyone")
 
-    def _update(self, connection: Connection, live: Live, seconds: float, moved: Moved) -> None:
-        if live.held:  # and so no heartbeat, which would call the points fresh
+    def _update(
+        self,
+        connection: Connection,
+        live: ChangeStreamWatcher,
+        seconds: float,
+        on_progress: ProgressCallback,
+    ) -> None:
+        if live.paused:  # and so no heartbeat, which would call the points fresh
             live.check()
-            if live.quiet_for() > _QUIET:
-                raise Unavailable(
+            if live.idle_seconds() > _QUIET:
+                raise DatabaseUnavailable(
                     "live updates would take points from many users: recount everyone"
                 )
             time.sleep(min(seconds, _QUIET / 4))
             return
-        if marks := live.take(seconds):
-            self._recount_marked(connection, live, marks, moved)
+        if marks := live.pop_pending(seconds):
+            self._recount_marked(connection, live, marks, on_progress)
         due = time.monotonic() - self._beat_at >= HEARTBEAT.total_seconds()
-        if due and not live.held:
+        if due and not live.paused:
             self._beat_at = time.monotonic()
-            beat = live.heartbeat()
-            self._history.beat(beat)
-            self._metrics.live(beat.waiting, live.lag())
-            moved(report.status_of_live(beat))
+            heartbeat = live.heartbeat()
+            self._history.write_heartbeat(heartbeat)
+            self._metrics.live(heartbeat.waiting, live.lag())
+            on_progress(report.status_of_live(heartbeat))
 
     def _recount_marked(
-        self, connection: Connection, live: Live, marks: Marks, moved: Moved
+        self,
+        connection: Connection,
+        live: ChangeStreamWatcher,
+        marks: PendingChanges,
+        on_progress: ProgressCallback,
     ) -> None:
         customers = self._customers(marks)
         self._newest = max(self._newest, marks.time)
-        task = Task(customers=customers, at=marks.time, guard=self._too_many_losers)
+        task = RecountRequest(customers=customers, at=marks.time, guard=self._too_many_losers)
         try:
-            result = perform(connection, self._settings, History(None), task, moved)
-        except Refused as error:
-            self._hold(live, error)
+            result = run_recount(connection, self._settings, History(None), task, on_progress)
+        except RecountRefused as error:
+            self._pause(live, error)
             return
         totals = result.totals
         self._losers = max(0, self._losers + totals.decreased - totals.increased)
-        live.customers_updated += totals.changed - result.refused_updates
+        live.customers_updated += totals.changed - result.failed_updates
         live.last_update = datetime.now(UTC)
         log.debug("live_update customers=%d changed=%d", len(customers), totals.changed)
 
-    def _hold(self, live: Live, why: Refused) -> None:
+    def _pause(self, live: ChangeStreamWatcher, why: RecountRefused) -> None:
         """Hold live updates back: a mass change, and the guard is to judge the whole of it.
 
         Once it is over, everyone is recounted. Another within the interval may be a piece of the
@@ -179,21 +189,23 @@ class Service:
         """
         now, interval = time.monotonic(), self._settings.recount_interval.total_seconds()
         again = now - self._held_at < interval
-        live.held, self._held_at = True, now
+        live.paused, self._held_at = True, now
         self._metrics.not_live()
         log.warning("held %s%s", why, ", again: until the next recount" if again else "")
         if again:
             self._stop_watching()
 
-    def _customers(self, marks: Marks) -> Customers:
+    def _customers(self, marks: PendingChanges) -> Customers:
         odd_forms = self._last.odd_forms
         customers = marks.forms({} if odd_forms is None else odd_forms)
-        if not self._last.finds_customers:  # all orders are read, and few: see `open_live`
+        if not self._last.has_customer_index:  # all orders are read, and few: see `open_live`
             return [(own, []) for own, _ in customers]
         if odd_forms is not None:
             return customers
         if len(customers) > _ODD_CUSTOMERS:
-            raise Unavailable("too many changes while ids are in mixed case: recount everyone")
+            raise DatabaseUnavailable(
+                "too many changes while ids are in mixed case: recount everyone"
+            )
         return [
             (own, [*forms, *any_case(own)] if isinstance(own, ObjectId) else forms)
             for own, forms in customers
@@ -201,8 +213,8 @@ class Service:
 
     def _too_many_losers(self, totals: Totals) -> str | None:
         losers = self._losers + totals.decreased - totals.increased
-        holders = self._last.totals.holding
+        users_with_points_before = self._last.totals.users_with_points_after
         is_wanted = self._settings.max_decrease_percent < 100
-        if not (is_wanted and are_many(losers, holders, FEW_PERCENT)):
+        if not (is_wanted and exceeds_share(losers, users_with_points_before, FEW_PERCENT)):
             return None
-        return f"live updates would take points from {losers:,} of {holders:,} users in all"
+        return f"live updates would take points from {losers:,} of {users_with_points_before:,} users in all"

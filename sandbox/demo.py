@@ -16,14 +16,14 @@ def _say_stopped() -> None:
     os.write(2, f"{start}Stopped by Ctrl-C; nothing is left behind.\n".encode())
 
 
-def _leave(_number: int, _frame: object) -> None:
+def _exit_on_early_signal(_number: int, _frame: object) -> None:
     _say_stopped()
     os._exit(130)
 
 
 # Until `main` takes over, nothing is there that has to be cleaned up.
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, _leave)
+    signal.signal(signal.SIGINT, _exit_on_early_signal)
 
 import random
 import time
@@ -218,10 +218,10 @@ class Demo:
                 f"next recount in {left + QUIET.total_seconds():.0f} s"
             )
             self._interrupt.sleep(0.2)
-        moved = datetime.now(UTC)
+        on_progress = datetime.now(UTC)
         self._screen.say(f"\nThe shop has shipped {shipped} orders and taken back {returned}.", DIM)
         self._screen.progress("Waiting for the recount ...")
-        return moved
+        return on_progress
 
     def _show(
         self, number: int, record: Document, before: dict[str, Any], after: dict[str, Any]

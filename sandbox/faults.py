@@ -40,7 +40,7 @@ RECORDING = Moment("recording", "hangDuringBatchInsert", "loyalty_recounts")
 
 
 @contextmanager
-def held(server: Server, database: str, moment: Moment) -> Iterator[Callable[[], None]]:
+def paused(server: Server, database: str, moment: Moment) -> Iterator[Callable[[], None]]:
     """Hold up whatever comes to that moment on `server`, until the end of the block.
 
     Gives a function that returns once something has come there.
@@ -95,8 +95,8 @@ def _client(server: Server) -> MongoClient[dict[str, Any]]:
 
 def kill_cursors(client: MongoClient[Any], database: str, collection: str) -> int:
     """Kill the cursors over a collection, as an administrator would; return how many."""
-    stages = [{"$currentOp": {"allUsers": True, "idleCursors": True}}]
-    operations = client.admin.aggregate(stages)
+    change_stream_pipeline = [{"$currentOp": {"allUsers": True, "idleCursors": True}}]
+    operations = client.admin.aggregate(change_stream_pipeline)
     mine = [o for o in operations if o.get("ns") == f"{database}.{collection}" and "cursor" in o]
     cursors = [operation["cursor"]["cursorId"] for operation in mine]
     if cursors:

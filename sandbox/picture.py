@@ -20,7 +20,7 @@ from rich.text import Text
 PICTURE = Path(__file__).with_name("demo.svg")
 WIDTH = 100  # columns
 # Of a demo that prints more than this, its first lines and its last.
-MOST, FIRST, LAST = 45, 17, 27
+MAX_LINES, FIRST, LAST = 45, 17, 27
 # Background, text, and black, red, green, yellow, blue, magenta, cyan, white.
 _THEME = TerminalTheme(
     (22, 27, 34),
@@ -45,7 +45,7 @@ _FORMAT = """\
 def record() -> tuple[int, str]:
     """Run the demo; return its exit code, and all that it sent to its terminal."""
     ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (MOST, WIDTH))
+    termios.tcsetwinsize(theirs, (MAX_LINES, WIDTH))
     tty.setraw(theirs)  # or each line feed would bring a carriage return
     env = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
     demo = subprocess.Popen(
@@ -75,7 +75,7 @@ def seen(said: str) -> list[Text]:
 
 def shortened(lines: list[Text]) -> list[Text]:
     """Leave out the middle of what is too long, and say so."""
-    if len(lines) <= MOST:
+    if len(lines) <= MAX_LINES:
         return lines
     left_out = len(lines) - FIRST - LAST
     return [*lines[:FIRST], Text(f"  [{left_out} lines are left out here]", "dim"), *lines[-LAST:]]

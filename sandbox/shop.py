@@ -55,7 +55,7 @@ _LAST = ("Abara", "Berg", "Costa", "Dias", "Eriksen", "Farah", "Gruber", "Haddad
 _BATCH = 10_000
 
 # Also what has no Python value of its own: dates past the year 9999, text that is not UTF-8.
-_ANYTHING: CodecOptions[Document] = CodecOptions(
+LENIENT_CODEC: CodecOptions[Document] = CodecOptions(
     datetime_conversion=DatetimeConversion.DATETIME_AUTO,
     unicode_decode_error_handler="surrogateescape",
 )
@@ -271,4 +271,4 @@ def _read(
     database: Database[Document], collection: str, fields: Iterable[str]
 ) -> Iterator[Document]:
     wanted = dict.fromkeys(["_id", *fields], 1)
-    yield from database.get_collection(collection, codec_options=_ANYTHING).find({}, wanted)
+    yield from database.get_collection(collection, codec_options=LENIENT_CODEC).find({}, wanted)

@@ -127,7 +127,7 @@ class Soak:
     def kill_the_service_in_a_batch(self) -> None:
         self._spoil(2000)
         primary = self._deployment.primary()
-        with faults.held(primary, DATABASE, faults.WRITING) as wait_until_reached:
+        with faults.paused(primary, DATABASE, faults.WRITING) as wait_until_reached:
             wait_until_reached()
             self._service.kill()
         self._service = self._start()

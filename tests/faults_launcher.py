@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import config
 import loyalty_microservice
 from loyalty import daemon
-from loyalty.concurrency import still
+from loyalty.concurrency import ignore_progress
 from loyalty.mongo import connection as mongo
 from loyalty.recount.counter import Count
 from loyalty.recount.updates import Changes
@@ -38,30 +38,30 @@ RECONNECT_EVERY = 10
 
 def clock(file: str) -> None:
     """Set the clock now, and again whenever the file has changed."""
-    traveller = time_machine.travel(shown := float(Path(file).read_text()), tick=True).start()
+    traveller = time_machine.travel(current := float(Path(file).read_text()), tick=True).start()
 
     def follow() -> None:
-        nonlocal shown
+        nonlocal current
         while True:
             time.sleep(0.01)
-            if (wanted := float(Path(file).read_text())) != shown:
-                traveller.move_to(shown := wanted)
+            if (wanted := float(Path(file).read_text())) != current:
+                traveller.move_to(current := wanted)
 
     threading.Thread(target=follow, daemon=True).start()
 
 
 def pause(seconds: str) -> None:
     first, *tried = map(float, seconds.split(","))
-    daemon.FIRST_PAUSE = first
-    for patience in tried:
-        mongo._CONNECT_SECONDS = patience  # type: ignore[assignment]
+    daemon.INITIAL_BACKOFF_SECONDS = first
+    for connect_seconds in tried:
+        mongo._CONNECT_SECONDS = connect_seconds  # type: ignore[assignment]
 
 
 def bugs(listed: str) -> None:
     """Let `count` and `write` of a recount raise what is listed, one by one, then work again."""
     left = [bug.split(":") for bug in listed.split(",")]
     steps: tuple[tuple[str, Any, str], ...]
-    steps = (("count", Count, "of_everyone"), ("write", Changes, "write"))
+    steps = (("count", Count, "count_all"), ("write", Changes, "write"))
     for name, kind, method in steps:
         setattr(kind, method, _failing(name, getattr(kind, method), left))
 
@@ -94,7 +94,7 @@ def recounts(number: int) -> None:
     service = Service(settings, lambda: settings)
     samples = []
     for done in range(1, number + 1):
-        service.recount(still)
+        service.recount(ignore_progress)
         assert service._connection
         service._connection.users.update_many({}, {"$set": {settings.points_field: -1}})
         if done % (number // 6) == 0:

@@ -12,8 +12,8 @@ from conftest import settings_for
 from pymongo.database import Database
 
 from config import load
-from loyalty.concurrency import still
-from loyalty.recount.index import keys_of
+from loyalty.concurrency import ignore_progress
+from loyalty.recount.index import index_keys
 from loyalty.service import Service
 from sandbox.mongod import SECONDS, Deployment
 from sandbox.shop import disagreements
@@ -30,7 +30,7 @@ class Stage:
 
     def update(self, seconds: float = QUICK) -> None:
         """Do live updates for about so long."""
-        self.service.meanwhile(seconds, still)
+        self.service.run_between(seconds, ignore_progress)
 
     def update_until(self, ready: Callable[[], object]) -> None:
         deadline = time.monotonic() + SECONDS
@@ -46,7 +46,7 @@ class Stage:
         assert disagreements(self.shop) == []
 
     def recount(self) -> str:
-        return self.service.recount(still)
+        return self.service.recount(ignore_progress)
 
     @property
     def is_live(self) -> bool:
@@ -61,7 +61,7 @@ def live(deployment: Deployment, shop: Database[Any], **values: str) -> Iterator
     service = Service(settings, lambda: settings)
     try:
         service.connect()
-        service.recount(still)
+        service.recount(ignore_progress)
         yield Stage(shop, service)
     finally:
         if service._live:
@@ -71,7 +71,7 @@ def live(deployment: Deployment, shop: Database[Any], **values: str) -> Iterator
 
 
 def make_index(shop: Database[Any]) -> None:
-    shop.orders.create_index(keys_of(settings_for("mongodb://localhost")))
+    shop.orders.create_index(index_keys(settings_for("mongodb://localhost")))
 
 
 def points(shop: Database[Any]) -> list[Any]:

@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 
 from config import Settings, declared, load
 from loyalty.env_file import read_env_file
-from loyalty.errors import ConfigError
+from loyalty.errors import ConfigurationError
 
 URI = "mongodb://localhost"
 
 
 def faults(**values: str) -> list[str]:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigurationError) as caught:
         load({"MONGODB_URI": URI, **values})
-    return list(caught.value.faults)
+    return list(caught.value.problems)
 
 
 def test_only_the_uri_is_required_and_the_rest_has_the_documented_defaults() -> None:
@@ -136,7 +136,7 @@ def test_an_order_has_its_status_and_its_customer_in_different_fields(customer: 
 
 
 @pytest.mark.parametrize(
-    ("written", "meant"),
+    ("misspelt", "meant"),
     [
         ("MONGODB_DATBASE", "MONGODB_DATABASE"),
         ("mongodb_database", "MONGODB_DATABASE"),
@@ -146,13 +146,13 @@ def test_an_order_has_its_status_and_its_customer_in_different_fields(customer: 
     ],
 )
 def test_a_name_that_nearly_is_a_settings_is_a_fault_in_a_file(
-    tmp_path: Path, written: str, meant: str
+    tmp_path: Path, misspelt: str, meant: str
 ) -> None:
     file = tmp_path / "env"
-    file.write_text(f"{written}=x\nPATH_TO_SOMETHING=1\nTZ=UTC\n")
-    with pytest.raises(ConfigError) as caught:
+    file.write_text(f"{misspelt}=x\nPATH_TO_SOMETHING=1\nTZ=UTC\n")
+    with pytest.raises(ConfigurationError) as caught:
         read_env_file(file)
-    assert caught.value.faults == (f"unknown setting {written}, did you mean {meant}?",)
+    assert caught.value.problems == (f"unknown setting {misspelt}, did you mean {meant}?",)
 
 
 def test_collections_must_differ() -> None:
@@ -216,7 +216,7 @@ def test_no_part_of_a_raw_password_is_in_a_fault_or_repr(secret: str, tail: str)
     password = f"qJ7{secret}qJ7"
     try:
         settings = load({"MONGODB_URI": f"mongodb://user:{password}@host{tail}"})
-    except ConfigError as error:
+    except ConfigurationError as error:
         said = str(error) + repr(error)
     else:
         said = repr(settings) + str(settings) + settings.hosts
@@ -238,9 +238,9 @@ def test_an_encoded_password_of_any_characters_is_accepted(password: str, user: 
 def test_whatever_is_set_ends_in_settings_or_in_faults(values: dict[str, str]) -> None:
     try:
         load(values)
-    except ConfigError as error:
-        assert error.faults
-        assert all("\n" not in fault for fault in error.faults)
+    except ConfigurationError as error:
+        assert error.problems
+        assert all("\n" not in fault for fault in error.problems)
 
 
 @given(rest=st.text(st.sampled_from("ab:/?@&=%,.[]+1"), max_size=25))
@@ -248,8 +248,8 @@ def test_any_malformed_uri_is_a_fault_not_a_traceback(rest: str) -> None:
     for scheme in ("mongodb://", "mongodb+srv://"):
         try:
             load({"MONGODB_URI": scheme + rest})
-        except ConfigError as error:
-            assert error.faults
+        except ConfigurationError as error:
+            assert error.problems
 
 
 def test_the_uri_can_come_from_a_file(tmp_path: Path) -> None:
@@ -277,13 +277,13 @@ def test_an_env_file_is_taken_literally(tmp_path: Path, password: str) -> None:
 def test_a_bad_env_file_says_which_line(tmp_path: Path) -> None:
     file = tmp_path / "env"
     file.write_text("A=1\nnonsense here\nB='open\nC\n")
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigurationError) as caught:
         read_env_file(file)
-    assert [f.split(": ")[0] for f in caught.value.faults] == [
+    assert [f.split(": ")[0] for f in caught.value.problems] == [
         f"{file} line {n}" for n in (2, 3, 4)
     ]
-    with pytest.raises(ConfigError, match="No such file"):
+    with pytest.raises(ConfigurationError, match="No such file"):
         read_env_file(tmp_path / "none")
     file.write_bytes(b"A=\xff\n")
-    with pytest.raises(ConfigError, match="UTF-8"):
+    with pytest.raises(ConfigurationError, match="UTF-8"):
         read_env_file(file)

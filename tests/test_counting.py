@@ -17,11 +17,11 @@ from pymongo.errors import OperationFailure
 
 from loyalty.history import History
 from loyalty.mongo.connection import Connection, connect
-from loyalty.recount import counter as counting
-from loyalty.recount.counter import Count, TooManyOddForms, snapshot_time
-from loyalty.recount.index import create_index, plan_of
-from loyalty.recount.pipeline import Right, Row
-from loyalty.recount.runner import perform
+from loyalty.recount import counter as count_failures
+from loyalty.recount.counter import Count, TooManyOddForms, pin_cluster_time
+from loyalty.recount.index import create_index, inspect_plan
+from loyalty.recount.pipeline import CustomerCount, UpToDate
+from loyalty.recount.runner import run_recount
 from sandbox.mongod import Deployment, wait_until
 from sandbox.shop import disagreements
 
@@ -46,12 +46,14 @@ def ship(connection: Connection, *customers: Any) -> None:
 def counted(connection: Connection, *edges: Any, **values: str) -> Any:
     """Return the customers' rows, and the sum over those who are right."""
     count = Count(connection, settings_for("mongodb://x/", **values), datetime.now(UTC))
-    with mock.patch.object(counting, "edges", return_value=list(edges)):
-        found = list(count.of_everyone())
-    rows = [row for row in found if isinstance(row, Row)]
+    with mock.patch.object(count_failures, "edges", return_value=list(edges)):
+        found = list(count.count_all())
+    rows = [row for row in found if isinstance(row, CustomerCount)]
     keys = [str(row.customer) for row in rows]
     assert len(keys) == len(set(keys)), keys
-    rights = [(r.orders, r.users, r.holders) for r in found if isinstance(r, Right)]
+    rights = [
+        (r.orders, r.users, r.users_with_points_before) for r in found if isinstance(r, UpToDate)
+    ]
     orders = {row.customer: (row.orders, len(row.users)) for row in rows}
     return orders, tuple(map(sum, zip(*rights, strict=True)))
 
@@ -91,10 +93,10 @@ def test_too_many_in_capitals_are_counted_in_one_piece(
     connection.users.insert_many([{"_id": own} for own in ids])
     ship(connection, *(str(own).upper() for own in ids), *(str(own) for own in ids))
     settings = settings_for("mongodb://x/")
-    with mock.patch.object(counting, "_ODD_CUSTOMERS", 10), caplog.at_level("INFO"):
+    with mock.patch.object(count_failures, "_ODD_CUSTOMERS", 10), caplog.at_level("INFO"):
         with pytest.raises(TooManyOddForms):
             counted(connection)
-        result = perform(connection, settings, History(None))
+        result = run_recount(connection, settings, History(None))
     assert result.totals.counted_orders == 40
     assert "counting_in_one_piece" in caplog.text
     assert disagreements(connection.users.database) == []
@@ -106,7 +108,7 @@ def test_a_customer_id_that_is_an_array_is_counted_once(connection: Connection) 
     connection.orders.insert_one({"customer_id": str(ADA), "status": ["Shipped"]})
     connection.users.insert_one({"_id": ADA})
     settings = settings_for("mongodb://x/")
-    totals = perform(connection, settings, History(None)).totals
+    totals = run_recount(connection, settings, History(None)).totals
     assert (totals.counted_orders, totals.unknown_customers) == (3, 1)
     assert totals.orders_without_customer == 1
     assert disagreements(connection.users.database) == []
@@ -137,23 +139,23 @@ def test_a_recount_longer_than_the_servers_snapshots_goes_on_at_a_new_time_and_s
 
 def slowly(connection: Connection, settings: Any, client: MongoClient[Any], late: int) -> Any:
     """Recount in twelve ranges; after some of them the server has forgotten how it was."""
-    ask, asked = Count._ask, 0
+    ask, asked = Count._aggregate, 0
 
     def ask_late(count: Count, scope: Any) -> Any:
         nonlocal asked
         asked += 1
         if asked in (3, 7) or asked == late:
-            forget(client)
+            discard_snapshots(client)
         return ask(count, scope)
 
     with (
-        mock.patch.object(Count, "_ask", ask_late),
-        mock.patch.object(counting, "edges", return_value=list(range(4, 40, 4))),
+        mock.patch.object(Count, "_aggregate", ask_late),
+        mock.patch.object(count_failures, "edges", return_value=list(range(4, 40, 4))),
     ):
-        return perform(connection, settings, History(None))
+        return run_recount(connection, settings, History(None))
 
 
-def forget(client: MongoClient[Any]) -> None:
+def discard_snapshots(client: MongoClient[Any]) -> None:
     """Write until the oldest snapshot that the server keeps is a new one."""
     before = client.admin.command("hello")["$clusterTime"]["clusterTime"]
 
@@ -179,10 +181,10 @@ def test_a_server_that_ignores_a_snapshot_is_not_called_exact(connection: Connec
         return command(database, asked, *args, **options)
 
     with mock.patch.object(Database, "command", deaf):
-        assert snapshot_time(connection) is not None  # of no users, whenever that is
+        assert pin_cluster_time(connection) is not None  # of no users, whenever that is
         connection.users.insert_one({})
-        assert snapshot_time(connection) is None
-    assert snapshot_time(connection) is not None
+        assert pin_cluster_time(connection) is None
+    assert pin_cluster_time(connection) is not None
 
 
 @pytest.mark.parametrize(
@@ -192,12 +194,12 @@ def test_an_index_that_a_count_cannot_go_by_is_none(
     connection: Connection, options: dict[str, Any]
 ) -> None:
     settings = settings_for("mongodb://x/")
-    assert plan_of(connection.orders, settings).ranges
+    assert inspect_plan(connection.orders, settings).ranges
     connection.orders.drop_indexes()
     connection.orders.create_index([("status", 1), ("customer_id", 1)], **options)
     asked = settings_for("mongodb://x/", ORDER_STATUSES="Shipped,Sent")  # more than is in it
-    assert not plan_of(connection.orders, asked).ranges
-    assert "none that serves a recount" in plan_of(connection.orders, asked).advice
+    assert not inspect_plan(connection.orders, asked).ranges
+    assert "none that serves a recount" in inspect_plan(connection.orders, asked).advice
 
 
 def test_a_users_own_field_of_any_name_and_kind_is_no_obstacle(connection: Connection) -> None:
@@ -207,14 +209,14 @@ def test_a_users_own_field_of_any_name_and_kind_is_no_obstacle(connection: Conne
         {"_id": ObjectId(), **dict.fromkeys(fields, value)} for value in values
     )
     ship(connection, *(str(user["_id"]) for user in connection.users.find()))
-    perform(connection, settings_for("mongodb://x/"), History(None))
+    run_recount(connection, settings_for("mongodb://x/"), History(None))
     assert [user["loyalty_points"] for user in connection.users.find()] == [1] * len(values)
 
 
 def test_the_first_order_that_counts_may_come_after_the_count(connection: Connection) -> None:
-    def too_late(*_: Any, **__: Any) -> Iterator[Row | Right]:
+    def too_late(*_: Any, **__: Any) -> Iterator[CustomerCount | UpToDate]:
         ship(connection, ADA)
         return iter([])
 
-    with mock.patch.object(Count, "of_everyone", too_late):
-        assert perform(connection, settings_for("mongodb://x/"), History(None)).refusal is None
+    with mock.patch.object(Count, "count_all", too_late):
+        assert run_recount(connection, settings_for("mongodb://x/"), History(None)).refusal is None

@@ -15,12 +15,12 @@ import pytest
 from conftest import settings_for
 
 import loyalty.daemon as daemon_module
-from loyalty.concurrency import Moved
+from loyalty.concurrency import ProgressCallback
 from loyalty.daemon import Daemon
-from loyalty.errors import Misconfigured, Unavailable
+from loyalty.errors import ConfigurationError, DatabaseUnavailable
 from sandbox.mongod import wait_until
 
-Recounting = Callable[[Moved], str]
+Recounting = Callable[[ProgressCallback], str]
 
 
 class FakeWork:
@@ -30,7 +30,7 @@ class FakeWork:
         self.recount = recount
         self.connect = connect
 
-    def meanwhile(self, seconds: float, moved: Moved) -> None:
+    def run_between(self, seconds: float, on_progress: ProgressCallback) -> None:
         time.sleep(seconds)
 
 
@@ -39,17 +39,17 @@ class Over:
 
     def connect(self) -> None: ...
 
-    def recount(self, moved: Moved) -> str:
+    def recount(self, on_progress: ProgressCallback) -> str:
         return ""
 
-    def meanwhile(self, seconds: float, moved: Moved) -> None:
+    def run_between(self, seconds: float, on_progress: ProgressCallback) -> None:
         threading.Event().wait()
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Short pauses, and the signal handlers as they were."""
-    monkeypatch.setattr(daemon_module, "FIRST_PAUSE", 0.02)
+    monkeypatch.setattr(daemon_module, "INITIAL_BACKOFF_SECONDS", 0.02)
     monkeypatch.setattr(daemon_module, "_TICK", 0.05)
     handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
     yield
@@ -62,12 +62,12 @@ def make(
     connect: Callable[[], None] = lambda: None,
     *,
     interval: float = 3600,
-    patience: float = 60,
+    stall_timeout: float = 60,
 ) -> Daemon:
     return Daemon(
         FakeWork(work, connect),
         interval=timedelta(seconds=interval),
-        patience=timedelta(seconds=patience),
+        stall_timeout=timedelta(seconds=stall_timeout),
     )
 
 
@@ -98,7 +98,7 @@ def test_schedule_is_asked_for_the_two_hours_of_the_default() -> None:
 def test_it_works_at_once_and_then_not_before_the_interval() -> None:
     calls: list[float] = []
 
-    def work(moved: Moved) -> str:
+    def work(on_progress: ProgressCallback) -> str:
         calls.append(time.monotonic())
         return "done"
 
@@ -122,13 +122,13 @@ def test_what_is_done_meanwhile_is_done_before_it_is_connected_too(
     def connect() -> None:
         tries.append("")
         if len(tries) == 1:
-            raise Unavailable("gone")
+            raise DatabaseUnavailable("gone")
 
-    def meanwhile(work: FakeWork, seconds: float, moved: Moved) -> None:
+    def run_between(work: FakeWork, seconds: float, on_progress: ProgressCallback) -> None:
         done_after.append(len(tries))
         time.sleep(seconds)
 
-    monkeypatch.setattr(FakeWork, "meanwhile", meanwhile)
+    monkeypatch.setattr(FakeWork, "run_between", run_between)
     run_until(make(lambda _: "", connect), lambda: len(tries) == 2)
     assert done_after[0] == 1
 
@@ -136,15 +136,15 @@ def test_what_is_done_meanwhile_is_done_before_it_is_connected_too(
 def test_a_failure_is_tried_again_after_pauses_that_double(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(daemon_module, "LONGEST_PAUSE", 0.05)
+    monkeypatch.setattr(daemon_module, "MAX_BACKOFF_SECONDS", 0.05)
     outcomes: list[Exception | None] = [
-        Unavailable("gone"),
-        Misconfigured("no permission"),
+        DatabaseUnavailable("gone"),
+        ConfigurationError("no permission"),
         ValueError("a bug"),
         None,
     ]
 
-    def work(moved: Moved) -> str:
+    def work(on_progress: ProgressCallback) -> str:
         if error := outcomes.pop(0):
             raise error
         return "done"
@@ -163,26 +163,26 @@ def test_a_failure_is_tried_again_after_pauses_that_double(
 def test_pauses_double_also_where_the_work_takes_longer_than_they_do(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(daemon_module, "_CALM", 0.4)
+    monkeypatch.setattr(daemon_module, "BACKOFF_RESET_SECONDS", 0.4)
     recounts: list[int] = []
     ended: list[bool] = []
 
-    def work(moved: Moved) -> str:
+    def work(on_progress: ProgressCallback) -> str:
         recounts.append(len(recounts))
         time.sleep(0.6)
         if len(recounts) < 3:
-            raise Unavailable("gone")
+            raise DatabaseUnavailable("gone")
         return "done"
 
-    def meanwhile(seconds: float, moved: Moved) -> None:
+    def run_between(seconds: float, on_progress: ProgressCallback) -> None:
         if len(recounts) == 3 and not ended:  # just after a recount that succeeded
             ended.append(True)
-            raise Unavailable("ended")
+            raise DatabaseUnavailable("ended")
         time.sleep(seconds)
 
     daemon = make(work)
     # Not of the class: the workers of earlier tests live on.
-    monkeypatch.setattr(daemon._work, "meanwhile", meanwhile)
+    monkeypatch.setattr(daemon._work, "run_between", run_between)
     run_until(daemon, lambda: len(recounts) >= 4)
     assert caplog.messages[:3] == [
         'failed error="gone" retry_in=0.02s',
@@ -192,23 +192,27 @@ def test_pauses_double_also_where_the_work_takes_longer_than_they_do(
 
 
 def test_the_database_may_be_down_at_start_but_not_be_forbidden() -> None:
-    problems: list[Exception] = [Unavailable("down"), Unavailable("down"), Misconfigured("no")]
+    problems: list[Exception] = [
+        DatabaseUnavailable("down"),
+        DatabaseUnavailable("down"),
+        ConfigurationError("no"),
+    ]
 
     def connect() -> None:
         raise problems.pop(0)
 
-    with pytest.raises(Misconfigured, match="no"):
+    with pytest.raises(ConfigurationError, match="no"):
         make(lambda _: pytest.fail("not connected"), connect).run()
     assert not problems
 
 
 def test_a_pause_is_never_longer_than_the_interval(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(daemon_module, "FIRST_PAUSE", 1000.0)
+    monkeypatch.setattr(daemon_module, "INITIAL_BACKOFF_SECONDS", 1000.0)
     calls: list[int] = []
 
-    def work(moved: Moved) -> str:
+    def work(on_progress: ProgressCallback) -> str:
         calls.append(1)
-        raise Unavailable("gone")
+        raise DatabaseUnavailable("gone")
 
     run_until(make(work, interval=1), lambda: len(calls) >= 2)
 
@@ -217,7 +221,7 @@ def test_a_recount_longer_than_the_interval_neither_overlaps_nor_piles_up() -> N
     running = 0
     overlaps: list[int] = []
 
-    def work(moved: Moved) -> str:
+    def work(on_progress: ProgressCallback) -> str:
         nonlocal running
         running += 1
         overlaps.append(running)
@@ -254,7 +258,7 @@ def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
 def test_systemd_hears_ready_once_connected_then_status_and_stopping(
     systemd: Callable[[], list[str]],
 ) -> None:
-    problems = [Unavailable("down")]
+    problems = [DatabaseUnavailable("down")]
 
     def connect() -> None:
         if problems:
@@ -277,10 +281,10 @@ def test_the_watchdog_is_fed_while_work_moves_and_let_go_when_it_hangs(
     hang = threading.Event()
     fed: list[int] = []
 
-    def work(moved: Moved) -> str:
+    def work(on_progress: ProgressCallback) -> str:
         for _ in range(20):  # long, but it moves
             time.sleep(0.05)
-            moved("")
+            on_progress("")
         fed.append(systemd().count("WATCHDOG=1"))
         hang.wait(20)
         return "done"
@@ -292,7 +296,7 @@ def test_the_watchdog_is_fed_while_work_moves_and_let_go_when_it_hangs(
         time.sleep(0.5)
         return systemd().count("WATCHDOG=1") == before
 
-    run_until(make(work, patience=0.4), let_go)
+    run_until(make(work, stall_timeout=0.4), let_go)
     hang.set()
     assert fed[0] >= 3
 
@@ -310,7 +314,7 @@ def test_nobody_listens_to_notifications(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "nobody"))
     calls: list[int] = []
 
-    def work(moved: Moved) -> str:
+    def work(on_progress: ProgressCallback) -> str:
         calls.append(1)
         return ""
 

@@ -101,8 +101,8 @@ def test_install_lays_the_service_with_its_pinned_requirements_for_every_user_to
     versions = {found.name: found.version for found in distributions(path=[str(packages)])}
     assert _pinned().items() <= versions.items()
     command = ["venv/bin/python", "-B", "loyalty_microservice.py", "--version"]
-    shown = subprocess.run(command, cwd=prefix, capture_output=True, text=True, check=True).stdout
-    assert re.fullmatch(r"\d+\.\d+\.\d+\S*\n", shown)
+    version = subprocess.run(command, cwd=prefix, capture_output=True, text=True, check=True).stdout
+    assert re.fullmatch(r"\d+\.\d+\.\d+\S*\n", version)
     # No script that holds the path of a folder that is gone.
     assert all(path.name.startswith("python") for path in prefix.glob("venv/bin/*"))
 

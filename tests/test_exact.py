@@ -19,9 +19,9 @@ from writers import ORDERS, USERS, object_id, writers
 from config import Settings
 from loyalty.history import History
 from loyalty.mongo.connection import Connection, connect
-from loyalty.recount import counter as counting
+from loyalty.recount import counter as count_failures
 from loyalty.recount import spool
-from loyalty.recount.runner import Task, perform
+from loyalty.recount.runner import RecountRequest, run_recount
 from loyalty.recount.tally import Result, Totals
 from sandbox.mongod import Deployment, wait_until
 from sandbox.service import Process
@@ -59,7 +59,7 @@ def run(connection: Connection, settings: Settings, *, write: bool = True) -> To
 
 
 def result_of(connection: Connection, settings: Settings, *, write: bool = True) -> Result:
-    return perform(connection, settings, History(None), Task(write=write, force=True))
+    return run_recount(connection, settings, History(None), RecountRequest(write=write, force=True))
 
 
 def false_changes(connection: Connection, settings: Settings, *, recounts: int) -> tuple[int, int]:
@@ -129,7 +129,7 @@ def test_beside_writers_of_all_kinds_every_recount_is_what_the_orders_said_at_it
     # In many ranges, of which one has an edge in the middle of the ids in capitals.
     cuts = [object_id(n) for n in range(0, USERS, USERS // 12)] + ["65A"]
     with (
-        mock.patch.object(counting, "edges", return_value=cuts),
+        mock.patch.object(count_failures, "edges", return_value=cuts),
         writers(settings.mongodb_uri, *["all"] * 2),
     ):
         changed = 0

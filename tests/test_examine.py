@@ -13,7 +13,7 @@ from conftest import ROOT, Command
 from pymongo.database import Database
 
 from loyalty import examine
-from loyalty.errors import TooSlow
+from loyalty.errors import QueryTimeout
 from loyalty_microservice import main
 from sandbox import faults
 from sandbox.mongod import Deployment
@@ -181,7 +181,7 @@ def test_what_takes_too_long_is_left_out(
         assert line(what, out) == "not known; --dry-run counts them all"
 
     def too_slow(*_: object, **__: object) -> None:
-        raise TooSlow("could not group in time")
+        raise QueryTimeout("could not group in time")
 
     monkeypatch.setattr(examine, "statuses", too_slow)
     _, out, err = check()
@@ -270,9 +270,11 @@ def test_the_readmes_copy_of_the_points_brings_them_back(
     text = (ROOT / "README.md").read_text()
     found = re.findall(r"--eval 'db\.(\w+)\.aggregate\((\[.*\])\)'", text)
     assert [name for name, _ in found] == ["users", "points_before"]
-    keep, bring_back = ((shop[name], json.loads(stages)) for name, stages in found)
+    refresh_if_due, bring_back = (
+        (shop[name], json.loads(change_stream_pipeline)) for name, change_stream_pipeline in found
+    )
     before = list(shop.users.find({"loyalty_points": {"$exists": True}}))
-    keep[0].aggregate(keep[1])
+    refresh_if_due[0].aggregate(refresh_if_due[1])
     assert command("--once", "--force") == 0
     assert disagreements(shop) == []
     shop.users.update_one({"_id": 3}, {"$set": {"name": "Eve"}})

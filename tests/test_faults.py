@@ -35,13 +35,13 @@ from pymongo import MongoClient
 from pymongo.database import Database
 
 import loyalty_microservice
-from loyalty.history import KEEP, MARK, History
+from loyalty.history import OWNER_FILTER, RETENTION, History
 from loyalty.mongo.connection import connect
-from loyalty.recount import counter as counting
+from loyalty.recount import counter as count_failures
 from loyalty.recount.counter import Count
 from loyalty.recount.index import create_index
 from loyalty.recount.pipeline import Scope
-from loyalty.recount.runner import perform
+from loyalty.recount.runner import run_recount
 from loyalty.recount.spool import Spool
 from sandbox import faults
 from sandbox.faults import COUNTING, FETCHING, RECORDING, WRITING, Moment
@@ -80,7 +80,7 @@ class Stage:
 
     def add_strangers(self) -> None:
         """Add so many unknown customers that the count needs a second answer of the server."""
-        names = (f"nobody-{n}" for n in range(counting._ROWS + 1))
+        names = (f"nobody-{n}" for n in range(count_failures.ROWS_PER_BATCH + 1))
         orders = ({"customer_id": name, "status": "Shipped"} for name in names)
         self.shop.orders.insert_many(orders)
 
@@ -130,8 +130,8 @@ def keep_expiring(stage: Stage) -> None:
     stage.database["loyalty_recounts"].create_index(
         "finished_at",
         name="loyalty_records_expire",
-        expireAfterSeconds=int(KEEP.total_seconds()),
-        partialFilterExpression=MARK,
+        expireAfterSeconds=int(RETENTION.total_seconds()),
+        partialFilterExpression=OWNER_FILTER,
     )
 
 
@@ -182,7 +182,7 @@ def test_a_recount_whose_primary_is_killed_ends_well_within_seconds(
     if moment is COUNTING:  # of the first recount, which would make the index of the records
         wide.database["loyalty_recounts"].drop_indexes()
     primary = wide.deployment.primary()
-    with faults.held(primary, wide.database.name, moment) as wait_until_reached:
+    with faults.paused(primary, wide.database.name, moment) as wait_until_reached:
         daemon = service(MONGODB_URI=wide.uri)
         wait_until_reached()
         primary.kill()
@@ -220,7 +220,7 @@ def test_whatever_happens_in_the_middle_of_a_range_the_recount_is_right(
 ) -> None:
     settings = settings_for(wide.uri)
     users = [user["_id"] for user in wide.shop.users.find({"_id": {"$type": "objectId"}})]
-    cuts, asked, ask = sorted(users)[:: len(users) // 8], itertools.count(1), Count._ask
+    cuts, asked, ask = sorted(users)[:: len(users) // 8], itertools.count(1), Count._aggregate
 
     def ask_and_be_disturbed(count: Count, scope: Scope) -> Spool:
         if next(asked) == 5:
@@ -231,10 +231,10 @@ def test_whatever_happens_in_the_middle_of_a_range_the_recount_is_right(
     with connect(settings, writing=True) as connection:
         create_index(connection.orders, settings)
         with (
-            mock.patch.object(counting, "edges", return_value=cuts),
-            mock.patch.object(Count, "_ask", ask_and_be_disturbed),
+            mock.patch.object(count_failures, "edges", return_value=cuts),
+            mock.patch.object(Count, "_aggregate", ask_and_be_disturbed),
         ):
-            result = perform(connection, settings, History(connection.recounts))
+            result = run_recount(connection, settings, History(connection.recounts))
     faults.heal(wide.deployment)
     assert result.exact
     assert next(asked) > 6
@@ -249,7 +249,7 @@ def test_a_recount_whose_primary_steps_down_ends_well_within_seconds(
     wide: Stage, service: Start, moment: Moment
 ) -> None:
     primary = wide.deployment.primary()
-    with faults.held(primary, wide.database.name, moment) as wait_until_reached:
+    with faults.paused(primary, wide.database.name, moment) as wait_until_reached:
         daemon = service(MONGODB_URI=wide.uri)
         wait_until_reached()
         faults.step_down(primary)
@@ -266,9 +266,9 @@ def test_a_recount_whose_primary_freezes_ends_well_on_another(
 ) -> None:
     """The larger number is what the driver waits for by itself: for 20 s in all."""
     primary = wide.deployment.primary()
-    patience = f"&connectTimeoutMS={size}&heartbeatFrequencyMS={size}"
-    with faults.held(primary, wide.database.name, WRITING) as wait_until_reached:
-        daemon = service(MONGODB_URI=wide.uri + patience)
+    timeouts = f"&connectTimeoutMS={size}&heartbeatFrequencyMS={size}"
+    with faults.paused(primary, wide.database.name, WRITING) as wait_until_reached:
+        daemon = service(MONGODB_URI=wide.uri + timeouts)
         wait_until_reached()
         primary.freeze()
         daemon.wait_for("outcome=succeeded")
@@ -283,7 +283,9 @@ def test_with_all_nodes_frozen_it_stops_at_once_and_one_that_goes_on_recovers(
     wide: Stage, service: Start
 ) -> None:
     servers = wide.deployment.servers
-    with faults.held(wide.deployment.primary(), wide.database.name, WRITING) as wait_until_reached:
+    with faults.paused(
+        wide.deployment.primary(), wide.database.name, WRITING
+    ) as wait_until_reached:
         stopped = service(MONGODB_URI=wide.uri)
         wait_until_reached()
         patient = service(MONGODB_URI=wide.uri)
@@ -306,7 +308,7 @@ def test_a_cursor_that_is_killed_during_the_count_is_no_more_than_a_second_try(
 ) -> None:
     stage.add_strangers()
     server, name = stage.deployment.servers[0], stage.database.name
-    with faults.held(server, name, FETCHING) as wait_until_reached:
+    with faults.paused(server, name, FETCHING) as wait_until_reached:
         daemon = service(MONGODB_URI=stage.uri)
         wait_until_reached()
         assert faults.kill_cursors(stage.database.client, name, "orders") == 1
@@ -328,7 +330,7 @@ def test_a_full_disk_is_a_clear_error_and_points_are_exact_once_there_is_space(
         deployment = stack.enter_context(Deployment(options=options, parent=disk))
         stage = stack.enter_context(staged(deployment))
         server = deployment.servers[0]
-        with faults.held(server, stage.database.name, WRITING) as wait_until_reached:
+        with faults.paused(server, stage.database.name, WRITING) as wait_until_reached:
             daemon = service(MONGODB_URI=stage.uri)
             wait_until_reached()
             filler = fill(disk)
@@ -387,7 +389,7 @@ def test_users_that_refuse_the_update_are_named_and_all_others_are_written(
     assert "3 of 3 users refused" in again
     assert "@example.com" not in daemon.output  # the driver's text holds whole documents
     assert "retry_in" not in daemon.output
-    assert [(r["outcome"], r["refused_updates"]) for r in stage.records[:2]] == [
+    assert [(r["outcome"], r["failed_updates"]) for r in stage.records[:2]] == [
         ("incomplete", 3)
     ] * 2
     status = service("--status", MONGODB_URI=stage.uri)
@@ -470,7 +472,7 @@ def test_sigterm_in_the_middle_ends_it_within_two_seconds(
 ) -> None:
     prepare(stage, moment)
     server = stage.deployment.servers[0]
-    with faults.held(server, stage.database.name, moment) as wait_until_reached:
+    with faults.paused(server, stage.database.name, moment) as wait_until_reached:
         daemon = service(MONGODB_URI=stage.uri)
         wait_until_reached()
         assert_ends_well(daemon)
@@ -484,7 +486,7 @@ def test_ctrl_c_in_the_middle_of_once_ends_it_within_two_seconds(
 ) -> None:
     prepare(stage, moment)
     server = stage.deployment.servers[0]
-    with faults.held(server, stage.database.name, moment) as wait_until_reached:
+    with faults.paused(server, stage.database.name, moment) as wait_until_reached:
         once = service("--once", MONGODB_URI=stage.uri)
         wait_until_reached()
         assert once.stop(signal.SIGINT) == 130

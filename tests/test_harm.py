@@ -26,13 +26,13 @@ from pymongo.database import Database
 from test_recount import EDGES, ORDERS, USERS
 
 from config import declared
-from loyalty.errors import Unavailable
-from loyalty.history import MARK, History
+from loyalty.errors import DatabaseUnavailable
+from loyalty.history import OWNER_FILTER, History
 from loyalty.mongo import connection as mongo
 from loyalty.mongo.connection import Connection, connect
-from loyalty.recount import counter as counting
-from loyalty.recount.index import Plan, create_index, plan_of
-from loyalty.recount.runner import Task, perform
+from loyalty.recount import counter as count_failures
+from loyalty.recount.index import Plan, create_index, inspect_plan
+from loyalty.recount.runner import RecountRequest, run_recount
 from sandbox import faults
 from sandbox.mongod import Deployment, wait_until
 from sandbox.service import Process
@@ -73,11 +73,11 @@ def test_a_document_that_is_not_the_services_never_expires(
 
     assert command("--once", MONGODB_URI=uri) == 0
     foreign = {"finished_at": LONG_AGO, "outcome": "succeeded"}  # comes into the records later
-    shop.loyalty_recounts.insert_many([foreign, {**MARK, "finished_at": LONG_AGO}])
-    expired = {**MARK, "finished_at": LONG_AGO}
+    shop.loyalty_recounts.insert_many([foreign, {**OWNER_FILTER, "finished_at": LONG_AGO}])
+    expired = {**OWNER_FILTER, "finished_at": LONG_AGO}
     wait_until("expiry", lambda: not shop.loyalty_recounts.count_documents(expired))
     assert shop.loyalty_recounts.count_documents({"finished_at": LONG_AGO}) == 1
-    assert shop.loyalty_recounts.count_documents(MARK) == 1
+    assert shop.loyalty_recounts.count_documents(OWNER_FILTER) == 1
     assert shop.jobs.count_documents({}) == 5
 
 
@@ -201,7 +201,7 @@ def test_a_user_who_refuses_the_update_makes_a_recount_incomplete_and_no_more(
     assert "retry_in" not in daemon.output
     assert [wrong.user for wrong in disagreements(database)] == [3]
     for record in database.loyalty_recounts.find():
-        assert (record["outcome"], record["refused_updates"]) == ("incomplete", 1)
+        assert (record["outcome"], record["failed_updates"]) == ("incomplete", 1)
     assert command("--status") == 0
     assert "fresh" in capsys.readouterr().out
     assert command("--once") == 1
@@ -241,7 +241,7 @@ def test_every_setting_works_at_both_ends_of_its_range(
         told = settings_for(deployment.uri, **values)
         with connect(told, writing=True) as connection:
             create_index(connection.orders, told)
-            perform(connection, told, History(connection.recounts))
+            run_recount(connection, told, History(connection.recounts))
         names = Names(points=told.points_field)
         assert disagreements(shop, ("Shipped",), told.points_per_order, names) == []
     finally:
@@ -356,9 +356,9 @@ def test_in_a_shop_of_another_shape_every_user_has_the_points_that_plain_python_
             shop[name].insert_many(documents)
     reshape(shop)
     told = settings_for("mongodb://unused/", **SHAPE)
-    with mock.patch.object(counting, "edges", return_value=cuts):
-        result = perform(reshaped, told, History(None), Task(force=True))
-        again = perform(reshaped, told, History(None), Task(force=True))
+    with mock.patch.object(count_failures, "edges", return_value=cuts):
+        result = run_recount(reshaped, told, History(None), RecountRequest(force=True))
+        again = run_recount(reshaped, told, History(None), RecountRequest(force=True))
     assert disagreements(shop, names=NAMES) == []
     assert result.totals.users == len(users)
     assert again.totals.changed == 0
@@ -366,9 +366,9 @@ def test_in_a_shop_of_another_shape_every_user_has_the_points_that_plain_python_
 
 def test_the_index_serves_nested_fields_as_well(reshaped: Connection) -> None:
     told = settings_for("mongodb://unused/", **SHAPE)
-    assert plan_of(reshaped.orders, told) == Plan(ranges=True, arrays=False, fetches=False)
+    assert inspect_plan(reshaped.orders, told) == Plan(ranges=True, arrays=False, needs_fetch=False)
     reshaped.orders.insert_one({"sale": {"state": "Shipped", "buyer": [{"id": 1}]}})
-    assert not plan_of(reshaped.orders, told).ranges
+    assert not inspect_plan(reshaped.orders, told).ranges
 
 
 def test_a_shop_of_another_shape_is_examined_filled_and_exact_by_settings_alone(
@@ -464,7 +464,7 @@ def test_a_primary_that_has_just_stepped_down_is_waited_for(deployment: Deployme
         reply = command(database, asked, **options)
         return {**reply, "secondary": True} if asked == "hello" else reply
 
-    with mock.patch.object(Database, "command", stepping_down), pytest.raises(Unavailable):
+    with mock.patch.object(Database, "command", stepping_down), pytest.raises(DatabaseUnavailable):
         connect(settings_for(deployment.uri), writing=False)
 
 
@@ -500,10 +500,13 @@ def test_a_compressor_that_is_not_installed_is_one_line(service: Start) -> None:
 
 def test_an_old_replica_set_is_not_called_standalone(uri: str) -> None:
     with connect(settings_for(uri), writing=False) as connection:
-        assert connection.inexact == ""
+        assert connection.snapshot_unsupported_reason == ""
         old = dataclasses.replace(connection, snapshots=False)
-        assert old.inexact == "before MongoDB 5.0"
-        assert dataclasses.replace(old, topology="standalone").inexact == "a standalone server"
+        assert old.snapshot_unsupported_reason == "before MongoDB 5.0"
+        assert (
+            dataclasses.replace(old, topology="standalone").snapshot_unsupported_reason
+            == "a standalone server"
+        )
 
 
 def test_ids_of_unknown_customers_are_in_the_log_at_debug_only(

@@ -12,10 +12,10 @@ from conftest import settings_for
 from pymongo.database import Database
 
 from config import VERSION
-from loyalty.errors import Misconfigured
+from loyalty.errors import ConfigurationError
 from loyalty.history import History
 from loyalty.mongo.connection import connect
-from loyalty.recount.runner import perform
+from loyalty.recount.runner import run_recount
 from sandbox.shop import Shop
 
 
@@ -24,7 +24,7 @@ def test_a_record_tells_what_a_recount_did(database: Database[Any], uri: str) ->
     settings = settings_for(uri)
     with connect(settings, writing=True) as connection:
         history = History(connection.recounts)
-        result = perform(connection, settings, history)
+        result = run_recount(connection, settings, history)
         later = result.started_at + timedelta(hours=1)
         assert history.age(later) == later - result.as_of.replace(microsecond=0)
         record = dict(history.newest(1)[0])
@@ -46,7 +46,7 @@ def test_a_record_tells_what_a_recount_did(database: Database[Any], uri: str) ->
         "unknown_customers": totals.unknown_customers,
         "orders_of_unknown_customers": totals.orders_of_unknown_customers,
         "orders_without_customer": totals.orders_without_customer,
-        "refused_updates": 0,
+        "failed_updates": 0,
         "error": None,
         "host": socket.gethostname(),
         "version": VERSION,
@@ -57,7 +57,7 @@ def test_a_record_tells_what_a_recount_did(database: Database[Any], uri: str) ->
 def test_without_a_collection_nothing_is_recorded(database: Database[Any], uri: str) -> None:
     settings = settings_for(uri, RECOUNTS_COLLECTION="")
     with connect(settings, writing=True) as connection:
-        perform(connection, settings, History(connection.recounts))
+        run_recount(connection, settings, History(connection.recounts))
     assert "loyalty_recounts" not in database.list_collection_names()
 
 
@@ -68,9 +68,11 @@ def test_a_collection_with_documents_of_others_is_no_place_for_records(
     settings = settings_for(uri)
     with connect(settings, writing=True) as connection:
         history = History(connection.recounts)
-        perform(connection, settings, history)
+        run_recount(connection, settings, history)
         assert history.check() is None
         database.loyalty_recounts.insert_one(foreign)
-        with pytest.raises(Misconfigured, match="loyalty_recounts holds documents that are not"):
+        with pytest.raises(
+            ConfigurationError, match="loyalty_recounts holds documents that are not"
+        ):
             history.check()
         assert len(history.newest(10)) == 1

@@ -21,15 +21,15 @@ from pymongo import MongoClient
 from pymongo.database import Database
 
 from loyalty import service
-from loyalty.errors import Unavailable
+from loyalty.errors import DatabaseUnavailable
 from loyalty.history import HEARTBEAT, Heartbeat, History
 from loyalty.live import events
-from loyalty.live.watcher import Live
+from loyalty.live.watcher import ChangeStreamWatcher
 from loyalty.mongo.connection import connect
-from loyalty.recount import counter as counting
+from loyalty.recount import counter as count_failures
 from loyalty.recount import index
-from loyalty.recount import runner as perform
-from loyalty.recount.counter import snapshot_time
+from loyalty.recount import runner as run_recount
+from loyalty.recount.counter import pin_cluster_time
 from sandbox import faults
 from sandbox.mongod import Deployment, wait_until
 from sandbox.shop import count, disagreements, key
@@ -102,7 +102,7 @@ def dirty(
         if known != "no index":
             make_index(shop)
         if known == "too many odd ids":
-            stack.enter_context(mock.patch.object(counting, "_ODD_CUSTOMERS", 0))
+            stack.enter_context(mock.patch.object(count_failures, "_ODD_CUSTOMERS", 0))
         yield stack.enter_context(live(deployment, shop))
 
 
@@ -158,11 +158,11 @@ def test_a_write_between_the_pinned_time_and_the_opening_of_the_stream_is_marked
     settings = settings_for(uri)
     database.users.insert_one({"_id": 1})
     with connect(settings, writing=True) as connection:
-        pinned = snapshot_time(connection)
+        pinned = pin_cluster_time(connection)
         assert pinned
         database.orders.insert_one(ship(IDS[0]))
-        stream = Live(connection, settings, pinned)
-        marks = stream.take(10)
+        stream = ChangeStreamWatcher(connection, settings, pinned)
+        marks = stream.pop_pending(10)
         stream.close()
     assert marks
     assert [*marks.customers.values()] == [str(IDS[0])]
@@ -172,11 +172,11 @@ def test_a_write_between_the_pinned_time_and_the_opening_of_the_stream_is_marked
 def test_what_changes_while_everyone_is_recounted_is_right_after_it(small: Stage) -> None:
     shipped: list[str] = []
 
-    def moved(_: str) -> None:  # it has an answer, read at the pinned time
+    def on_progress(_: str) -> None:  # it has an answer, read at the pinned time
         if not shipped:
             shipped.append(str(small.shop.orders.insert_one(ship(IDS[0])).inserted_id))
 
-    small.service.recount(moved)
+    small.service.recount(on_progress)
     assert points(small.shop) == [1, 1, 1]
     small.settle()
     assert points(small.shop) == [2, 1, 1]
@@ -189,10 +189,10 @@ def test_a_full_recount_is_never_about_an_older_time_than_a_live_update(small: S
 
     def spy(*given: Any, **named: Any) -> Any:
         times.append(given[3].at)
-        return perform.perform(*given, **named)
+        return run_recount.run_recount(*given, **named)
 
     newest = small.service._newest
-    with mock.patch.object(service, "perform", spy):
+    with mock.patch.object(service, "run_recount", spy):
         small.recount()
     assert times == [newest]
     assert newest.time > 0
@@ -201,8 +201,8 @@ def test_a_full_recount_is_never_about_an_older_time_than_a_live_update(small: S
 def test_without_a_full_recount_that_succeeded_nothing_is_updated(small: Stage) -> None:
     small.shop.orders.insert_one(ship(IDS[0]))
     with (
-        mock.patch.object(service, "perform", side_effect=Unavailable("gone")),
-        pytest.raises(Unavailable),
+        mock.patch.object(service, "run_recount", side_effect=DatabaseUnavailable("gone")),
+        pytest.raises(DatabaseUnavailable),
     ):
         small.recount()
     small.update(0.3)
@@ -215,7 +215,7 @@ def test_without_a_full_recount_that_succeeded_nothing_is_updated(small: Stage) 
 
 def test_marks_are_not_lost_when_a_live_update_fails(small: Stage) -> None:
     small.shop.orders.insert_one(ship(IDS[0]))
-    broken = mock.patch.object(service, "perform", side_effect=KeyError("a bug"))
+    broken = mock.patch.object(service, "run_recount", side_effect=KeyError("a bug"))
     with broken, pytest.raises(KeyError):
         small.update_until(lambda: False)
     assert not small.is_live
@@ -266,7 +266,7 @@ def test_a_status_renamed_by_one_command_leaves_the_points_and_is_said(
     make_index(database)
     with live(deployment, database) as stage:
         database.orders.update_many({}, {"$set": {"status": "SHIPPED"}})
-        with pytest.raises(Unavailable, match="take points from many users"):
+        with pytest.raises(DatabaseUnavailable, match="take points from many users"):
             stage.update_until(lambda: False)
         assert stage.recount().startswith("refused")
         assert "SHIPPED" in caplog.text
@@ -299,7 +299,7 @@ def test_a_status_renamed_piecemeal_is_ended_by_the_guard(
             try:
                 for _ in range(6):
                     stage.update()
-            except Unavailable:  # it is over, it seems: everyone is recounted
+            except DatabaseUnavailable:  # it is over, it seems: everyone is recounted
                 stage.recount()
         assert "again: until the next recount" in caplog.text
         assert stage.recount().startswith("refused")
@@ -311,7 +311,7 @@ def test_points_that_are_held_back_have_no_heartbeat(
 ) -> None:
     monkeypatch.setattr(service, "HEARTBEAT", timedelta(0))
     beats: list[Heartbeat] = []
-    monkeypatch.setattr(History, "beat", lambda _, beat: beats.append(beat))
+    monkeypatch.setattr(History, "write_heartbeat", lambda _, heartbeat: beats.append(heartbeat))
     database.users.insert_many({"_id": n} for n in range(50))
     database.orders.insert_many({"customer_id": n, "status": "Shipped"} for n in range(50))
     with live(deployment, database) as stage:
@@ -320,7 +320,7 @@ def test_points_that_are_held_back_have_no_heartbeat(
         stage.update()
         assert beats
         database.orders.update_many({}, {"$set": {"status": "Sent"}})
-        while not live_updates.held:
+        while not live_updates.paused:
             before = len(beats)
             stage.update()
         stage.update()
@@ -347,7 +347,7 @@ def test_a_stream_whose_history_is_lost_is_a_full_recount_and_another_stream(
 ) -> None:
     with (
         faults.failing(deployment.servers[0], "getMore", 1, errorCode=code),
-        pytest.raises(Unavailable, match=f"code {code}"),
+        pytest.raises(DatabaseUnavailable, match=f"code {code}"),
     ):
         small.update_until(lambda: False)
     small.shop.orders.insert_one(ship(IDS[0]))
@@ -377,7 +377,7 @@ def test_an_oplog_that_loses_history_is_a_full_recount_and_another_stream() -> N
                     return not oplog.find_one({"o._id": last})
 
                 wait_until("a lost order", lost)
-            with pytest.raises(Unavailable, match=r"code (286|136)"):
+            with pytest.raises(DatabaseUnavailable, match=r"code (286|136)"):
                 stage.update_until(lambda: False)
             stage.recount()
             assert disagreements(shop) == []
@@ -406,10 +406,10 @@ def asked(shop: Database[Any]) -> int:
 def test_a_silent_stream_is_given_up(
     small: Stage, deployment: Deployment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loyalty.live.watcher._SILENT", 0.2)
+    monkeypatch.setattr("loyalty.live.watcher.STALL_TIMEOUT_SECONDS", 0.2)
     with (
         faults.slowed(deployment.servers[0], "getMore", 3000),
-        pytest.raises(Unavailable, match="silent"),
+        pytest.raises(DatabaseUnavailable, match="silent"),
     ):
         small.update_until(lambda: False)
     assert not small.is_live
@@ -418,9 +418,9 @@ def test_a_silent_stream_is_given_up(
 def test_more_changes_than_can_wait_are_a_full_recount(
     small: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loyalty.live.watcher.MOST", 50)
+    monkeypatch.setattr("loyalty.live.watcher.MAX_PENDING", 50)
     small.shop.orders.insert_many([ship(ObjectId()) for _ in range(100)])
-    with pytest.raises(Unavailable, match="more than 50 changes"):
+    with pytest.raises(DatabaseUnavailable, match="more than 50 changes"):
         small.update_until(lambda: False)
     small.shop.orders.insert_one(ship(IDS[0]))
     small.recount()
@@ -433,7 +433,7 @@ def test_the_stream_lets_through_only_what_may_change_a_count_and_only_ids(
     settings = settings_for("mongodb://localhost", ORDER_STATUS_FIELD="a.status")
     orders = database.orders
     orders.insert_one({"_id": 0})
-    with orders.watch(events.stages(settings), max_await_time_ms=200) as stream:
+    with orders.watch(events.change_stream_pipeline(settings), max_await_time_ms=200) as stream:
         orders.insert_one({"_id": 1, "a": {"status": "Paid"}})  # not counted
         orders.update_one({"_id": 1}, {"$set": {"a.note": "x", "total": 5, "ab": {"status": 1}}})
         orders.insert_one({"_id": 2, "a": {"status": "Shipped"}, "customer_id": 7, "total": 5})
@@ -458,7 +458,7 @@ def test_the_heartbeat_comes_at_most_every_so_often_and_says_how_it_is_doing(
     assert timedelta(seconds=10) == HEARTBEAT
     monkeypatch.setattr(service, "HEARTBEAT", timedelta(seconds=0.4))
     beats: list[Heartbeat] = []
-    monkeypatch.setattr(History, "beat", lambda _, beat: beats.append(beat))
+    monkeypatch.setattr(History, "write_heartbeat", lambda _, heartbeat: beats.append(heartbeat))
     started = time.monotonic()
     small.shop.orders.insert_one(ship(IDS[0]))
     small.update_until(lambda: len(beats) == 3)

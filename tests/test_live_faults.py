@@ -70,8 +70,8 @@ def test_when_the_primary_is_killed_live_updates_go_on_with_the_next(
             stack.callback(faults.heal, three)
             daemon = start(stage.uri)
             primary = three.primary()
-            held = faults.held(primary, stage.database.name, moment)
-            reached = stack.enter_context(held)
+            paused = faults.paused(primary, stage.database.name, moment)
+            reached = stack.enter_context(paused)
             ship_all(stage)
             reached()
             primary.kill()
@@ -93,7 +93,7 @@ def test_sigterm_ends_live_updates_within_two_seconds(
     stage: Stage, start: Start, moment: Moment
 ) -> None:
     daemon = start(stage.uri)
-    with faults.held(stage.deployment.servers[0], stage.database.name, moment) as reached:
+    with faults.paused(stage.deployment.servers[0], stage.database.name, moment) as reached:
         ship_all(stage)
         reached()
         assert_ends_well(daemon)

@@ -18,7 +18,7 @@ from pymongo.database import Database
 
 from loyalty.recount import index
 from loyalty.recount.counter import Count
-from loyalty.recount.tally import Recount
+from loyalty.recount.tally import Tally
 from loyalty_microservice import main
 from sandbox.mongod import Deployment, wait_until
 from sandbox.service import Process, environment
@@ -297,7 +297,7 @@ def test_a_bug_is_logged_with_its_traceback_and_ends_with_70(
     def broken(*_: object) -> None:
         raise ZeroDivisionError("mongodb://u:secret@h")
 
-    monkeypatch.setattr(Recount, "refusal", broken)
+    monkeypatch.setattr(Tally, "refusal", broken)
     assert command("--once") == 70
     assert "Traceback" in capsys.readouterr().err
     (record,) = shop.loyalty_recounts.find()
@@ -311,7 +311,7 @@ def test_ctrl_c_during_once_ends_without_a_traceback(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Count, "of_everyone", interrupted)
+    monkeypatch.setattr(Count, "count_all", interrupted)
     assert command("--once") == 130
     assert "Traceback" not in capsys.readouterr().err
 

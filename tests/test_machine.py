@@ -21,10 +21,10 @@ from pymongo.database import Database
 
 from loyalty import concurrency as overlap
 from loyalty import metrics as metrics_module
-from loyalty.concurrency import still
+from loyalty.concurrency import ignore_progress
 from loyalty.history import Heartbeat, History
 from loyalty.metrics import Metrics
-from loyalty.recount.tally import Recount
+from loyalty.recount.tally import Tally
 from loyalty.service import Service
 from loyalty_microservice import main
 from sandbox.mongod import Deployment, wait_until
@@ -99,10 +99,10 @@ def test_a_program_sees_the_heartbeat_of_live_updates_as_the_readme_says(
     shop: Shop, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = datetime.now(UTC)
-    beat = Heartbeat(
+    heartbeat = Heartbeat(
         live_since=now, last_event=None, last_update=now, customers_updated=1, waiting=2
     )
-    History(shop.loyalty_recounts).beat(beat)
+    History(shop.loyalty_recounts).write_heartbeat(heartbeat)
     assert command("--status", "--json") == 1  # no recount of everyone has succeeded
     found = json.loads(capsys.readouterr().out)["heartbeat"]
     (said,) = re.findall(r"`heartbeat`, once live updates have been\s+at work: (.*?)\)", README)
@@ -143,7 +143,7 @@ def test_the_log_as_json_is_an_object_a_line_also_of_a_bug_and_of_wrong_settings
     assert events == ["connected", "points_taken", "writing", "recount"]
     assert lines[2]["fields"].keys() == {"done", "total", "rate"}
     assert lines[-1]["fields"]["changed"] == 2
-    monkeypatch.setattr(Recount, "refusal", lambda _: 1 / 0)
+    monkeypatch.setattr(Tally, "refusal", lambda _: 1 / 0)
     assert command("--once", LOG_FORMAT="json") == 70
     lines += logged()
     assert (lines[-1]["level"], lines[-1]["event"]) == ("ERROR", "bug")
@@ -151,8 +151,8 @@ def test_the_log_as_json_is_an_object_a_line_also_of_a_bug_and_of_wrong_settings
     assert command("--once", LOG_FORMAT="json", BATCH_SIZE="x") == 78
     lines += (wrong := logged())
     assert {line["event"] for line in wrong} == {"configuration"}
-    (shown,) = re.findall(r"```json\n(\{\"time.*\})\n```", README)
-    assert {tuple(line) for line in lines} == {tuple(json.loads(shown))}
+    (example,) = re.findall(r"```json\n(\{\"time.*\})\n```", README)
+    assert {tuple(line) for line in lines} == {tuple(json.loads(example))}
 
 
 def test_under_the_journal_each_object_has_its_priority_before_it() -> None:
@@ -161,8 +161,8 @@ import os
 stderr = os.fstat(2)
 os.environ["JOURNAL_STREAM"] = f"{stderr.st_dev}:{stderr.st_ino}"
 import logging
-from loyalty.logs import log_as, log_to_stderr
-log_to_stderr(); log_as("json")
+from loyalty.logs import log_to_stderr, set_log_format
+log_to_stderr(); set_log_format("json")
 log = logging.getLogger("loyalty")
 log.warning("two\\nlines")
 try: 1 / 0
@@ -197,7 +197,7 @@ def test_metrics_tell_of_recounts_that_succeed_that_are_refused_and_that_fail(
     file = tmp_path / "loyalty.prom"
     settings = settings_for(uri, METRICS_FILE=str(file))
     service = Service(settings, lambda: settings)
-    service.meanwhile(0, still)  # while it waits for the database
+    service.run_between(0, ignore_progress)  # while it waits for the database
     first = samples(file)
     counters = {name: value for name, value in first.items() if "recounts_total" in name}
     assert counters == {
@@ -209,7 +209,7 @@ def test_metrics_tell_of_recounts_that_succeed_that_are_refused_and_that_fail(
     assert stat.S_IMODE(file.stat().st_mode) == 0o644
 
     service.connect()
-    service.recount(still)
+    service.recount(ignore_progress)
     second = samples(file)
     assert second.keys() == first.keys()
     assert second["loyalty_recounts_total succeeded"] == 1
@@ -221,10 +221,10 @@ def test_metrics_tell_of_recounts_that_succeed_that_are_refused_and_that_fail(
     assert abs(second["loyalty_last_success_timestamp_seconds"] - as_of) < 60
 
     shop.users.insert_many([{"_id": n, "loyalty_points": 1} for n in range(20)])
-    assert service.recount(still).startswith("refused")
-    monkeypatch.setattr(Recount, "refusal", lambda _: 1 / 0)
+    assert service.recount(ignore_progress).startswith("refused")
+    monkeypatch.setattr(Tally, "refusal", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        service.recount(still)
+        service.recount(ignore_progress)
     assert service._connection
     service._connection.client.close()
     counted = {"loyalty_recounts_total refused": 1, "loyalty_recounts_total failed": 1}
@@ -273,12 +273,12 @@ def test_metrics_are_written_again_when_they_are_a_minute_old(
 ) -> None:
     file = tmp_path / "loyalty.prom"
     metrics = Metrics(settings_for("mongodb://h", METRICS_FILE=str(file)))
-    metrics.keep()
+    metrics.refresh_if_due()
     file.unlink()
-    metrics.keep()
+    metrics.refresh_if_due()
     assert not file.exists()
     monkeypatch.setattr(metrics_module, "_KEEP_SECONDS", 0)
-    metrics.keep()
+    metrics.refresh_if_due()
     assert file.exists()
 
 
@@ -299,15 +299,15 @@ def test_metrics_that_cannot_be_written_are_one_warning_and_no_failure(
     metrics = Metrics(settings_for("mongodb://h", METRICS_FILE=file))
     capsys.readouterr()
     for _ in range(3):
-        metrics.keep()
+        metrics.refresh_if_due()
     assert capsys.readouterr().err.count("no_metrics") == 1
 
 
 def test_the_alerts_and_the_readme_name_metrics_that_are_written(tmp_path: Path) -> None:
     file = tmp_path / "loyalty.prom"
-    Metrics(settings_for("mongodb://h", METRICS_FILE=str(file))).keep()
-    written = {sample.split()[0] for sample in samples(file)}
+    Metrics(settings_for("mongodb://h", METRICS_FILE=str(file))).refresh_if_due()
+    exported = {sample.split()[0] for sample in samples(file)}
     name = r"\bloyalty_[a-z]+_(?:[a-z_]+_)?(?:seconds|total)\b"
-    assert set(re.findall(name, ALERTS)) <= written
+    assert set(re.findall(name, ALERTS)) <= exported
     section = README.split("## For programs and monitoring")[1].split("\n## ")[0]
-    assert set(re.findall(r"^\| `(loyalty_\w+)", section, re.MULTILINE)) == written
+    assert set(re.findall(r"^\| `(loyalty_\w+)", section, re.MULTILINE)) == exported

@@ -6,8 +6,8 @@ from threading import Barrier, Event
 
 import pytest
 
-from loyalty.concurrency import overlapping
-from loyalty.errors import Unavailable
+from loyalty.concurrency import map_ordered
+from loyalty.errors import DatabaseUnavailable
 from sandbox.mongod import SECONDS
 
 
@@ -20,13 +20,13 @@ def test_after_one_that_fails_none_is_begun() -> None:
         if item == 0:  # so that all others could be begun before the failure is seen
             others.wait(0.2)
         elif item == 1:
-            raise Unavailable("of 1")
+            raise DatabaseUnavailable("of 1")
         else:
             others.set()
 
     with (
-        pytest.raises(Unavailable, match="of 1"),
-        overlapping(do, iter(range(20)), 2, ahead=8) as results,
+        pytest.raises(DatabaseUnavailable, match="of 1"),
+        map_ordered(do, iter(range(20)), 2, prefetch=8) as results,
     ):
         list(results)
     assert sorted(begun) == [0, 1]
@@ -40,5 +40,5 @@ def test_results_come_in_order_though_later_ones_are_done_before() -> None:
             others_done.wait(SECONDS)
         return item
 
-    with overlapping(do, iter(range(20)), 2, ahead=8) as results:
+    with map_ordered(do, iter(range(20)), 2, prefetch=8) as results:
         assert list(results) == list(range(20))

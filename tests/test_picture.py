@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ET
 
-from sandbox.picture import FIRST, LAST, MOST, draw, seen, shortened
+from sandbox.picture import FIRST, LAST, MAX_LINES, draw, seen, shortened
 
 SAID = '\r\x1b[K\x1b[2mfilling\x1b[0m\r\x1b[K\x1b[32m3 < 5 & "all" right\x1b[0m\n\nend\n'
 
@@ -21,8 +21,8 @@ def test_the_picture_shows_what_is_seen_at_the_end_and_asks_for_nothing_from_els
 
 
 def test_what_is_too_long_says_how_much_is_left_out() -> None:
-    lines = seen("".join(f"{n}\n" for n in range(MOST + 5)))
-    shown = [line.plain for line in shortened(lines)]
-    assert shown[FIRST] == f"  [{MOST + 5 - FIRST - LAST} lines are left out here]"
-    assert (shown[0], shown[-1]) == ("0", str(MOST + 4))
-    assert shortened(lines[:MOST]) == lines[:MOST]
+    lines = seen("".join(f"{n}\n" for n in range(MAX_LINES + 5)))
+    kept = [line.plain for line in shortened(lines)]
+    assert kept[FIRST] == f"  [{MAX_LINES + 5 - FIRST - LAST} lines are left out here]"
+    assert (kept[0], kept[-1]) == ("0", str(MAX_LINES + 4))
+    assert shortened(lines[:MAX_LINES]) == lines[:MAX_LINES]

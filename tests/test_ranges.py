@@ -9,7 +9,7 @@ from bson import Binary, ObjectId
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from loyalty.recount.partitions import Range, first_spelt, ranges
+from loyalty.recount.partitions import Range, first_object_id_from, ranges
 
 DIGITS = "0123456789abcdef"
 TEXTS = st.one_of(
@@ -76,7 +76,7 @@ def test_an_id_is_where_its_text_is_and_in_other_cases_there_or_earlier(
 ) -> None:
     cut = ranges(edges)
     assert home(cut, str(own)) == home(cut, own)
-    assert cut[home(cut, own)].of_text
+    assert cut[home(cut, own)].is_string_partition
     capitals = data.draw(st.lists(st.booleans(), min_size=24, max_size=24)) if data else [True] * 24
     pairs = zip(str(own), capitals, strict=True)
     text = "".join(digit.upper() if capital else digit for digit, capital in pairs)
@@ -99,4 +99,4 @@ def test_an_id_is_where_its_text_is_and_in_other_cases_there_or_earlier(
     ],
 )
 def test_the_first_object_id_that_is_spelt_at_or_after_a_text(text: str, first: str | None) -> None:
-    assert first_spelt(text) == (first and ObjectId(first))
+    assert first_object_id_from(text) == (first and ObjectId(first))

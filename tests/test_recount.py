@@ -24,16 +24,16 @@ from hypothesis import strategies as st
 from pymongo import MongoClient
 
 from loyalty import concurrency as overlap
-from loyalty.errors import NoRoom
+from loyalty.errors import NoTempSpace
 from loyalty.history import History
 from loyalty.mongo.connection import Connection, connect
-from loyalty.recount import counter as counting
+from loyalty.recount import counter as count_failures
 from loyalty.recount import spool
-from loyalty.recount.customer_ids import forms_of
-from loyalty.recount.index import Plan, create_index, keys_of, plan_of
+from loyalty.recount.customer_ids import parse_id_argument
+from loyalty.recount.index import Plan, create_index, index_keys, inspect_plan
 from loyalty.recount.partitions import Range, edges, ranges
 from loyalty.recount.pipeline import Scope, pipeline
-from loyalty.recount.runner import Task, perform
+from loyalty.recount.runner import RecountRequest, run_recount
 from loyalty.recount.statuses import orders_of
 from loyalty.recount.tally import Result, Totals
 from sandbox.mongod import Deployment
@@ -108,7 +108,7 @@ def connection(deployment: Deployment, request: pytest.FixtureRequest) -> Any:
     settings = settings_for(deployment.uri_for(database=name), BATCH_SIZE="3")
     connection = connect(settings, writing=True)
     if request.param:
-        connection.orders.create_index(keys_of(settings))
+        connection.orders.create_index(index_keys(settings))
     yield connection
     connection.client.drop_database(name)
     connection.client.close()
@@ -117,7 +117,7 @@ def connection(deployment: Deployment, request: pytest.FixtureRequest) -> Any:
 def recount(connection: Connection, **values: str) -> Result:
     name = connection.users.database.name
     settings = settings_for(f"mongodb://unused/{name}", **values)
-    return perform(connection, settings, History(None), Task(force=True))
+    return run_recount(connection, settings, History(None), RecountRequest(force=True))
 
 
 def run(connection: Connection, **values: str) -> Totals:
@@ -161,7 +161,7 @@ def test_after_a_recount_every_user_has_the_points_that_plain_python_counts(
     if orders:
         connection.orders.insert_many(orders)
 
-    with mock.patch.object(counting, "edges", return_value=cuts):
+    with mock.patch.object(count_failures, "edges", return_value=cuts):
         check(connection, users, COUNT_WORKERS=workers)
         edit(connection, orders, edits)
         check(connection, users, COUNT_WORKERS=workers)
@@ -188,7 +188,7 @@ def check(connection: Connection, users: list[Document], **values: str) -> None:
     shop = connection.users.database
     wrong = disagreements(shop)
     before = everything(connection)
-    held = sum(map(holds, before))
+    holders = sum(map(holds, before))
 
     totals = run(connection, **values)
 
@@ -199,7 +199,7 @@ def check(connection: Connection, users: list[Document], **values: str) -> None:
     assert [bson.encode(user) for user in strip] == [bson.encode(user) for user in rest]
     assert len(after) == len(users) == totals.users
     assert totals.changed == len(wrong)
-    assert totals.holders == held
+    assert totals.users_with_points_before == holders
     counted = [o for o in connection.orders.find() if o.get("status") == "Shipped"]
     customers = count(shop)
     without = [o for o in counted if o.get("customer_id") in (None, "", [])]
@@ -213,7 +213,7 @@ def check(connection: Connection, users: list[Document], **values: str) -> None:
     assert (again.changed, again.increased, again.decreased) == (0, 0, 0)
     # Now everyone is right, and the sum of the points is the count.
     assert again.counted_orders == len(counted)
-    assert again.holders == sum(map(holds, after))
+    assert again.users_with_points_before == sum(map(holds, after))
 
 
 def test_ids_that_python_cannot_hold_are_counted_too(connection: Connection) -> None:
@@ -257,7 +257,7 @@ def test_other_names_statuses_and_points_per_order_are_settings(
         POINTS_PER_ORDER="10",
     )
     connection = connect(settings, writing=True)
-    perform(connection, settings, History(None))
+    run_recount(connection, settings, History(None))
     points = {user["_id"]: user["loyalty_points"] for user in shop.people.find()}
     assert points == {0: 160, 1: 160, 2: 140, 3: 140, 4: 0}
     assert not disagreements(shop, ("Sent", "Arrived"), 10, Names("sales", "people"))
@@ -339,10 +339,10 @@ def test_no_room_for_the_changes_is_said_and_nothing_is_written(
     connection.users.insert_many([{"_id": n} for n in range(10)])
     monkeypatch.setattr(spool, "MEMORY_BYTES", 100)
     monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
-    with pytest.raises(NoRoom, match="in /nowhere: No such file"):
+    with pytest.raises(NoTempSpace, match="in /nowhere: No such file"):
         run(connection)
     monkeypatch.setattr(tempfile, "SpooledTemporaryFile", lambda **_: FullDisk())
-    with pytest.raises(NoRoom, match="No space left on device"):
+    with pytest.raises(NoTempSpace, match="No space left on device"):
         run(connection)
     assert connection.users.count_documents({"loyalty_points": {"$exists": True}}) == 0
 
@@ -386,12 +386,14 @@ def test_one_customer_is_found_whatever_the_type_of_the_id(
     )
     right = count(shop)
     settings = settings_for("mongodb://unused/x")
-    result = perform(connection, settings, History(None), Task(customers=forms_of(text)))
+    result = run_recount(
+        connection, settings, History(None), RecountRequest(customers=parse_id_argument(text))
+    )
     stored = {key(u["_id"]): u["loyalty_points"] for u in connection.users.find()}
     assert stored.pop("somebody else") == 77
     del right["somebody else"]
     assert stored == right
-    found = [o for own in forms_of(text) for o in orders_of(connection, settings, *own)]
+    found = [o for own in parse_id_argument(text) for o in orders_of(connection, settings, *own)]
     asked = {key(form) for form in (text, *ids)}
     n = sum(key(form) in asked for form in forms)
     for status in ("Shipped", "Lost"):
@@ -399,11 +401,11 @@ def test_one_customer_is_found_whatever_the_type_of_the_id(
     assert len(result.totals.largest) == len(right)
 
 
-def stages(plan: Any) -> set[str]:
+def change_stream_pipeline(plan: Any) -> set[str]:
     if isinstance(plan, dict):
         own = {plan["stage"]} if isinstance(plan.get("stage"), str) else set()
-        return own.union(*map(stages, plan.values()))
-    return set().union(*map(stages, plan)) if isinstance(plan, list) else set()
+        return own.union(*map(change_stream_pipeline, plan.values()))
+    return set().union(*map(change_stream_pipeline, plan)) if isinstance(plan, list) else set()
 
 
 def explained(connection: Connection, asked: list[Any]) -> Any:
@@ -442,19 +444,19 @@ def test_with_the_index_a_range_of_any_kind_fetches_no_order_and_needs_no_disk(
         connection.orders.insert_many(
             [nested({status: "Shipped", customer: own}) for own in ALL_KINDS for _ in range(3)]
         )
-        assert not plan_of(connection.orders, settings).ranges
+        assert not inspect_plan(connection.orders, settings).ranges
         create_index(connection.orders, settings)
-        assert plan_of(connection.orders, settings) == Plan(
-            ranges=True, arrays=False, fetches=False
+        assert inspect_plan(connection.orders, settings) == Plan(
+            ranges=True, arrays=False, needs_fetch=False
         )
         cut = ranges(edges(connection.users, 40))
         assert len(cut) > 10
         for part in cut:
-            scope = Scope(part, apart=part.of_text)
+            scope = Scope(part, apart=part.is_string_partition)
             plan = explained(connection, pipeline(settings, scope, arrays=False))
-            stages = set(values_at(plan, "stage"))
-            assert "IXSCAN" in stages
-            assert "COLLSCAN" not in stages
+            change_stream_pipeline = set(values_at(plan, "stage"))
+            assert "IXSCAN" in change_stream_pipeline
+            assert "COLLSCAN" not in change_stream_pipeline
             looked = explained_orders(connection, pipeline(settings, scope, arrays=False))
             assert looked == 0, part
             assert not any(values_at(plan, "usedDisk"))
@@ -488,13 +490,15 @@ def test_one_customer_is_counted_without_a_scan(uri: str, customer: str) -> None
     settings = settings_for(uri)
     with connect(settings, writing=True) as connection:
         Shop(connection.users.database, random.Random(2)).fill(100, 1_000)
-        connection.orders.create_index(keys_of(settings))
-        forms = forms_of(customer)
+        connection.orders.create_index(index_keys(settings))
+        forms = parse_id_argument(customer)
         found = Range([[{"$in": [form for _, each in forms for form in each]}]])
         scope = Scope(found, customers=[own for own, _ in forms])
-        stages = values_at(explained(connection, pipeline(settings, scope, arrays=False)), "stage")
-        assert "IXSCAN" in stages
-        assert "COLLSCAN" not in stages
+        change_stream_pipeline = values_at(
+            explained(connection, pipeline(settings, scope, arrays=False)), "stage"
+        )
+        assert "IXSCAN" in change_stream_pipeline
+        assert "COLLSCAN" not in change_stream_pipeline
         asked = {"distinct": "orders", "key": "status"}
         plan = connection.orders.database.command("explain", asked)
         assert "DISTINCT_SCAN" in values_at(plan, "stage")

@@ -9,13 +9,13 @@ import bson
 from bson import ObjectId, Regex, Timestamp
 
 from config import Settings
-from loyalty.recount.customer_ids import Document, canonical_of, is_hex_id, spellings
+from loyalty.recount.customer_ids import Document, canonicalize, indexable_variants, is_hex_id
 
-ENDS = ["drop", "rename", "dropDatabase", "invalidate"]
+INVALIDATING_EVENTS = ["drop", "rename", "dropDatabase", "invalidate"]
 """What happens to the collection as a whole; after it, a stream tells nothing more."""
 
 
-def stages(settings: Settings) -> list[Document]:
+def change_stream_pipeline(settings: Settings) -> list[Document]:
     """Return the stages that let through what may change a count, and of that only the ids."""
     fields = [settings.status_field, settings.customer_field]
     changed = {
@@ -37,7 +37,7 @@ def stages(settings: Settings) -> list[Document]:
         {
             "$match": {
                 "$or": [
-                    {"operationType": {"$in": ["delete", "replace", *ENDS]}},
+                    {"operationType": {"$in": ["delete", "replace", *INVALIDATING_EVENTS]}},
                     {"operationType": "insert", **shipped},
                     {"operationType": "update", "$expr": is_ours},
                 ]
@@ -60,7 +60,7 @@ def _pairs(name: str) -> Document:
 
 
 @dataclass(slots=True)
-class Marks:
+class PendingChanges:
     """Customers to be recounted as of `time` or later, and updated orders whose customers are."""
 
     time: Timestamp = field(default_factory=lambda: Timestamp(0, 0))
@@ -72,25 +72,25 @@ class Marks:
 
     def add(self, customer: Any) -> None:
         """Mark a customer, by the id as it stands in an order."""
-        if may_have_points(customer):
+        if is_queryable_id(customer):
             self.customers[bson.encode({"": customer})] = customer
 
     def forms(self, odd_forms: dict[ObjectId, set[str]]) -> list[tuple[Any, list[Any]]]:
         """Return each customer's canonical id, with all forms of it; new odd ones are added."""
         own = {}
         for customer in self.customers.values():
-            canonical = canonical_of(customer)
+            canonical = canonicalize(customer)
             own[bson.encode({"": canonical})] = canonical
-            if is_hex_id(customer) and customer not in spellings(canonical):
+            if is_hex_id(customer) and customer not in indexable_variants(canonical):
                 odd_forms.setdefault(canonical, set()).add(customer)
-        return [(one, [*spellings(one), *_odd(one, odd_forms)]) for one in own.values()]
+        return [(one, [*indexable_variants(one), *_odd(one, odd_forms)]) for one in own.values()]
 
 
 def _odd(customer: Any, odd_forms: dict[ObjectId, set[str]]) -> set[str]:
     return odd_forms.get(customer, set()) if isinstance(customer, ObjectId) else set()
 
 
-def may_have_points(customer: Any) -> bool:
+def is_queryable_id(customer: Any) -> bool:
     """Return whether a user can have this id; what is none would mean something else to the server.
 
     That is an array, a pattern, and a document of operators.

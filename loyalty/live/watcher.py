@@ -16,33 +16,40 @@ from bson.codec_options import CodecOptions, DatetimeConversion
 from pymongo.change_stream import ChangeStream
 
 from config import Settings
-from loyalty.errors import Misconfigured, ServiceError, Unavailable
+from loyalty.errors import ConfigurationError, DatabaseUnavailable, ServiceError
 from loyalty.history import Heartbeat
-from loyalty.live.events import ENDS, Marks, stages, value_at
+from loyalty.live.events import (
+    INVALIDATING_EVENTS,
+    PendingChanges,
+    change_stream_pipeline,
+    value_at,
+)
 from loyalty.mongo.connection import Connection
-from loyalty.mongo.driver_errors import sorted_errors
-from loyalty.recount.counter import snapshot_time
+from loyalty.mongo.driver_errors import map_driver_errors
+from loyalty.recount.counter import pin_cluster_time
 from loyalty.recount.customer_ids import Document
-from loyalty.recount.index import advice_on_index
+from loyalty.recount.index import missing_index_hint
 
 log = logging.getLogger("loyalty")
 
-MOST = 100_000  # changes that wait; beyond that, everyone is recounted
+MAX_PENDING = 100_000  # changes that wait; beyond that, everyone is recounted
 
 _SETTLE = 0.03  # seconds from the first change of a burst, to gather what comes with it
 _SETTLE_LONGEST = 0.5  # while many come
 _MANY = 10
-_AWAIT_MS = 1_000  # the server answers a stream at least this often
-_BREATH = 0.5  # after an answer that came at once and without a change: some cursor was killed
-_SILENT = 30.0
+MAX_AWAIT_MS = 1_000  # the server answers a stream at least this often
+EMPTY_POLL_DELAY_SECONDS = (
+    0.5  # after an answer that came at once and without a change: some cursor was killed
+)
+STALL_TIMEOUT_SECONDS = 30.0
 _BATCH = 1_000
 # What has no Python value must not end the stream; full recounts count such ids.
-_ANYTHING: CodecOptions[dict[str, Any]] = CodecOptions(
+LENIENT_CODEC: CodecOptions[dict[str, Any]] = CodecOptions(
     datetime_conversion=DatetimeConversion.DATETIME_AUTO, unicode_decode_error_handler="replace"
 )
 
 
-class Live:
+class ChangeStreamWatcher:
     """An open stream, and a thread that drains it; close it at the end."""
 
     def __init__(self, connection: Connection, settings: Settings, after: Timestamp) -> None:
@@ -51,22 +58,22 @@ class Live:
         self.last_event: datetime | None = None
         self.last_update: datetime | None = None
         self.customers_updated = 0
-        self.held = False
+        self.paused = False
         """Whether updates are held back until everyone has been counted."""
         self._field = settings.customer_field
         self._client = connection.client
-        self._orders = connection.orders.with_options(codec_options=_ANYTHING)
-        self._marks = Marks()
+        self._orders = connection.orders.with_options(codec_options=LENIENT_CODEC)
+        self._marks = PendingChanges()
         self._lock = threading.Condition()  # of an RLock
         self._problem: ServiceError | None = None
         self._closed = False
         self._answered = self._marked = self._oldest = time.monotonic()
-        with sorted_errors("watch", connection.orders.full_name):
+        with map_driver_errors("watch", connection.orders.full_name):
             self._stream: ChangeStream[Any] = self._orders.watch(
-                stages(settings),
+                change_stream_pipeline(settings),
                 # A count at a time sees all that was done at it.
                 start_at_operation_time=Timestamp(after.time, after.inc + 1),
-                max_await_time_ms=_AWAIT_MS,
+                max_await_time_ms=MAX_AWAIT_MS,
                 batch_size=_BATCH,
                 full_document_before_change="whenAvailable" if connection.pre_images else None,
             )
@@ -94,7 +101,7 @@ class Live:
         """Return for how many seconds the oldest of them has been waiting."""
         return time.monotonic() - self._oldest if self._marks else 0.0
 
-    def quiet_for(self) -> float:
+    def idle_seconds(self) -> float:
         """Return the seconds since the last change."""
         return time.monotonic() - self._marked
 
@@ -102,10 +109,10 @@ class Live:
         """Raise ServiceError if the stream has died, is silent or has marked too many."""
         if self._problem:
             raise self._problem
-        if time.monotonic() - self._answered > _SILENT:
-            raise Unavailable(f"the change stream on {self._orders.full_name} is silent")
+        if time.monotonic() - self._answered > STALL_TIMEOUT_SECONDS:
+            raise DatabaseUnavailable(f"the change stream on {self._orders.full_name} is silent")
 
-    def take(self, seconds: float) -> Marks | None:
+    def pop_pending(self, seconds: float) -> PendingChanges | None:
         """Return what is marked, as soon as there is something; None after `seconds`.
 
         Raises what `check` raises.
@@ -115,8 +122,8 @@ class Live:
             if self._marks:
                 self._settle()
             self.check()
-            taken, self._marks = self._marks, Marks()
-        self._look_up(taken)
+            taken, self._marks = self._marks, PendingChanges()
+        self._resolve_customers(taken)
         return taken if taken.customers else None
 
     def _settle(self) -> None:
@@ -128,11 +135,11 @@ class Live:
             if len(self._marks) <= _MANY:
                 return
 
-    def _look_up(self, marks: Marks) -> None:
+    def _resolve_customers(self, marks: PendingChanges) -> None:
         """Mark the customers of updated orders. An order that is gone has another event to come."""
         wanted = {self._field: 1}
         with (
-            sorted_errors("find in", self._orders.full_name),
+            map_driver_errors("find in", self._orders.full_name),
             self._client.start_session() as session,
         ):
             session.advance_operation_time(marks.time)  # wherever the URI says to read
@@ -142,30 +149,32 @@ class Live:
                     marks.add(value_at(order, self._field))
         marks.orders.clear()
 
-    def forget(self, until: Timestamp) -> None:
+    def discard_until(self, until: Timestamp) -> None:
         """Drop all marks, unless one is newer than a count of everyone; hold back no more."""
-        self.held = False
+        self.paused = False
         with self._lock:
             if self._marks.time <= until:
-                self._marks = Marks()
+                self._marks = PendingChanges()
 
     def _drain(self) -> None:
         try:
-            with self._stream, sorted_errors("watch", self._orders.full_name):
+            with self._stream, map_driver_errors("watch", self._orders.full_name):
                 while not self._closed and self._stream.alive:
                     asked = time.monotonic()
                     event = self._stream.try_next()
                     self._answered = time.monotonic()
                     if event:
                         self._mark(event)
-                    elif self._answered - asked < _BREATH:
-                        time.sleep(_BREATH)
-            self._end(Unavailable(f"the change stream on {self._orders.full_name} has ended"))
+                    elif self._answered - asked < EMPTY_POLL_DELAY_SECONDS:
+                        time.sleep(EMPTY_POLL_DELAY_SECONDS)
+            self._end(
+                DatabaseUnavailable(f"the change stream on {self._orders.full_name} has ended")
+            )
         except ServiceError as problem:
             self._end(problem)
         except Exception as error:
             log.exception("bug")
-            self._end(Unavailable(f"the change stream ended: {type(error).__name__}"))
+            self._end(DatabaseUnavailable(f"the change stream ended: {type(error).__name__}"))
 
     def _mark(self, event: Document) -> None:
         kind = event["operationType"]
@@ -179,10 +188,12 @@ class Live:
             self._marks.time = max(self._marks.time, event["clusterTime"])
             self.last_event = event["clusterTime"].as_datetime()
             self._marked = time.monotonic()
-            if kind in ENDS:
-                self._end(Unavailable(f"{self._orders.full_name} was changed as a whole: {kind}"))
-            if len(self._marks) > MOST:
-                self._end(Unavailable(f"more than {MOST:,} changes at a time"))
+            if kind in INVALIDATING_EVENTS:
+                self._end(
+                    DatabaseUnavailable(f"{self._orders.full_name} was changed as a whole: {kind}")
+                )
+            if len(self._marks) > MAX_PENDING:
+                self._end(DatabaseUnavailable(f"more than {MAX_PENDING:,} changes at a time"))
             self._lock.notify_all()
 
     def _end(self, problem: ServiceError) -> None:
@@ -192,26 +203,28 @@ class Live:
             self._lock.notify_all()
 
 
-def open_live(connection: Connection, settings: Settings) -> tuple[Live, Timestamp]:
+def open_watcher(
+    connection: Connection, settings: Settings
+) -> tuple[ChangeStreamWatcher, Timestamp]:
     """Open a stream, and return the time from which on it tells all. Raises ServiceError."""
-    after = snapshot_time(connection)
+    after = pin_cluster_time(connection)
     if after is None:
-        server = connection.inexact or "a server without snapshots"
-        raise Misconfigured(f"{server} has no change streams for this")
-    if advice := advice_on_index(connection.orders, settings):
-        raise Misconfigured(f"each update would read all orders; the index: {advice}")
-    return Live(connection, settings, after), after
+        server = connection.snapshot_unsupported_reason or "a server without snapshots"
+        raise ConfigurationError(f"{server} has no change streams for this")
+    if advice := missing_index_hint(connection.orders, settings):
+        raise ConfigurationError(f"each update would read all orders; the index: {advice}")
+    return ChangeStreamWatcher(connection, settings, after), after
 
 
-def why_not_live(connection: Connection, settings: Settings) -> str | None:
+def live_updates_blocker(connection: Connection, settings: Settings) -> str | None:
     """Return why live updates would not work, if so. Raises Unavailable."""
     recounts = connection.recounts
     try:
-        open_live(connection, settings)[0].close()
+        open_watcher(connection, settings)[0].close()
         if recounts is not None:  # for the heartbeat
-            with sorted_errors("update", recounts.full_name):
+            with map_driver_errors("update", recounts.full_name):
                 recounts.update_one({"_id": ObjectId()}, {"$set": {"outcome": "live"}})
-    except Misconfigured as error:
+    except ConfigurationError as error:
         return str(error)
     return None
 
@@ -219,7 +232,7 @@ def why_not_live(connection: Connection, settings: Settings) -> str | None:
 def keeps_pre_images(connection: Connection) -> bool | None:
     """Return whether the orders keep pre-images; None if we may not look, or nobody can tell."""
     try:
-        with sorted_errors("list the collections of", connection.orders.database.name):
+        with map_driver_errors("list the collections of", connection.orders.database.name):
             options = connection.orders.options()
     except ServiceError:
         return None

@@ -15,8 +15,8 @@ from pymongo.collection import Collection
 from pymongo.errors import OperationFailure
 
 from config import Settings
-from loyalty.errors import Misconfigured, Rejected, Unavailable
-from loyalty.mongo.driver_errors import sorted_errors
+from loyalty.errors import AuthenticationFailed, ConfigurationError, DatabaseUnavailable
+from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.uri import options_of, split_uri
 from loyalty.recount.customer_ids import Document
 
@@ -57,7 +57,7 @@ class Connection:
         )
 
     @property
-    def inexact(self) -> str:
+    def snapshot_unsupported_reason(self) -> str:
         """Why the server cannot read as of one point in time; "" if it can."""
         if self.snapshots:
             return ""
@@ -69,23 +69,23 @@ def connect(settings: Settings, *, writing: bool) -> Connection:
 
     Raises Misconfigured or Unavailable, within about 5 seconds.
     """
-    with sorted_errors("connect to", settings.hosts):
+    with map_driver_errors("connect to", settings.hosts):
         client: MongoClient[Any] = MongoClient(settings.mongodb_uri, **_defaults(settings))
     try:
         with pymongo.timeout(_CONNECT_SECONDS):
-            connection = _prove(client, settings, writing)
+            connection = _verify_access(client, settings, writing)
         if writing:
-            _outlast_dead_writers(connection)
-    except Rejected as error:
+            _wait_for_orphaned_writes(connection)
+    except AuthenticationFailed as error:
         client.close()
-        raise Misconfigured(f"{error}; {_looked_up(settings.mongodb_uri)}") from error
+        raise ConfigurationError(f"{error}; {_auth_source_hint(settings.mongodb_uri)}") from error
     except BaseException:
         client.close()
         raise
     return connection
 
 
-def _looked_up(uri: str) -> str:
+def _auth_source_hint(uri: str) -> str:
     _, _, database, _ = split_uri(uri)
     named = options_of(uri).get("authsource")
     source = named or database or "admin"
@@ -96,15 +96,15 @@ def _looked_up(uri: str) -> str:
     )
 
 
-def _prove(client: MongoClient[Any], settings: Settings, writing: bool) -> Connection:
-    with sorted_errors("connect to", settings.hosts):
+def _verify_access(client: MongoClient[Any], settings: Settings, writing: bool) -> Connection:
+    with map_driver_errors("connect to", settings.hosts):
         hello = client.admin.command("hello")
         version = client.server_info()["version"]
     if hello.get("secondary"):
         if client.topology_description.topology_type_name != "Single":
-            raise Unavailable(f"{settings.hosts} has no primary just now")  # an election
+            raise DatabaseUnavailable(f"{settings.hosts} has no primary just now")  # an election
         name = hello["setName"]
-        raise Misconfigured(
+        raise ConfigurationError(
             f"{settings.hosts} is a secondary: name the replica set, with ?replicaSet={name} and "
             "without directConnection, so that the primary is found"
         )
@@ -121,10 +121,10 @@ def _prove(client: MongoClient[Any], settings: Settings, writing: bool) -> Conne
     orders, users = database[settings.orders], database[settings.users]
     # A ping succeeds without credentials, so access is proved by doing what will be done.
     for collection in (orders, users):
-        with sorted_errors("find in", collection.full_name):
+        with map_driver_errors("find in", collection.full_name):
             collection.find_one({"_id": ObjectId()})  # matches nothing: the id is new
     if writing:
-        with sorted_errors("update", users.full_name):
+        with map_driver_errors("update", users.full_name):
             users.update_one({"_id": ObjectId()}, {"$set": {settings.points_field: 0}})
     sharded = hello.get("msg") == "isdbgrid"
     topology = "sharded" if sharded else "replica_set" if "setName" in hello else "standalone"
@@ -141,7 +141,7 @@ def _prove(client: MongoClient[Any], settings: Settings, writing: bool) -> Conne
     )
 
 
-def _outlast_dead_writers(connection: Connection) -> None:
+def _wait_for_orphaned_writes(connection: Connection) -> None:
     """Wait until the server has done the writes that it does for us now, before we have asked.
 
     A service that was killed leaves a few batches on the way; one that landed after our
@@ -152,11 +152,16 @@ def _outlast_dead_writers(connection: Connection) -> None:
     look: list[Document] = [{"$currentOp": {}}, {"$match": ours}, {"$project": {"opid": 1}}]
     deadline = time.monotonic() + _CONNECT_SECONDS
     # A hosted server may not let us look.
-    with sorted_errors("look at the operations of", connection.hosts), suppress(OperationFailure):
+    with (
+        map_driver_errors("look at the operations of", connection.hosts),
+        suppress(OperationFailure),
+    ):
         old = {operation["opid"] for operation in client.admin.aggregate(look)}
         while old:
             if time.monotonic() > deadline:
-                raise Unavailable(f"the server still updates {users} for a service that is gone")
+                raise DatabaseUnavailable(
+                    f"the server still updates {users} for a service that is gone"
+                )
             time.sleep(0.05)
             old &= {operation["opid"] for operation in client.admin.aggregate(look)}
 

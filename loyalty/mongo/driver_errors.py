@@ -8,17 +8,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pymongo.errors import BulkWriteError, ConfigurationError, OperationFailure, PyMongoError
+from pymongo import errors as driver
+from pymongo.errors import BulkWriteError, OperationFailure, PyMongoError
 
 from loyalty.errors import (
-    FailedWrites,
-    Misconfigured,
+    AuthenticationFailed,
+    BulkUpdateErrors,
+    ConfigurationError,
+    DatabaseUnavailable,
     NoPermission,
-    Rejected,
+    QueryTimeout,
     ServiceError,
     SnapshotTooOld,
-    TooSlow,
-    Unavailable,
 )
 from loyalty.recount.customer_ids import Document
 
@@ -35,7 +36,7 @@ _SNAPSHOT_TOO_OLD = 239
 
 
 @contextmanager
-def sorted_errors(doing: str, where: str, *, if_too_slow: str = "") -> Iterator[None]:
+def map_driver_errors(doing: str, where: str, *, if_too_slow: str = "") -> Iterator[None]:
     """Turn whatever the driver raises inside into a ServiceError.
 
     `doing` and `where` name the action for the reader: "find in", "oms_db.orders"; `if_too_slow`
@@ -52,19 +53,19 @@ def _sorted(
 ) -> ServiceError:
     if isinstance(error, BulkWriteError) and error.details["writeErrors"]:
         failed = error.details["writeErrors"]
-        return FailedWrites(
+        return BulkUpdateErrors(
             {e["index"]: f"code {e['code']}, {_one_line(e['errmsg'])}" for e in failed}
         )
     if isinstance(error, OperationFailure):
         return _sorted_failure(error, doing, where, if_too_slow)
     could_not, reason = f"could not {doing} {where}", _one_line(str(error))
     if "SSL handshake failed" in reason:
-        return Misconfigured(f"{could_not}: {reason}; does the server expect TLS, as the URI?")
+        return ConfigurationError(f"{could_not}: {reason}; does the server expect TLS, as the URI?")
     if "[Errno -2]" in reason or "[Errno -5]" in reason:  # getaddrinfo's EAI_NONAME, EAI_NODATA
-        return Unavailable(f"{could_not}: no such host name, or not yet")
+        return DatabaseUnavailable(f"{could_not}: no such host name, or not yet")
     # An OSError: a certificate file that is missing or no certificate.
-    final = isinstance(error, ConfigurationError | OSError) and not _is_about_dns(error)
-    return (Misconfigured if final else Unavailable)(f"{could_not}: {reason}")
+    final = isinstance(error, driver.ConfigurationError | OSError) and not _is_about_dns(error)
+    return (ConfigurationError if final else DatabaseUnavailable)(f"{could_not}: {reason}")
 
 
 def _sorted_failure(
@@ -83,14 +84,14 @@ def _sorted_failure(
             advice += ", or put a user name and password into MONGODB_URI"
         return NoPermission(f"no permission to {doing} {where}: {advice}")
     if code == _BAD_CREDENTIALS or (code == _ATLAS and "bad auth" in reason):
-        return Rejected("the server rejects the user name or password in MONGODB_URI")
+        return AuthenticationFailed("the server rejects the user name or password in MONGODB_URI")
     if code == _MAX_TIME_EXPIRED:
-        return TooSlow(f"{could_not} in time" + (f": {if_too_slow}" if if_too_slow else ""))
+        return QueryTimeout(f"{could_not} in time" + (f": {if_too_slow}" if if_too_slow else ""))
     if code == _SNAPSHOT_TOO_OLD:
         return SnapshotTooOld(f"{could_not}: {reason} (code {code})")
     if code in _UNSUPPORTED:
-        return Misconfigured(f"this server does not support what the service needs: {reason}")
-    sort = Misconfigured if code in {*_FINAL, _ATLAS} else Unavailable
+        return ConfigurationError(f"this server does not support what the service needs: {reason}")
+    sort = ConfigurationError if code in {*_FINAL, _ATLAS} else DatabaseUnavailable
     return sort(f"{could_not}: {reason} (code {code})")
 
 

@@ -10,22 +10,24 @@ from typing import Any
 from bson import ObjectId, Timestamp
 
 from config import Settings
-from loyalty.concurrency import Moved, Progress, overlapping, still
+from loyalty.concurrency import Progress, ProgressCallback, ignore_progress, map_ordered
 from loyalty.errors import SnapshotTooOld
 from loyalty.mongo.connection import Connection
-from loyalty.mongo.driver_errors import sorted_errors
-from loyalty.recount.customer_ids import spellings
-from loyalty.recount.index import COLLATION, Plan, plan_of
+from loyalty.mongo.driver_errors import map_driver_errors
+from loyalty.recount.customer_ids import indexable_variants
+from loyalty.recount.index import COLLATION, Plan, inspect_plan
 from loyalty.recount.partitions import Range, edges, ranges
-from loyalty.recount.pipeline import OddForm, Right, Row, Scope, pipeline, rows
+from loyalty.recount.pipeline import CustomerCount, OddForm, Scope, UpToDate, pipeline, rows
 from loyalty.recount.spool import Spool
 
 log = logging.getLogger("loyalty")
 
-_ROWS = 5_000  # in one answer of the server; its own limit of 16 MB becomes 100 MB in Python
-_AHEAD = 8  # ranges: where a few customers order a lot, one takes several times as long as others
+ROWS_PER_BATCH = (
+    5_000  # in one answer of the server; its own limit of 16 MB becomes 100 MB in Python
+)
+PREFETCH = 8  # ranges: where a few customers order a lot, one takes several times as long as others
 _ODD_CUSTOMERS = 10_000
-_FORMS = 4_000  # in one aggregation, the canonical ids among them
+MAX_IDS_PER_QUERY = 4_000  # in one aggregation, the canonical ids among them
 
 
 Customers = Sequence[tuple[Any, Sequence[Any]]]
@@ -36,7 +38,7 @@ class TooManyOddForms(Exception):
     """So many that everyone is to be counted in one piece, where all forms of an id meet."""
 
 
-def snapshot_time(connection: Connection, at: Timestamp | None = None) -> Timestamp | None:
+def pin_cluster_time(connection: Connection, at: Timestamp | None = None) -> Timestamp | None:
     """Return the newest time that everything can be read at, or `at` once it can be read at that.
 
     None if the server has no such thing.
@@ -46,7 +48,7 @@ def snapshot_time(connection: Connection, at: Timestamp | None = None) -> Timest
         return None
     concern = {"level": "snapshot"} if at is None else {"level": "snapshot", "atClusterTime": at}
     read = {"find": users.name, "filter": {"_id": ObjectId()}, "singleBatch": True}
-    with sorted_errors("find in", users.full_name):
+    with map_driver_errors("find in", users.full_name):
         reply = users.database.command({**read, "readConcern": concern})
         moment: Timestamp | None = reply["cursor"].get("atClusterTime")
         # A collection that does not exist has no snapshot, only a last operation before it. If
@@ -64,68 +66,72 @@ class Count:
     """
 
     def __init__(
-        self, connection: Connection, settings: Settings, started_at: datetime, moved: Moved = still
+        self,
+        connection: Connection,
+        settings: Settings,
+        started_at: datetime,
+        on_progress: ProgressCallback = ignore_progress,
     ) -> None:
         self.as_of = started_at
         self.cluster_time: Timestamp | None = None
-        self.first_time: Timestamp | None = None
+        self.oldest_snapshot: Timestamp | None = None
         self.exact = False
         self.odd_forms: dict[ObjectId, set[str]] = {}
         self.knows_odd_forms = True
-        self.finds_customers = False
+        self.has_customer_index = False
         self._connection = connection
         self._settings = settings
-        self._moved = moved
+        self._moved = on_progress
         self._plan = Plan()
 
-    def of_everyone(
-        self, *, at: Timestamp | None = None, in_one_piece: bool = False
-    ) -> Iterator[Row | Right]:
+    def count_all(
+        self, *, at: Timestamp | None = None, single_query: bool = False
+    ) -> Iterator[CustomerCount | UpToDate]:
         """Count everyone, in ranges where the index allows it. Raises TooManyOddForms then."""
-        self._pin(at)
+        self._pin_snapshot(at)
         self.exact = self.cluster_time is not None
         # After that: no array has been in an index at the pinned time if none has been by now.
-        self._plan = plan_of(self._connection.orders, self._settings)
-        self.finds_customers = self._plan.ranges
-        if self._plan.ranges and not in_one_piece:
+        self._plan = inspect_plan(self._connection.orders, self._settings)
+        self.has_customer_index = self._plan.ranges
+        if self._plan.ranges and not single_query:
             yield from self._in_ranges(ranges(self._edges()))
         else:
             self.knows_odd_forms = False
             yield from self._in_scope(Scope())
 
-    def of_customers(
-        self, customers: Customers, *, at: Timestamp | None = None, with_right: bool = False
-    ) -> Iterator[Row | Right]:
+    def count_customers(
+        self, customers: Customers, *, at: Timestamp | None = None, include_up_to_date: bool = False
+    ) -> Iterator[CustomerCount | UpToDate]:
         """Count some customers, as of `at` or later.
 
         With `with_right`, those who are right come as rows, too.
         """
-        self._pin(at)
+        self._pin_snapshot(at)
         self.exact = self.cluster_time is not None
-        yield from self._of_customers(customers, with_right=with_right)
+        yield from self._of_customers(customers, include_up_to_date=include_up_to_date)
 
-    def _pin(self, at: Timestamp | None) -> None:
+    def _pin_snapshot(self, at: Timestamp | None) -> None:
         """Let everything from now on be read as of one point in time: `at`, or later."""
-        moment = snapshot_time(self._connection)
+        moment = pin_cluster_time(self._connection)
         if at is not None and moment is not None and moment < at:  # a new primary may be behind
-            moment = snapshot_time(self._connection, at)
+            moment = pin_cluster_time(self._connection, at)
         if self.cluster_time is None and moment is not None:
             self.as_of = moment.as_datetime()
-            self.first_time = moment
+            self.oldest_snapshot = moment
         self.cluster_time = moment
 
     def _edges(self) -> list[Any]:
-        with sorted_errors("find in", self._connection.users.full_name):
+        with map_driver_errors("find in", self._connection.users.full_name):
             return edges(self._connection.users)
 
-    def _in_ranges(self, cut: Sequence[Range]) -> Iterator[Row | Right]:
+    def _in_ranges(self, cut: Sequence[Range]) -> Iterator[CustomerCount | UpToDate]:
         progress = Progress("counting", len(cut), self._moved)
         done = done_at_pin = 0
         while done < len(cut):
-            scopes = (Scope(part, apart=part.of_text) for part in cut[done:])
+            scopes = (Scope(part, apart=part.is_string_partition) for part in cut[done:])
             try:
                 workers = self._settings.count_workers
-                with overlapping(self._ask, scopes, workers, ahead=_AHEAD) as answers:
+                with map_ordered(self._aggregate, scopes, workers, prefetch=PREFETCH) as answers:
                     for answer in answers:
                         with answer:
                             yield from self._rows_of_range(answer)
@@ -136,20 +142,20 @@ class Count:
                     raise  # one range alone takes longer than the server keeps a snapshot
                 log.warning('counting_on done=%d total=%d error="%s"', done, len(cut), error)
                 done_at_pin = done
-                self._go_on_at_a_new_time()
+                self._restart_snapshot()
         try:  # as a list: all of them, or none
             odd = list(self._rows_of_odd_customers())
         except SnapshotTooOld:
-            self._go_on_at_a_new_time()
+            self._restart_snapshot()
             odd = list(self._rows_of_odd_customers())
         yield from odd
 
-    def _go_on_at_a_new_time(self) -> None:
+    def _restart_snapshot(self) -> None:
         """Count each customer as of one point in time still, but not all as of the same."""
         self.exact = False
-        self._pin(self.cluster_time)
+        self._pin_snapshot(self.cluster_time)
 
-    def _rows_of_range(self, spool: Spool) -> Iterator[Row | Right]:
+    def _rows_of_range(self, spool: Spool) -> Iterator[CustomerCount | UpToDate]:
         """Yield the rows of a range, but for the customers of whom odd forms are known.
 
         An odd form is never in a later range than its customer, and in the same it comes first.
@@ -160,38 +166,40 @@ class Count:
                     self.odd_forms.setdefault(ObjectId(row.text), set()).add(row.text)
                     if len(self.odd_forms) > _ODD_CUSTOMERS:
                         raise TooManyOddForms
-                elif isinstance(row, Right) or not self._has_odd_forms(row.customer):
+                elif isinstance(row, UpToDate) or not self._has_odd_forms(row.customer):
                     yield row
 
     def _has_odd_forms(self, customer: Any) -> bool:
         return isinstance(customer, ObjectId) and customer in self.odd_forms
 
-    def _rows_of_odd_customers(self) -> Iterator[Row | Right]:
+    def _rows_of_odd_customers(self) -> Iterator[CustomerCount | UpToDate]:
         """Count the customers with odd forms by themselves, and take back what is in the sums."""
         counted = [(customer, [customer, str(customer)]) for customer in self.odd_forms]
         for row in self._of_customers(counted):
-            if isinstance(row, Right):
-                yield Right(-row.orders, -row.users, -row.holders)
-        whole = [(own, [*spellings(own), *forms]) for own, forms in self.odd_forms.items()]
+            if isinstance(row, UpToDate):
+                yield UpToDate(-row.orders, -row.users, -row.users_with_points_before)
+        whole = [(own, [*indexable_variants(own), *forms]) for own, forms in self.odd_forms.items()]
         yield from self._of_customers(whole)
 
     def _of_customers(
-        self, customers: Customers, *, with_right: bool = False
-    ) -> Iterator[Row | Right]:
-        for chosen in _portions(customers):
+        self, customers: Customers, *, include_up_to_date: bool = False
+    ) -> Iterator[CustomerCount | UpToDate]:
+        for chosen in _chunks(customers):
             forms = [form for _, forms in chosen for form in forms]
             found = Range([[{"$in": forms}]] if forms else [[]])
             own = [customer for customer, _ in chosen]
-            yield from self._in_scope(Scope(found, customers=own, with_right=with_right))
+            yield from self._in_scope(
+                Scope(found, customers=own, include_up_to_date=include_up_to_date)
+            )
 
-    def _in_scope(self, scope: Scope) -> Iterator[Row | Right]:
-        with self._ask(scope) as spool:
+    def _in_scope(self, scope: Scope) -> Iterator[CustomerCount | UpToDate]:
+        with self._aggregate(scope) as spool:
             for answer in spool:
                 for row in rows(answer):
                     assert not isinstance(row, OddForm)  # that is for ranges
                     yield row
 
-    def _ask(self, scope: Scope) -> Spool:
+    def _aggregate(self, scope: Scope) -> Spool:
         """Return all answers of the server, so that a range is counted as a whole or not at all."""
         orders, spool = self._connection.orders, Spool()
         concern: dict[str, Any] = {}
@@ -202,11 +210,11 @@ class Count:
         advice = "raise COUNT_TIMEOUT"
         if not self._plan.ranges:
             advice += ", or make the index with --create-index"
-        with sorted_errors("find in", orders.full_name, if_too_slow=advice):
+        with map_driver_errors("find in", orders.full_name, if_too_slow=advice):
             answers = orders.aggregate_raw_batches(
                 pipeline(self._settings, scope, arrays=self._plan.arrays),
                 allowDiskUse=True,
-                batchSize=_ROWS,
+                batchSize=ROWS_PER_BATCH,
                 collation=COLLATION,
                 maxTimeMS=self._settings.count_ms,
                 **concern,
@@ -217,14 +225,14 @@ class Count:
         return spool
 
 
-def _portions(customers: Customers) -> Iterator[Customers]:
+def _chunks(customers: Customers) -> Iterator[Customers]:
     """Cut so that no aggregation asks for many more than so many forms."""
     portion: list[tuple[Any, Sequence[Any]]] = []
     size = 0
     for customer, forms in customers:
         portion.append((customer, forms))
         size += 1 + len(forms)
-        if size >= _FORMS and forms:
+        if size >= MAX_IDS_PER_QUERY and forms:
             yield portion
             portion, size = [], 0
     if portion:

@@ -55,19 +55,19 @@ def is_hex_id(value: Any) -> bool:
     return isinstance(value, str) and ObjectId.is_valid(value)
 
 
-def canonical_of(value: Any) -> Any:
+def canonicalize(value: Any) -> Any:
     """Return the canonical form of an id, as `canonical` has it."""
     return ObjectId(value) if is_hex_id(value) else value
 
 
-def spellings(customer: Any) -> list[Any]:
+def indexable_variants(customer: Any) -> list[Any]:
     """Return the forms of a canonical id that an index finds at once; mixed case is another."""
     if isinstance(customer, ObjectId):
         return [customer, str(customer), str(customer).upper()]
     return [customer]
 
 
-def forms_of(text: str) -> list[tuple[Any, list[Any]]]:
+def parse_id_argument(text: str) -> list[tuple[Any, list[Any]]]:
     """Return the canonical ids that `text` may mean, each with what finds all its forms.
 
     It may mean a text, a number, a UUID or an ObjectId.
@@ -98,7 +98,7 @@ def any_case(customer: ObjectId) -> list[bson.Regex[str]]:
     return [bson.Regex("^" + "".join(case)) for case in cases]
 
 
-def decoded(answer: bytes) -> Sequence[Document]:
+def decode_documents(answer: bytes) -> Sequence[Document]:
     """Return the documents in an answer of the server; undecoded where one is not for Python."""
     try:
         return bson.decode_all(answer, _PLAIN)
@@ -106,7 +106,7 @@ def decoded(answer: bytes) -> Sequence[Document]:
         return bson.decode_all(answer, RAW)
 
 
-def value_of(document: Document, key: str) -> Any:
+def get_value(document: Document, key: str) -> Any:
     """Return a value of a `decoded` document, None if there is none, or UNREADABLE."""
     try:
         value = document.get(key)
@@ -115,7 +115,7 @@ def value_of(document: Document, key: str) -> Any:
         return UNREADABLE
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """Return a value for a person to read, on one short line."""
     if value is None:
         return "none"
@@ -125,7 +125,7 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def number_in(stored: Any) -> float:
+def numeric_or_zero(stored: Any) -> float:
     """Return the points that a user holds; 0 if what is stored is no number."""
     if isinstance(stored, Decimal128):
         stored = stored.to_decimal()

@@ -10,9 +10,9 @@ from typing import Any
 from pymongo.collection import Collection
 
 from config import Settings
-from loyalty.errors import Misconfigured, ServiceError
-from loyalty.mongo.driver_errors import sorted_errors
-from loyalty.recount.customer_ids import Document, shown
+from loyalty.errors import ConfigurationError, ServiceError
+from loyalty.mongo.driver_errors import map_driver_errors
+from loyalty.recount.customer_ids import Document, format_value
 
 COLLATION = {"locale": "simple"}  # whatever the collections' own: exactly `Shipped`
 
@@ -28,17 +28,17 @@ class Plan:
     """Whether an index leads to the orders of a range; without, each would read all of them."""
     arrays: bool = True
     """Whether a status may be an array, so that each has to be looked at."""
-    fetches: bool = True
+    needs_fetch: bool = True
     """Whether orders are fetched, and not only the index read."""
-    spoilt: bool = False
+    multikey: bool = False
     """Whether the index is there, but some order has held an array in one of its fields."""
 
     @property
     def advice(self) -> str:
         """What to do about the index; "" if nothing."""
         if self.ranges and not self.arrays:
-            return "there; orders are fetched all the same" if self.fetches else ""
-        if self.spoilt:
+            return "there; orders are fetched all the same" if self.needs_fetch else ""
+        if self.multikey:
             return (
                 "there, but not used, as if an order had once held an array: drop it, and make it "
                 "again with --create-index"
@@ -46,12 +46,12 @@ class Plan:
         return "none that serves a recount: make it with --create-index"
 
 
-def keys_of(settings: Settings) -> list[tuple[str, int]]:
+def index_keys(settings: Settings) -> list[tuple[str, int]]:
     """Return the keys of the index."""
     return [(settings.status_field, 1), (settings.customer_field, 1)]
 
 
-def plan_of(orders: Collection[Any], settings: Settings) -> Plan:
+def inspect_plan(orders: Collection[Any], settings: Settings) -> Plan:
     """Ask the server how it would read a range; the worst case where it does not say.
 
     An index knows of each of its fields whether any order has ever held an array there.
@@ -68,19 +68,23 @@ def plan_of(orders: Collection[Any], settings: Settings) -> Plan:
         "collation": COLLATION,
     }
     try:
-        with sorted_errors("find in", orders.full_name):
+        with map_driver_errors("find in", orders.full_name):
             reply = orders.database.command("explain", asked, verbosity="queryPlanner")
     except ServiceError:  # the count itself will say what is wrong
         return Plan()
-    stages = list(_stages(reply))
-    scans = [stage.get("multiKeyPaths", {}) for stage in stages if stage["stage"] == "IXSCAN"]
-    if not scans or any(stage["stage"] == "COLLSCAN" for stage in stages):
+    change_stream_pipeline = list(_stages(reply))
+    scans = [
+        stage.get("multiKeyPaths", {})
+        for stage in change_stream_pipeline
+        if stage["stage"] == "IXSCAN"
+    ]
+    if not scans or any(stage["stage"] == "COLLSCAN" for stage in change_stream_pipeline):
         return Plan()
     return Plan(
         ranges=all(scan.get(settings.customer_field) == [] for scan in scans),
         arrays=any(scan.get(settings.status_field) != [] for scan in scans),
-        fetches=any(stage["stage"] == "FETCH" for stage in stages),
-        spoilt=any(any(scan.values()) for scan in scans if settings.customer_field in scan),
+        needs_fetch=any(stage["stage"] == "FETCH" for stage in change_stream_pipeline),
+        multikey=any(any(scan.values()) for scan in scans if settings.customer_field in scan),
     )
 
 
@@ -97,38 +101,38 @@ def _stages(plan: Any) -> Iterator[Document]:
             yield from _stages(part)
 
 
-def advice_on_index(orders: Collection[Any], settings: Settings) -> str:
+def missing_index_hint(orders: Collection[Any], settings: Settings) -> str:
     """Return what to do where `orders` is large and no index leads to a customer's; else ""."""
-    with suppress(ServiceError), sorted_errors("count", orders.full_name):
+    with suppress(ServiceError), map_driver_errors("count", orders.full_name):
         if orders.estimated_document_count() > _LARGE:
-            plan = plan_of(orders, settings)
+            plan = inspect_plan(orders, settings)
             return "" if plan.ranges else plan.advice
     return ""
 
 
 def create_index(orders: Collection[Any], settings: Settings) -> str:
     """Make the index, if it is not there, and return its name. Raises ServiceError."""
-    with sorted_errors("find", orders.full_name):
+    with map_driver_errors("find", orders.full_name):
         there = orders.database.list_collection_names(authorizedCollections=True)
     if orders.name not in there:
-        raise Misconfigured(f"there is no collection {orders.full_name} to make an index on")
+        raise ConfigurationError(f"there is no collection {orders.full_name} to make an index on")
     try:
-        with sorted_errors("create an index on", orders.full_name):
-            return orders.create_index(keys_of(settings), collation=COLLATION)
+        with map_driver_errors("create an index on", orders.full_name):
+            return orders.create_index(index_keys(settings), collation=COLLATION)
     except ServiceError as error:
         if getattr(error.__cause__, "code", None) != _PARALLEL_ARRAYS:
             raise
-        both = {"$and": [{"$or": array_in(field)} for field, _ in keys_of(settings)]}
-        with sorted_errors("find in", orders.full_name):
-            found = [shown(order["_id"]) for order in orders.find(both, {"_id": 1}).limit(5)]
+        both = {"$and": [{"$or": array_conditions(field)} for field, _ in index_keys(settings)]}
+        with map_driver_errors("find in", orders.full_name):
+            found = [format_value(order["_id"]) for order in orders.find(both, {"_id": 1}).limit(5)]
         names = f"{settings.status_field} and {settings.customer_field}"
-        raise Misconfigured(
+        raise ConfigurationError(
             f"no index can be made on {orders.full_name} while an order holds arrays in both "
             f"{names}, such as the order with _id {', '.join(found)}"
         ) from error
 
 
-def array_in(field: str) -> list[Document]:
+def array_conditions(field: str) -> list[Document]:
     """Return conditions, one of which is true of a document with an array in `field`, or above."""
     parts = field.split(".")
     return [{".".join(parts[:n]): {"$type": "array"}} for n in range(1, len(parts) + 1)]

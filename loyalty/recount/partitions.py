@@ -16,7 +16,7 @@ from typing import Any
 from bson import Binary, ObjectId
 from pymongo.collection import Collection
 
-from loyalty.recount.customer_ids import RAW, UNREADABLE, Document, is_hex_id, value_of
+from loyalty.recount.customer_ids import RAW, UNREADABLE, Document, get_value, is_hex_id
 
 USERS = 25_000
 """How many users make a range: few enough that neither the server nor we need the disk, and that
@@ -37,7 +37,7 @@ class Range:
     """What an id must satisfy: all operators of at least one of `intervals`, each an index scan."""
 
     intervals: Sequence[Sequence[Document]]
-    of_text: bool = False
+    is_string_partition: bool = False
     """Whether all ids in it are texts and ObjectIds."""
 
 
@@ -50,7 +50,7 @@ def edges(users: Collection[Any], size: int = USERS) -> list[Any]:
         if found:
             step = step.min([("_id", found[-1])])
         document = next(step, None)
-        if document is None or (edge := value_of(document, "_id")) is UNREADABLE:
+        if document is None or (edge := get_value(document, "_id")) is UNREADABLE:
             return found  # after an id that Python cannot hold, one long range
         found.append(edge)
 
@@ -111,13 +111,13 @@ def _interval(kind: str, low: Any, high: Any) -> list[Document]:
 def _of_text(low: str | None, high: str | None) -> Range:
     """Return the range of the texts from `low` to `high`, and of the ObjectIds that they spell."""
     intervals = [_interval("text", low, high)]
-    first, last = first_spelt(low or ""), first_spelt(high) if high else None
+    first, last = first_object_id_from(low or ""), first_object_id_from(high) if high else None
     if first is not None:
         intervals.append(_interval("objectid", first, last))
-    return Range(intervals, of_text=True)
+    return Range(intervals, is_string_partition=True)
 
 
-def first_spelt(text: str) -> ObjectId | None:
+def first_object_id_from(text: str) -> ObjectId | None:
     """Return the first ObjectId whose 24 digits are `text` or come after it, if there is one.
 
     That is a900…0 for "a9", b000…0 for "a~", and none for "g".

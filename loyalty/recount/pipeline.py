@@ -10,7 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from config import Settings
-from loyalty.recount.customer_ids import NO_CUSTOMER, Document, canonical, decoded, value_of
+from loyalty.recount.customer_ids import (
+    NO_CUSTOMER,
+    Document,
+    canonical,
+    decode_documents,
+    get_value,
+)
 from loyalty.recount.partitions import Range
 
 
@@ -23,7 +29,7 @@ class User:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class CustomerCount:
     """A customer: the counted orders under all forms of the id, and the users it refers to."""
 
     customer: Any
@@ -32,12 +38,12 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Right:
+class UpToDate:
     """All customers whose users hold the right points already: how many there are, in sum."""
 
     orders: int
     users: int
-    holders: int
+    users_with_points_before: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +65,7 @@ class Scope:
     range: Range = Range([[]])  # noqa: RUF009 -- it is immutable
     apart: bool = False
     customers: Sequence[Any] = ()
-    with_right: bool = False
+    include_up_to_date: bool = False
 
 
 def pipeline(settings: Settings, scope: Scope, *, arrays: bool) -> list[Document]:
@@ -80,7 +86,13 @@ def pipeline(settings: Settings, scope: Scope, *, arrays: bool) -> list[Document
     if scope.apart:
         key["odd"] = "$_id.odd"
     compared: list[Document] = [
-        {"$set": {"right": {"$literal": False} if scope.with_right else _is_right(settings)}},
+        {
+            "$set": {
+                "right": {"$literal": False}
+                if scope.include_up_to_date
+                else _is_up_to_date(settings)
+            }
+        },
         {
             "$group": {  # of those who are right, only sums come back
                 "_id": key,
@@ -100,8 +112,8 @@ def pipeline(settings: Settings, scope: Scope, *, arrays: bool) -> list[Document
     return counted + compared
 
 
-def _union(collection: str, stages: list[Document]) -> Document:
-    return {"$unionWith": {"coll": collection, "pipeline": stages}}
+def _union(collection: str, change_stream_pipeline: list[Document]) -> Document:
+    return {"$unionWith": {"coll": collection, "pipeline": change_stream_pipeline}}
 
 
 def _orders(
@@ -148,7 +160,7 @@ def _customer(scope: Scope, nothing: Any) -> Document:
     return {"$let": {"vars": {"customer": plain}, "in": key}}
 
 
-def _is_right(settings: Settings) -> Document:
+def _is_up_to_date(settings: Settings) -> Document:
     points = {"$multiply": ["$orders", settings.points_per_order]}
     is_right = {
         "$and": [
@@ -165,17 +177,17 @@ def _is_right(settings: Settings) -> Document:
     }
 
 
-def rows(answer: bytes) -> Iterator[Row | Right | OddForm]:
+def rows(answer: bytes) -> Iterator[CustomerCount | UpToDate | OddForm]:
     """Read an answer of the server to a `pipeline`."""
-    for document in decoded(answer):
+    for document in decode_documents(answer):
         key, orders = document["_id"], document["orders"]
-        customer, odd = value_of(key, "customer"), value_of(key, "odd")
-        if value_of(key, "right") is True:
-            yield Right(orders, document["number"], document["holders"])
+        customer, odd = get_value(key, "customer"), get_value(key, "odd")
+        if get_value(key, "right") is True:
+            yield UpToDate(orders, document["number"], document["holders"])
         elif isinstance(odd, str):
             yield OddForm(odd)
         else:
             users = [
-                User(user["key"], value_of(user["stored"], "points")) for user in document["users"]
+                User(user["key"], get_value(user["stored"], "points")) for user in document["users"]
             ]
-            yield Row(customer, orders, users)
+            yield CustomerCount(customer, orders, users)

@@ -13,14 +13,14 @@ from bson import ObjectId, Timestamp
 
 from config import Settings
 from loyalty import report
-from loyalty.concurrency import Moved, still
-from loyalty.errors import Refused, ServiceError, TooSlow, Unavailable
+from loyalty.concurrency import ProgressCallback, ignore_progress
+from loyalty.errors import DatabaseUnavailable, QueryTimeout, RecountRefused, ServiceError
 from loyalty.history import History
 from loyalty.mongo.connection import Connection, connect
 from loyalty.recount.counter import Count, Customers, TooManyOddForms
-from loyalty.recount.index import advice_on_index
-from loyalty.recount.statuses import mistaken_status
-from loyalty.recount.tally import Recount, Result, Totals
+from loyalty.recount.index import missing_index_hint
+from loyalty.recount.statuses import check_statuses
+from loyalty.recount.tally import Result, Tally, Totals
 from loyalty.recount.updates import Changes
 
 log = logging.getLogger("loyalty")
@@ -28,26 +28,28 @@ log = logging.getLogger("loyalty")
 _COUNT_ATTEMPTS = 3
 
 
-def open_shop(settings: Settings, *, writing: bool, recording: bool = True) -> Connection:
+def connect_and_verify(settings: Settings, *, writing: bool, recording: bool = True) -> Connection:
     """Connect, prove that the server can do what a recount needs, and say what is to be known.
 
     `recording`: if it is for writing, then records must have a place of their own, too.
     """
     connection = connect(settings, writing=writing)
     log.info("connected %s", connection.description)
-    if connection.inexact:
+    if connection.snapshot_unsupported_reason:
         log.warning(
             "not_exact %s cannot read as of one point in time: an order that changes during a "
             "recount may be missed or counted twice",
-            connection.inexact,
+            connection.snapshot_unsupported_reason,
         )
-    if advice := advice_on_index(connection.orders, settings):
+    if advice := missing_index_hint(connection.orders, settings):
         fields = f"{{{settings.status_field}, {settings.customer_field}}}"
         log.warning("no_index %s on %s: %s", fields, connection.orders.full_name, advice)
     try:
         nobody = ObjectId()
-        with suppress(Unavailable):  # the first recount will say that, and try again
-            list(Count(connection, settings, datetime.now(UTC)).of_customers([(nobody, [nobody])]))
+        with suppress(DatabaseUnavailable):  # the first recount will say that, and try again
+            list(
+                Count(connection, settings, datetime.now(UTC)).count_customers([(nobody, [nobody])])
+            )
         if writing and recording:
             History(connection.recounts).check()
     except BaseException:
@@ -57,7 +59,7 @@ def open_shop(settings: Settings, *, writing: bool, recording: bool = True) -> C
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class RecountRequest:
     """A recount that is wanted: of everyone, or of some `customers`; as of `at` or later."""
 
     customers: Customers | None = None
@@ -68,15 +70,15 @@ class Task:
     """Says why it is refused, in place of the guard of full recounts."""
 
 
-EVERYONE = Task()
+FULL_RECOUNT = RecountRequest()
 
 
-def perform(
+def run_recount(
     connection: Connection,
     settings: Settings,
     history: History,
-    task: Task = EVERYONE,
-    moved: Moved = still,
+    task: RecountRequest = FULL_RECOUNT,
+    on_progress: ProgressCallback = ignore_progress,
 ) -> Result:
     """Do one recount.
 
@@ -93,24 +95,24 @@ def perform(
     recorded = task.write and task.customers is None
     try:
         with Changes(settings.batch_size, settings.points_field) as changes:
-            _count(connection, settings, task, changes, result, moved)
+            _count(connection, settings, task, changes, result, on_progress)
             if task.write and result.refusal and not task.force:
-                raise Refused(result.refusal)
+                raise RecountRefused(result.refusal)
             totals = result.totals
-            if totals.other_values and task.customers is None:
+            if totals.non_numeric_values and task.customers is None:
                 log.warning(
                     "values_replaced %d users hold something else in %s, such as %s",
-                    *(totals.other_values, settings.points_field, totals.other_value),
+                    *(totals.non_numeric_values, settings.points_field, totals.other_value),
                 )
             if recorded and totals.decreased and history.is_empty():
                 result.warning = f"from {totals.losers}, as this is the first recount"
             if recorded and result.warning:  # before it happens
                 log.warning("points_taken %s", result.warning)
             if task.write:
-                result.refusing = changes.write(connection.users, moved)
+                result.refusing = changes.write(connection.users, on_progress)
         result.outcome = "incomplete" if result.refusing.reasons else "succeeded"
     except Exception as error:
-        result.outcome = "refused" if isinstance(error, Refused) else "failed"
+        result.outcome = "refused" if isinstance(error, RecountRefused) else "failed"
         # The text of an exception that is not ours could hold anything.
         result.error = str(error) if isinstance(error, ServiceError) else type(error).__name__
         result.seconds = time.monotonic() - clock
@@ -129,45 +131,49 @@ def perform(
 def _count(
     connection: Connection,
     settings: Settings,
-    task: Task,
+    task: RecountRequest,
     changes: Changes,
     result: Result,
-    moved: Moved,
+    on_progress: ProgressCallback,
 ) -> None:
     """Fill `result` and `changes`. Whatever fails in the middle: all again at a new time."""
-    attempt, in_one_piece = 1, False
+    attempt, single_query = 1, False
     while True:
         changes.clear()
-        recount = Recount(settings, changes.add)
-        count = Count(connection, settings, result.started_at, moved)
+        recount = Tally(settings, changes.add)
+        count = Count(connection, settings, result.started_at, on_progress)
         if task.customers is None:
-            rows = count.of_everyone(at=task.at, in_one_piece=in_one_piece)
+            rows = count.count_all(at=task.at, single_query=single_query)
         else:
-            rows = count.of_customers(task.customers, at=task.at, with_right=True)
+            rows = count.count_customers(task.customers, at=task.at, include_up_to_date=True)
         result.totals = recount.totals
         try:
             for row in rows:
-                recount.take(row)
+                recount.pop_pending(row)
             break
         except TooManyOddForms:
-            in_one_piece = True
+            single_query = True
             log.info("counting_in_one_piece many ids are in capitals or mixed case")
-        except TooSlow:
+        except QueryTimeout:
             raise
-        except Unavailable as error:
+        except DatabaseUnavailable as error:
             # The driver does not retry a cursor that died under it: the primary was killed, say.
             if attempt == _COUNT_ATTEMPTS:
                 raise
             attempt += 1
             log.warning('counting_again attempt=%d error="%s"', attempt, error)
-            moved("")
+            on_progress("")
     totals = recount.totals
-    result.as_of, result.exact, result.first_time = count.as_of, count.exact, count.first_time
+    result.as_of, result.exact, result.oldest_snapshot = (
+        count.as_of,
+        count.exact,
+        count.oldest_snapshot,
+    )
     result.cluster_time = count.cluster_time if count.exact else None
     result.odd_forms = count.odd_forms if count.knows_odd_forms else None
-    result.finds_customers = count.finds_customers
+    result.has_customer_index = count.has_customer_index
     result.refusal = task.guard(totals) if task.guard else recount.refusal()
     result.warning = recount.warning()
     if task.customers is None and not totals.counted_orders:
-        reasons = [result.refusal, mistaken_status(connection, settings)]
+        reasons = [result.refusal, check_statuses(connection, settings)]
         result.refusal = "; ".join(filter(None, reasons)) or None

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Self
 
-from loyalty.errors import NoRoom
+from loyalty.errors import NoTempSpace
 
 MEMORY_BYTES = 2 * 1024 * 1024  # more than that goes to the disk
 _LENGTH = 4
@@ -39,7 +39,9 @@ class Spool:
             self._file.flush()  # or a full disk would show up much later
         except OSError as error:
             where = tempfile.gettempdir()
-            raise NoRoom(f"cannot keep what was counted in {where}: {error.strerror}") from error
+            raise NoTempSpace(
+                f"cannot keep what was counted in {where}: {error.strerror}"
+            ) from error
 
     def __iter__(self) -> Iterator[bytes]:
         self._file.seek(0)

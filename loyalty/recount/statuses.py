@@ -8,25 +8,25 @@ from typing import Any, NamedTuple
 
 from config import Settings
 from loyalty.mongo.connection import Connection
-from loyalty.mongo.driver_errors import sorted_errors
-from loyalty.recount.customer_ids import NO_CUSTOMER, Document, canonical, shown
+from loyalty.mongo.driver_errors import map_driver_errors
+from loyalty.recount.customer_ids import NO_CUSTOMER, Document, canonical, format_value
 from loyalty.recount.index import COLLATION
 
 log = logging.getLogger("loyalty")
 
-_MOST = 1_000
+MAX_STATUSES = 1_000
 _SHOWN = 10
 
 
-def mistaken_status(connection: Connection, settings: Settings) -> str | None:
+def check_statuses(connection: Connection, settings: Settings) -> str | None:
     """Say what statuses there are though no order was counted; return why that is a mistake."""
     known = statuses(connection, settings)
     if any(is_counted(status, settings) for status, _ in known):
         return None  # the first of them has come after the count
-    reason, mistaken = uncounted(known, settings)
+    reason, mistaken = describe_uncounted(known, settings)
     users = connection.users
     counted = {settings.status_field: {"$in": list(settings.order_statuses)}}
-    with sorted_errors("find in", users.full_name):
+    with map_driver_errors("find in", users.full_name):
         swapped = users.find_one(counted, {"_id": 1}, max_time_ms=settings.count_ms)
     if swapped:
         swap = "are ORDERS_COLLECTION and USERS_COLLECTION swapped?"
@@ -37,14 +37,14 @@ def mistaken_status(connection: Connection, settings: Settings) -> str | None:
     return None
 
 
-def uncounted(known: Sequence[tuple[Any, int]], settings: Settings) -> tuple[str, bool]:
+def describe_uncounted(known: Sequence[tuple[Any, int]], settings: Settings) -> tuple[str, bool]:
     """Return what statuses there are instead of ours, and whether that is plainly a mistake.
 
     It is one if some status differs from a counted one only in case or blanks, or none has any.
     """
     listed = ", ".join(f"{shown_status(s)} ({n:,})" for s, n in known[:_SHOWN]) or "no orders"
-    ours = {_folded(status) for status in settings.order_statuses}
-    mistaken = any(isinstance(status, str) and _folded(status) in ours for status, _ in known)
+    ours = {normalize(status) for status in settings.order_statuses}
+    mistaken = any(isinstance(status, str) and normalize(status) in ours for status, _ in known)
     if known and all(status is None for status, _ in known):
         return f"no order has a field {settings.status_field}: is ORDER_STATUS_FIELD right?", True
     reason = f"no order has status {', '.join(settings.order_statuses)}; found: {listed}"
@@ -60,9 +60,9 @@ def statuses(
     grouped += [
         {"$group": {"_id": f"${settings.status_field}", "n": {"$sum": 1}}},
         {"$sort": {"n": -1, "_id": 1}},
-        {"$limit": _MOST},
+        {"$limit": MAX_STATUSES},
     ]
-    with sorted_errors("find in", orders.full_name):
+    with map_driver_errors("find in", orders.full_name):
         found = orders.aggregate(
             grouped, collation=COLLATION, allowDiskUse=True, maxTimeMS=settings.count_ms
         )
@@ -77,10 +77,10 @@ def is_counted(status: Any, settings: Settings) -> bool:
 def shown_status(status: Any) -> str:
     """Return a status for a person, in quotes where that makes a difference."""
     plain = isinstance(status, str) and status == status.strip() != ""
-    return str(status) if plain else shown(status)
+    return str(status) if plain else format_value(status)
 
 
-def _folded(status: str) -> str:
+def normalize(status: str) -> str:
     return "".join(status.split()).casefold()
 
 
@@ -93,7 +93,7 @@ def orders_of(
     """
     orders, status = connection.orders, settings.status_field
     key = {"form": f"${settings.customer_field}", "status": f"${status}"}
-    with sorted_errors("find in", orders.full_name):
+    with map_driver_errors("find in", orders.full_name):
         # To name every status makes the index's second field reachable; null is none, too.
         every = {"$in": [*orders.distinct(status, collation=COLLATION), None]}
         grouped: list[Document] = [
@@ -110,7 +110,7 @@ def orders_of(
         return [(row["_id"]["form"], row["_id"].get("status"), row["n"]) for row in found]
 
 
-class Explained(NamedTuple):
+class OrderBreakdown(NamedTuple):
     """A customer's orders by the form of the id and the status; `why` there are no points."""
 
     id: str
@@ -121,17 +121,17 @@ class Explained(NamedTuple):
 
 
 def explained(
-    settings: Settings, orders: Sequence[tuple[Any, Any, int]], *, of_a_user: bool
-) -> list[Explained]:
+    settings: Settings, orders: Sequence[tuple[Any, Any, int]], *, user_exists: bool
+) -> list[OrderBreakdown]:
     """Say of a customer's orders what they earn; `of_a_user`: whether the id refers to one."""
     rows = []
     for form, status, n in orders:
         points, why = 0, ""
         if not is_counted(status, settings):
             why = f"only {' and '.join(settings.order_statuses)} counts"
-        elif not of_a_user:
-            why = f"no user has the _id {shown(form)}"
+        elif not user_exists:
+            why = f"no user has the _id {format_value(form)}"
         else:
             points = n * settings.points_per_order
-        rows.append(Explained(shown(form), shown_status(status), n, points, why))
+        rows.append(OrderBreakdown(format_value(form), shown_status(status), n, points, why))
     return rows

@@ -15,8 +15,14 @@ from typing import Any, Literal
 from bson import Int64, ObjectId, Timestamp
 
 from config import Settings
-from loyalty.recount.customer_ids import NO_CUSTOMER, Document, number_in, shown, value_of
-from loyalty.recount.pipeline import Right, Row, User
+from loyalty.recount.customer_ids import (
+    NO_CUSTOMER,
+    Document,
+    format_value,
+    get_value,
+    numeric_or_zero,
+)
+from loyalty.recount.pipeline import CustomerCount, UpToDate, User
 
 _GUARD_USERS = 10
 _GUARD_ORDERS = 10
@@ -54,16 +60,16 @@ class Totals:
     """What a recount counted."""
 
     users: int = 0
-    holders: int = 0  # users who held points before
-    holding: int = 0  # users who do after it
+    users_with_points_before: int = 0  # users who held points before
+    users_with_points_after: int = 0  # users who do after it
     counted_orders: int = 0
     changed: int = 0
     increased: int = 0
     decreased: int = 0
-    valued: int = 0  # users who hold anything where points go
-    other_values: int = 0  # of them, those who hold a text or a document, say
+    users_with_a_value: int = 0  # users who hold anything where points go
+    non_numeric_values: int = 0  # of them, those who hold a text or a document, say
     other_value: str = ""
-    zeroed: int = 0  # users who had no points, and get 0
+    initialized_to_zero: int = 0  # users who had no points, and get 0
     unknown_customers: int = 0
     orders_of_unknown_customers: int = 0
     orders_without_customer: int = 0
@@ -73,12 +79,12 @@ class Totals:
     @property
     def losers(self) -> str:
         """Who would lose points, in words."""
-        users = "user" if self.holders == 1 else "users"
-        return f"{self.decreased:,} of the {self.holders:,} {users} with points"
+        users = "user" if self.users_with_points_before == 1 else "users"
+        return f"{self.decreased:,} of the {self.users_with_points_before:,} {users} with points"
 
 
 @dataclass(slots=True)
-class Refusing:
+class FailedUpdates:
     """Users who refused their update (a validator, say): how many, why, and a few of them."""
 
     reasons: Counter[str] = field(default_factory=Counter)
@@ -99,16 +105,16 @@ class Result:
     seconds: float = 0.0
     cluster_time: Timestamp | None = None
     """What everything was read at, if `exact`."""
-    first_time: Timestamp | None = None
+    oldest_snapshot: Timestamp | None = None
     """The oldest time that anything was read at."""
     exact: bool = False
     odd_forms: dict[ObjectId, set[str]] | None = field(default_factory=dict)
     """The ids in capitals or mixed case, by customer; None if they are not known."""
-    finds_customers: bool = False
+    has_customer_index: bool = False
     """Whether an index leads to the orders of one customer."""
     outcome: Outcome = "succeeded"
     totals: Totals = field(default_factory=Totals)
-    refusing: Refusing = field(default_factory=Refusing)
+    refusing: FailedUpdates = field(default_factory=FailedUpdates)
     refusal: str | None = None
     """Why the guard would not let it through."""
     warning: str | None = None
@@ -120,11 +126,11 @@ class Result:
         return self.started_at + timedelta(seconds=self.seconds)
 
     @property
-    def refused_updates(self) -> int:
+    def failed_updates(self) -> int:
         return self.refusing.reasons.total()
 
 
-class Recount:
+class Tally:
     """Takes the rows of one count; `change` gets each user's key and the points to write."""
 
     def __init__(self, settings: Settings, change: Callable[[Document, int], None]) -> None:
@@ -132,15 +138,15 @@ class Recount:
         self._settings = settings
         self._change = change
 
-    def take(self, row: Row | Right) -> None:
+    def pop_pending(self, row: CustomerCount | UpToDate) -> None:
         """Add a row to the totals, and what has to be written to the changes."""
         totals = self.totals
         totals.counted_orders += row.orders
-        if isinstance(row, Right):
+        if isinstance(row, UpToDate):
             totals.users += row.users
-            totals.valued += row.users
-            totals.holders += row.holders
-            totals.holding += row.holders
+            totals.users_with_a_value += row.users
+            totals.users_with_points_before += row.users_with_points_before
+            totals.users_with_points_after += row.users_with_points_before
             return
         for user in row.users:
             self._take_user(user, row.orders * self._settings.points_per_order)
@@ -152,21 +158,21 @@ class Recount:
         totals.unknown_customers += 1
         totals.orders_of_unknown_customers += row.orders
         if len(totals.unknown_sample) < _SAMPLES:
-            totals.unknown_sample.append(shown(row.customer))
+            totals.unknown_sample.append(format_value(row.customer))
 
     def _take_user(self, user: User, after: int) -> None:
         totals, stored = self.totals, user.points
-        before = number_in(stored)
+        before = numeric_or_zero(stored)
         totals.users += 1
-        totals.holders += before > 0
-        totals.holding += after > 0
+        totals.users_with_points_before += before > 0
+        totals.users_with_points_after += after > 0
         totals.increased += after > before
         totals.decreased += after < before
-        totals.zeroed += stored is None and after == 0
-        totals.valued += stored is not None
+        totals.initialized_to_zero += stored is None and after == 0
+        totals.users_with_a_value += stored is not None
         if isinstance(stored, str | list | dict | bytes | bool | ObjectId | datetime):
-            totals.other_values += 1
-            totals.other_value = shown(stored)
+            totals.non_numeric_values += 1
+            totals.other_value = format_value(stored)
         self._keep_if_large(user, abs(after - before), after)
         # Of two users with one customer's id, one may be right.
         if type(stored) not in (int, Int64) or stored != after:
@@ -176,25 +182,31 @@ class Recount:
     def _keep_if_large(self, user: User, size: float, after: int) -> None:
         largest = self.totals.largest
         if len(largest) < _LARGEST or size > largest[0].size:
-            own: Any = value_of(user.key, "_id")
-            heapq.heappush(largest, Change(size, shown(own), shown(user.points), after))
+            own: Any = get_value(user.key, "_id")
+            heapq.heappush(
+                largest, Change(size, format_value(own), format_value(user.points), after)
+            )
             if len(largest) > _LARGEST:
                 heapq.heappop(largest)
 
     def refusal(self) -> str | None:
         """Return why the guard refuses to write what was counted, or None if it does not."""
         totals, percent = self.totals, self._settings.max_decrease_percent
-        if totals.other_values >= _GUARD_USERS and 2 * totals.other_values > totals.valued:
+        if (
+            totals.non_numeric_values >= _GUARD_USERS
+            and 2 * totals.non_numeric_values > totals.users_with_a_value
+        ):
             return (
-                f"{totals.other_values:,} of the {totals.valued:,} users who have "
+                f"{totals.non_numeric_values:,} of the {totals.users_with_a_value:,} users who "
+                f"have "
                 f"{self._settings.points_field} hold something else in it, such as "
                 f"{totals.other_value}, which would be lost: is USER_POINTS_FIELD right? If so, "
                 "let it through once with --once --force"
             )
         earning_nothing = totals.orders_without_customer + totals.orders_of_unknown_customers
         if totals.users and totals.counted_orders == earning_nothing >= _GUARD_ORDERS:
-            return f"{nobody_known(self._settings)} If so, let it through once with --once --force"
-        if not are_many(totals.decreased, totals.holders, percent):
+            return f"{no_matching_users(self._settings)} If so, let it through once with --once --force"
+        if not exceeds_share(totals.decreased, totals.users_with_points_before, percent):
             return None
         return (
             f"{totals.losers} would lose some, more than MAX_DECREASE_PERCENT={percent} allows: "
@@ -205,16 +217,16 @@ class Recount:
     def warning(self) -> str | None:
         """Return what a person should know of this recount though it is not refused."""
         totals = self.totals
-        many = are_many(totals.decreased, totals.holders, FEW_PERCENT)
+        many = exceeds_share(totals.decreased, totals.users_with_points_before, FEW_PERCENT)
         return f"from {totals.losers}" if many else None
 
 
-def are_many(losers: int, holders: int, percent: int) -> bool:
+def exceeds_share(losers: int, users_with_points_before: int, percent: int) -> bool:
     """Return whether so many who lose points are more than `percent` of those who hold some."""
-    return losers >= _GUARD_USERS and 100 * losers > percent * holders
+    return losers >= _GUARD_USERS and 100 * losers > percent * users_with_points_before
 
 
-def nobody_known(settings: Settings) -> str:
+def no_matching_users(settings: Settings) -> str:
     """Return what is said where no order that counts refers to a user."""
     return (
         "no order that counts refers to a user: are ORDER_CUSTOMER_FIELD="

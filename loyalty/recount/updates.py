@@ -13,12 +13,12 @@ from bson.raw_bson import RawBSONDocument
 from pymongo import UpdateMany, UpdateOne
 from pymongo.collection import Collection
 
-from loyalty.concurrency import Moved, Progress, overlapping
-from loyalty.errors import FailedWrites, Unavailable
-from loyalty.mongo.driver_errors import sorted_errors
-from loyalty.recount.customer_ids import RAW, UNREADABLE, Document, shown, value_of
+from loyalty.concurrency import Progress, ProgressCallback, map_ordered
+from loyalty.errors import BulkUpdateErrors, DatabaseUnavailable
+from loyalty.mongo.driver_errors import map_driver_errors
+from loyalty.recount.customer_ids import RAW, UNREADABLE, Document, format_value, get_value
 from loyalty.recount.spool import Spool
-from loyalty.recount.tally import Refusing
+from loyalty.recount.tally import FailedUpdates
 
 _SAMPLES = 5
 _WRITERS = 8
@@ -58,7 +58,7 @@ class Changes:
 
     def add(self, key: Document, points: int) -> None:
         """Add a user, given as `{_id}`. Raises NoRoom."""
-        own = value_of(key, "_id")
+        own = get_value(key, "_id")
         if own is UNREADABLE:
             self._unreadable.append({"q": key, "n": points})
         else:
@@ -76,14 +76,14 @@ class Changes:
         self._total += self._in_batch
         self._begin_batch()
 
-    def write(self, users: Collection[Any], moved: Moved) -> Refusing:
+    def write(self, users: Collection[Any], on_progress: ProgressCallback) -> FailedUpdates:
         """Set the points, and return who refused. Raises ServiceError."""
         if self._in_batch:
             self._end_batch()
-        refusing = Refusing()
+        refusing = FailedUpdates()
         batches = (bson.decode(batch, RAW) for batch in self._spool)
-        progress = Progress("writing", self._total, moved)
-        with overlapping(partial(_write_batch, users, self._field), batches, _WRITERS) as results:
+        progress = Progress("writing", self._total, on_progress)
+        with map_ordered(partial(_write_batch, users, self._field), batches, _WRITERS) as results:
             for size, reasons, refused in results:
                 refusing.reasons.update(reasons)
                 refusing.sample = (refusing.sample + refused)[:_SAMPLES]
@@ -102,23 +102,25 @@ def _write_batch(
 
     try:
         _bulk_write(users, [UpdateMany(update["q"], setting(update)) for update in updates])
-    except (FailedWrites, Unavailable):
+    except (BulkUpdateErrors, DatabaseUnavailable):
         # A user that refuses ends an UpdateMany, and the driver does not try one again when the
         # primary is lost. One by one the refusing are known, and the driver does try again.
         each = [(one, setting(update)) for update in updates for one in _one_by_one(update["q"])]
         try:
             _bulk_write(users, [UpdateOne(*one) for one in each])
-        except FailedWrites as error:
-            refused = [shown(value_of(each[position][0], "_id")) for position in error.reasons]
+        except BulkUpdateErrors as error:
+            refused = [
+                format_value(get_value(each[position][0], "_id")) for position in error.reasons
+            ]
             return batch["size"], list(error.reasons.values()), refused
     return batch["size"], [], []
 
 
 def _one_by_one(query: Document) -> Iterator[Document]:
-    ids = value_of(query, "_id")
+    ids = get_value(query, "_id")
     yield from [query] if ids is UNREADABLE else ({"_id": own} for own in ids["$in"])
 
 
 def _bulk_write(users: Collection[Any], updates: Sequence[UpdateOne | UpdateMany]) -> None:
-    with sorted_errors("update", users.full_name):
+    with map_driver_errors("update", users.full_name):
         users.bulk_write(updates, ordered=False)
