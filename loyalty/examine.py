@@ -75,7 +75,7 @@ def run_preflight(connection: Connection, settings: Settings) -> PreflightReport
 
 def _collections(connection: Connection, settings: Settings, found: PreflightReport) -> None:
     users, orders = connection.users, connection.orders
-    with map_driver_errors("list the collections of", users.database.name):
+    with map_driver_errors("listCollections", users.database):
         # Of those that the database user may see, to list them takes no permission.
         there = users.database.list_collection_names(authorizedCollections=True)
         limit = {"maxTimeMS": settings.count_ms}
@@ -98,7 +98,7 @@ def _index(connection: Connection, settings: Settings, found: PreflightReport) -
     users_with_points_after = {
         "$or": array_conditions(settings.status_field) + array_conditions(settings.customer_field)
     }
-    with map_driver_errors("look for arrays in", orders.full_name):
+    with map_driver_errors("count", orders):
         n = orders.count_documents(users_with_points_after, maxTimeMS=settings.count_ms)
     if n:
         state = "there, but" if plan.multikey else "not there, and would be"
@@ -118,7 +118,7 @@ def _users(connection: Connection, settings: Settings, found: PreflightReport) -
     sample: list[Document] = [{"$sample": {"size": _USERS}}] if found.sampled else []
     asked: list[Document] = [*sample, {"$group": group}, {"$sort": {"n": -1}}]
     users = connection.users
-    with map_driver_errors("find in", users.full_name):
+    with map_driver_errors("find", users):
         rows = list(users.aggregate(asked, maxTimeMS=settings.count_ms))
     seen = sum(row["n"] for row in rows)
     found.ids = {row["_id"]: _scaled(row["n"], seen, found.users) for row in rows}
@@ -133,7 +133,7 @@ def _orders_by_status(connection: Connection, settings: Settings, found: Preflig
         return
     orders = connection.orders
     one = {settings.status_field: {"$in": list(settings.order_statuses)}}
-    with map_driver_errors("find in", orders.full_name):
+    with map_driver_errors("find", orders):
         rare = orders.find(one, {"_id": 1}, collation=COLLATION, max_time_ms=settings.count_ms)
         if found.sampled and list(rare.limit(1)):
             return
@@ -163,7 +163,7 @@ def _references(connection: Connection, settings: Settings, found: PreflightRepo
         {"$lookup": {**users_of_forms, "as": "users"}},
         {"$project": {"own": 1, "known": {"$ne": ["$users", []]}}},
     ]
-    with map_driver_errors("look up the users of", orders.full_name):
+    with map_driver_errors("aggregate", orders):
         asked = orders.aggregate(looked_up, collation=COLLATION, maxTimeMS=settings.count_ms)
         rows = list(asked)
     counted = sum(n for status, n in found.statuses if is_counted(status, settings))
@@ -201,7 +201,7 @@ def _points(connection: Connection, settings: Settings, found: PreflightReport) 
 def _some_customers(connection: Connection, settings: Settings) -> Customers:
     users = connection.users
     sample: list[Document] = [{"$sample": {"size": _USERS}}, {"$project": {"_id": 1}}]
-    with map_driver_errors("find in", users.full_name):
+    with map_driver_errors("find", users):
         ids = [u["_id"] for u in users.aggregate(sample, maxTimeMS=settings.count_ms)]
     return [(own, indexable_variants(own)) for own in map(canonicalize, ids)]
 

@@ -61,12 +61,11 @@ class History:
         """Write the record of one recount. Failing to is a warning, and only the first time."""
         if self._collection is None:
             return
-        name = self._collection.full_name
         with self.warn_once():
-            with map_driver_errors("insert into", name):
+            with map_driver_errors("insert", self._collection):
                 self._collection.insert_one(OWNER_FILTER | record_of(result))
             if not self._indexed:
-                with map_driver_errors("create the expiry index on", name):
+                with map_driver_errors("createIndex", self._collection):
                     self._collection.create_index(
                         "finished_at",
                         name="loyalty_records_expire",
@@ -81,7 +80,7 @@ class History:
             return
         own = {"_id": f"live {socket.gethostname()}", **OWNER_FILTER}
         values = {**asdict(heartbeat), "outcome": "live", "finished_at": heartbeat.at}
-        with self.warn_once(), map_driver_errors("update", self._collection.full_name):
+        with self.warn_once(), map_driver_errors("update", self._collection):
             self._collection.update_one(own, {"$set": values}, upsert=True)
 
     @contextmanager
@@ -107,7 +106,7 @@ class History:
         name = self._collection.full_name
         hint = "RECOUNTS_COLLECTION must name a collection of its own, which need not exist"
         try:
-            with map_driver_errors("find in", name):
+            with map_driver_errors("find", self._collection):
                 foreign = self._collection.find_one(
                     {"recorded_by": {"$ne": OWNER_FILTER["recorded_by"]}}
                 )
@@ -115,12 +114,9 @@ class History:
                 raise ConfigurationError(f"{name} holds documents that are not this service's")
             # The server looks at permissions first, and whether this is a view; then it turns down
             # an _id that is an array, and an expiry that is negative.
-            with suppress(DatabaseUnavailable), map_driver_errors("insert into", name):
+            with suppress(DatabaseUnavailable), map_driver_errors("insert", self._collection):
                 self._collection.insert_one({"_id": []})
-            with (
-                suppress(DatabaseUnavailable),
-                map_driver_errors("create the expiry index on", name),
-            ):
+            with suppress(DatabaseUnavailable), map_driver_errors("createIndex", self._collection):
                 self._collection.create_index("finished_at", expireAfterSeconds=-1)
         except NoPermission as error:
             return str(error)
@@ -138,7 +134,7 @@ class History:
         """Return the newest records of recounts first. Raises ServiceError."""
         if self._collection is None:
             raise ConfigurationError("RECOUNTS_COLLECTION is empty, so no record is kept")
-        with map_driver_errors("find in", self._collection.full_name):
+        with map_driver_errors("find", self._collection):
             found = self._collection.find({**OWNER_FILTER, **(matching or _RECOUNTS)}, {"_id": 0})
             return list(found.sort("finished_at", -1).limit(limit))
 

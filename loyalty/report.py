@@ -141,7 +141,8 @@ def print_age(age: timedelta | None, interval: timedelta) -> None:
     fresh = is_fresh(age, interval)
     old = timedelta(seconds=int(age.total_seconds()))
     print(
-        f"The points are {format_duration(old)} old: {'fresh, at most' if fresh else 'STALE, more than'} "
+        f"The points are {format_duration(old)} old: "
+        f"{'fresh, at most' if fresh else 'STALE, more than'} "
         f"twice the interval of {format_duration(interval)}"
     )
 

@@ -217,4 +217,7 @@ class Service:
         is_wanted = self._settings.max_decrease_percent < 100
         if not (is_wanted and exceeds_share(losers, users_with_points_before, FEW_PERCENT)):
             return None
-        return f"live updates would take points from {losers:,} of {users_with_points_before:,} users in all"
+        return (
+            f"live updates would take points from {losers:,} of "
+            f"{users_with_points_before:,} users in all"
+        )

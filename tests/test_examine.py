@@ -175,8 +175,8 @@ def test_what_takes_too_long_is_left_out(
 ) -> None:
     with faults.failing(deployment.servers[0], "count", 9, errorCode=50):
         _, out, err = check()
-    assert 'WARNING not_examined error="could not list the collections' in err
-    assert "in time" in err
+    assert 'WARNING not_examined error="listCollections on' in err
+    assert "took too long" in err
     for what in ("users", "orders", "who would lose some"):
         assert line(what, out) == "not known; --dry-run counts them all"
 
@@ -248,7 +248,7 @@ def test_a_missing_create_index_on_the_records_is_found_and_nothing_else_is_need
     uri = limited(orders=["find"], users=["find", "update"], loyalty_recounts=["find", "insert"])
     assert command("--check-config", MONGODB_URI=uri) == 1
     said = capsys.readouterr()
-    assert "no permission to create the expiry index on examined.loyalty_recounts" in said.out
+    assert "no permission for createIndex on examined.loyalty_recounts" in said.out
     assert "put a user name" not in said.out + said.err  # there is one
     assert line("users", said.out) == "1: _id is int 1"
     assert "PROBLEM" not in said.out

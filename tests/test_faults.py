@@ -164,7 +164,7 @@ def test_a_database_that_comes_up_later_is_waited_for_with_growing_pauses(servic
     assert len(once.lines) == 1
     daemon.wait_for("retry_in=2s")
     assert [line.split("retry_in=")[1] for line in daemon.lines][:2] == ["1s", "2s"]
-    assert all("could not connect to" in line for line in daemon.lines)
+    assert all("connect to" in line for line in daemon.lines)
     with deployment, deployment.client() as client:
         Shop(client["shop"], random.Random(1)).fill()
         daemon.wait_for("outcome=succeeded")
@@ -337,7 +337,7 @@ def test_a_full_disk_is_a_clear_error_and_points_are_exact_once_there_is_space(
         wait_until("a server that stops, as its disk is full", lambda: not server.alive)
         daemon.wait_for("failed error=")
         (line,) = lines_with("failed error=", daemon)
-        assert f"could not update {stage.database.name}.users" in line
+        assert f"update on {stage.database.name}.users" in line
         filler.unlink()
         faults.heal(deployment)
         daemon.wait_for("outcome=succeeded")
@@ -818,7 +818,7 @@ def test_the_role_is_enough_for_everything_but_making_the_index(
     assert status.wait() == 0
     refused = run("--create-index")
     assert refused.wait() == 78
-    assert "no permission to create an index on oms_db.orders" in refused.output
+    assert "no permission for createIndex on oms_db.orders" in refused.output
     secured.allow(role(create_index=True)[2])
     made = run("--create-index")
     assert made.wait() == 0
@@ -839,7 +839,7 @@ def test_a_missing_permission_at_start_is_named_and_ends_it_with_78(
     daemon = service(MONGODB_URI=secured.uri)
     assert daemon.wait(10) == 78
     (line,) = daemon.lines
-    assert f"no permission to {action}" in line
+    assert f"no permission for {action}" in line
     assert f"oms_db.{collection}" in line
     assert_no_secret(daemon.output)
 
@@ -853,8 +853,7 @@ def test_a_missing_permission_for_the_record_is_one_warning(
     daemon = service(MONGODB_URI=secured.uri, RECOUNT_INTERVAL="1s")
     daemon.wait_for("outcome=succeeded", times=3)
     assert len(lines_with("not_recorded", daemon)) == 1
-    words = {"insert": "insert into", "createIndex": "create the expiry index on"}[action]
-    assert len(lines_with(f"no permission to {words} oms_db.loyalty_recounts", daemon)) == 1
+    assert len(lines_with(f"no permission for {action} on oms_db.loyalty_recounts", daemon)) == 1
     assert disagreements(secured.database) == []
     assert daemon.stop() == 0
 
@@ -869,7 +868,7 @@ def test_without_permission_to_find_records_only_those_who_ask_are_told(
     for flag, code in (("--status", 78), ("--check-config", 1)):
         asked = service(flag, MONGODB_URI=secured.uri)
         assert asked.wait() == code
-        assert "no permission to find in oms_db.loyalty_recounts" in asked.output
+        assert "no permission for find on oms_db.loyalty_recounts" in asked.output
 
 
 @pytest.mark.xdist_group("auth")
@@ -921,7 +920,7 @@ def test_a_permission_taken_away_while_running_is_an_error_until_it_is_back(
 ) -> None:
     secured.allow_all_but(collection, action)
     secured.shop.ship(50)
-    running.wait_for(f"no permission to {action}", times=2)
+    running.wait_for(f"no permission for {action}", times=2)
     secured.allow(role()[2])
     assert_recovers(secured, running)
 

@@ -196,7 +196,7 @@ def test_without_permission_it_is_one_warning_and_live_at_the_next_recount_once_
         assert not stage.is_live
         stage.recount()
         (line,) = (line for line in caplog.messages if "not_live" in line)
-        assert f"no permission to watch {name}.orders" in line
+        assert f"no permission for watch on {name}.orders" in line
         client.admin.command("updateRole", "liveRole", privileges=granted, roles=[])
         stage.recount()
         Shop(shop, random.Random(2)).ship(5)

@@ -344,11 +344,11 @@ def test_not_being_allowed_to_record_is_one_warning_and_no_failure(
         assert count(client.oms_db) == {("number", 1): 1}
         assert disagreements(client.oms_db) == []
         assert sum("WARNING not_recorded" in line for line in daemon.lines) == 1
-        assert "no permission to insert into oms_db.loyalty_recounts" in daemon.output
+        assert "no permission for insert on oms_db.loyalty_recounts" in daemon.output
         assert "s3cr" not in daemon.output
         check = service("--check-config", MONGODB_URI=uri)
         assert check.wait() == 1
-        assert "no permission to find in oms_db.loyalty_recounts" in check.output
+        assert "no permission for find on oms_db.loyalty_recounts" in check.output
         client.drop_database("oms_db")
         client.admin.command("dropUser", "svc")
         client.admin.command("dropRole", "loyalty")

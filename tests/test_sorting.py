@@ -38,7 +38,7 @@ from loyalty.mongo.driver_errors import map_driver_errors
 def test_what_the_server_turns_down_is_sorted_by_its_code(
     code: int, said: str, kind: type[ServiceError]
 ) -> None:
-    with pytest.raises(ServiceError) as raised, map_driver_errors("find in", "shop.orders"):
+    with pytest.raises(ServiceError) as raised, map_driver_errors("find", "shop.orders"):
         raise OperationFailure(said, code, {"errmsg": said, "code": code, "of": "a secret"})
     assert type(raised.value) is kind
     assert "secret" not in str(raised.value)

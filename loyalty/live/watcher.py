@@ -68,7 +68,7 @@ class ChangeStreamWatcher:
         self._problem: ServiceError | None = None
         self._closed = False
         self._answered = self._marked = self._oldest = time.monotonic()
-        with map_driver_errors("watch", connection.orders.full_name):
+        with map_driver_errors("watch", connection.orders):
             self._stream: ChangeStream[Any] = self._orders.watch(
                 change_stream_pipeline(settings),
                 # A count at a time sees all that was done at it.
@@ -138,10 +138,7 @@ class ChangeStreamWatcher:
     def _resolve_customers(self, marks: PendingChanges) -> None:
         """Mark the customers of updated orders. An order that is gone has another event to come."""
         wanted = {self._field: 1}
-        with (
-            map_driver_errors("find in", self._orders.full_name),
-            self._client.start_session() as session,
-        ):
+        with map_driver_errors("find", self._orders), self._client.start_session() as session:
             session.advance_operation_time(marks.time)  # wherever the URI says to read
             for start in range(0, len(marks.orders), _BATCH):
                 some = {"_id": {"$in": marks.orders[start : start + _BATCH]}}
@@ -158,7 +155,7 @@ class ChangeStreamWatcher:
 
     def _drain(self) -> None:
         try:
-            with self._stream, map_driver_errors("watch", self._orders.full_name):
+            with self._stream, map_driver_errors("watch", self._orders):
                 while not self._closed and self._stream.alive:
                     asked = time.monotonic()
                     event = self._stream.try_next()
@@ -222,7 +219,7 @@ def live_updates_blocker(connection: Connection, settings: Settings) -> str | No
     try:
         open_watcher(connection, settings)[0].close()
         if recounts is not None:  # for the heartbeat
-            with map_driver_errors("update", recounts.full_name):
+            with map_driver_errors("update", recounts):
                 recounts.update_one({"_id": ObjectId()}, {"$set": {"outcome": "live"}})
     except ConfigurationError as error:
         return str(error)
@@ -232,7 +229,7 @@ def live_updates_blocker(connection: Connection, settings: Settings) -> str | No
 def keeps_pre_images(connection: Connection) -> bool | None:
     """Return whether the orders keep pre-images; None if we may not look, or nobody can tell."""
     try:
-        with map_driver_errors("list the collections of", connection.orders.database.name):
+        with map_driver_errors("listCollections", connection.orders.database):
             options = connection.orders.options()
     except ServiceError:
         return None

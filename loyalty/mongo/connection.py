@@ -69,7 +69,7 @@ def connect(settings: Settings, *, writing: bool) -> Connection:
 
     Raises Misconfigured or Unavailable, within about 5 seconds.
     """
-    with map_driver_errors("connect to", settings.hosts):
+    with map_driver_errors("connect", settings.hosts):
         client: MongoClient[Any] = MongoClient(settings.mongodb_uri, **_defaults(settings))
     try:
         with pymongo.timeout(_CONNECT_SECONDS):
@@ -97,7 +97,7 @@ def _auth_source_hint(uri: str) -> str:
 
 
 def _verify_access(client: MongoClient[Any], settings: Settings, writing: bool) -> Connection:
-    with map_driver_errors("connect to", settings.hosts):
+    with map_driver_errors("connect", settings.hosts):
         hello = client.admin.command("hello")
         version = client.server_info()["version"]
     if hello.get("secondary"):
@@ -121,10 +121,10 @@ def _verify_access(client: MongoClient[Any], settings: Settings, writing: bool) 
     orders, users = database[settings.orders], database[settings.users]
     # A ping succeeds without credentials, so access is proved by doing what will be done.
     for collection in (orders, users):
-        with map_driver_errors("find in", collection.full_name):
+        with map_driver_errors("find", collection):
             collection.find_one({"_id": ObjectId()})  # matches nothing: the id is new
     if writing:
-        with map_driver_errors("update", users.full_name):
+        with map_driver_errors("update", users):
             users.update_one({"_id": ObjectId()}, {"$set": {settings.points_field: 0}})
     sharded = hello.get("msg") == "isdbgrid"
     topology = "sharded" if sharded else "replica_set" if "setName" in hello else "standalone"
@@ -152,10 +152,7 @@ def _wait_for_orphaned_writes(connection: Connection) -> None:
     look: list[Document] = [{"$currentOp": {}}, {"$match": ours}, {"$project": {"opid": 1}}]
     deadline = time.monotonic() + _CONNECT_SECONDS
     # A hosted server may not let us look.
-    with (
-        map_driver_errors("look at the operations of", connection.hosts),
-        suppress(OperationFailure),
-    ):
+    with map_driver_errors("$currentOp", connection.hosts), suppress(OperationFailure):
         old = {operation["opid"] for operation in client.admin.aggregate(look)}
         while old:
             if time.monotonic() > deadline:

@@ -48,7 +48,7 @@ def pin_cluster_time(connection: Connection, at: Timestamp | None = None) -> Tim
         return None
     concern = {"level": "snapshot"} if at is None else {"level": "snapshot", "atClusterTime": at}
     read = {"find": users.name, "filter": {"_id": ObjectId()}, "singleBatch": True}
-    with map_driver_errors("find in", users.full_name):
+    with map_driver_errors("find", users):
         reply = users.database.command({**read, "readConcern": concern})
         moment: Timestamp | None = reply["cursor"].get("atClusterTime")
         # A collection that does not exist has no snapshot, only a last operation before it. If
@@ -121,7 +121,7 @@ class Count:
         self.cluster_time = moment
 
     def _edges(self) -> list[Any]:
-        with map_driver_errors("find in", self._connection.users.full_name):
+        with map_driver_errors("find", self._connection.users):
             return edges(self._connection.users)
 
     def _in_ranges(self, cut: Sequence[Range]) -> Iterator[CustomerCount | UpToDate]:
@@ -210,7 +210,7 @@ class Count:
         advice = "raise COUNT_TIMEOUT"
         if not self._plan.ranges:
             advice += ", or make the index with --create-index"
-        with map_driver_errors("find in", orders.full_name, if_too_slow=advice):
+        with map_driver_errors("find", orders, if_too_slow=advice):
             answers = orders.aggregate_raw_batches(
                 pipeline(self._settings, scope, arrays=self._plan.arrays),
                 allowDiskUse=True,

@@ -68,7 +68,7 @@ def inspect_plan(orders: Collection[Any], settings: Settings) -> Plan:
         "collation": COLLATION,
     }
     try:
-        with map_driver_errors("find in", orders.full_name):
+        with map_driver_errors("find", orders):
             reply = orders.database.command("explain", asked, verbosity="queryPlanner")
     except ServiceError:  # the count itself will say what is wrong
         return Plan()
@@ -103,7 +103,7 @@ def _stages(plan: Any) -> Iterator[Document]:
 
 def missing_index_hint(orders: Collection[Any], settings: Settings) -> str:
     """Return what to do where `orders` is large and no index leads to a customer's; else ""."""
-    with suppress(ServiceError), map_driver_errors("count", orders.full_name):
+    with suppress(ServiceError), map_driver_errors("count", orders):
         if orders.estimated_document_count() > _LARGE:
             plan = inspect_plan(orders, settings)
             return "" if plan.ranges else plan.advice
@@ -112,18 +112,18 @@ def missing_index_hint(orders: Collection[Any], settings: Settings) -> str:
 
 def create_index(orders: Collection[Any], settings: Settings) -> str:
     """Make the index, if it is not there, and return its name. Raises ServiceError."""
-    with map_driver_errors("find", orders.full_name):
+    with map_driver_errors("find", orders):
         there = orders.database.list_collection_names(authorizedCollections=True)
     if orders.name not in there:
         raise ConfigurationError(f"there is no collection {orders.full_name} to make an index on")
     try:
-        with map_driver_errors("create an index on", orders.full_name):
+        with map_driver_errors("createIndex", orders):
             return orders.create_index(index_keys(settings), collation=COLLATION)
     except ServiceError as error:
         if getattr(error.__cause__, "code", None) != _PARALLEL_ARRAYS:
             raise
         both = {"$and": [{"$or": array_conditions(field)} for field, _ in index_keys(settings)]}
-        with map_driver_errors("find in", orders.full_name):
+        with map_driver_errors("find", orders):
             found = [format_value(order["_id"]) for order in orders.find(both, {"_id": 1}).limit(5)]
         names = f"{settings.status_field} and {settings.customer_field}"
         raise ConfigurationError(

@@ -26,7 +26,7 @@ def check_statuses(connection: Connection, settings: Settings) -> str | None:
     reason, mistaken = describe_uncounted(known, settings)
     users = connection.users
     counted = {settings.status_field: {"$in": list(settings.order_statuses)}}
-    with map_driver_errors("find in", users.full_name):
+    with map_driver_errors("find", users):
         swapped = users.find_one(counted, {"_id": 1}, max_time_ms=settings.count_ms)
     if swapped:
         swap = "are ORDERS_COLLECTION and USERS_COLLECTION swapped?"
@@ -62,7 +62,7 @@ def statuses(
         {"$sort": {"n": -1, "_id": 1}},
         {"$limit": MAX_STATUSES},
     ]
-    with map_driver_errors("find in", orders.full_name):
+    with map_driver_errors("find", orders):
         found = orders.aggregate(
             grouped, collation=COLLATION, allowDiskUse=True, maxTimeMS=settings.count_ms
         )
@@ -93,7 +93,7 @@ def orders_of(
     """
     orders, status = connection.orders, settings.status_field
     key = {"form": f"${settings.customer_field}", "status": f"${status}"}
-    with map_driver_errors("find in", orders.full_name):
+    with map_driver_errors("find", orders):
         # To name every status makes the index's second field reachable; null is none, too.
         every = {"$in": [*orders.distinct(status, collation=COLLATION), None]}
         grouped: list[Document] = [

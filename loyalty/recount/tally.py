@@ -198,14 +198,16 @@ class Tally:
         ):
             return (
                 f"{totals.non_numeric_values:,} of the {totals.users_with_a_value:,} users who "
-                f"have "
-                f"{self._settings.points_field} hold something else in it, such as "
+                f"have {self._settings.points_field} hold something else in it, such as "
                 f"{totals.other_value}, which would be lost: is USER_POINTS_FIELD right? If so, "
                 "let it through once with --once --force"
             )
         earning_nothing = totals.orders_without_customer + totals.orders_of_unknown_customers
         if totals.users and totals.counted_orders == earning_nothing >= _GUARD_ORDERS:
-            return f"{no_matching_users(self._settings)} If so, let it through once with --once --force"
+            return (
+                f"{no_matching_users(self._settings)} If so, let it through once with "
+                "--once --force"
+            )
         if not exceeds_share(totals.decreased, totals.users_with_points_before, percent):
             return None
         return (

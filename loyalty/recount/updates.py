@@ -122,5 +122,5 @@ def _one_by_one(query: Document) -> Iterator[Document]:
 
 
 def _bulk_write(users: Collection[Any], updates: Sequence[UpdateOne | UpdateMany]) -> None:
-    with map_driver_errors("update", users.full_name):
+    with map_driver_errors("update", users):
         users.bulk_write(updates, ordered=False)
