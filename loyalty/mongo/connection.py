@@ -18,7 +18,7 @@ from config import Settings
 from loyalty.errors import AuthenticationFailed, ConfigurationError, DatabaseUnavailable
 from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.uri import options_of, split_uri
-from loyalty.recount.customer_ids import Document
+from loyalty.mongo.values import Document
 
 _CONNECT_SECONDS = 5  # one try; then it is logged and tried again
 _MONGODB_5 = 13  # as a wire version; the first with snapshot reads
@@ -34,6 +34,7 @@ class Connection:
     orders: Collection[Any]
     users: Collection[Any]
     recounts: Collection[Any] | None
+    changes: Collection[Any] | None
     hosts: str
     server_version: str
     topology: str
@@ -133,6 +134,7 @@ def _verify_access(client: MongoClient[Any], settings: Settings, writing: bool) 
         orders=orders,
         users=users,
         recounts=database[settings.recounts] if settings.recounts else None,
+        changes=database[settings.changes] if settings.changes else None,
         hosts=settings.hosts,
         server_version=version,
         topology=topology,

@@ -22,7 +22,7 @@ from loyalty.errors import (
     ServiceError,
     SnapshotTooOld,
 )
-from loyalty.recount.customer_ids import Document
+from loyalty.mongo.values import Document
 
 _UNAUTHORIZED = 13
 # A view where a collection is needed, or with a collation of its own; an index over two arrays, or
@@ -64,7 +64,7 @@ def _map(error: PyMongoError | OSError, action: str, if_too_slow: str) -> Servic
     if isinstance(error, BulkWriteError) and error.details["writeErrors"]:
         failed = error.details["writeErrors"]
         return BulkUpdateErrors(
-            {e["index"]: f"code {e['code']}, {_one_line(e['errmsg'])}" for e in failed}
+            {e["index"]: f"code {e['code']}" for e in failed}, error.details["nMatched"]
         )
     if isinstance(error, OperationFailure):
         return _map_operation_failure(error, action, if_too_slow)

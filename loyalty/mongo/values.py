@@ -1,0 +1,73 @@
+"""BSON values in Python: decoding without failures, and texts for people."""
+
+from __future__ import annotations
+
+import math
+import re
+import uuid
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+import bson
+from bson import Binary, Decimal128, ObjectId
+from bson.codec_options import CodecOptions, DatetimeConversion
+
+Document = Mapping[str, Any]
+
+# Dates after the year 9999 become DatetimeMS, and bytes that are not UTF-8 lone surrogates. bson
+# refuses to encode the latter, so such a value is never sent back in another form.
+LENIENT_CODEC: CodecOptions[dict[str, Any]] = CodecOptions(
+    tz_aware=True,
+    datetime_conversion=DatetimeConversion.DATETIME_AUTO,
+    unicode_decode_error_handler="surrogateescape",
+)
+
+MAX_VALUE_LENGTH = 60
+_NUMBER = re.compile(r"\s*[-+]?\d+(\.\d+)?\s*", re.ASCII)
+
+
+def decode_documents(batch: bytes) -> list[dict[str, Any]]:
+    """Return the documents in a raw batch of a cursor."""
+    return bson.decode_all(batch, LENIENT_CODEC)
+
+
+def format_value(value: Any) -> str:
+    """Return a value as one short line, with control characters escaped."""
+    if value is None:
+        return "none"
+    if isinstance(value, Binary) and value.subtype == bson.binary.UUID_SUBTYPE:
+        with suppress(ValueError):  # subtype 4, and not 16 bytes
+            value = value.as_uuid()
+    text = str(value) if isinstance(value, ObjectId | uuid.UUID) else repr(value)
+    return text if len(text) <= MAX_VALUE_LENGTH else text[: MAX_VALUE_LENGTH - 3] + "..."
+
+
+def is_integer(value: Any) -> bool:
+    """Return whether a value is stored as a 32-bit or 64-bit integer."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value is stored as any of the four number types."""
+    return is_integer(value) or isinstance(value, float | Decimal128)
+
+
+def numeric_or_zero(value: Any) -> float:
+    """Return a stored value as points; a numeric string counts as its number, all else as 0."""
+    if isinstance(value, str):
+        return float(value) if _NUMBER.fullmatch(value) else 0
+    if isinstance(value, Decimal128):
+        number = value.to_decimal()
+        return 0 if number.is_nan() else float(number)  # float() raises for a signaling NaN
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+        return 0
+    return value
+
+
+def get_nested(document: Document | None, path: str) -> Any:
+    """Return the value at a dotted path; None if there is none."""
+    value: Any = document
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
