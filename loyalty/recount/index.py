@@ -12,9 +12,8 @@ from pymongo.collection import Collection
 from config import Settings
 from loyalty.errors import ConfigurationError, ServiceError
 from loyalty.mongo.driver_errors import map_driver_errors
-from loyalty.recount.customer_ids import Document, format_value
-
-COLLATION = {"locale": "simple"}  # whatever the collections' own: exactly `Shipped`
+from loyalty.mongo.values import Document, format_value
+from loyalty.recount.order_filter import COLLATION
 
 _PARALLEL_ARRAYS = 171
 _LARGE = 100_000  # orders that are slow to read without an index
@@ -24,9 +23,9 @@ _LARGE = 100_000  # orders that are slow to read without an index
 class Plan:
     """How the server would read the orders of one range."""
 
-    ranges: bool = False
+    supports_partitions: bool = False
     """Whether an index leads to the orders of a range; without, each would read all of them."""
-    arrays: bool = True
+    status_is_multikey: bool = True
     """Whether a status may be an array, so that each has to be looked at."""
     needs_fetch: bool = True
     """Whether orders are fetched, and not only the index read."""
@@ -36,7 +35,7 @@ class Plan:
     @property
     def advice(self) -> str:
         """What to do about the index; "" if nothing."""
-        if self.ranges and not self.arrays:
+        if self.supports_partitions and not self.status_is_multikey:
             return "there; orders are fetched all the same" if self.needs_fetch else ""
         if self.multikey:
             return (
@@ -81,8 +80,8 @@ def inspect_plan(orders: Collection[Any], settings: Settings) -> Plan:
     if not scans or any(stage["stage"] == "COLLSCAN" for stage in change_stream_pipeline):
         return Plan()
     return Plan(
-        ranges=all(scan.get(settings.customer_field) == [] for scan in scans),
-        arrays=any(scan.get(settings.status_field) != [] for scan in scans),
+        supports_partitions=all(scan.get(settings.customer_field) == [] for scan in scans),
+        status_is_multikey=any(scan.get(settings.status_field) != [] for scan in scans),
         needs_fetch=any(stage["stage"] == "FETCH" for stage in change_stream_pipeline),
         multikey=any(any(scan.values()) for scan in scans if settings.customer_field in scan),
     )
@@ -106,7 +105,7 @@ def missing_index_hint(orders: Collection[Any], settings: Settings) -> str:
     with suppress(ServiceError), map_driver_errors("count", orders):
         if orders.estimated_document_count() > _LARGE:
             plan = inspect_plan(orders, settings)
-            return "" if plan.ranges else plan.advice
+            return "" if plan.supports_partitions else plan.advice
     return ""
 
 

@@ -1,8 +1,8 @@
-"""Into which ranges everyone is cut, so that each can be counted in the server's memory.
+"""How all ids are cut into partitions, so that each is counted in the server's memory.
 
-A range is an interval of canonical ids: from one edge up to, and without, the next. The server
-compares values of one kind only (MQL's type bracketing), so a range knows an interval for each
-kind of id in it. Whatever the edges are, the ranges together hold every id once.
+A partition is an interval of canonical ids: from one boundary up to, and without, the next. The
+server compares values of one type only (MQL's type bracketing), so a partition has an interval for
+each type of id in it. Whatever the boundaries are, the partitions together hold every id once.
 """
 
 from __future__ import annotations
@@ -13,82 +13,93 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import bson
 from bson import Binary, ObjectId
 from pymongo.collection import Collection
 
-from loyalty.recount.customer_ids import RAW, UNREADABLE, Document, get_value, is_hex_id
+from loyalty.mongo.values import LENIENT_CODEC, Document
+from loyalty.recount.customer_ids import is_hex_id
 
-USERS = 25_000
-"""How many users make a range: few enough that neither the server nor we need the disk, and that
-two workers get even shares of a small shop, too."""
+USERS_PER_PARTITION = 25_000
+"""Few enough that neither the server nor this process needs the disk, and that two workers get
+equal shares of a small shop. Measured at 1 M orders: 1.14 s, and 1.35 s with 50,000."""
 
-_DIGITS = "0123456789abcdef"
-# The least value of each kind; NaN is below all numbers, and so in the rest.
+_HEX_DIGITS = "0123456789abcdef"
+# The least value of each type. NaN sorts below all numbers, and so falls into the rest.
 _LEAST: dict[str, Any] = {
     "number": float("-inf"),
-    "text": "",
+    "string": "",
     "binary": Binary(b"", 0),
     "objectid": ObjectId("0" * 24),
 }
 
 
 @dataclass(frozen=True)
-class Range:
-    """What an id must satisfy: all operators of at least one of `intervals`, each an index scan."""
+class Partition:
+    """An id is in it if it satisfies all operators of one of `intervals`, each an index scan."""
 
     intervals: Sequence[Sequence[Document]]
-    is_string_partition: bool = False
-    """Whether all ids in it are texts and ObjectIds."""
 
 
-def edges(users: Collection[Any], size: int = USERS) -> list[Any]:
-    """Return every `size`-th id of the users, in the server's order; an index is all it reads."""
-    found: list[Any] = []
+EVERYTHING = Partition([[]])
+
+
+def partition_boundaries(users: Collection[Any], size: int = USERS_PER_PARTITION) -> list[Any]:
+    """Return every `size`-th id of the users in the server's order, from the index alone."""
+    boundaries: list[Any] = []
+    ids = users.with_options(codec_options=LENIENT_CODEC)
     while True:
-        step = users.with_options(codec_options=RAW).find({}, {"_id": 1}).sort("_id", 1)
-        step = step.hint([("_id", 1)]).skip(size).limit(1)
-        if found:
-            step = step.min([("_id", found[-1])])
+        step = ids.find({}, {"_id": 1}).sort("_id", 1).hint([("_id", 1)]).skip(size).limit(1)
+        if boundaries:
+            step = step.min([("_id", boundaries[-1])])
         document = next(step, None)
-        if document is None or (edge := get_value(document, "_id")) is UNREADABLE:
-            return found  # after an id that Python cannot hold, one long range
-        found.append(edge)
+        if document is None or not _is_encodable(document):
+            return boundaries  # after an id that Python cannot hold, one long partition
+        boundaries.append(document["_id"])
 
 
-def ranges(edges: Iterable[Any]) -> list[Range]:
-    """Return the ranges between these edges, of any kind and in any order, and the rest.
+def _is_encodable(document: Document) -> bool:
+    try:
+        bson.encode(document)
+    except (bson.errors.InvalidStringData, UnicodeEncodeError):
+        return False
+    return True
 
-    What is neither text nor ObjectId is cut at the edges of its own kind, where there are any;
-    all that is left, and no id at all, is the rest.
+
+def partitions(boundaries: Iterable[Any]) -> list[Partition]:
+    """Return the partitions between boundaries of any type and in any order, and the rest.
+
+    Numbers and binaries are cut at boundaries of their own type, where there are any. Strings and
+    ObjectIds are cut together. All other types, and a missing id, are the rest.
     """
-    by_kind: dict[str, set[Any]] = {kind: set() for kind in _LEAST}
-    for edge in edges:
-        if kind := _kind(edge):
-            by_kind[kind].add(edge)
+    by_type: dict[str, set[Any]] = {name: set() for name in _LEAST}
+    for boundary in boundaries:
+        if name := _type_name(boundary):
+            by_type[name].add(boundary)
     found = []
-    cut_kinds = {"text", "objectid"}
-    for kind in ("number", "binary"):
-        if by_kind[kind]:
-            cut_kinds.add(kind)
-            cuts = sorted(by_kind[kind], key=_order)
-            found += [Range([_interval(kind, *ends)]) for ends in pairwise([None, *cuts, None])]
-    # In the order of their text: an id in capitals then is never in a later range than its user.
-    texts = {str(edge) for edge in by_kind["text"] | by_kind["objectid"]}
-    cuts = sorted({edge.lower() if is_hex_id(edge) else edge for edge in texts})
-    found += [_of_text(*ends) for ends in pairwise([None, *cuts, None])]
-    # Not $nor: it would fetch every order to look.
-    found.append(Range([[{"$not": {"$gte": _LEAST[kind]}} for kind in sorted(cut_kinds)]]))
+    cut_types = {"string", "objectid"}
+    for name in ("number", "binary"):
+        if by_type[name]:
+            cut_types.add(name)
+            cuts = sorted(by_type[name], key=_sort_key)
+            found += [Partition([_interval(name, *ends)]) for ends in pairwise([None, *cuts, None])]
+    # An ObjectId is cut where its hex digits are, so that both forms are in one partition.
+    strings = {str(boundary) for boundary in by_type["string"] | by_type["objectid"]}
+    cuts = sorted({text.lower() if is_hex_id(text) else text for text in strings})
+    found += [_string_partition(*ends) for ends in pairwise([None, *cuts, None])]
+    # Not $nor, which would fetch every order to look.
+    found.append(Partition([[{"$not": {"$gte": _LEAST[name]}} for name in sorted(cut_types)]]))
     return found
 
 
-def _kind(edge: Any) -> str:
-    match edge:
+def _type_name(boundary: Any) -> str:
+    match boundary:
         case bool():
             return ""
         case int() | float():  # a Decimal128 has no order in Python
-            return "number" if edge == edge else ""  # no edge can be NaN
+            return "number" if boundary == boundary else ""  # NaN is no boundary
         case str():
-            return "text" if edge else ""
+            return "string" if boundary else ""
         case Binary() | bytes():
             return "binary"
         case ObjectId():
@@ -96,38 +107,39 @@ def _kind(edge: Any) -> str:
     return ""
 
 
-def _order(edge: Any) -> Any:
-    """Return what Python has to compare, to have the server's order of numbers or binaries."""
-    if isinstance(edge, bytes):
-        return len(edge), getattr(edge, "subtype", 0), bytes(edge)
-    return edge
+def _sort_key(boundary: Any) -> Any:
+    """Return what gives Python the server's order of numbers or of binaries."""
+    if isinstance(boundary, bytes):
+        return len(boundary), getattr(boundary, "subtype", 0), bytes(boundary)
+    return boundary
 
 
-def _interval(kind: str, low: Any, high: Any) -> list[Document]:
-    bounds: dict[str, Any] = {"$gte": _LEAST[kind] if low is None else low}
+def _interval(name: str, low: Any, high: Any) -> list[Document]:
+    bounds: dict[str, Any] = {"$gte": _LEAST[name] if low is None else low}
     return [bounds if high is None else {**bounds, "$lt": high}]
 
 
-def _of_text(low: str | None, high: str | None) -> Range:
-    """Return the range of the texts from `low` to `high`, and of the ObjectIds that they spell."""
-    intervals = [_interval("text", low, high)]
-    first, last = first_object_id_from(low or ""), first_object_id_from(high) if high else None
+def _string_partition(low: str | None, high: str | None) -> Partition:
+    """Return the partition of the strings from `low` to `high` and of the ObjectIds among them."""
+    intervals = [_interval("string", low, high)]
+    first = first_object_id_from(low or "")
+    last = first_object_id_from(high) if high else None
     if first is not None:
         intervals.append(_interval("objectid", first, last))
-    return Range(intervals, is_string_partition=True)
+    return Partition(intervals)
 
 
 def first_object_id_from(text: str) -> ObjectId | None:
-    """Return the first ObjectId whose 24 digits are `text` or come after it, if there is one.
+    """Return the first ObjectId whose 24 hex digits are `text` or sort after it, if there is one.
 
     That is a900…0 for "a9", b000…0 for "a~", and none for "g".
     """
-    spelt = re.match("[0-9a-f]{0,24}", text)
-    digits = spelt[0] if spelt else ""
+    match = re.match("[0-9a-f]{0,24}", text)
+    digits = match[0] if match else ""
     if digits == text:
         return ObjectId(digits.ljust(24, "0"))
-    # The next character is no digit, or one too many: the next digit is after it, or carries.
-    after = [d for d in _DIGITS if d > text[len(digits)]] if len(digits) < 24 else []
+    # The next character is no hex digit, or one too many: take the next digit, or carry.
+    after = [d for d in _HEX_DIGITS if d > text[len(digits)]] if len(digits) < 24 else []
     if after:
         return ObjectId((digits + after[0]).ljust(24, "0"))
     number = int(digits or "0", 16) + 1

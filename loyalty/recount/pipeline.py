@@ -1,6 +1,6 @@
-"""The aggregation that counts and compares: what the server is asked, and the reading of its rows.
+"""The aggregation that counts and compares, and the parser of its rows.
 
-`pipeline` and `rows` belong together; a round trip through a real server tests them.
+`build_pipeline` and `parse_rows` belong together; tests run them through a real server.
 """
 
 from __future__ import annotations
@@ -10,159 +10,131 @@ from dataclasses import dataclass
 from typing import Any
 
 from config import Settings
-from loyalty.recount.customer_ids import (
-    NO_CUSTOMER,
-    Document,
-    canonical,
-    decode_documents,
-    get_value,
-)
-from loyalty.recount.partitions import Range
+from loyalty.mongo.values import Document, decode_documents
+from loyalty.recount.customer_ids import NO_CUSTOMER, canonical_expr, is_non_canonical_expr
+from loyalty.recount.order_filter import counted_orders
+from loyalty.recount.partitions import EVERYTHING, Partition
+from loyalty.recount.tally import CustomerCount, UpToDate, User
+
+# The group key of all non-canonical ids. A `_id` is never an array, and partitions are not used
+# where a customer id may be one.
+_NON_CANONICAL = ["non_canonical"]
 
 
-@dataclass(frozen=True, slots=True)
-class User:
-    """A user as stored: `key` is `{_id: …}`, which finds it again whatever Python makes of it."""
-
-    key: Document
-    points: Any
-
-
-@dataclass(frozen=True, slots=True)
-class CustomerCount:
-    """A customer: the counted orders under all forms of the id, and the users it refers to."""
-
-    customer: Any
-    orders: int
-    users: Sequence[User]
-
-
-@dataclass(frozen=True, slots=True)
-class UpToDate:
-    """All customers whose users hold the right points already: how many there are, in sum."""
-
-    orders: int
-    users: int
-    users_with_points_before: int
-
-
-@dataclass(frozen=True, slots=True)
-class OddForm:
-    """The text of an ObjectId in capitals or mixed case, as some order or user has it."""
-
-    text: str
+class NonCanonicalIdFound(Exception):
+    """A partition holds a hex id in upper or mixed case: its customer may be in another one."""
 
 
 @dataclass(frozen=True)
 class Scope:
-    """Whom an aggregation is about: the ids in `range`; of those, `customers` if there are any.
+    """What one aggregation covers: the ids in `partition`; of them only `customers`, if given.
 
-    `apart`, for a range of texts: odd forms come as rows of their own, since their customer may be
-    in another range.
-    `with_right`: rows also of the customers who are right.
+    `include_up_to_date`: rows also for customers whose users are up to date.
     """
 
-    range: Range = Range([[]])  # noqa: RUF009 -- it is immutable
-    apart: bool = False
+    partition: Partition = EVERYTHING
     customers: Sequence[Any] = ()
     include_up_to_date: bool = False
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether all forms of an id are in this scope."""
+        return self.partition is EVERYTHING or bool(self.customers)
 
-def pipeline(settings: Settings, scope: Scope, *, arrays: bool) -> list[Document]:
-    """Return the aggregation over the orders; `arrays`: some status may be an array."""
-    counted: list[Document] = []
-    for interval in scope.range.intervals:
-        orders = _orders(settings, scope, interval, arrays=arrays)
-        # The first scan is the aggregation's own, all others are added to it.
-        counted += [_union(settings.orders, orders)] if counted else orders
-    for interval in scope.range.intervals:
-        counted.append(_union(settings.users, _users(settings, scope, interval)))
-    counted.append(
+
+def build_pipeline(
+    settings: Settings, scope: Scope, *, status_may_be_array: bool
+) -> list[Document]:
+    """Return the aggregation over the orders collection."""
+    stages: list[Document] = []
+    for bounds in scope.partition.intervals:
+        orders = _count_orders(settings, scope, bounds, status_may_be_array=status_may_be_array)
+        # The first scan belongs to the aggregation itself, the others are added to it.
+        stages += [_union_with(settings.orders, orders)] if stages else orders
+    for bounds in scope.partition.intervals:
+        stages.append(_union_with(settings.users, _read_users(settings, scope, bounds)))
+    stages.append(
         {"$group": {"_id": "$_id", "orders": {"$sum": "$orders"}, "users": {"$push": "$user"}}}
     )
     if scope.customers:
-        counted.append({"$match": {"_id": {"$in": list(scope.customers)}}})
-    key = {"right": "$right", "customer": {"$cond": ["$right", None, "$_id"]}}
-    if scope.apart:
-        key["odd"] = "$_id.odd"
-    compared: list[Document] = [
+        stages.append({"$match": {"_id": {"$in": list(scope.customers)}}})
+    is_up_to_date: Document = {"$literal": False}
+    if not scope.include_up_to_date:
+        is_up_to_date = _is_up_to_date(settings)
+    customer = {"$cond": ["$up_to_date", None, "$_id"]}
+    holders = {"$cond": [{"$gt": ["$orders", 0]}, {"$size": "$users"}, 0]}
+    return [
+        *stages,
+        {"$set": {"up_to_date": is_up_to_date}},
         {
-            "$set": {
-                "right": {"$literal": False}
-                if scope.include_up_to_date
-                else _is_up_to_date(settings)
-            }
-        },
-        {
-            "$group": {  # of those who are right, only sums come back
-                "_id": key,
+            "$group": {  # one row for all customers who are up to date
+                "_id": {"up_to_date": "$up_to_date", "customer": customer},
                 "orders": {"$sum": "$orders"},
                 "users": {"$first": "$users"},
                 "number": {"$sum": {"$size": "$users"}},
-                "holders": {"$sum": {"$cond": [{"$gt": ["$orders", 0]}, {"$size": "$users"}, 0]}},
+                "holders": {"$sum": holders},
             }
         },
     ]
-    if scope.apart:  # documents before ObjectIds, and so odd forms before all customers
-        compared.append({"$sort": {"_id.customer": 1}})
-    # A document for each value, so that one which Python cannot hold does not spoil the other; only
-    # now, as it is work for every user that is still there.
-    wrapped = {"key": {"_id": "$$this._id"}, "stored": {"points": "$$this.points"}}
-    compared.append({"$set": {"users": {"$map": {"input": "$users", "in": wrapped}}}})
-    return counted + compared
 
 
-def _union(collection: str, change_stream_pipeline: list[Document]) -> Document:
-    return {"$unionWith": {"coll": collection, "pipeline": change_stream_pipeline}}
+def _union_with(collection: str, stages: list[Document]) -> Document:
+    return {"$unionWith": {"coll": collection, "pipeline": stages}}
 
 
-def _orders(
-    settings: Settings, scope: Scope, interval: Sequence[Document], *, arrays: bool
+def _count_orders(
+    settings: Settings, scope: Scope, bounds: Sequence[Document], *, status_may_be_array: bool
 ) -> list[Document]:
-    status, customer = settings.status_field, settings.customer_field
     counted: Any = 1
-    if arrays:  # $match lets an array through that holds a counted status
-        counted = {"$cond": [{"$eq": [{"$type": f"${status}"}, "array"]}, 0, 1]}
-    wanted = {status: {"$in": list(settings.order_statuses)}, **_matching(customer, interval)}
+    if status_may_be_array:  # $match accepts an array that contains a counted status
+        is_array = {"$eq": [{"$type": f"${settings.status_field}"}, "array"]}
+        counted = {"$cond": [is_array, 0, 1]}
+    customer = settings.customer_field
     return [
-        {"$match": wanted},
+        {"$match": {**counted_orders(settings), **_match(customer, bounds)}},
         {"$group": {"_id": f"${customer}", "orders": {"$sum": counted}}},
-        {"$project": {"_id": _customer(scope, NO_CUSTOMER), "orders": 1}},
+        {"$project": {"_id": _group_key(scope, NO_CUSTOMER), "orders": 1}},
     ]
 
 
-def _users(settings: Settings, scope: Scope, interval: Sequence[Document]) -> list[Document]:
-    user = {"_id": "$_id", "points": f"${settings.points_field}"}
+def _read_users(settings: Settings, scope: Scope, bounds: Sequence[Document]) -> list[Document]:
+    user: Document = {"_id": "$_id", "points": f"${settings.points_field}"}
+    if "." in settings.points_field:
+        user = {**user, "created_path": _created_path(settings.points_field)}
     return [
-        {"$match": _matching("_id", interval)},
-        # Not $project, which would go into a user's own field `user`, were it an array.
-        {"$replaceWith": {"_id": _customer(scope, None), "user": user}},
+        {"$match": _match("_id", bounds)},
+        # $project would descend into a field `user` of the user's own, were it an array.
+        {"$replaceWith": {"_id": _group_key(scope, None), "user": user}},
     ]
 
 
-def _matching(field: str, operators: Sequence[Document]) -> Document:
-    return {"$and": [{field: operator} for operator in operators]} if operators else {}
+def _created_path(points_field: str) -> Document:
+    """Return the expression for the outermost missing document around a nested field, or null."""
+    parts = points_field.split(".")
+    parents = [".".join(parts[:n]) for n in range(1, len(parts))]
+    branches = [
+        {"case": {"$eq": [{"$type": f"${path}"}, "missing"]}, "then": path} for path in parents
+    ]
+    return {"$switch": {"branches": branches, "default": None}}
 
 
-def _customer(scope: Scope, nothing: Any) -> Document:
-    """Return the key that orders and users meet under; of an odd form that is apart, `{odd}`."""
-    plain = canonical("$_id", nothing)
-    if not scope.apart:
-        return plain
-    is_odd = {
-        "$and": [
-            {"$eq": [{"$type": "$_id"}, "string"]},
-            {"$eq": [{"$type": "$$customer"}, "objectId"]},
-            {"$ne": [{"$toString": "$$customer"}, "$_id"]},
-        ]
-    }
-    key = {"$cond": [is_odd, {"odd": "$_id"}, "$$customer"]}
-    return {"$let": {"vars": {"customer": plain}, "in": key}}
+def _match(field: str, bounds: Sequence[Document]) -> Document:
+    return {"$and": [{field: operator} for operator in bounds]} if bounds else {}
+
+
+def _group_key(scope: Scope, if_missing: Any) -> Document:
+    """Return the expression for the key that orders and users of one customer share."""
+    canonical = canonical_expr("$_id", if_missing)
+    if scope.is_complete:
+        return canonical
+    is_non_canonical = is_non_canonical_expr("$_id", "$$customer")
+    key = {"$cond": [is_non_canonical, _NON_CANONICAL, "$$customer"]}
+    return {"$let": {"vars": {"customer": canonical}, "in": key}}
 
 
 def _is_up_to_date(settings: Settings) -> Document:
     points = {"$multiply": ["$orders", settings.points_per_order]}
-    is_right = {
+    is_equal = {
         "$and": [
             {"$in": [{"$type": "$$this.points"}, ["int", "long"]]},
             {"$eq": ["$$this.points", points]},
@@ -171,23 +143,23 @@ def _is_up_to_date(settings: Settings) -> Document:
     return {
         "$and": [
             {"$ne": ["$users", []]},
-            {"$allElementsTrue": [{"$map": {"input": "$users", "in": is_right}}]},
-            {"$eq": [{"$type": "$_id.odd"}, "missing"]},
+            {"$allElementsTrue": [{"$map": {"input": "$users", "in": is_equal}}]},
+            {"$ne": ["$_id", _NON_CANONICAL]},
         ]
     }
 
 
-def rows(answer: bytes) -> Iterator[CustomerCount | UpToDate | OddForm]:
-    """Read an answer of the server to a `pipeline`."""
-    for document in decode_documents(answer):
-        key, orders = document["_id"], document["orders"]
-        customer, odd = get_value(key, "customer"), get_value(key, "odd")
-        if get_value(key, "right") is True:
-            yield UpToDate(orders, document["number"], document["holders"])
-        elif isinstance(odd, str):
-            yield OddForm(odd)
-        else:
-            users = [
-                User(user["key"], get_value(user["stored"], "points")) for user in document["users"]
-            ]
-            yield CustomerCount(customer, orders, users)
+def parse_rows(batch: bytes, scope: Scope) -> Iterator[CustomerCount | UpToDate]:
+    """Parse a raw batch of the results for `scope`. Raises NonCanonicalIdFound."""
+    for row in decode_documents(batch):
+        if row["_id"]["up_to_date"]:
+            yield UpToDate(row["orders"], row["number"], row["holders"])
+            continue
+        customer = row["_id"].get("customer")
+        if customer == _NON_CANONICAL and not scope.is_complete:
+            raise NonCanonicalIdFound
+        users = [
+            User(u["_id"], u.get("points"), "points" in u, u.get("created_path"))
+            for u in row["users"]
+        ]
+        yield CustomerCount(customer, row["orders"], users)
