@@ -1,137 +1,92 @@
-"""The statuses that orders have: which count, and what is said when none does."""
+"""Queries about the statuses that orders have."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from config import Settings
 from loyalty.mongo.connection import Connection
 from loyalty.mongo.driver_errors import map_driver_errors
-from loyalty.recount.customer_ids import NO_CUSTOMER, Document, canonical, format_value
-from loyalty.recount.index import COLLATION
-
-log = logging.getLogger("loyalty")
+from loyalty.mongo.values import Document
+from loyalty.recount.customer_ids import NO_CUSTOMER, all_variants, canonical_expr
+from loyalty.recount.order_filter import COLLATION, counted_orders
+from loyalty.recount.safety import (
+    SafetyReport,
+    StatusCounts,
+    check_collections,
+    check_statuses,
+    check_swapped_collections,
+)
 
 MAX_STATUSES = 1_000
-_SHOWN = 10
 
 
-def check_statuses(connection: Connection, settings: Settings) -> str | None:
-    """Say what statuses there are though no order was counted; return why that is a mistake."""
-    known = statuses(connection, settings)
-    if any(is_counted(status, settings) for status, _ in known):
-        return None  # the first of them has come after the count
-    reason, mistaken = describe_uncounted(known, settings)
-    users = connection.users
-    counted = {settings.status_field: {"$in": list(settings.order_statuses)}}
-    with map_driver_errors("find", users):
-        swapped = users.find_one(counted, {"_id": 1}, max_time_ms=settings.count_ms)
-    if swapped:
-        swap = "are ORDERS_COLLECTION and USERS_COLLECTION swapped?"
-        reason = f"{reason}; but {users.full_name} holds such: {swap}"
-    if mistaken or swapped:
-        return f"{reason} Or let one recount through with --once --force"
-    log.warning("no_counted_order %s", reason)
-    return None
-
-
-def describe_uncounted(known: Sequence[tuple[Any, int]], settings: Settings) -> tuple[str, bool]:
-    """Return what statuses there are instead of ours, and whether that is plainly a mistake.
-
-    It is one if some status differs from a counted one only in case or blanks, or none has any.
-    """
-    listed = ", ".join(f"{shown_status(s)} ({n:,})" for s, n in known[:_SHOWN]) or "no orders"
-    ours = {normalize(status) for status in settings.order_statuses}
-    mistaken = any(isinstance(status, str) and normalize(status) in ours for status, _ in known)
-    if known and all(status is None for status, _ in known):
-        return f"no order has a field {settings.status_field}: is ORDER_STATUS_FIELD right?", True
-    reason = f"no order has status {', '.join(settings.order_statuses)}; found: {listed}"
-    return reason + ": correct ORDER_STATUSES." * mistaken, mistaken
-
-
-def statuses(
-    connection: Connection, settings: Settings, *, sample: int = 0
-) -> list[tuple[Any, int]]:
-    """Return the statuses of the orders and how many have each, the most frequent first."""
+def count_statuses(connection: Connection, settings: Settings) -> StatusCounts:
+    """Return the number of orders by status, the most frequent 1,000 first. Raises ServiceError."""
     orders = connection.orders
-    grouped: list[Document] = [{"$sample": {"size": sample}}] if sample else []
-    grouped += [
+    stages: list[Document] = [
         {"$group": {"_id": f"${settings.status_field}", "n": {"$sum": 1}}},
         {"$sort": {"n": -1, "_id": 1}},
         {"$limit": MAX_STATUSES},
     ]
     with map_driver_errors("find", orders):
-        found = orders.aggregate(
-            grouped, collation=COLLATION, allowDiskUse=True, maxTimeMS=settings.count_ms
+        rows = orders.aggregate(
+            stages, collation=COLLATION, allowDiskUse=True, maxTimeMS=settings.count_ms
         )
-        return [(row["_id"], row["n"]) for row in found]
+        return [(row["_id"], row["n"]) for row in rows]
 
 
-def is_counted(status: Any, settings: Settings) -> bool:
-    """Return whether orders with this status earn points."""
-    return isinstance(status, str) and status in settings.order_statuses
+def find_missing_collections(connection: Connection) -> tuple[list[str], list[str]]:
+    """Return the full names of missing collections, and the names of those that exist.
 
-
-def shown_status(status: Any) -> str:
-    """Return a status for a person, in quotes where that makes a difference."""
-    plain = isinstance(status, str) and status == status.strip() != ""
-    return str(status) if plain else format_value(status)
-
-
-def normalize(status: str) -> str:
-    return "".join(status.split()).casefold()
-
-
-def orders_of(
-    connection: Connection, settings: Settings, customer: Any, forms: Sequence[Any]
-) -> list[tuple[Any, Any, int]]:
-    """Return a customer's orders by the form of the id and the status: how many there are.
-
-    `forms` find all orders of the canonical id, and may find others.
+    Raises ServiceError.
     """
+    database = connection.users.database
+    with map_driver_errors("listCollections", database):
+        # Only those that the database user may see: this takes no privilege.
+        existing = sorted(database.list_collection_names(authorizedCollections=True))
+    missing = [
+        collection.full_name
+        for collection in (connection.orders, connection.users)
+        if collection.name not in existing
+    ]
+    return missing, existing
+
+
+def check_uncounted(connection: Connection, settings: Settings) -> SafetyReport:
+    """Judge a recount that counted no order or no user. Raises ServiceError."""
+    missing, existing = find_missing_collections(connection)
+    if refusal := check_collections(missing, existing):
+        return SafetyReport(refusals=[refusal])
+    report = check_statuses(count_statuses(connection, settings), settings)
+    users = connection.users
+    with map_driver_errors("find", users):
+        swapped = users.find_one(
+            counted_orders(settings), {"_id": 1}, max_time_ms=settings.count_ms
+        )
+    if swapped is not None and (report.refusals or report.warnings):
+        report.refusals.append(check_swapped_collections(settings))
+    return report
+
+
+def count_customer_orders(
+    connection: Connection, settings: Settings, customer: Any
+) -> list[tuple[Any, Any, int]]:
+    """Return all orders of a canonical id: form of the id, status, number. Raises ServiceError."""
     orders, status = connection.orders, settings.status_field
+    match: dict[str, Any] = {settings.customer_field: {"$in": all_variants(customer)}}
+    known = [value for value, _ in count_statuses(connection, settings)]
+    if len(known) < MAX_STATUSES:
+        # Naming every status makes the index's second field usable; null finds missing ones.
+        match[status] = {"$in": [*known, None]}
     key = {"form": f"${settings.customer_field}", "status": f"${status}"}
+    is_customer = {"$eq": [canonical_expr("$_id.form", NO_CUSTOMER), {"$literal": customer}]}
+    stages: list[Document] = [
+        {"$match": match},
+        {"$group": {"_id": key, "n": {"$sum": 1}}},
+        {"$match": {"$expr": is_customer}},
+        {"$sort": {"n": -1, "_id": 1}},
+    ]
     with map_driver_errors("find", orders):
-        # To name every status makes the index's second field reachable; null is none, too.
-        every = {"$in": [*orders.distinct(status, collation=COLLATION), None]}
-        grouped: list[Document] = [
-            {"$match": {status: every, settings.customer_field: {"$in": list(forms)}}},
-            {"$group": {"_id": key, "n": {"$sum": 1}}},
-            {
-                "$match": {
-                    "$expr": {"$eq": [canonical("$_id.form", NO_CUSTOMER), {"$literal": customer}]}
-                }
-            },
-            {"$sort": {"n": -1, "_id": 1}},
-        ]
-        found = orders.aggregate(grouped, collation=COLLATION, maxTimeMS=settings.count_ms)
-        return [(row["_id"]["form"], row["_id"].get("status"), row["n"]) for row in found]
-
-
-class OrderBreakdown(NamedTuple):
-    """A customer's orders by the form of the id and the status; `why` there are no points."""
-
-    id: str
-    status: str
-    orders: int
-    points: int
-    why: str
-
-
-def explained(
-    settings: Settings, orders: Sequence[tuple[Any, Any, int]], *, user_exists: bool
-) -> list[OrderBreakdown]:
-    """Say of a customer's orders what they earn; `of_a_user`: whether the id refers to one."""
-    rows = []
-    for form, status, n in orders:
-        points, why = 0, ""
-        if not is_counted(status, settings):
-            why = f"only {' and '.join(settings.order_statuses)} counts"
-        elif not user_exists:
-            why = f"no user has the _id {format_value(form)}"
-        else:
-            points = n * settings.points_per_order
-        rows.append(OrderBreakdown(format_value(form), shown_status(status), n, points, why))
-    return rows
+        rows = orders.aggregate(stages, collation=COLLATION, maxTimeMS=settings.count_ms)
+        return [(row["_id"].get("form"), row["_id"].get("status"), row["n"]) for row in rows]

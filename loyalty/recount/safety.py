@@ -1,0 +1,213 @@
+"""Safety checks: every rule that refuses a recount or warns about it, with its threshold and text.
+
+A refused recount writes nothing. It imports no driver: the caller provides what was counted.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from config import Settings
+from loyalty.mongo.values import format_value
+from loyalty.recount.order_filter import is_counted
+from loyalty.recount.tally import Totals
+
+MIN_USERS = 10
+"""Fewer users than this never make a recount refused: a small shop may change that much."""
+MIN_ORDERS = 10
+WARN_DECREASE_PERCENT = 10
+WARN_CHANGED_PERCENT = 50
+WARN_EARNING_NOTHING_PERCENT = 1
+MAX_ORDER_LOSS_PERCENT = 50
+MIN_PREVIOUS_ORDERS = 100
+MAX_FAILED_PERCENT = 1
+MIN_FAILED_UPDATES = 10
+MAX_STATUSES_SHOWN = 10
+
+_FORCE = "If this is intended, let one recount through with --once --force"
+
+StatusCounts = Sequence[tuple[Any, int]]
+"""The statuses that orders have, with the number of orders, the most frequent first."""
+
+
+@dataclass(slots=True)
+class SafetyReport:
+    """Why a recount is refused, and what to warn about; both empty if all is well."""
+
+    refusals: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def add(self, other: SafetyReport) -> None:
+        self.refusals += other.refusals
+        self.warnings += other.warnings
+
+    @property
+    def refusal(self) -> str | None:
+        return f"{'; '.join(self.refusals)}. {_FORCE}" if self.refusals else None
+
+
+@dataclass(frozen=True, slots=True)
+class PreviousRecounts:
+    """What is known of earlier recounts of the same users: None is unknown, or there is none."""
+
+    is_first: bool = False
+    counted_orders: int | None = None
+    """Of the last one that succeeded."""
+
+
+NOTHING_KNOWN = PreviousRecounts()
+
+
+def exceeds_share(part: int, whole: int, percent: int, minimum: int = MIN_USERS) -> bool:
+    """Return whether `part` is at least `minimum` and more than `percent` of `whole`."""
+    return part >= minimum and 100 * part > percent * whole
+
+
+def check_totals(totals: Totals, settings: Settings, previous: PreviousRecounts) -> SafetyReport:
+    """Judge a full recount by what it counted."""
+    report = SafetyReport()
+    if not totals.users:
+        report.refusals.append(
+            f"{settings.users} holds no users: are MONGODB_DATABASE and USERS_COLLECTION right?"
+        )
+    _check_values(totals, settings, report)
+    _check_orders(totals, settings, previous, report)
+    _check_decrease(totals, settings, previous, report)
+    if exceeds_share(totals.changed_holders, totals.users_with_points_before, WARN_CHANGED_PERCENT):
+        report.warnings.append(
+            f"{totals.changed_holders:,} of the {totals.users_with_points_before:,} users with "
+            "points get another number: are POINTS_PER_ORDER and ORDER_STATUSES right?"
+        )
+    return report
+
+
+def _check_values(totals: Totals, settings: Settings, report: SafetyReport) -> None:
+    if exceeds_share(totals.non_numeric_values, totals.users_with_a_value, 50):
+        report.refusals.append(
+            f"{totals.non_numeric_values:,} of the {totals.users_with_a_value:,} users who have "
+            f"{settings.points_field} hold no number in it, and it would be overwritten: is "
+            "USER_POINTS_FIELD right?"
+        )
+
+
+def _check_orders(
+    totals: Totals, settings: Settings, previous: PreviousRecounts, report: SafetyReport
+) -> None:
+    counted, unmatched = totals.counted_orders, totals.orders_that_earn_nothing
+    if totals.users and counted == unmatched >= MIN_ORDERS:
+        report.refusals.append(
+            "no counted order matches a user: are "
+            f"ORDER_CUSTOMER_FIELD={settings.customer_field} and "
+            f"USERS_COLLECTION={settings.users} right?"
+        )
+    elif 100 * unmatched > WARN_EARNING_NOTHING_PERCENT * counted:
+        report.warnings.append(
+            f"{unmatched:,} of the {counted:,} counted orders earn nothing: "
+            f"{totals.orders_of_unknown_customers:,} of unknown customers, "
+            f"{totals.orders_without_customer:,} without customer"
+        )
+    last = previous.counted_orders or 0
+    if last >= MIN_PREVIOUS_ORDERS and 100 * counted < MAX_ORDER_LOSS_PERCENT * last:
+        report.refusals.append(
+            f"{counted:,} orders are counted, less than half of the {last:,} in the last "
+            "successful recount: are the orders complete, and is ORDER_STATUSES right?"
+        )
+
+
+def _check_decrease(
+    totals: Totals, settings: Settings, previous: PreviousRecounts, report: SafetyReport
+) -> None:
+    losing, holders = totals.decreased, totals.users_with_points_before
+    percent = settings.max_decrease_percent
+    sentence = f"{losing:,} of the {holders:,} {'user' if holders == 1 else 'users'} with points"
+    if exceeds_share(losing, holders, percent):
+        report.refusals.append(
+            f"{sentence} would lose some, more than MAX_DECREASE_PERCENT={percent} allows: are "
+            "ORDER_STATUSES and MONGODB_DATABASE right?"
+        )
+    elif losing and previous.is_first:
+        report.warnings.append(f"{sentence} lose some in the first recount")
+    elif exceeds_share(losing, holders, WARN_DECREASE_PERCENT):
+        report.warnings.append(f"{sentence} lose some")
+
+
+def check_live_update(losing: int, holders: int, settings: Settings) -> str | None:
+    """Return why live updates must pause: `losing` users since the last full recount."""
+    if settings.max_decrease_percent == 100 or not exceeds_share(
+        losing, holders, WARN_DECREASE_PERCENT
+    ):
+        return None
+    return f"live updates would take points from {losing:,} of {holders:,} users with points"
+
+
+def is_failure(failed: int, users: int) -> bool:
+    """Return whether so many failed updates make the recount failed, not incomplete."""
+    return exceeds_share(failed, users, MAX_FAILED_PERCENT, MIN_FAILED_UPDATES)
+
+
+def check_collections(missing: Sequence[str], existing: Sequence[str]) -> str | None:
+    """Return why a recount without these collections is refused."""
+    if not missing:
+        return None
+    names = ", ".join(existing[:MAX_STATUSES_SHOWN]) or "none"
+    return f"there is no collection {', '.join(missing)}; this database has: {names}"
+
+
+def check_statuses(statuses: StatusCounts, settings: Settings) -> SafetyReport:
+    """Judge the statuses of all orders where no order is counted."""
+    report = SafetyReport()
+    if not statuses or any(is_counted(status, settings) for status, _ in statuses):
+        return report
+    if all(status is None for status, _ in statuses):
+        report.refusals.append(
+            f"no order has a field {settings.status_field}: is ORDER_STATUS_FIELD right?"
+        )
+        return report
+    text = describe_uncounted(statuses, settings)
+    counted = {normalize(status) for status in settings.order_statuses}
+    if any(normalize(status) in counted for status, _ in statuses):
+        report.refusals.append(f"{text}: correct ORDER_STATUSES")
+    else:
+        report.warnings.append(text)
+    return report
+
+
+def check_swapped_collections(settings: Settings) -> str:
+    """Return the refusal for users that have a counted status while no order has one."""
+    return (
+        f"documents in {settings.users} have a counted status: are ORDERS_COLLECTION and "
+        "USERS_COLLECTION swapped?"
+    )
+
+
+def describe_uncounted(statuses: StatusCounts, settings: Settings) -> str:
+    """Return which statuses exist instead of the counted ones."""
+    wanted = " or ".join(format_status(status) for status in settings.order_statuses)
+    found = ", ".join(f"{format_status(s)} ({n:,})" for s, n in statuses[:MAX_STATUSES_SHOWN])
+    return f"no order has status {wanted}; found: {found or 'no orders'}"
+
+
+def format_status(status: Any) -> str:
+    """Return a status for a person: quoted and escaped unless it is a plain, visible string."""
+    if not isinstance(status, str):
+        return format_value(status)
+    is_plain = (
+        status.isprintable()
+        and status == status.strip() != ""
+        and status == unicodedata.normalize("NFC", status)
+        and not status.replace(".", "").isdigit()  # "2" must differ from the number 2
+    )
+    return status if is_plain else ascii(status)
+
+
+def normalize(status: Any) -> str:
+    """Return what statuses have in common that differ only in form.
+
+    That is case, whitespace, invisible characters, Unicode normalization, or type.
+    """
+    text = unicodedata.normalize("NFKC", str(status))
+    visible = (c for c in text if not c.isspace() and unicodedata.category(c)[0] != "C")
+    return "".join(visible).casefold()
