@@ -1,4 +1,4 @@
-"""Work that overlaps: several items on the way at a time, and how far all of it has come."""
+"""Concurrency: an ordered parallel map, and progress reports for long work."""
 
 from __future__ import annotations
 
@@ -20,28 +20,30 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 ProgressCallback = Callable[[str], None]
-"""What long work calls whenever it has moved on, with how far it is ("" if that is not news)."""
+"""Is called after each step of long work, with a text for people now and then, otherwise with "".
+
+The call itself shows that the work has not stalled.
+"""
 
 
 def ignore_progress(_: str) -> None:
-    """Serve as a `Moved` where nobody wants to know."""
+    """Ignore progress: a `ProgressCallback`."""
 
 
 @contextmanager
 def map_ordered(
     do: Callable[[T], R], items: Iterator[T], workers: int, *, prefetch: int = 0
 ) -> Iterator[Iterator[R]]:
-    """Yield the results of `do(item)` in their order, with `workers` of them on the way at a time.
+    """Yield an iterator over `do(item)`, in the order of `items`, computed by `workers` threads.
 
-    So the server has work while an answer travels, or while we take it apart; and little is left
-    for it to do, and in our memory, when one side dies. Up to `ahead` more are done before their
-    turn while one takes long. None is on the way any more at the end, lest a write land after a
-    newer count; only Ctrl-C does not wait for that. After one that fails, none is begun.
+    The server works while a reply travels or is decoded. Up to `prefetch` more items are computed
+    before their turn while one takes long. After one item has failed, no other is started. At the
+    end no call is running, so that no write lands after a newer count. Ctrl-C does not wait.
     """
     pool, failed = ThreadPoolExecutor(workers), Event()
 
     def attempt(item: T) -> R:
-        if failed.is_set():  # a later item's turn never comes
+        if failed.is_set():  # the consumer raises before it reaches this item
             raise CancelledError
         try:
             return do(item)
@@ -59,7 +61,7 @@ def map_ordered(
     wait = True
     try:
         yield results()
-    except (KeyboardInterrupt, GeneratorExit):  # the latter where only a count is abandoned
+    except (KeyboardInterrupt, GeneratorExit):  # the latter only abandons a count
         wait = False
         raise
     finally:
@@ -67,27 +69,35 @@ def map_ordered(
 
 
 class Progress:
-    """Says every few seconds how far long work is: to the log, and to whoever listens."""
+    """Reports every few seconds how far long work has come: to the log and to a callback."""
 
-    def __init__(self, doing: str, total: int, on_progress: ProgressCallback) -> None:
-        self._doing = doing
+    def __init__(
+        self,
+        activity: str,
+        total: int,
+        on_progress: ProgressCallback,
+        *,
+        report_seconds: float = REPORT_SECONDS,
+    ) -> None:
+        self._activity = activity
         self._total = total
-        self._moved = on_progress
+        self._on_progress = on_progress
+        self._report_seconds = report_seconds
         self._done = 0
         self._started = self._reported = time.monotonic()
 
     def add(self, done: int) -> None:
-        """Add what has been done since the last time."""
+        """Add the items done since the last call."""
         self._done += done
         now = time.monotonic()
-        if now - self._reported < REPORT_SECONDS:
-            self._moved("")
+        if now - self._reported < self._report_seconds:
+            self._on_progress("")
             return
         self._reported = now
         rate = self._done / (now - self._started)
-        self._moved(f"{self._doing} {self._done:,} of {self._total:,}, {rate:,.1f}/s")
+        self._on_progress(f"{self._activity} {self._done:,} of {self._total:,}, {rate:,.1f}/s")
         log.info(
             "%s done=%d total=%d percent=%d rate=%.1f/s",
-            *(self._doing, self._done, self._total, 100 * self._done // self._total, rate),
+            *(self._activity, self._done, self._total, 100 * self._done // self._total, rate),
             extra={"fields": {"done": self._done, "total": self._total, "rate": round(rate, 1)}},
         )

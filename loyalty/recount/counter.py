@@ -1,239 +1,254 @@
-"""One count: of everyone in ranges, or of some customers, as of one point in time."""
+"""One count: of all customers in partitions, or of some customers, at one cluster time."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from datetime import datetime
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from bson import ObjectId, Timestamp
+from pymongo.collection import Collection
 
 from config import Settings
-from loyalty.concurrency import Progress, ProgressCallback, ignore_progress, map_ordered
+from loyalty.concurrency import Progress, ProgressCallback, map_ordered
 from loyalty.errors import SnapshotTooOld
 from loyalty.mongo.connection import Connection
 from loyalty.mongo.driver_errors import map_driver_errors
-from loyalty.recount.customer_ids import indexable_variants
-from loyalty.recount.index import COLLATION, Plan, inspect_plan
-from loyalty.recount.partitions import Range, edges, ranges
-from loyalty.recount.pipeline import CustomerCount, OddForm, Scope, UpToDate, pipeline, rows
+from loyalty.recount.customer_ids import MIXED_CASE_HEX_ID
+from loyalty.recount.index import inspect_plan
+from loyalty.recount.order_filter import COLLATION, counted_orders
+from loyalty.recount.partitions import Partition, partition_boundaries, partitions
+from loyalty.recount.pipeline import Scope, build_pipeline, parse_rows
+from loyalty.recount.result import CountResult
 from loyalty.recount.spool import Spool
+from loyalty.recount.tally import CustomerCount, UpToDate
 
 log = logging.getLogger("loyalty")
 
-ROWS_PER_BATCH = (
-    5_000  # in one answer of the server; its own limit of 16 MB becomes 100 MB in Python
-)
-PREFETCH = 8  # ranges: where a few customers order a lot, one takes several times as long as others
-_ODD_CUSTOMERS = 10_000
-MAX_IDS_PER_QUERY = 4_000  # in one aggregation, the canonical ids among them
-
+ROWS_PER_BATCH = 5_000
+"""In one reply of the server; its own limit of 16 MB becomes 100 MB in Python."""
+PREFETCH = 8
+"""Partitions counted before their turn: where a few customers order a lot, one takes several times
+as long as the others."""
+MAX_IDS_PER_QUERY = 4_000
 
 Customers = Sequence[tuple[Any, Sequence[Any]]]
-"""Canonical ids, each with the forms of it that an index finds; without any, all is read."""
+"""Canonical ids, each with the forms that an index finds; without any form, all orders are read."""
+
+OnRow = Callable[[CustomerCount | UpToDate], None]
+Boundaries = Callable[[Collection[Any]], list[Any]]
 
 
-class TooManyOddForms(Exception):
-    """So many that everyone is to be counted in one piece, where all forms of an id meet."""
+def pin_cluster_time(
+    connection: Connection, not_before: Timestamp | None = None
+) -> Timestamp | None:
+    """Return the newest cluster time that everything can be read at; None without snapshots.
 
-
-def pin_cluster_time(connection: Connection, at: Timestamp | None = None) -> Timestamp | None:
-    """Return the newest time that everything can be read at, or `at` once it can be read at that.
-
-    None if the server has no such thing.
+    A new primary may be behind: then it waits until `not_before` can be read. Raises ServiceError.
     """
-    users = connection.users
     if not connection.snapshots:
         return None
-    concern = {"level": "snapshot"} if at is None else {"level": "snapshot", "atClusterTime": at}
+    time = _read_cluster_time(connection, {"level": "snapshot"})
+    if not_before is not None and time is not None and time < not_before:
+        time = _read_cluster_time(connection, {"level": "snapshot", "atClusterTime": not_before})
+    return time
+
+
+def _read_cluster_time(connection: Connection, read_concern: dict[str, Any]) -> Timestamp | None:
+    users = connection.users
     read = {"find": users.name, "filter": {"_id": ObjectId()}, "singleBatch": True}
     with map_driver_errors("find", users):
-        reply = users.database.command({**read, "readConcern": concern})
-        moment: Timestamp | None = reply["cursor"].get("atClusterTime")
+        reply = users.database.command({**read, "readConcern": read_concern})
+        time: Timestamp | None = reply["cursor"].get("atClusterTime")
         # A collection that does not exist has no snapshot, only a last operation before it. If
-        # there are users, this server has not done what it was asked for.
-        if moment is None and users.find_one({}, {"_id": 1}) is None:
-            moment = reply.get("operationTime")
-    return moment
+        # there are users, this server has ignored the read concern.
+        if time is None and users.find_one({}, {"_id": 1}) is None:
+            time = reply.get("operationTime")
+    return time
 
 
-class Count:
-    """One count: `of_everyone` or `of_customers`, once. Both raise ServiceError.
+@dataclass(slots=True)
+class _Snapshot:
+    """The cluster times that a count reads at: one, unless the server forgets it meanwhile."""
 
-    What they yield was read as of `cluster_time`, where the server can do that. Should that have
-    changed in between, `exact` is no longer true; `first_time`, or `as_of`, is the oldest.
+    pinned: list[Timestamp | None] = field(default_factory=list)
+
+    @property
+    def current(self) -> Timestamp | None:
+        return self.pinned[-1]
+
+
+class Counter:
+    """Counts at one cluster time, where the server can, and hands each row to a callback.
+
+    The cluster time is `not_before` or later; without snapshots the result is as of `started_at`.
     """
 
     def __init__(
         self,
         connection: Connection,
         settings: Settings,
-        started_at: datetime,
-        on_progress: ProgressCallback = ignore_progress,
+        on_progress: ProgressCallback,
+        *,
+        started_at: datetime | None = None,
+        not_before: Timestamp | None = None,
+        find_boundaries: Boundaries = partition_boundaries,
+        use_snapshot: bool = True,
     ) -> None:
-        self.as_of = started_at
-        self.cluster_time: Timestamp | None = None
-        self.oldest_snapshot: Timestamp | None = None
-        self.exact = False
-        self.odd_forms: dict[ObjectId, set[str]] = {}
-        self.knows_odd_forms = True
-        self.has_customer_index = False
         self._connection = connection
         self._settings = settings
-        self._moved = on_progress
-        self._plan = Plan()
+        self._on_progress = on_progress
+        self._started_at = started_at or datetime.now(UTC)
+        self._not_before = not_before
+        self._find_boundaries = find_boundaries
+        self._use_snapshot = use_snapshot
 
-    def count_all(
-        self, *, at: Timestamp | None = None, single_query: bool = False
-    ) -> Iterator[CustomerCount | UpToDate]:
-        """Count everyone, in ranges where the index allows it. Raises TooManyOddForms then."""
-        self._pin_snapshot(at)
-        self.exact = self.cluster_time is not None
-        # After that: no array has been in an index at the pinned time if none has been by now.
-        self._plan = inspect_plan(self._connection.orders, self._settings)
-        self.has_customer_index = self._plan.ranges
-        if self._plan.ranges and not single_query:
-            yield from self._in_ranges(ranges(self._edges()))
-        else:
-            self.knows_odd_forms = False
-            yield from self._in_scope(Scope())
+    def count_all(self, on_row: OnRow, *, single_query: bool = False) -> CountResult:
+        """Count all customers, in partitions where the index allows it.
 
-    def count_customers(
-        self, customers: Customers, *, at: Timestamp | None = None, include_up_to_date: bool = False
-    ) -> Iterator[CustomerCount | UpToDate]:
-        """Count some customers, as of `at` or later.
-
-        With `with_right`, those who are right come as rows, too.
+        Raises ServiceError, and NonCanonicalIdFound if a single query is needed instead.
         """
-        self._pin_snapshot(at)
-        self.exact = self.cluster_time is not None
-        yield from self._of_customers(customers, include_up_to_date=include_up_to_date)
+        snapshot = self._pin_snapshot()
+        # After pinning: an index that has no array now had none at that time.
+        plan = inspect_plan(self._connection.orders, self._settings)
+        count = partial(
+            self._aggregate,
+            snapshot,
+            status_may_be_array=plan.status_is_multikey,
+            has_index=plan.supports_partitions,
+        )
+        if plan.supports_partitions and not single_query:
+            self._count_partitions(on_row, snapshot, count)
+        else:
+            _handle_rows(count(Scope()), Scope(), on_row)
+        return self._describe(
+            snapshot,
+            has_customer_index=plan.supports_partitions,
+            has_mixed_case_ids=single_query and self._find_mixed_case_ids(),
+        )
 
-    def _pin_snapshot(self, at: Timestamp | None) -> None:
-        """Let everything from now on be read as of one point in time: `at`, or later."""
-        moment = pin_cluster_time(self._connection)
-        if at is not None and moment is not None and moment < at:  # a new primary may be behind
-            moment = pin_cluster_time(self._connection, at)
-        if self.cluster_time is None and moment is not None:
-            self.as_of = moment.as_datetime()
-            self.oldest_snapshot = moment
-        self.cluster_time = moment
+    def count_customers(self, on_row: OnRow, customers: Customers) -> CountResult:
+        """Count some customers, with a row for each that has orders or users.
 
-    def _edges(self) -> list[Any]:
+        Raises ServiceError.
+        """
+        snapshot = self._pin_snapshot()
+        for chunk in _chunks(customers):
+            forms = [form for _, forms in chunk for form in forms]
+            scope = Scope(
+                Partition([[{"$in": forms}]] if forms else [[]]),
+                customers=[customer for customer, _ in chunk],
+                include_up_to_date=True,
+            )
+            spool = self._aggregate(snapshot, scope, status_may_be_array=True, has_index=True)
+            _handle_rows(spool, scope, on_row)
+        return self._describe(snapshot)
+
+    def _pin_snapshot(self) -> _Snapshot:
+        if not self._use_snapshot:
+            return _Snapshot([None])
+        return _Snapshot([pin_cluster_time(self._connection, self._not_before)])
+
+    def _describe(self, snapshot: _Snapshot, **found: bool) -> CountResult:
+        """Return the result; the oldest time is the one that readers of freshness need."""
+        first, *later = snapshot.pinned
+        return CountResult(
+            as_of=self._started_at if first is None else first.as_datetime(),
+            cluster_time=None if later else first,
+            oldest_snapshot=first,
+            **found,
+        )
+
+    def _count_partitions(
+        self, on_row: OnRow, snapshot: _Snapshot, count: Callable[[Scope], Spool]
+    ) -> None:
         with map_driver_errors("find", self._connection.users):
-            return edges(self._connection.users)
-
-    def _in_ranges(self, cut: Sequence[Range]) -> Iterator[CustomerCount | UpToDate]:
-        progress = Progress("counting", len(cut), self._moved)
+            scopes = [Scope(p) for p in partitions(self._find_boundaries(self._connection.users))]
+        progress = Progress("counting", len(scopes), self._on_progress)
         done = done_at_pin = 0
-        while done < len(cut):
-            scopes = (Scope(part, apart=part.is_string_partition) for part in cut[done:])
+        while done < len(scopes):
             try:
-                workers = self._settings.count_workers
-                with map_ordered(self._aggregate, scopes, workers, prefetch=PREFETCH) as answers:
-                    for answer in answers:
-                        with answer:
-                            yield from self._rows_of_range(answer)
-                        done += 1
-                        progress.add(1)
+                for scope, spool in self._map_scopes(count, scopes[done:]):
+                    _handle_rows(spool, scope, on_row)
+                    done += 1
+                    progress.add(1)
             except SnapshotTooOld as error:
                 if done == done_at_pin:
-                    raise  # one range alone takes longer than the server keeps a snapshot
-                log.warning('counting_on done=%d total=%d error="%s"', done, len(cut), error)
+                    raise  # one partition alone takes longer than the server keeps a snapshot
+                log.warning(
+                    'snapshot_restarted done=%d total=%d error="%s"', done, len(scopes), error
+                )
                 done_at_pin = done
-                self._restart_snapshot()
-        try:  # as a list: all of them, or none
-            odd = list(self._rows_of_odd_customers())
-        except SnapshotTooOld:
-            self._restart_snapshot()
-            odd = list(self._rows_of_odd_customers())
-        yield from odd
+                # Each customer is still counted at one time, but not all of them at the same.
+                snapshot.pinned.append(pin_cluster_time(self._connection, snapshot.current))
 
-    def _restart_snapshot(self) -> None:
-        """Count each customer as of one point in time still, but not all as of the same."""
-        self.exact = False
-        self._pin_snapshot(self.cluster_time)
+    def _map_scopes(
+        self, count: Callable[[Scope], Spool], scopes: Sequence[Scope]
+    ) -> Iterator[tuple[Scope, Spool]]:
+        workers = self._settings.count_workers
+        with map_ordered(count, iter(scopes), workers, prefetch=PREFETCH) as spools:
+            yield from zip(scopes, spools, strict=True)
 
-    def _rows_of_range(self, spool: Spool) -> Iterator[CustomerCount | UpToDate]:
-        """Yield the rows of a range, but for the customers of whom odd forms are known.
-
-        An odd form is never in a later range than its customer, and in the same it comes first.
-        """
-        for answer in spool:
-            for row in rows(answer):
-                if isinstance(row, OddForm):
-                    self.odd_forms.setdefault(ObjectId(row.text), set()).add(row.text)
-                    if len(self.odd_forms) > _ODD_CUSTOMERS:
-                        raise TooManyOddForms
-                elif isinstance(row, UpToDate) or not self._has_odd_forms(row.customer):
-                    yield row
-
-    def _has_odd_forms(self, customer: Any) -> bool:
-        return isinstance(customer, ObjectId) and customer in self.odd_forms
-
-    def _rows_of_odd_customers(self) -> Iterator[CustomerCount | UpToDate]:
-        """Count the customers with odd forms by themselves, and take back what is in the sums."""
-        counted = [(customer, [customer, str(customer)]) for customer in self.odd_forms]
-        for row in self._of_customers(counted):
-            if isinstance(row, UpToDate):
-                yield UpToDate(-row.orders, -row.users, -row.users_with_points_before)
-        whole = [(own, [*indexable_variants(own), *forms]) for own, forms in self.odd_forms.items()]
-        yield from self._of_customers(whole)
-
-    def _of_customers(
-        self, customers: Customers, *, include_up_to_date: bool = False
-    ) -> Iterator[CustomerCount | UpToDate]:
-        for chosen in _chunks(customers):
-            forms = [form for _, forms in chosen for form in forms]
-            found = Range([[{"$in": forms}]] if forms else [[]])
-            own = [customer for customer, _ in chosen]
-            yield from self._in_scope(
-                Scope(found, customers=own, include_up_to_date=include_up_to_date)
-            )
-
-    def _in_scope(self, scope: Scope) -> Iterator[CustomerCount | UpToDate]:
-        with self._aggregate(scope) as spool:
-            for answer in spool:
-                for row in rows(answer):
-                    assert not isinstance(row, OddForm)  # that is for ranges
-                    yield row
-
-    def _aggregate(self, scope: Scope) -> Spool:
-        """Return all answers of the server, so that a range is counted as a whole or not at all."""
+    def _aggregate(
+        self, snapshot: _Snapshot, scope: Scope, *, status_may_be_array: bool, has_index: bool
+    ) -> Spool:
+        """Return all batches of the result, so that a partition is counted whole or not at all."""
         orders, spool = self._connection.orders, Spool()
-        concern: dict[str, Any] = {}
-        if self.cluster_time is not None:
-            # Not a snapshot session: that is not for several threads.
-            snapshot = {"level": "snapshot", "atClusterTime": self.cluster_time}
-            concern = {"readConcern": snapshot}
+        options: dict[str, Any] = {}
+        if snapshot.current is not None:
+            # Not a snapshot session, which several threads cannot share.
+            read_concern = {"level": "snapshot", "atClusterTime": snapshot.current}
+            options = {"readConcern": read_concern}
         advice = "raise COUNT_TIMEOUT"
-        if not self._plan.ranges:
-            advice += ", or make the index with --create-index"
+        if not has_index:
+            advice += ", or create the index with --create-index"
         with map_driver_errors("find", orders, if_too_slow=advice):
-            answers = orders.aggregate_raw_batches(
-                pipeline(self._settings, scope, arrays=self._plan.arrays),
+            batches = orders.aggregate_raw_batches(
+                build_pipeline(self._settings, scope, status_may_be_array=status_may_be_array),
                 allowDiskUse=True,
                 batchSize=ROWS_PER_BATCH,
                 collation=COLLATION,
                 maxTimeMS=self._settings.count_ms,
-                **concern,
+                **options,
             )
-            for answer in answers:
-                spool.add(answer)
-                self._moved("")
+            for batch in batches:
+                spool.add(batch)
+                self._on_progress("")
         return spool
+
+    def _find_mixed_case_ids(self) -> bool:
+        """Return whether a counted order or a user has a hex id in mixed case."""
+        connection, settings = self._connection, self._settings
+        in_orders = {**counted_orders(settings), settings.customer_field: MIXED_CASE_HEX_ID}
+        for collection, condition in (
+            (connection.orders, in_orders),
+            (connection.users, {"_id": MIXED_CASE_HEX_ID}),
+        ):
+            with map_driver_errors("find", collection):
+                if collection.find_one(condition, {"_id": 1}, collation=COLLATION) is not None:
+                    return True
+        return False
+
+
+def _handle_rows(spool: Spool, scope: Scope, on_row: OnRow) -> None:
+    with spool:
+        for batch in spool:
+            for row in parse_rows(batch, scope):
+                on_row(row)
 
 
 def _chunks(customers: Customers) -> Iterator[Customers]:
-    """Cut so that no aggregation asks for many more than so many forms."""
-    portion: list[tuple[Any, Sequence[Any]]] = []
+    """Cut so that no aggregation asks for many more ids than MAX_IDS_PER_QUERY."""
+    chunk: list[tuple[Any, Sequence[Any]]] = []
     size = 0
     for customer, forms in customers:
-        portion.append((customer, forms))
+        chunk.append((customer, forms))
         size += 1 + len(forms)
         if size >= MAX_IDS_PER_QUERY and forms:
-            yield portion
-            portion, size = [], 0
-    if portion:
-        yield portion
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk

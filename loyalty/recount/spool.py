@@ -1,4 +1,4 @@
-"""What is too much for memory, for a while: chunks of bytes in a temporary file."""
+"""A temporary file of byte chunks, for more than fits in memory."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from typing import Self
 
 from loyalty.errors import NoTempSpace
 
-MEMORY_BYTES = 2 * 1024 * 1024  # more than that goes to the disk
-_LENGTH = 4
+MAX_MEMORY_BYTES = 2 * 1024 * 1024
+"""More than this goes to the disk."""
+_LENGTH_BYTES = 4
 
 
 class Spool:
-    """Chunks that are read in the order in which they were added; close it at the end."""
+    """Chunks, read in the order in which they were added; a context manager."""
 
-    def __init__(self) -> None:
-        self._file = tempfile.SpooledTemporaryFile(max_size=MEMORY_BYTES)  # noqa: SIM115 -- close()
+    def __init__(self, max_memory_bytes: int = MAX_MEMORY_BYTES) -> None:
+        self._file = tempfile.SpooledTemporaryFile(max_memory_bytes)  # noqa: SIM115 -- see close()
 
     def __enter__(self) -> Self:
         return self
@@ -26,24 +27,21 @@ class Spool:
         self.close()
 
     def __del__(self) -> None:
-        self.close()  # of a result that nobody came to read
+        self.close()  # a prefetched result may never be read
 
     def close(self) -> None:
-        with suppress(OSError):  # a full disk says so once more
+        with suppress(OSError):  # a full disk fails once more
             self._file.close()
 
     def add(self, chunk: bytes) -> None:
-        """Add a chunk. Raises NoRoom."""
+        """Add a chunk. Raises NoTempSpace."""
         try:
-            self._file.write(len(chunk).to_bytes(_LENGTH, "little") + chunk)
-            self._file.flush()  # or a full disk would show up much later
+            self._file.write(len(chunk).to_bytes(_LENGTH_BYTES, "little") + chunk)
+            self._file.flush()  # or a full disk would be noticed much later
         except OSError as error:
-            where = tempfile.gettempdir()
-            raise NoTempSpace(
-                f"cannot keep what was counted in {where}: {error.strerror}"
-            ) from error
+            raise NoTempSpace(f"no temporary disk space: {error.strerror}") from error
 
     def __iter__(self) -> Iterator[bytes]:
         self._file.seek(0)
-        while length := self._file.read(_LENGTH):
+        while length := self._file.read(_LENGTH_BYTES):
             yield self._file.read(int.from_bytes(length, "little"))

@@ -1,0 +1,103 @@
+"""What came of a recount: the source of its record, its log line and the commands' output."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any, Literal
+
+from bson import ObjectId, Timestamp
+
+from config import VERSION, Settings
+from loyalty.recount.tally import RECORDED_TOTALS, FailedUpdates, Totals
+
+Outcome = Literal["succeeded", "incomplete", "refused", "failed", "undone"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CountResult:
+    """When a count was made, and how: `as_of` is the oldest time that anything was read at."""
+
+    as_of: datetime
+    cluster_time: Timestamp | None = None
+    """What everything was read at; None if there is no such time, see `exact`."""
+    oldest_snapshot: Timestamp | None = None
+    has_customer_index: bool = False
+    """Whether an index leads to the orders of one customer."""
+    has_mixed_case_ids: bool = False
+    """Whether a hex id is neither all lower nor all upper case; False if that was not looked at."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether everything was read at one cluster time."""
+        return self.cluster_time is not None
+
+
+@dataclass(slots=True, kw_only=True)
+class Result:
+    """One recount, as far as it came."""
+
+    id: ObjectId = field(default_factory=ObjectId)
+    """The `_id` of its record."""
+    started_at: datetime
+    seconds: float = 0.0
+    outcome: Outcome = "succeeded"
+    count: CountResult
+    totals: Totals = field(default_factory=Totals)
+    refusal: str | None = None
+    """Why the safety checks refuse it, also if it is forced."""
+    warnings: list[str] = field(default_factory=list)
+    failed: FailedUpdates = field(default_factory=FailedUpdates)
+    written: int = 0
+    """Users whose points were updated."""
+    error: str | None = None
+
+    @property
+    def finished_at(self) -> datetime:
+        return self.started_at + timedelta(seconds=self.seconds)
+
+    @property
+    def as_of(self) -> datetime:
+        return self.count.as_of
+
+    @property
+    def failed_updates(self) -> int:
+        return len(self.failed)
+
+
+def counted_settings(settings: Settings) -> dict[str, Any]:
+    """Return what is counted, and where: services with the same target must agree on it."""
+    return {
+        "orders": settings.orders,
+        "users": settings.users,
+        "status_field": settings.status_field,
+        "customer_field": settings.customer_field,
+        "points_field": settings.points_field,
+        "order_statuses": list(settings.order_statuses),
+        "points_per_order": settings.points_per_order,
+    }
+
+
+def build_record(result: Result, settings: Settings) -> dict[str, Any]:
+    """Return what is recorded of a recount; the commands print the same as JSON.
+
+    `changed` is the number of users that were written.
+    """
+    return {
+        "_id": result.id,
+        "settings": counted_settings(settings),
+        "started_at": result.started_at,
+        "finished_at": result.finished_at,
+        "seconds": result.seconds,
+        "as_of": result.as_of,
+        "cluster_time": result.count.cluster_time,
+        "exact": result.count.exact,
+        "outcome": result.outcome,
+        **{name: getattr(result.totals, name) for name in RECORDED_TOTALS},
+        "changed": result.written,
+        "failed_updates": result.failed_updates,
+        "error": result.error,
+        "host": socket.gethostname(),
+        "version": VERSION,
+    }
