@@ -62,6 +62,8 @@ class Settings:
         collection,
         "where the records go; empty: keep none",
     )
+    changes: str = setting("CHANGES_COLLECTION", "loyalty_changes", collection, "the change log")
+    retention: timedelta = setting("RETENTION", "90d", duration(timedelta(days=3650)), "x")
     order_statuses: tuple[str, ...] = setting(
         "ORDER_STATUSES", "Shipped", statuses, "comma-separated, exactly as stored"
     )

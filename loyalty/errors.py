@@ -66,14 +66,24 @@ class NoTempSpace(ServiceError):
 
 
 class RecountRefused(ServiceError):
-    """The guard: this recount is plainly a mistake. Nothing was written."""
+    """The safety checks take this recount for a mistake. Nothing was written."""
 
     exit_code = Exit.REFUSED
 
 
 class BulkUpdateErrors(ServiceError):
-    """Some operations of a bulk write failed, all others are done; `reasons` by position."""
+    """Some operations of a bulk write failed, all others are done.
 
-    def __init__(self, reasons: dict[int, str]) -> None:
-        super().__init__(f"{len(reasons)} updates failed")
-        self.reasons = reasons
+    `codes` has the server's code name by position; `matched` counts the users that were found.
+    """
+
+    def __init__(self, codes: dict[int, str], matched: int) -> None:
+        super().__init__(f"{len(codes)} updates failed")
+        self.codes = codes
+        self.matched = matched
+
+
+class TooManyFailedUpdates(ServiceError):
+    """So many updates failed that the recount itself did; the others are written."""
+
+    exit_code = Exit.FINDINGS

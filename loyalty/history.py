@@ -13,11 +13,9 @@ from typing import Any
 import pymongo
 from pymongo.collection import Collection
 
-from config import VERSION
 from loyalty.errors import ConfigurationError, DatabaseUnavailable, NoPermission, ServiceError
 from loyalty.mongo.driver_errors import map_driver_errors
-from loyalty.recount.customer_ids import Document
-from loyalty.recount.tally import COUNTS, Result
+from loyalty.mongo.values import Document
 
 log = logging.getLogger("loyalty")
 
@@ -57,13 +55,13 @@ class History:
         self._indexed = False
         self._warned = False
 
-    def write(self, result: Result) -> None:
+    def write(self, record: Document) -> None:
         """Write the record of one recount. Failing to is a warning, and only the first time."""
         if self._collection is None:
             return
         with self.warn_once():
             with map_driver_errors("insert", self._collection):
-                self._collection.insert_one(OWNER_FILTER | record_of(result))
+                self._collection.insert_one({**OWNER_FILTER, **record})
             if not self._indexed:
                 with map_driver_errors("createIndex", self._collection):
                     self._collection.create_index(
@@ -138,6 +136,10 @@ class History:
             found = self._collection.find({**OWNER_FILTER, **(matching or _RECOUNTS)}, {"_id": 0})
             return list(found.sort("finished_at", -1).limit(limit))
 
+    def newest_success(self) -> Document | None:
+        """Return the newest record of a recount that succeeded or is incomplete, if any."""
+        return next(iter(self.newest(1, _FRESH)), None)
+
     def age(self, now: datetime) -> timedelta | None:
         """Return how old the points are that the last success left, None if there was none."""
         newest = self.newest(1, _FRESH)
@@ -153,21 +155,3 @@ class History:
 def is_fresh(age: timedelta | None, interval: timedelta) -> bool:
     """Return whether points of this age are as new as they have to be."""
     return age is not None and age <= 2 * interval
-
-
-def record_of(result: Result) -> dict[str, Any]:
-    """Return what is recorded of a recount; a program gets the same as JSON."""
-    return {
-        "started_at": result.started_at,
-        "finished_at": result.finished_at,
-        "seconds": result.seconds,
-        "as_of": result.as_of,
-        "cluster_time": result.cluster_time if result.exact else None,
-        "exact": result.exact,
-        "outcome": result.outcome,
-        **{name: getattr(result.totals, name) for name in COUNTS},
-        "failed_updates": result.failed_updates,
-        "error": result.error,
-        "host": socket.gethostname(),
-        "version": VERSION,
-    }

@@ -1,4 +1,4 @@
-"""A whole recount: connect; count, guard, write, record. Everything that recounts comes here."""
+"""One recount: count, check, write, record. Every command and the daemon use it."""
 
 from __future__ import annotations
 
@@ -12,43 +12,54 @@ from datetime import UTC, datetime
 from bson import ObjectId, Timestamp
 
 from config import Settings
-from loyalty import report
 from loyalty.concurrency import ProgressCallback, ignore_progress
-from loyalty.errors import DatabaseUnavailable, QueryTimeout, RecountRefused, ServiceError
+from loyalty.errors import (
+    DatabaseUnavailable,
+    QueryTimeout,
+    RecountRefused,
+    ServiceError,
+    SnapshotTooOld,
+    TooManyFailedUpdates,
+)
 from loyalty.history import History
 from loyalty.mongo.connection import Connection, connect
-from loyalty.recount.counter import Count, Customers, TooManyOddForms
+from loyalty.recount.change_log import ChangeLog
+from loyalty.recount.counter import Boundaries, Counter, Customers
 from loyalty.recount.index import missing_index_hint
-from loyalty.recount.statuses import check_statuses
-from loyalty.recount.tally import Result, Tally, Totals
-from loyalty.recount.updates import Changes
+from loyalty.recount.partitions import partition_boundaries
+from loyalty.recount.pipeline import NonCanonicalIdFound
+from loyalty.recount.result import CountResult, Result, build_record
+from loyalty.recount.safety import PreviousRecounts, check_totals, is_failure
+from loyalty.recount.statuses import check_uncounted
+from loyalty.recount.tally import RECORDED_TOTALS, Tally, Totals
+from loyalty.recount.updates import LogChanges, PendingUpdates
+from loyalty.retry import COUNT_RETRY, Retry, retry
 
 log = logging.getLogger("loyalty")
 
-_COUNT_ATTEMPTS = 3
-
 
 def connect_and_verify(settings: Settings, *, writing: bool, recording: bool = True) -> Connection:
-    """Connect, prove that the server can do what a recount needs, and say what is to be known.
+    """Connect, verify that the server can do what a recount needs, and log its limits.
 
-    `recording`: if it is for writing, then records must have a place of their own, too.
+    `recording`: for writing, the records must have a collection of their own.
+    Raises ServiceError.
     """
     connection = connect(settings, writing=writing)
     log.info("connected %s", connection.description)
     if connection.snapshot_unsupported_reason:
         log.warning(
-            "not_exact %s cannot read as of one point in time: an order that changes during a "
-            "recount may be missed or counted twice",
+            "snapshot_unsupported %s cannot read at one cluster time: an order that changes during "
+            "a recount may be missed or counted twice",
             connection.snapshot_unsupported_reason,
         )
-    if advice := missing_index_hint(connection.orders, settings):
+    if hint := missing_index_hint(connection.orders, settings):
         fields = f"{{{settings.status_field}, {settings.customer_field}}}"
-        log.warning("no_index %s on %s: %s", fields, connection.orders.full_name, advice)
+        log.warning("index_missing %s on %s: %s", fields, connection.orders.full_name, hint)
     try:
-        nobody = ObjectId()
-        with suppress(DatabaseUnavailable):  # the first recount will say that, and try again
-            list(
-                Count(connection, settings, datetime.now(UTC)).count_customers([(nobody, [nobody])])
+        unused = ObjectId()
+        with suppress(DatabaseUnavailable):  # the first recount reports that, and retries
+            Counter(connection, settings, ignore_progress).count_customers(
+                lambda _: None, [(unused, [unused])]
             )
         if writing and recording:
             History(connection.recounts).check()
@@ -60,14 +71,15 @@ def connect_and_verify(settings: Settings, *, writing: bool, recording: bool = T
 
 @dataclass(frozen=True, kw_only=True)
 class RecountRequest:
-    """A recount that is wanted: of everyone, or of some `customers`; as of `at` or later."""
+    """A recount of all customers, or of `customers`, at cluster time `not_before` or later."""
 
     customers: Customers | None = None
-    at: Timestamp | None = None
+    not_before: Timestamp | None = None
     write: bool = True
     force: bool = False
-    guard: Callable[[Totals], str | None] | None = None
-    """Says why it is refused, in place of the guard of full recounts."""
+    safety_check: Callable[[Totals], str | None] | None = None
+    """Returns why it is refused; replaces the safety checks of a full recount."""
+    find_boundaries: Boundaries = partition_boundaries
 
 
 FULL_RECOUNT = RecountRequest()
@@ -77,103 +89,181 @@ def run_recount(
     connection: Connection,
     settings: Settings,
     history: History,
-    task: RecountRequest = FULL_RECOUNT,
+    request: RecountRequest = FULL_RECOUNT,
     on_progress: ProgressCallback = ignore_progress,
 ) -> Result:
     """Do one recount.
 
     1. Count, and compare with the stored points.
-    2. Let the guard judge what would change, unless forced.
-    3. Write what has changed, if wanted.
-    4. Record and log it, if it was about everyone.
+    2. Check whether the changes are safe, unless forced.
+    3. Log the changes and write them, if wanted.
+    4. Record and log the result, if all customers were counted.
 
-    Raises Refused by the guard, and whatever else ended it.
+    Raises RecountRefused by the safety checks, and any ServiceError that ended it.
     """
-    now = datetime.now(UTC)
-    result = Result(now, now)
+    started_at = datetime.now(UTC)
+    result = Result(started_at=started_at, count=CountResult(as_of=started_at))
     clock = time.monotonic()
-    recorded = task.write and task.customers is None
+    is_recorded = request.write and request.customers is None
     try:
-        with Changes(settings.batch_size, settings.points_field) as changes:
-            _count(connection, settings, task, changes, result, on_progress)
-            if task.write and result.refusal and not task.force:
-                raise RecountRefused(result.refusal)
-            totals = result.totals
-            if totals.non_numeric_values and task.customers is None:
-                log.warning(
-                    "values_replaced %d users hold something else in %s, such as %s",
-                    *(totals.non_numeric_values, settings.points_field, totals.other_value),
-                )
-            if recorded and totals.decreased and history.is_empty():
-                result.warning = f"from {totals.losers}, as this is the first recount"
-            if recorded and result.warning:  # before it happens
-                log.warning("points_taken %s", result.warning)
-            if task.write:
-                result.refusing = changes.write(connection.users, on_progress)
-        result.outcome = "incomplete" if result.refusing.reasons else "succeeded"
+        with PendingUpdates(settings.batch_size, settings.points_field) as updates:
+            _count(connection, settings, request, updates, result, on_progress)
+            _check(connection, settings, history, request, result)
+            if request.write:
+                change_log = _open_change_log(connection, settings, result) if is_recorded else None
+                _write(connection, updates, change_log, result, on_progress)
     except Exception as error:
         result.outcome = "refused" if isinstance(error, RecountRefused) else "failed"
-        # The text of an exception that is not ours could hold anything.
+        # The text of an exception that is not ours could contain anything.
         result.error = str(error) if isinstance(error, ServiceError) else type(error).__name__
         result.seconds = time.monotonic() - clock
-        if recorded:
-            history.write(result)
+        if is_recorded:
+            history.write(build_record(result, settings))
         raise
     result.seconds = time.monotonic() - clock
-    if recorded:
-        history.write(result)
-        report.log_result(result)
-    elif result.refusing.reasons:
-        log.warning("incomplete %s", result.refusing)
+    if is_recorded:
+        history.write(build_record(result, settings))
+        log_result(result)
     return result
 
 
 def _count(
     connection: Connection,
     settings: Settings,
-    task: RecountRequest,
-    changes: Changes,
+    request: RecountRequest,
+    updates: PendingUpdates,
     result: Result,
     on_progress: ProgressCallback,
 ) -> None:
-    """Fill `result` and `changes`. Whatever fails in the middle: all again at a new time."""
-    attempt, single_query = 1, False
-    while True:
-        changes.clear()
-        recount = Tally(settings, changes.add)
-        count = Count(connection, settings, result.started_at, on_progress)
-        if task.customers is None:
-            rows = count.count_all(at=task.at, single_query=single_query)
-        else:
-            rows = count.count_customers(task.customers, at=task.at, include_up_to_date=True)
-        result.totals = recount.totals
+    """Count, and collect the updates. A failed count starts again at a new cluster time."""
+
+    def count(*, use_snapshot: bool = True, single_query: bool = False) -> None:
+        updates.clear()
+        tally = Tally(settings, updates.add)
+        counter = Counter(
+            connection,
+            settings,
+            on_progress,
+            started_at=result.started_at,
+            not_before=request.not_before,
+            find_boundaries=request.find_boundaries,
+            use_snapshot=use_snapshot,
+        )
         try:
-            for row in rows:
-                recount.pop_pending(row)
-            break
-        except TooManyOddForms:
-            single_query = True
-            log.info("counting_in_one_piece many ids are in capitals or mixed case")
-        except QueryTimeout:
-            raise
-        except DatabaseUnavailable as error:
-            # The driver does not retry a cursor that died under it: the primary was killed, say.
-            if attempt == _COUNT_ATTEMPTS:
-                raise
-            attempt += 1
-            log.warning('counting_again attempt=%d error="%s"', attempt, error)
-            on_progress("")
-    totals = recount.totals
-    result.as_of, result.exact, result.oldest_snapshot = (
-        count.as_of,
-        count.exact,
-        count.oldest_snapshot,
+            if request.customers is None:
+                result.count = counter.count_all(tally.add, single_query=single_query)
+            else:
+                result.count = counter.count_customers(tally.add, request.customers)
+        except NonCanonicalIdFound:
+            log.info("single_query_count reason=%s", "upper-case or mixed-case hex ids")
+            count(use_snapshot=use_snapshot, single_query=True)
+        else:
+            result.totals = tally.totals
+
+    def report_retry(attempt: Retry) -> None:
+        log.warning('count_retry attempt=%d error="%s"', attempt.attempt, attempt.error)
+        on_progress("")
+
+    def is_retryable(error: Exception) -> bool:
+        # Not a timeout: the next attempt would take as long.
+        return isinstance(error, DatabaseUnavailable) and not isinstance(error, QueryTimeout)
+
+    try:
+        # The driver does not retry a cursor that was lost with its primary.
+        retry(count, COUNT_RETRY, on=is_retryable, on_retry=report_retry)
+    except SnapshotTooOld as error:
+        if request.customers is not None:
+            raise  # live updates must not write anything older than `not_before`
+        log.warning('snapshot_unavailable error="%s"', error)
+        count(use_snapshot=False)
+
+
+def _check(
+    connection: Connection,
+    settings: Settings,
+    history: History,
+    request: RecountRequest,
+    result: Result,
+) -> None:
+    """Let the safety checks judge the totals. Raises RecountRefused."""
+    if request.safety_check is not None:
+        result.refusal = request.safety_check(result.totals)
+    elif request.customers is None:
+        report = check_totals(result.totals, settings, _read_previous(history))
+        if not result.totals.counted_orders or not result.totals.users:
+            report.add(check_uncounted(connection, settings))
+        result.refusal, result.warnings = report.refusal, report.warnings
+    if not request.write:
+        return
+    if result.refusal and not request.force:
+        raise RecountRefused(result.refusal)
+    if request.customers is None:
+        for warning in result.warnings:
+            log.warning("safety_warning %s", warning)
+        if replaced := result.totals.non_numeric_values:
+            log.warning("non_numeric_points users=%d field=%s", replaced, settings.points_field)
+            log.debug("non_numeric_points sample=%s", result.totals.non_numeric_sample)
+
+
+def _read_previous(history: History) -> PreviousRecounts:
+    with suppress(ServiceError):
+        last = history.newest_success()
+        counted_orders = last["counted_orders"] if last else None
+        return PreviousRecounts(is_first=history.is_empty(), counted_orders=counted_orders)
+    return PreviousRecounts()
+
+
+def _open_change_log(
+    connection: Connection, settings: Settings, result: Result
+) -> LogChanges | None:
+    if connection.changes is None:
+        return None
+    change_log = ChangeLog(
+        connection.changes,
+        recount=result.id,
+        at=result.started_at,
+        cluster_time=result.count.cluster_time,
+        expires_at=result.started_at + settings.retention,
     )
-    result.cluster_time = count.cluster_time if count.exact else None
-    result.odd_forms = count.odd_forms if count.knows_odd_forms else None
-    result.has_customer_index = count.has_customer_index
-    result.refusal = task.guard(totals) if task.guard else recount.refusal()
-    result.warning = recount.warning()
-    if task.customers is None and not totals.counted_orders:
-        reasons = [result.refusal, check_statuses(connection, settings)]
-        result.refusal = "; ".join(filter(None, reasons)) or None
+    return change_log.insert
+
+
+def _write(
+    connection: Connection,
+    updates: PendingUpdates,
+    log_changes: LogChanges | None,
+    result: Result,
+    on_progress: ProgressCallback,
+) -> None:
+    """Write the updates. Raises TooManyFailedUpdates, and other ServiceErrors."""
+    try:
+        updates.write(connection.users, on_progress, log_changes)
+    finally:
+        result.written, result.failed = updates.result.written, updates.result.failed
+    if not result.failed:
+        return
+    result.outcome = "incomplete"
+    text = (
+        f"{result.failed_updates:,} of {result.totals.changed:,} updates failed ({result.failed})"
+    )
+    log.warning("failed_updates %s", text)
+    log.debug("failed_updates users=%s", ", ".join(result.failed.sample))
+    if is_failure(result.failed_updates, result.totals.users):
+        raise TooManyFailedUpdates(text)
+
+
+def log_result(result: Result) -> None:
+    """Log one line about a full recount."""
+    fields: dict[str, object] = {
+        "outcome": result.outcome,
+        "users": result.totals.users,
+        **{name: getattr(result.totals, name) for name in RECORDED_TOTALS},
+        "failed_updates": result.failed_updates,
+        "as_of": f"{result.as_of:%Y-%m-%dT%H:%M:%SZ}",
+        "exact": result.count.exact,
+        "seconds": round(result.seconds, 1),
+    }
+    words = [f"{n}={str(v).lower() if isinstance(v, bool) else v}" for n, v in fields.items()]
+    log.info("recount %s", " ".join(words), extra={"fields": fields})
+    if result.totals.unknown_sample:  # at DEBUG only: an id may be an e-mail address
+        log.debug('unknown_customers sample="%s"', ", ".join(result.totals.unknown_sample))

@@ -1,37 +1,60 @@
-"""The changes: spooled, then written in overlapping batches, past users who refuse theirs."""
+"""Pending updates: spooled to a file, then written in overlapping batches.
+
+A batch that fails is repeated user by user, so that one user whose update fails stops no other.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Self
 
 import bson
 from bson import ObjectId
-from bson.raw_bson import RawBSONDocument
+from bson.errors import InvalidBSON, InvalidDocument, InvalidStringData
 from pymongo import UpdateMany, UpdateOne
 from pymongo.collection import Collection
 
 from loyalty.concurrency import Progress, ProgressCallback, map_ordered
 from loyalty.errors import BulkUpdateErrors, DatabaseUnavailable
 from loyalty.mongo.driver_errors import map_driver_errors
-from loyalty.recount.customer_ids import RAW, UNREADABLE, Document, format_value, get_value
+from loyalty.mongo.values import LENIENT_CODEC, Document, format_value
 from loyalty.recount.spool import Spool
-from loyalty.recount.tally import FailedUpdates
+from loyalty.recount.tally import MAX_SAMPLES, FailedUpdates, User
 
-_SAMPLES = 5
-_WRITERS = 8
-_BATCH_BYTES = 4 * 1024 * 1024  # of ids in one batch; a command may have 16 MB
+MAX_WRITERS = 8
+MAX_BATCH_BYTES = 4 * 1024 * 1024
+"""Of ids and old values in one batch; a command may have 16 MB."""
 _OBJECT_ID_BYTES = 20  # with its place in an array; to measure each would take time
+UNSUPPORTED_VALUE = "UnsupportedValue"
+"""The code name of an update whose id or old value Python cannot encode unchanged."""
+
+LogChanges = Callable[[Sequence[Document]], None]
+"""Is called with a batch's changes, `{user, before, after}`, before the batch is written."""
 
 
-class Changes:
-    """Users and the points to write: `add` them all, then `write`; close it at the end.
+@dataclass(slots=True)
+class WriteResult:
+    """What became of the updates; `missing` users were deleted after the count."""
 
-    They wait in a temporary file, so that all of them are known before the first write, in little
-    memory: a BSON document for each batch, `{size, updates: [{q: filter, n: points}]}`. Users who
-    get the same points share an update, which takes half the time of one for each.
+    written: int = 0
+    missing: int = 0
+    failed: FailedUpdates = field(default_factory=FailedUpdates)
+
+    def add(self, other: WriteResult) -> None:
+        self.written += other.written
+        self.missing += other.missing
+        self.failed.codes.update(other.failed.codes)
+        self.failed.sample = (self.failed.sample + other.failed.sample)[:MAX_SAMPLES]
+
+
+class PendingUpdates:
+    """Users and the points to write: `add` all of them, then `write`; a context manager.
+
+    A temporary file holds them, so that all are known before the first write, in constant memory:
+    a BSON document for each batch, `{changes: [{user, before, after}]}`.
     """
 
     def __init__(self, batch_size: int, points_field: str) -> None:
@@ -40,15 +63,16 @@ class Changes:
         self.clear()
 
     def clear(self) -> None:
-        """Forget all that was added."""
+        """Discard all that was added."""
         self._total = 0
+        self.result = WriteResult()
+        """What became of the updates so far."""
         self._spool = Spool()  # the one before closes itself
         self._begin_batch()
 
     def _begin_batch(self) -> None:
-        self._in_batch = self._bytes = 0
-        self._ids: defaultdict[int, list[Any]] = defaultdict(list)
-        self._unreadable: list[Document] = []
+        self._batch: list[dict[str, Any]] = []
+        self._batch_bytes = 0
 
     def __enter__(self) -> Self:
         return self
@@ -56,71 +80,107 @@ class Changes:
     def __exit__(self, *exception: object) -> None:
         self._spool.close()
 
-    def add(self, key: Document, points: int) -> None:
-        """Add a user, given as `{_id}`. Raises NoRoom."""
-        own = get_value(key, "_id")
-        if own is UNREADABLE:
-            self._unreadable.append({"q": key, "n": points})
-        else:
-            self._ids[points].append(own)
-        self._in_batch += 1
-        self._bytes += _OBJECT_ID_BYTES if isinstance(own, ObjectId) else len(bson.encode(key))
-        if self._in_batch == self._batch_size or self._bytes > _BATCH_BYTES:
+    def add(self, user: User, points: int) -> None:
+        """Add a user to update. Raises NoTempSpace."""
+        change = {"user": user.id, "before": user.points, "after": points}
+        if not user.has_points:
+            del change["before"]
+            if user.created_path:
+                change["created"] = user.created_path
+        is_small = isinstance(user.id, ObjectId) and isinstance(user.points, int | float | None)
+        size = _OBJECT_ID_BYTES if is_small else self._measure(change)
+        if size is None:
+            return
+        self._batch.append(change)
+        self._batch_bytes += size
+        if len(self._batch) == self._batch_size or self._batch_bytes > MAX_BATCH_BYTES:
             self._end_batch()
+
+    def _measure(self, change: Document) -> int | None:
+        """Return the size of a change in bytes, or None where it cannot be encoded."""
+        try:
+            return len(bson.encode(change))
+        except (InvalidBSON, InvalidDocument, InvalidStringData, UnicodeEncodeError):
+            self.result.add(_failure(UNSUPPORTED_VALUE, change["user"]))
+            return None
 
     def _end_batch(self) -> None:
-        updates = [{"q": {"_id": {"$in": ids}}, "n": n} for n, ids in self._ids.items()]
-        self._spool.add(
-            bson.encode({"size": self._in_batch, "updates": updates + self._unreadable})
-        )
-        self._total += self._in_batch
+        self._spool.add(bson.encode({"changes": self._batch}))
+        self._total += len(self._batch)
         self._begin_batch()
 
-    def write(self, users: Collection[Any], on_progress: ProgressCallback) -> FailedUpdates:
-        """Set the points, and return who refused. Raises ServiceError."""
-        if self._in_batch:
+    def write(
+        self,
+        users: Collection[Any],
+        on_progress: ProgressCallback,
+        log_changes: LogChanges | None = None,
+    ) -> None:
+        """Set the points, each batch after its changes are logged. Raises ServiceError.
+
+        `result` is complete then; after an error it is what was known.
+        """
+        if self._batch:
             self._end_batch()
-        refusing = FailedUpdates()
-        batches = (bson.decode(batch, RAW) for batch in self._spool)
         progress = Progress("writing", self._total, on_progress)
-        with map_ordered(partial(_write_batch, users, self._field), batches, _WRITERS) as results:
-            for size, reasons, refused in results:
-                refusing.reasons.update(reasons)
-                refusing.sample = (refusing.sample + refused)[:_SAMPLES]
-                progress.add(size)
-        return refusing
+        batches = (bson.decode(batch, LENIENT_CODEC)["changes"] for batch in self._spool)
+        write_batch = partial(_write_batch, users, self._field, log_changes)
+        with map_ordered(write_batch, batches, MAX_WRITERS) as results:
+            for result in results:
+                self.result.add(result)
+                progress.add(result.written + result.missing + len(result.failed))
 
 
 def _write_batch(
-    users: Collection[Any], points_field: str, batch: RawBSONDocument
-) -> tuple[int, Sequence[str], list[str]]:
-    """Return how many users were tried, why some were refused, and which."""
-    updates: list[Document] = batch["updates"]
-
-    def setting(update: Document) -> dict[str, Any]:
-        return {"$set": {points_field: update["n"]}}
-
+    users: Collection[Any],
+    points_field: str,
+    log_changes: LogChanges | None,
+    changes: Sequence[Document],
+) -> WriteResult:
+    if log_changes is not None:
+        log_changes(changes)
+    ids_by_points: defaultdict[int, list[Any]] = defaultdict(list)
+    for change in changes:
+        ids_by_points[change["after"]].append(change["user"])
+    # Users who get the same points share an update: half the time of one update for each.
+    updates = [
+        UpdateMany({"_id": {"$in": ids}}, {"$set": {points_field: points}})
+        for points, ids in ids_by_points.items()
+    ]
     try:
-        _bulk_write(users, [UpdateMany(update["q"], setting(update)) for update in updates])
+        matched = _bulk_write(users, updates)
     except (BulkUpdateErrors, DatabaseUnavailable):
-        # A user that refuses ends an UpdateMany, and the driver does not try one again when the
-        # primary is lost. One by one the refusing are known, and the driver does try again.
-        each = [(one, setting(update)) for update in updates for one in _one_by_one(update["q"])]
-        try:
-            _bulk_write(users, [UpdateOne(*one) for one in each])
-        except BulkUpdateErrors as error:
-            refused = [
-                format_value(get_value(each[position][0], "_id")) for position in error.reasons
-            ]
-            return batch["size"], list(error.reasons.values()), refused
-    return batch["size"], [], []
+        # An UpdateMany stops at the first user whose update fails, and the driver does not retry
+        # it when the primary is lost.
+        matched = -1
+    if matched == len(changes):
+        return WriteResult(written=matched)
+    # A chunk migration can hide a user from an UpdateMany; a deleted user stays missing.
+    return _write_one_by_one(users, points_field, changes)
 
 
-def _one_by_one(query: Document) -> Iterator[Document]:
-    ids = get_value(query, "_id")
-    yield from [query] if ids is UNREADABLE else ({"_id": own} for own in ids["$in"])
+def _write_one_by_one(
+    users: Collection[Any], points_field: str, changes: Sequence[Document]
+) -> WriteResult:
+    updates = [UpdateOne({"_id": c["user"]}, {"$set": {points_field: c["after"]}}) for c in changes]
+    result = WriteResult()
+    try:
+        result.written = _bulk_write(users, updates)
+    except BulkUpdateErrors as error:
+        result.written = error.matched
+        for position, code in error.codes.items():
+            result.add(_failure(code, changes[position]["user"]))
+    result.missing = len(changes) - result.written - len(result.failed)
+    return result
 
 
-def _bulk_write(users: Collection[Any], updates: Sequence[UpdateOne | UpdateMany]) -> None:
+def _failure(code: str, user: Any) -> WriteResult:
+    failed = FailedUpdates()
+    failed.codes[code] += 1
+    failed.sample.append(format_value(user))
+    return WriteResult(failed=failed)
+
+
+def _bulk_write(users: Collection[Any], updates: Sequence[UpdateOne | UpdateMany]) -> int:
+    """Return how many users were matched. Raises BulkUpdateErrors and other ServiceErrors."""
     with map_driver_errors("update", users):
-        users.bulk_write(updates, ordered=False)
+        return users.bulk_write(updates, ordered=False).matched_count
