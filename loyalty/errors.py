@@ -87,3 +87,9 @@ class TooManyFailedUpdates(ServiceError):
     """So many updates failed that the recount itself did; the others are written."""
 
     exit_code = Exit.FINDINGS
+
+
+class RecountNotFound(ServiceError):
+    """The change log has no such recount."""
+
+    exit_code = Exit.FINDINGS

@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pymongo
+from bson import ObjectId
 from pymongo.collection import Collection
 
 from loyalty.errors import ConfigurationError, DatabaseUnavailable, NoPermission, ServiceError
@@ -139,6 +140,16 @@ class History:
     def newest_success(self) -> Document | None:
         """Return the newest record of a recount that succeeded or is incomplete, if any."""
         return next(iter(self.newest(1, _FRESH)), None)
+
+    def undone_recounts(self) -> list[ObjectId]:
+        """Return the ids of the recounts that were undone; none without records."""
+        if self._collection is None:
+            return []
+        with map_driver_errors("find", self._collection):
+            found = self._collection.find(
+                {**OWNER_FILTER, "outcome": "undone"}, {"undone_recount": 1}
+            )
+            return [record["undone_recount"] for record in found]
 
     def age(self, now: datetime) -> timedelta | None:
         """Return how old the points are that the last success left, None if there was none."""

@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 import bson
-from bson import Binary, Decimal128, ObjectId
+from bson import Binary, DBRef, Decimal128, ObjectId
 from bson.codec_options import CodecOptions, DatetimeConversion
 
 Document = Mapping[str, Any]
@@ -43,6 +43,11 @@ def format_value(value: Any) -> str:
     return text if len(text) <= MAX_VALUE_LENGTH else text[: MAX_VALUE_LENGTH - 3] + "..."
 
 
+def is_dbref(value: Any) -> bool:
+    """Return whether a value is a reference `{$ref, $id}`."""
+    return isinstance(value, DBRef)
+
+
 def is_integer(value: Any) -> bool:
     """Return whether a value is stored as a 32-bit or 64-bit integer."""
     return isinstance(value, int) and not isinstance(value, bool)
@@ -65,9 +70,11 @@ def numeric_or_zero(value: Any) -> float:
     return value
 
 
-def get_nested(document: Document | None, path: str) -> Any:
-    """Return the value at a dotted path; None if there is none."""
+def get_nested(document: Document | None, path: str, default: Any = None) -> Any:
+    """Return the value at a dotted path, or `default` if there is none."""
     value: Any = document
     for name in path.split("."):
-        value = value.get(name) if isinstance(value, dict) else None
+        if not isinstance(value, dict) or name not in value:
+            return default
+        value = value[name]
     return value

@@ -17,6 +17,7 @@ from pymongo.collection import Collection
 from loyalty.history import OWNER_FILTER
 from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.values import LENIENT_CODEC, Document
+from loyalty.recount.order_filter import COLLATION
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class ChangeLog:
     """
 
     collection: Collection[Any]
+    users: str
+    points_field: str
     recount: ObjectId
     at: datetime
     cluster_time: Timestamp | None
@@ -38,6 +41,8 @@ class ChangeLog:
         document = {
             **OWNER_FILTER,
             "recount": self.recount,
+            "users": self.users,
+            "points_field": self.points_field,
             "at": self.at,
             "cluster_time": self.cluster_time,
             "expires_at": self.expires_at,
@@ -47,9 +52,50 @@ class ChangeLog:
             self.collection.insert_one(document)
 
 
+@dataclass(frozen=True, slots=True)
+class LoggedRecount:
+    """A recount in the change log, and what it wrote: `points_field` of the collection `users`."""
+
+    id: ObjectId
+    at: datetime
+    users: str
+    points_field: str
+
+
+def find_recount(collection: Collection[Any], condition: Document) -> LoggedRecount | None:
+    """Return the newest logged recount that satisfies `condition`. Raises ServiceError."""
+    fields = {"recount": 1, "at": 1, "users": 1, "points_field": 1}
+    with map_driver_errors("find", collection):
+        # By _id, which has an index; documents are large, and a sort would need the disk.
+        found = collection.find_one({**OWNER_FILTER, **condition}, fields, sort=[("_id", -1)])
+    if found is None:
+        return None
+    return LoggedRecount(found["recount"], found["at"], found["users"], found["points_field"])
+
+
 def find_changes(collection: Collection[Any], recount: ObjectId) -> Iterator[Sequence[Document]]:
     """Yield the batches of changes of a recount, in the order of writing. Raises ServiceError."""
     lenient = collection.with_options(codec_options=LENIENT_CODEC)
     with map_driver_errors("find", collection):
         for batch in lenient.find({**OWNER_FILTER, "recount": recount}, sort=[("_id", 1)]):
             yield batch["changes"]
+
+
+def find_user_changes(
+    collection: Collection[Any], target: Document, users: Sequence[Any]
+) -> list[Document]:
+    """Return `{recount, at, change}` for each logged change of some users, the newest first.
+
+    `target` is `{users, points_field}`. Raises ServiceError.
+    """
+    is_wanted = {"$in": ["$$this.user", {"$literal": list(users)}]}
+    stages: list[Document] = [
+        {"$match": {**OWNER_FILTER, **target, "changes.user": {"$in": list(users)}}},
+        {"$set": {"changes": {"$filter": {"input": "$changes", "cond": is_wanted}}}},
+        {"$unwind": "$changes"},
+        {"$sort": {"at": -1, "_id": -1}},
+        {"$project": {"_id": 0, "recount": 1, "at": 1, "change": "$changes"}},
+    ]
+    lenient = collection.with_options(codec_options=LENIENT_CODEC)
+    with map_driver_errors("find", collection):
+        return list(lenient.aggregate(stages, collation=COLLATION))

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
-from bson import ObjectId, Timestamp
+from bson import Timestamp
 from pymongo.collection import Collection
 
 from config import Settings
@@ -23,6 +22,7 @@ from loyalty.recount.order_filter import COLLATION, counted_orders
 from loyalty.recount.partitions import Partition, partition_boundaries, partitions
 from loyalty.recount.pipeline import Scope, build_pipeline, parse_rows
 from loyalty.recount.result import CountResult
+from loyalty.recount.snapshot import SnapshotTimes, pin_cluster_time
 from loyalty.recount.spool import Spool
 from loyalty.recount.tally import CustomerCount, UpToDate
 
@@ -40,45 +40,6 @@ Customers = Sequence[tuple[Any, Sequence[Any]]]
 
 OnRow = Callable[[CustomerCount | UpToDate], None]
 Boundaries = Callable[[Collection[Any]], list[Any]]
-
-
-def pin_cluster_time(
-    connection: Connection, not_before: Timestamp | None = None
-) -> Timestamp | None:
-    """Return the newest cluster time that everything can be read at; None without snapshots.
-
-    A new primary may be behind: then it waits until `not_before` can be read. Raises ServiceError.
-    """
-    if not connection.snapshots:
-        return None
-    time = _read_cluster_time(connection, {"level": "snapshot"})
-    if not_before is not None and time is not None and time < not_before:
-        time = _read_cluster_time(connection, {"level": "snapshot", "atClusterTime": not_before})
-    return time
-
-
-def _read_cluster_time(connection: Connection, read_concern: dict[str, Any]) -> Timestamp | None:
-    users = connection.users
-    read = {"find": users.name, "filter": {"_id": ObjectId()}, "singleBatch": True}
-    with map_driver_errors("find", users):
-        reply = users.database.command({**read, "readConcern": read_concern})
-        time: Timestamp | None = reply["cursor"].get("atClusterTime")
-        # A collection that does not exist has no snapshot, only a last operation before it. If
-        # there are users, this server has ignored the read concern.
-        if time is None and users.find_one({}, {"_id": 1}) is None:
-            time = reply.get("operationTime")
-    return time
-
-
-@dataclass(slots=True)
-class _Snapshot:
-    """The cluster times that a count reads at: one, unless the server forgets it meanwhile."""
-
-    pinned: list[Timestamp | None] = field(default_factory=list)
-
-    @property
-    def current(self) -> Timestamp | None:
-        return self.pinned[-1]
 
 
 class Counter:
@@ -147,12 +108,12 @@ class Counter:
             _handle_rows(spool, scope, on_row)
         return self._describe(snapshot)
 
-    def _pin_snapshot(self) -> _Snapshot:
+    def _pin_snapshot(self) -> SnapshotTimes:
         if not self._use_snapshot:
-            return _Snapshot([None])
-        return _Snapshot([pin_cluster_time(self._connection, self._not_before)])
+            return SnapshotTimes([None])
+        return SnapshotTimes([pin_cluster_time(self._connection, self._not_before)])
 
-    def _describe(self, snapshot: _Snapshot, **found: bool) -> CountResult:
+    def _describe(self, snapshot: SnapshotTimes, **found: bool) -> CountResult:
         """Return the result; the oldest time is the one that readers of freshness need."""
         first, *later = snapshot.pinned
         return CountResult(
@@ -163,7 +124,7 @@ class Counter:
         )
 
     def _count_partitions(
-        self, on_row: OnRow, snapshot: _Snapshot, count: Callable[[Scope], Spool]
+        self, on_row: OnRow, snapshot: SnapshotTimes, count: Callable[[Scope], Spool]
     ) -> None:
         with map_driver_errors("find", self._connection.users):
             scopes = [Scope(p) for p in partitions(self._find_boundaries(self._connection.users))]
@@ -193,7 +154,7 @@ class Counter:
             yield from zip(scopes, spools, strict=True)
 
     def _aggregate(
-        self, snapshot: _Snapshot, scope: Scope, *, status_may_be_array: bool, has_index: bool
+        self, snapshot: SnapshotTimes, scope: Scope, *, status_may_be_array: bool, has_index: bool
     ) -> Spool:
         """Return all batches of the result, so that a partition is counted whole or not at all."""
         orders, spool = self._connection.orders, Spool()

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from bson import ObjectId, Timestamp
+from bson import Timestamp
 
 from config import Settings
 from loyalty.concurrency import ProgressCallback, ignore_progress
@@ -22,10 +22,10 @@ from loyalty.errors import (
     TooManyFailedUpdates,
 )
 from loyalty.history import History
-from loyalty.mongo.connection import Connection, connect
+from loyalty.mongo.connection import Connection
 from loyalty.recount.change_log import ChangeLog
 from loyalty.recount.counter import Boundaries, Counter, Customers
-from loyalty.recount.index import missing_index_hint
+from loyalty.recount.look_alikes import UnknownCustomerList
 from loyalty.recount.partitions import partition_boundaries
 from loyalty.recount.pipeline import NonCanonicalIdFound
 from loyalty.recount.result import CountResult, Result, build_record
@@ -38,37 +38,6 @@ from loyalty.retry import COUNT_RETRY, Retry, retry
 log = logging.getLogger("loyalty")
 
 
-def connect_and_verify(settings: Settings, *, writing: bool, recording: bool = True) -> Connection:
-    """Connect, verify that the server can do what a recount needs, and log its limits.
-
-    `recording`: for writing, the records must have a collection of their own.
-    Raises ServiceError.
-    """
-    connection = connect(settings, writing=writing)
-    log.info("connected %s", connection.description)
-    if connection.snapshot_unsupported_reason:
-        log.warning(
-            "snapshot_unsupported %s cannot read at one cluster time: an order that changes during "
-            "a recount may be missed or counted twice",
-            connection.snapshot_unsupported_reason,
-        )
-    if hint := missing_index_hint(connection.orders, settings):
-        fields = f"{{{settings.status_field}, {settings.customer_field}}}"
-        log.warning("index_missing %s on %s: %s", fields, connection.orders.full_name, hint)
-    try:
-        unused = ObjectId()
-        with suppress(DatabaseUnavailable):  # the first recount reports that, and retries
-            Counter(connection, settings, ignore_progress).count_customers(
-                lambda _: None, [(unused, [unused])]
-            )
-        if writing and recording:
-            History(connection.recounts).check()
-    except BaseException:
-        connection.client.close()
-        raise
-    return connection
-
-
 @dataclass(frozen=True, kw_only=True)
 class RecountRequest:
     """A recount of all customers, or of `customers`, at cluster time `not_before` or later."""
@@ -79,6 +48,8 @@ class RecountRequest:
     force: bool = False
     safety_check: Callable[[Totals], str | None] | None = None
     """Returns why it is refused; replaces the safety checks of a full recount."""
+    unknown: UnknownCustomerList | None = None
+    """Collects all unknown customers, if it is given."""
     find_boundaries: Boundaries = partition_boundaries
 
 
@@ -139,7 +110,9 @@ def _count(
 
     def count(*, use_snapshot: bool = True, single_query: bool = False) -> None:
         updates.clear()
-        tally = Tally(settings, updates.add)
+        if request.unknown is not None:
+            request.unknown.clear()
+        tally = Tally(settings, updates.add, request.unknown and request.unknown.add)
         counter = Counter(
             connection,
             settings,
@@ -220,6 +193,8 @@ def _open_change_log(
         return None
     change_log = ChangeLog(
         connection.changes,
+        users=settings.users,
+        points_field=settings.points_field,
         recount=result.id,
         at=result.started_at,
         cluster_time=result.count.cluster_time,
@@ -265,5 +240,7 @@ def log_result(result: Result) -> None:
     }
     words = [f"{n}={str(v).lower() if isinstance(v, bool) else v}" for n, v in fields.items()]
     log.info("recount %s", " ".join(words), extra={"fields": fields})
-    if result.totals.unknown_sample:  # at DEBUG only: an id may be an e-mail address
-        log.debug('unknown_customers sample="%s"', ", ".join(result.totals.unknown_sample))
+    for kind, unknown in result.totals.unknown_by_kind.items():
+        largest = ", ".join(text for _, text in sorted(unknown.largest, reverse=True))
+        # At DEBUG only: an id may be an e-mail address.
+        log.debug('unknown_customers kind="%s" largest="%s"', kind, largest)

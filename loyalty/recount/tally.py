@@ -14,6 +14,7 @@ from typing import Any
 from config import Settings
 from loyalty.mongo.values import format_value, is_integer, is_number, numeric_or_zero
 from loyalty.recount.customer_ids import NO_CUSTOMER
+from loyalty.recount.unknown import UnknownCustomers, classify_unknown
 
 MAX_SAMPLES = 5
 MAX_LARGEST = 10
@@ -95,7 +96,7 @@ class Totals:
     unknown_customers: int = 0
     orders_of_unknown_customers: int = 0
     orders_without_customer: int = 0
-    unknown_sample: list[str] = field(default_factory=list)
+    unknown_by_kind: dict[str, UnknownCustomers] = field(default_factory=dict)
     largest: list[Change] = field(default_factory=list)
     """The largest changes, as a heap."""
 
@@ -123,10 +124,20 @@ class FailedUpdates:
 
 
 class Tally:
-    """Adds up the rows of one count; `on_change` gets each user to update, and the points."""
+    """Adds up the rows of one count.
 
-    def __init__(self, settings: Settings, on_change: Callable[[User, int], None]) -> None:
+    `on_change` gets each user to update, and the points; `on_unknown` each unknown customer, and
+    the number of its orders.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        on_change: Callable[[User, int], None],
+        on_unknown: Callable[[Any, int], None] | None = None,
+    ) -> None:
         self.totals = Totals()
+        self._on_unknown = on_unknown
         self._points_per_order = settings.points_per_order
         self._on_change = on_change
 
@@ -152,8 +163,10 @@ class Tally:
             return
         totals.unknown_customers += 1
         totals.orders_of_unknown_customers += row.orders
-        if len(totals.unknown_sample) < MAX_SAMPLES:
-            totals.unknown_sample.append(format_value(row.customer))
+        kind = classify_unknown(row.customer)
+        totals.unknown_by_kind.setdefault(kind, UnknownCustomers()).add(row.customer, row.orders)
+        if self._on_unknown is not None:
+            self._on_unknown(row.customer, row.orders)
 
     def _add_user(self, user: User, after: int) -> None:
         totals, stored = self.totals, user.points

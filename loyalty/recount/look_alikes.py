@@ -1,0 +1,77 @@
+"""Look-alikes: all unknown customers of a count, and the users that they may mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import bson
+from bson import DBRef, ObjectId
+from pymongo.collection import Collection
+
+from loyalty.mongo.driver_errors import map_driver_errors
+from loyalty.mongo.values import LENIENT_CODEC, Document, format_value
+from loyalty.recount.customer_ids import parse_id_argument
+from loyalty.recount.spool import Spool
+from loyalty.recount.unknown import OBJECT_ID_CALL, classify_unknown
+
+MAX_LOOK_ALIKES = 5
+
+
+class UnknownCustomerList:
+    """All unknown customers of a count, in a temporary file; close it at the end."""
+
+    def __init__(self) -> None:
+        self._spool = Spool()
+
+    def clear(self) -> None:
+        """Discard all: the count starts again."""
+        self._spool = Spool()
+
+    def close(self) -> None:
+        self._spool.close()
+
+    def add(self, customer: Any, orders: int) -> None:
+        """Add a customer. Raises NoTempSpace."""
+        text = format_value(customer)
+        row = {"customer": text, "orders": orders, "kind": classify_unknown(customer)}
+        self._spool.add(bson.encode(row))
+
+    def __iter__(self) -> Iterator[Document]:
+        """Yield `{customer, orders, kind}`."""
+        return map(bson.decode, self._spool)
+
+
+def find_look_alikes(users: Collection[Any], customer: Any) -> list[Any]:
+    """Return up to 5 ids of users that an unknown customer id may mean. Raises ServiceError.
+
+    Strings are also compared without regard to case, for which the server reads all users.
+    """
+    lenient = users.with_options(codec_options=LENIENT_CODEC)
+    queries: list[dict[str, Any]] = []
+    if candidates := _candidates(customer):
+        queries.append({"filter": {"_id": {"$in": candidates}}})
+    if isinstance(customer, str):
+        ignore_case = {"locale": "en", "strength": 2}
+        queries.append({"filter": {"_id": customer.strip()}, "collation": ignore_case})
+    found: dict[bytes, Any] = {}
+    with map_driver_errors("find", users):
+        for query in queries:
+            for user in lenient.find(projection={"_id": 1}, limit=MAX_LOOK_ALIKES, **query):
+                found[bson.encode(user)] = user["_id"]
+    return list(found.values())[:MAX_LOOK_ALIKES]
+
+
+def _candidates(customer: Any) -> Sequence[Any]:
+    """Return the ids that a customer id becomes without its most frequent mistakes."""
+    if isinstance(customer, DBRef):
+        customer = customer.id
+        return [customer, *(parse_id_argument(customer) if isinstance(customer, str) else [])]
+    if isinstance(customer, int | float) and not isinstance(customer, bool):
+        return [str(customer)]
+    if not isinstance(customer, str):
+        return []
+    text = customer.strip()
+    if call := OBJECT_ID_CALL.fullmatch(text):
+        return [ObjectId(call[1]), call[1]]
+    return [value for value in parse_id_argument(text) if value != customer]

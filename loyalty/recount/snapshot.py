@@ -1,0 +1,50 @@
+"""The cluster time that a count reads at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from bson import ObjectId, Timestamp
+
+from loyalty.mongo.connection import Connection
+from loyalty.mongo.driver_errors import map_driver_errors
+
+
+def pin_cluster_time(
+    connection: Connection, not_before: Timestamp | None = None
+) -> Timestamp | None:
+    """Return the newest cluster time that everything can be read at; None without snapshots.
+
+    A new primary may be behind: then it waits until `not_before` can be read. Raises ServiceError.
+    """
+    if not connection.snapshots:
+        return None
+    time = _read_cluster_time(connection, {"level": "snapshot"})
+    if not_before is not None and time is not None and time < not_before:
+        time = _read_cluster_time(connection, {"level": "snapshot", "atClusterTime": not_before})
+    return time
+
+
+def _read_cluster_time(connection: Connection, read_concern: dict[str, Any]) -> Timestamp | None:
+    users = connection.users
+    read = {"find": users.name, "filter": {"_id": ObjectId()}, "singleBatch": True}
+    with map_driver_errors("find", users):
+        reply = users.database.command({**read, "readConcern": read_concern})
+        time: Timestamp | None = reply["cursor"].get("atClusterTime")
+        # A collection that does not exist has no snapshot, only a last operation before it. If
+        # there are users, this server has ignored the read concern.
+        if time is None and users.find_one({}, {"_id": 1}) is None:
+            time = reply.get("operationTime")
+    return time
+
+
+@dataclass(slots=True)
+class SnapshotTimes:
+    """The cluster times that a count reads at: one, unless the server forgets it meanwhile."""
+
+    pinned: list[Timestamp | None] = field(default_factory=list)
+
+    @property
+    def current(self) -> Timestamp | None:
+        return self.pinned[-1]
