@@ -112,7 +112,8 @@ def _count(
         updates.clear()
         if request.unknown is not None:
             request.unknown.clear()
-        tally = Tally(settings, updates.add, request.unknown and request.unknown.add)
+        on_unknown = request.unknown.add if request.unknown is not None else None
+        tally = Tally(settings, updates.add, on_unknown)
         counter = Counter(
             connection,
             settings,
