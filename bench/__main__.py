@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bench import day, pictures, report
 from bench.live import ChangeStreamWatcher, measure
-from bench.measure import ALONE, OURS, Bench, Failed, Results, worst
+from bench.measure import ALONE, OURS, Bench, MeasurementError, Results, worst
 from bench.neighbour import felt
 from bench.relay import relay
 from bench.shop import STATES, Shop, Wrong
@@ -29,7 +29,7 @@ def main() -> int:
     paper = Paper(None if args.no_results else FOLDER)
     try:
         runs = _bench(args, paper)
-    except (NoMongod, Failed) as error:
+    except (NoMongod, MeasurementError) as error:
         print(error, file=sys.stderr)
         return 1
     print(paper)

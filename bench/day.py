@@ -11,8 +11,8 @@ from typing import Any
 
 from pymongo import MongoClient
 
-from bench.measure import Failed
-from sandbox.mongod import SECONDS, Deployment
+from bench.measure import MeasurementError
+from sandbox.mongod import DEADLINE_SECONDS, Deployment
 from sandbox.service import Process
 from sandbox.shop import Document, Shop
 
@@ -118,7 +118,7 @@ def _service(
         service.wait_for("outcome=succeeded")
         yield
         if service.stop():
-            raise Failed(service.output)
+            raise MeasurementError(service.output)
 
 
 def _follow(day: Day, record_recount: _Shop, live: _Shop) -> None:
@@ -130,8 +130,8 @@ def _follow(day: Day, record_recount: _Shop, live: _Shop) -> None:
     day.right.note(0, right[0])
     started = time.monotonic()
     while (now := time.monotonic() - started) < day.seconds or not day.complete:
-        if now > day.seconds + SECONDS:
-            raise Failed("the points of a customer do not become right")
+        if now > day.seconds + DEADLINE_SECONDS:
+            raise MeasurementError("the points of a customer do not become right")
         if len(right) <= _CHANGES and now >= moments[len(right) - 1]:
             for shop in (record_recount, live):
                 shop.move(len(right) - 1)

@@ -45,7 +45,7 @@ class Run:
 Results = dict[str, list[Run]]
 
 
-class Failed(Exception):
+class MeasurementError(Exception):
     """A measured process failed, or did not do what it is measured for; the text has its log."""
 
 
@@ -90,7 +90,7 @@ class Bench:
         code, seconds, memory = json.loads(process.stdout.splitlines()[-1])
         recount = re.search(r"exact=true seconds=([\d.]+)", process.stderr)
         if code or (name == OURS and not recount):
-            raise Failed(f"{name}: exit code {code}\n{process.stderr}")
+            raise MeasurementError(f"{name}: exit code {code}\n{process.stderr}")
         alone = float(recount[1]) if recount else 0.0
         return Run(seconds, alone, memory, cpu, wire / 1e6, written_mb, self._shop.wrong())
 

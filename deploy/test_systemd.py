@@ -29,7 +29,7 @@ from pymongo.database import Database
 
 from config import VERSION
 from deploy import debian
-from sandbox.mongod import Deployment, bound
+from sandbox.mongod import Deployment, bind_to_parent
 
 T = TypeVar("T")
 
@@ -167,7 +167,7 @@ def machine(_alone: None) -> Iterator[Machine]:
         debian.no_empty_groups("payload", "supervisor"),
         subprocess.Popen(
             # On SIGTERM it shuts the machine down, so that nothing stays when we are killed.
-            bound([nspawn, *command[1:]], signal.SIGTERM),
+            bind_to_parent([nspawn, *command[1:]], signal.SIGTERM),
             stdin=subprocess.DEVNULL,
             stdout=console,
             stderr=console,

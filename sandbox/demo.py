@@ -33,9 +33,9 @@ from typing import Any
 from pymongo.database import Database
 from pymongo.errors import PyMongoError
 
-from sandbox.mongod import Deployment, Failed, NoMongod
+from sandbox.mongod import Deployment, NoMongod, SandboxError
 from sandbox.service import PROGRAM, Process
-from sandbox.shop import Document, Shop, count, disagreements, key
+from sandbox.shop import Document, Shop, canonical_key, count_points, find_mismatches
 
 RECOUNTS = 3
 SINGLE_ORDERS = 15  # shipped one at a time, with live updates
@@ -143,7 +143,7 @@ class Demo:
                 connected = next(line for line in service.lines if " connected " in line)
                 self._screen.say(f"  its log   {connected.partition(' INFO ')[2]}")
             if record["outcome"] != "succeeded":
-                raise Failed(f"a recount {record['outcome']}: {record['error']}")
+                raise SandboxError(f"a recount {record['outcome']}: {record['error']}")
             after = _points(database)
             self._show(compared + 1, record, before, after)
             # Nobody but this very thread moves orders, so they stand as they stood at `last_write`.
@@ -170,7 +170,7 @@ class Demo:
         )
         for order in random.sample(waiting, SINGLE_ORDERS):
             user = users[order["customer_id"]]
-            right = count(database)[key(user["_id"])] + 1
+            right = count_points(database)[canonical_key(user["_id"])] + 1
             database["orders"].update_one({"_id": order["_id"]}, {"$set": {"status": "Shipped"}})
             took = self._wait_for_points(database, service, user["_id"], right)
             self._screen.say(
@@ -190,7 +190,7 @@ class Demo:
             if found and found["loyalty_points"] == right:
                 return took
             self._interrupt.sleep(0.002)
-        raise Failed(f"no live update within {PATIENCE.seconds} s:\n{_end(service)}")
+        raise SandboxError(f"no live update within {PATIENCE.seconds} s:\n{_end(service)}")
 
     def _next_record(
         self, database: Database[Document], service: Process, since: datetime
@@ -198,21 +198,21 @@ class Demo:
         deadline = time.monotonic() + PATIENCE.total_seconds()
         while time.monotonic() < deadline:
             if service.code is not None:
-                raise Failed(f"the service ended by itself:\n{_end(service)}")
+                raise SandboxError(f"the service ended by itself:\n{_end(service)}")
             newer = {"started_at": {"$gt": since}}
             record = database["loyalty_recounts"].find_one(newer, sort=[("started_at", 1)])
             if record:
                 return record
             self._interrupt.sleep(0.05)
-        raise Failed(f"no recount within {PATIENCE.seconds} s:\n{_end(service)}")
+        raise SandboxError(f"no recount within {PATIENCE.seconds} s:\n{_end(service)}")
 
     def _trade(self, shop: Shop, how_long: timedelta) -> datetime:
         """Move orders for so long, and return when the last one was moved."""
         until = time.monotonic() + how_long.total_seconds()
         shipped = returned = 0
         while (left := until - time.monotonic()) > 0:
-            shipped += shop.ship(random.randint(4, 12))
-            returned += shop.return_(random.randint(2, 8))
+            shipped += shop.ship_orders(random.randint(4, 12))
+            returned += shop.return_orders(random.randint(2, 8))
             self._screen.progress(
                 f"The shop ships {shipped} and takes back {returned} ... "
                 f"next recount in {left + QUIET.total_seconds():.0f} s"
@@ -250,7 +250,7 @@ class Demo:
         )
 
     def _compare(self, database: Database[Document], users: int) -> None:
-        wrong = disagreements(database)
+        wrong = find_mismatches(database)
         if not wrong:
             self._screen.say(f"  An independent count agrees on all {users:,} customers.", GREEN)
             return
@@ -275,7 +275,7 @@ def _run(interrupt: Interrupt) -> int:
         return Demo(interrupt).run()
     except BrokenPipeError:  # whoever read the output has had enough
         _mute()
-    except (NoMongod, Failed, PyMongoError) as error:
+    except (NoMongod, SandboxError, PyMongoError) as error:
         print(f"\nThe demo cannot go on: {error}", file=sys.stderr)
     return 1
 

@@ -20,7 +20,7 @@ OPTIONS = ("--setParameter", "enableTestCommands=1")
 
 
 @dataclass(frozen=True)
-class Moment:
+class FaultPoint:
     """What the server does with a collection, or the operation that comes after `skip` others."""
 
     name: str
@@ -32,28 +32,28 @@ class Moment:
         return self.name
 
 
-COUNTING = Moment("counting", "hangBeforeDocumentSourceCursorLoadBatch", "users")
+COUNTING = FaultPoint("counting", "hangBeforeDocumentSourceCursorLoadBatch", "users")
 # The first is the proof, when it connects, that the server can count.
-FETCHING = Moment("fetching", "waitWithPinnedCursorDuringGetMoreBatch", "orders", skip=1)
-WRITING = Moment("writing", "hangDuringBatchUpdate", "users", skip=5)
-RECORDING = Moment("recording", "hangDuringBatchInsert", "loyalty_recounts")
+FETCHING = FaultPoint("fetching", "waitWithPinnedCursorDuringGetMoreBatch", "orders", skip=1)
+WRITING = FaultPoint("writing", "hangDuringBatchUpdate", "users", skip=5)
+RECORDING = FaultPoint("recording", "hangDuringBatchInsert", "loyalty_recounts")
 
 
 @contextmanager
-def paused(server: Server, database: str, moment: Moment) -> Iterator[Callable[[], None]]:
+def pause_at(server: Server, database: str, point: FaultPoint) -> Iterator[Callable[[], None]]:
     """Hold up whatever comes to that moment on `server`, until the end of the block.
 
     Gives a function that returns once something has come there.
     """
-    mode = {"skip": moment.skip} if moment.skip else "alwaysOn"
+    mode = {"skip": point.skip} if point.skip else "alwaysOn"
     # What is held up can still be killed, and gives way when the server steps down.
-    data = {"nss": f"{database}.{moment.collection}", "shouldCheckForInterrupt": True}
-    with _failpoint(server, moment.failpoint, mode, data) as wait_until_reached:
+    data = {"nss": f"{database}.{point.collection}", "shouldCheckForInterrupt": True}
+    with _failpoint(server, point.failpoint, mode, data) as wait_until_reached:
         yield wait_until_reached
 
 
 @contextmanager
-def slowed(server: Server, command: str, milliseconds: int) -> Iterator[None]:
+def delay_command(server: Server, command: str, milliseconds: int) -> Iterator[None]:
     """Let the service wait that long for each such command, until the end of the block."""
     data = {"failCommands": [command], "appName": SERVICE, "blockConnection": True}
     with _failpoint(server, "failCommand", "alwaysOn", {**data, "blockTimeMS": milliseconds}):
@@ -61,7 +61,7 @@ def slowed(server: Server, command: str, milliseconds: int) -> Iterator[None]:
 
 
 @contextmanager
-def failing(server: Server, command: str, times: int, **data: Any) -> Iterator[None]:
+def fail_command(server: Server, command: str, times: int, **data: Any) -> Iterator[None]:
     """Fail such commands of the service, a few times: `errorCode` or `closeConnection` says how."""
     data |= {"failCommands": [command], "appName": SERVICE}
     with _failpoint(server, "failCommand", {"times": times}, data):
@@ -110,8 +110,8 @@ def step_down(server: Server) -> None:
         client.admin.command("replSetStepDown", 20, force=True)
 
 
-def heal(deployment: Deployment) -> None:
-    """Thaw and start whatever needs it, and return once every server is well. Raises Failed."""
+def recover(deployment: Deployment) -> None:
+    """Resume and start servers until all are healthy. Raises SandboxError."""
     for server in deployment.servers:
         server.thaw()
         if not server.alive:

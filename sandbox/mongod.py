@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 _given: deque[int] = deque(maxlen=100)  # ports, lately
 
-SECONDS = 60.0  # a deadline for what takes about one, on a machine that does other things
+DEADLINE_SECONDS = 60.0  # a deadline for what takes about one, on a machine that does other things
 _OLDEST = 5  # MongoDB 5.0 is the first that reads orders and users as of one point in time
 
 # Becomes the command, after asking the kernel for a signal when the parent dies. Not a preexec_fn:
@@ -62,7 +62,7 @@ class NoMongod(Exception):
     """No MongoDB server can run here; the text says what to install."""
 
 
-class Failed(Exception):
+class SandboxError(Exception):
     """A server did not do what it was asked to."""
 
 
@@ -106,7 +106,7 @@ def _fault(mongod: str) -> str | None:
     return None
 
 
-def bound(command: Sequence[str], on_death: signal.Signals = signal.SIGKILL) -> list[str]:
+def bind_to_parent(command: Sequence[str], on_death: signal.Signals = signal.SIGKILL) -> list[str]:
     """Return the command that runs `command` and signals it when this process dies (Linux).
 
     More exactly when the *thread* dies that starts it, so start it from the main thread.
@@ -121,7 +121,7 @@ class Server:
     def __init__(self, mongod: Path, folder: Path, options: Sequence[str]) -> None:
         self.port = _free_port()
         self._folder = folder
-        self._command = bound(
+        self._command = bind_to_parent(
             [str(mongod), "--port", str(self.port), "--bind_ip", "127.0.0.1", "--nounixsocket"]
             + ["--dbpath", str(folder), *options]
         )
@@ -143,7 +143,7 @@ class Server:
         return self._folder / "mongod.log"
 
     def start(self, *, wait: bool = True) -> None:
-        """Start it; with `wait`, until it listens. Raises Failed."""
+        """Start it; with `wait`, until it listens. Raises SandboxError."""
         self._folder.mkdir(exist_ok=True)
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -157,12 +157,12 @@ class Server:
             self.wait_until_up()
 
     def wait_until_up(self) -> None:
-        """Return once it listens. Raises Failed with the end of its log."""
+        """Return once it listens. Raises SandboxError with the end of its log."""
 
         def listens() -> bool:
             if not self.alive:
                 tail = self.log.read_text(errors="replace").splitlines()[-5:]
-                raise Failed("mongod did not start:\n" + "\n".join(tail))
+                raise SandboxError("mongod did not start:\n" + "\n".join(tail))
             try:
                 socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
             except OSError:
@@ -267,7 +267,7 @@ class Deployment:
         return MongoClient(self.uri, tz_aware=True, **options)
 
     def primary(self) -> Server:
-        """Return the server that takes writes, once there is one. Raises Failed."""
+        """Return the server that takes writes, once there is one. Raises SandboxError."""
         return wait_until("a primary", self._find_primary)
 
     def _find_primary(self) -> Server | None:
@@ -376,11 +376,11 @@ def _free_port() -> int:
         return port
 
 
-def wait_until(what: str, ready: Callable[[], T | None], seconds: float = SECONDS) -> T:
-    """Return what `ready` returns once that is true; raise Failed after `seconds`."""
+def wait_until(what: str, ready: Callable[[], T | None], seconds: float = DEADLINE_SECONDS) -> T:
+    """Return what `ready` returns once that is true; raise SandboxError after `seconds`."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if result := ready():
             return result
         time.sleep(0.05)
-    raise Failed(f"{what}: not within {seconds:g} s")
+    raise SandboxError(f"{what}: not within {seconds:g} s")

@@ -12,13 +12,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
-from sandbox.mongod import SECONDS, Failed, bound, wait_until
+from sandbox.mongod import DEADLINE_SECONDS, SandboxError, bind_to_parent, wait_until
 
 PROGRAM = Path(__file__).parents[1] / "loyalty_microservice.py"
 STOP_SECONDS = 2.0  # the promise: from SIGTERM or Ctrl-C to its end
 
 
-def environment(**settings: str) -> dict[str, str]:
+def service_environment(**settings: str) -> dict[str, str]:
     """Return this process's environment with these settings, and with none of the reader's."""
     example = PROGRAM.with_name(".env.example").read_text(encoding="utf-8")
     # What .env.example names is what there is to set; the rest is systemd's.
@@ -42,8 +42,8 @@ class Process:
         with log.open("ab") as output:
             self._start = output.tell()
             self._process = subprocess.Popen(
-                bound([sys.executable, str(program), *arguments], signal.SIGTERM),
-                env=environment(**settings),
+                bind_to_parent([sys.executable, str(program), *arguments], signal.SIGTERM),
+                env=service_environment(**settings),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -73,34 +73,34 @@ class Process:
         return bool(int(status.split("SigCgt:")[1].split()[0], 16) & 1 << (signal.SIGTERM - 1))
 
     def wait_for(self, text: str, times: int = 1) -> None:
-        """Return once `text` stands in that many lines. Raises Failed."""
+        """Return once `text` stands in that many lines. Raises SandboxError."""
 
         def seen() -> bool:
             return sum(text in line for line in self.lines) >= times
 
-        with suppress(Failed):
+        with suppress(SandboxError):
             wait_until(text, lambda: seen() or self.code is not None)
         if not seen():
-            raise Failed(f"{text!r} is not {times} times in:\n{self.output}")
+            raise SandboxError(f"{text!r} is not {times} times in:\n{self.output}")
 
     def send(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
 
-    def wait(self, within: float = SECONDS) -> int:
-        """Return the exit code. Raises Failed if that takes longer than `within` seconds.
+    def wait(self, within: float = DEADLINE_SECONDS) -> int:
+        """Return the exit code. Raises SandboxError if that takes longer than `within` seconds.
 
         Time in which its threads wanted to run and others had the CPU does not count. So it makes
         no difference how busy the machine is, and to wait for anything else does.
         """
         started = time.monotonic()
         before = queued = self._queued()
-        while self.code is None and time.monotonic() - started < SECONDS + within:
+        while self.code is None and time.monotonic() - started < DEADLINE_SECONDS + within:
             time.sleep(0.02)
             queued = queued | self._queued()
         took = time.monotonic() - started
         lost = sum(queued.values()) - sum(before.values())
         if self.code is None or took - lost > within:
-            raise Failed(
+            raise SandboxError(
                 f"its end took {took:.1f} s, {lost:.1f} of them without a CPU, and not {within:g} "
                 f"(exit code {self.code}):\n{self.output}"
             )
@@ -115,7 +115,7 @@ class Process:
         return queued
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
-        """Signal it and return the exit code. Raises Failed if it takes longer than promised."""
+        """Signal it and return the exit code. Raises SandboxError after STOP_SECONDS."""
         self.send(number)
         return self.wait(STOP_SECONDS)
 

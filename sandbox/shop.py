@@ -83,11 +83,11 @@ class Shop:
         for batch in _batches(self._new_orders(orders, dirty, ids)):
             self.orders.insert_many(batch, ordered=False)
 
-    def ship(self, n: int) -> int:
+    def ship_orders(self, n: int) -> int:
         """Ship `n` random orders that are not shipped; return how many there were."""
         return self._move(n, [s for s in STATUSES if s != "Shipped"], "Shipped")
 
-    def return_(self, n: int) -> int:
+    def return_orders(self, n: int) -> int:
         """Take back `n` random shipped orders; return how many there were."""
         return self._move(n, ["Shipped"], "Returned")
 
@@ -176,7 +176,7 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def key(value: Any) -> Any:
+def canonical_key(value: Any) -> Any:
     """Return what two ids have in common if, and only if, they are of one customer.
 
     That is equality as MongoDB sees it (5 is 5.0, and True is not 1), save that 24 hex digits are
@@ -201,7 +201,7 @@ def key(value: Any) -> Any:
 
 def _plain(part: Any) -> Any:
     # Inside a document or an array, hex digits are only text.
-    return part if isinstance(part, str) else key(part)
+    return part if isinstance(part, str) else canonical_key(part)
 
 
 @dataclass(frozen=True)
@@ -215,16 +215,16 @@ class Names:
     points: str = "loyalty_points"
 
 
-USUAL = Names()
+DEFAULT_NAMES = Names()
 
 
-def count(
+def count_points(
     database: Database[Document],
     statuses: Collection[str] = ("Shipped",),
     points_per_order: int = 1,
-    names: Names = USUAL,
+    names: Names = DEFAULT_NAMES,
 ) -> dict[Any, int]:
-    """Return the right points of every user, by the `key` of its `_id`.
+    """Return the right points of every user, by the `canonical_key` of its `_id`.
 
     It is only right while no order changes.
     """
@@ -232,12 +232,15 @@ def count(
     for order in _read(database, names.orders, [names.status, names.customer]):
         status, customer = _at(order, names.status), _at(order, names.customer)
         if isinstance(status, str) and status in statuses and customer not in (None, ""):
-            found[key(customer)] += points_per_order
-    return {key(user["_id"]): found[key(user["_id"])] for user in _read(database, names.users, [])}
+            found[canonical_key(customer)] += points_per_order
+    return {
+        canonical_key(user["_id"]): found[canonical_key(user["_id"])]
+        for user in _read(database, names.users, [])
+    }
 
 
 @dataclass(frozen=True)
-class Disagreement:
+class Mismatch:
     """A user whose stored points are not the counted ones, or not an integer."""
 
     user: Any
@@ -245,19 +248,19 @@ class Disagreement:
     counted: int
 
 
-def disagreements(
+def find_mismatches(
     database: Database[Document],
     statuses: Collection[str] = ("Shipped",),
     points_per_order: int = 1,
-    names: Names = USUAL,
-) -> list[Disagreement]:
+    names: Names = DEFAULT_NAMES,
+) -> list[Mismatch]:
     """Return the users whose stored points are wrong; a missing field is wrong, too."""
-    right = count(database, statuses, points_per_order, names)
+    right = count_points(database, statuses, points_per_order, names)
     return [
-        Disagreement(user["_id"], stored, right[key(user["_id"])])
+        Mismatch(user["_id"], stored, right[canonical_key(user["_id"])])
         for user in _read(database, names.users, [names.points])
         if type(stored := _at(user, names.points)) not in (int, Int64)
-        or stored != right[key(user["_id"])]
+        or stored != right[canonical_key(user["_id"])]
     ]
 
 

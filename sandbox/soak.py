@@ -19,9 +19,9 @@ from pymongo.database import Database
 from pymongo.errors import PyMongoError
 
 from sandbox import faults
-from sandbox.mongod import Deployment, Failed, Server, wait_until
+from sandbox.mongod import Deployment, SandboxError, Server, wait_until
 from sandbox.service import Process
-from sandbox.shop import Shop, count, disagreements, key
+from sandbox.shop import Shop, canonical_key, count_points, find_mismatches
 
 PATIENCE = 120.0  # seconds until the service must have recovered
 SAMPLE = 100  # users that are compared all along
@@ -90,7 +90,7 @@ class Soak:
         name = fault.__name__.replace("_", " ")
         with suppress(PyMongoError):  # the one before may still echo: then it is another round
             fault()
-        faults.heal(self._deployment)
+        faults.recover(self._deployment)
         healed = time.monotonic()
         if self._service.code is not None:
             self.problems.append(f"{name}: the service ended with {self._service.code}")
@@ -108,7 +108,7 @@ class Soak:
 
     def _fail(self, command: str, **data: Any) -> None:
         times = self._rng.randint(1, 4)
-        with faults.failing(self._deployment.primary(), command, times, **data):
+        with faults.fail_command(self._deployment.primary(), command, times, **data):
             time.sleep(self._rng.uniform(0.2, 1.5))
 
     def kill_what_it_does(self) -> None:
@@ -127,7 +127,7 @@ class Soak:
     def kill_the_service_in_a_batch(self) -> None:
         self._spoil(2000)
         primary = self._deployment.primary()
-        with faults.paused(primary, DATABASE, faults.WRITING) as wait_until_reached:
+        with faults.pause_at(primary, DATABASE, faults.WRITING) as wait_until_reached:
             wait_until_reached()
             self._service.kill()
         self._service = self._start()
@@ -138,7 +138,7 @@ class Soak:
         try:
             if code := self._service.stop():
                 self.problems.append(f"SIGTERM: exit code {code}")
-        except Failed as problem:
+        except SandboxError as problem:
             self.problems.append(f"SIGTERM: {problem}")
             self._service.kill()
         if again:
@@ -189,7 +189,7 @@ class Soak:
             shop = Shop(client[DATABASE], rng)
             while not self._shop_closed.wait(0.1):
                 with suppress(PyMongoError):
-                    rng.choice([shop.ship, shop.return_])(rng.randint(1, 50))
+                    rng.choice([shop.ship_orders, shop.return_orders])(rng.randint(1, 50))
 
     def _sample(self) -> None:
         """Compare some users every few seconds, whether orders move or not."""
@@ -202,10 +202,10 @@ class Soak:
 
     def _compare_sample(self, database: Database[Any], right_at: dict[Any, float]) -> None:
         """Compare with the counts just before and just after; note when each was last right."""
-        before = count(database)
+        before = count_points(database)
         found = database["users"].find({}, {"loyalty_points": 1}).sort("_id").limit(SAMPLE)
-        stored = [(key(user["_id"]), user["loyalty_points"]) for user in found]
-        after, now = count(database), time.monotonic()
+        stored = [(canonical_key(user["_id"]), user["loyalty_points"]) for user in found]
+        after, now = count_points(database), time.monotonic()
         for user, points in stored:
             self.compared += 1
             if points in range(min(before[user], after[user]), max(before[user], after[user]) + 1):
@@ -240,7 +240,7 @@ class Soak:
         return self._log.read_bytes().count(b"outcome=succeeded")
 
     def _compare(self, what: str) -> None:
-        wrong = disagreements(self._database)
+        wrong = find_mismatches(self._database)
         if wrong:
             self.problems.append(f"{what}: {len(wrong)} users have wrong points, as {wrong[0]}")
 
@@ -280,7 +280,7 @@ def main() -> int:
         soak = Soak(deployment, client, seed)
         try:
             soak.run(60 * minutes)
-        except Failed as problem:
+        except SandboxError as problem:
             soak.problems.append(str(problem))
         soak.report()
         if soak.problems:

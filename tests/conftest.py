@@ -80,13 +80,13 @@ def deployment() -> Iterator[Deployment]:
 
 
 @pytest.fixture(scope="session")
-def authenticating() -> Iterator[Deployment]:
+def authenticated_deployment() -> Iterator[Deployment]:
     with Deployment(auth=True, parent=MEMORY) as deployment:
         yield deployment
 
 
 @pytest.fixture(scope="session")
-def three() -> Iterator[Deployment]:
+def three_node_cluster() -> Iterator[Deployment]:
     """Three nodes, for the groups `lost` and `frozen`: each in one worker, for its time."""
     with Deployment(3, options=faults.OPTIONS, parent=MEMORY) as deployment:
         yield deployment
