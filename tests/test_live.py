@@ -88,7 +88,8 @@ def dirty(
 ) -> Iterator[LiveHarness]:
     """A small shop with every form of ids, and live updates of it."""
     shop = client[f"live_{uuid4().hex[:12]}"]
-    shop.create_collection("orders", changeStreamPreAndPostImages={"enabled": pre_images})
+    options = {"changeStreamPreAndPostImages": {"enabled": True}} if pre_images else {}
+    shop.create_collection("orders", **options)
     shop.users.insert_many([{"_id": own} for own in USERS])
     shop.orders.insert_many(
         {"customer_id": own, "status": "Shipped" if n % 2 else "Paid"}
@@ -106,6 +107,7 @@ def dirty(
         yield stack.enter_context(live(deployment, shop))
 
 
+@pytest.mark.usefixtures("pre_images")
 @given(edits=EDITS, known=KNOWN)
 @settings(max_examples=examples(8, 150), suppress_health_check=[HealthCheck.too_slow])
 def test_a_moment_after_any_edits_everyone_is_right(
@@ -496,6 +498,7 @@ def test_the_heartbeat_is_one_document_that_status_reads(
     assert "NOT live: there is no heartbeat" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("pre_images")
 def test_check_config_says_whether_it_will_work_and_whether_pre_images_are_on(
     small: LiveHarness,
     command: Command,
