@@ -277,9 +277,9 @@ def test_a_recount_whose_primary_freezes_ends_well_on_another(
     with faults.pause_at(primary, cluster_harness.database.name, WRITING) as wait_until_reached:
         daemon = service(MONGODB_URI=cluster_harness.uri + timeouts)
         wait_until_reached()
-        primary.freeze()
+        primary.suspend()
         daemon.wait_for("outcome=succeeded")
-        primary.thaw()
+        primary.resume()
     faults.recover(cluster_harness.deployment)
     cluster_harness.assert_exact()  # also after the frozen one has woken up with half a batch
     assert daemon.stop() == 0
@@ -297,12 +297,12 @@ def test_with_all_nodes_frozen_it_stops_at_once_and_one_that_goes_on_recovers(
         wait_until_reached()
         patient = service(MONGODB_URI=cluster_harness.uri)
         for server in servers:
-            server.freeze()
+            server.suspend()
         assert stopped.stop() == 0
         late = service(MONGODB_URI=cluster_harness.uri)
         late.wait_for("retry_in=10s")
         for server in servers:
-            server.thaw()
+            server.resume()
     for daemon in (patient, late):
         daemon.wait_for("outcome=succeeded")
     cluster_harness.assert_exact()
@@ -341,7 +341,7 @@ def test_a_full_disk_is_a_clear_error_and_points_are_exact_once_there_is_space(
             daemon = service(MONGODB_URI=harness.uri)
             wait_until_reached()
             filler = fill(disk)
-        wait_until("a server that stops, as its disk is full", lambda: not server.alive)
+        wait_until("a server that stops, as its disk is full", lambda: not server.is_alive)
         daemon.wait_for("failed error=")
         (line,) = lines_with("failed error=", daemon)
         assert f"update on {harness.database.name}.users" in line
@@ -467,7 +467,7 @@ def conflicts(harness: FaultHarness) -> int:
 
 def assert_ends_well(process: Process) -> None:
     """SIGTERM it twice."""
-    process.send(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
     assert process.stop() == 0
     assert "Traceback" not in process.output
     # Not always the last line: the work that is left behind may still have its say.

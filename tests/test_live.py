@@ -88,7 +88,9 @@ def dirty(
 ) -> Iterator[LiveHarness]:
     """A small shop with every form of ids, and live updates of it."""
     shop = client[f"live_{uuid4().hex[:12]}"]
-    options = {"changeStreamPreAndPostImages": {"enabled": True}} if pre_images else {}
+    options: dict[str, Any] = {}
+    if pre_images:
+        options["changeStreamPreAndPostImages"] = {"enabled": True}
     shop.create_collection("orders", **options)
     shop.users.insert_many([{"_id": own} for own in USERS])
     shop.orders.insert_many(

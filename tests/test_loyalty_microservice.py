@@ -71,7 +71,7 @@ def test_the_daemon_connects_recounts_at_once_and_again_until_it_is_stopped(
 def test_ctrl_c_stops_it_too_and_a_second_signal_changes_nothing(uri: str, service: Start) -> None:
     daemon = service(MONGODB_URI=uri)
     daemon.wait_for("outcome=succeeded")
-    daemon.send(signal.SIGINT)
+    daemon.send_signal(signal.SIGINT)
     assert daemon.stop(signal.SIGINT) == 0
 
 
