@@ -1,4 +1,4 @@
-# Everything runs in a virtual environment of its own, made on first use and again when the Python
+# Everything runs in a virtual environment, which is created on first use, and again when the Python
 # version or the requirements change: make test PYTHON=python3.13
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,55 +9,61 @@ USERS ?= 100000
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 STAMP := $(VENV)/installed-for-$(VERSION)
 RUN := $(VENV)/bin/python
+# The tests whose result depends on the server's version.
+SERVER_TESTS := $(addprefix tests/test_,$(addsuffix .py,\
+  counting exact harm history live live_faults recount sorting))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo pictures test test-deep soak bench lint format clean
+.PHONY: help demo pictures test test-deep test-servers soak bench lint format clean
 
-help: ## show this
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(STAMP) ## the real service on a private MongoDB, for about 30 seconds
+demo: $(STAMP) ## run the service on a temporary MongoDB for about 30 seconds
 	@$(RUN) -m sandbox.demo
 
-pictures: $(STAMP) ## the demo once more, as the picture in the README: sandbox/demo.svg
+pictures: $(STAMP) ## run the demo and write its output to sandbox/demo.svg, for the README
 	@$(RUN) -m sandbox.picture
 
-test: $(STAMP) ## all tests; ARGS="-k word" for some, ARGS=--cov with coverage
+test: $(STAMP) ## run all tests; ARGS="-k word" for some, ARGS=--cov with coverage
 	$(RUN) -m pytest -n 6 --dist loadgroup $(ARGS)
 
-test-deep: $(STAMP) ## those of them that come in numbers, in larger ones
+test-deep: $(STAMP) ## run the tests that have a larger size, with that size
 	$(RUN) -m pytest -n 6 --dist loadgroup --deep $(ARGS)
 
-soak: $(STAMP) ## MINUTES=10 of random faults against the daemon while a shop changes
+test-servers: $(STAMP) ## run the tests that depend on the server with MongoDB 5.0.32 and 6.0.27
+	$(RUN) -m sandbox.servers $(RUN) -m pytest -n 6 --dist loadgroup $(SERVER_TESTS) $(ARGS)
+
+soak: $(STAMP) ## run the daemon with random faults while orders change: MINUTES=10
 	$(RUN) -m sandbox.soak $(MINUTES)
 
-bench: $(STAMP) ## what a recount costs, and what else a shop would do: ORDERS=1000000 USERS=100000
+bench: $(STAMP) ## measure recounts and their alternatives: ORDERS=1000000 USERS=100000
 	$(RUN) -m bench --orders $(ORDERS) --users $(USERS) $(ARGS)
 
-lint: $(STAMP) ## ruff and mypy
+lint: $(STAMP) ## run ruff and mypy
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-format: $(STAMP) ## put the code into ruff's format
+format: $(STAMP) ## format the code and apply ruff's fixes
 	$(RUN) -m ruff check --fix-only .
 	$(RUN) -m ruff format .
 
-clean: ## remove all that the above has made
+clean: ## remove every generated file
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 include deploy/install.mk
 
-# A stamp that is missing means a half-made environment, or another Python's: start over. Ctrl-C
-# takes away what is there so far, with the temporary files and the tracebacks of pip.
+# Without the stamp, the environment is incomplete or of another Python: create it again. Ctrl-C
+# removes the incomplete environment, with pip's temporary files and traceback.
 $(STAMP): requirements.txt requirements-dev.txt
 	@case "$(VERSION)" in 3.1[1-9] | 3.[2-9][0-9]) ;; *) \
-	echo "Python 3.11 or newer is needed, and $(PYTHON) is $(or $(VERSION),not there);" >&2; \
-	echo "name another one, as in: make demo PYTHON=python3.12" >&2; exit 1 ;; esac
-	@echo "Making $(VENV) with Python $(VERSION) (once, about a minute)"
+	echo "Python 3.11 or newer is needed; $(PYTHON) is $(or $(VERSION),not found)." >&2; \
+	echo "Choose another one, for example: make demo PYTHON=python3.12" >&2; exit 1 ;; esac
+	@echo "Creating $(VENV) with Python $(VERSION) (once, about a minute)"
 	@exec 3>&2; \
-	trap 'rm -rf $(VENV); echo "Stopped; nothing is left behind." >&3; exit 130' INT TERM; \
+	trap 'rm -rf $(VENV); echo "Stopped; $(VENV) is removed." >&3; exit 130' INT TERM; \
 	rm -rf $(VENV) && mkdir -p $(VENV)/tmp && export TMPDIR="$$(cd $(VENV)/tmp && pwd)" && \
 	{ $(PYTHON) -m venv $(VENV) && \
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt; \

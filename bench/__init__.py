@@ -1,1 +1,1 @@
-"""What a recount costs, beside everything else that a shop could do: `python -m bench --help`."""
+"""Measures recounts and their alternatives: `python -m bench --help`."""

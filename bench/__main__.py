@@ -1,4 +1,4 @@
-"""Measure the service beside what else a shop could do, and write bench/RESULTS.md."""
+"""Measure the service and its alternatives, and write bench/RESULTS.md."""
 
 from __future__ import annotations
 
@@ -8,32 +8,31 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from bench import day, pictures, report
-from bench.live import ChangeStreamWatcher, measure
-from bench.measure import ALONE, OURS, Bench, Failed, Results, worst
-from bench.neighbour import felt
+from bench import freshness, live, pictures, report
+from bench.interference import measure_interference
+from bench.measure import ONE_WORKER, SERVICE, Bench, MeasurementError, Results, max_mismatches
 from bench.relay import relay
-from bench.shop import STATES, Shop, Wrong
+from bench.shop import STATES, MismatchCount, Shop
 from sandbox.mongod import Deployment, NoMongod
 
-RIVALS = ["floor", OURS, "merge", "bulk"]
-GROWN = ["floor", OURS, "merge"]
-CLIENT_ORDERS = 1_000_000  # beyond that, what counts or writes everyone in the client takes long
-LARGE_ORDERS = 10_000_000  # beyond that, only quiet passes: the rest would take an hour
+BASELINES = ["count_only", SERVICE, "merge", "bulk"]
+GROWTH_BASELINES = ["count_only", SERVICE, "merge"]
+MAX_CLIENT_ORDERS = 1_000_000  # above, no baselines that count or write all users in the client
+MAX_ORDERS = 10_000_000  # above, quiet passes only: the others would take an hour
 FOLDER = Path(__file__).parent
 SIZES = (100_000, 1_000_000, 3_000_000, 10_000_000, 30_000_000)
 
 
 def main() -> int:
     args = _parse()
-    paper = Paper(None if args.no_results else FOLDER)
+    results = Report(None if args.no_results else FOLDER)
     try:
-        runs = _bench(args, paper)
-    except (NoMongod, Failed) as error:
+        runs = _run(args, results)
+    except (NoMongod, MeasurementError) as error:
         print(error, file=sys.stderr)
         return 1
-    print(paper)
-    if any(worst(results[OURS]) != Wrong() for results in runs):
+    print(results)
+    if any(max_mismatches(run[SERVICE]) != MismatchCount() for run in runs):
         print("The service left users with wrong points.", file=sys.stderr)
         return 1
     return 0
@@ -44,13 +43,13 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--orders", type=int, default=1_000_000)
     parser.add_argument("--users", type=int, default=100_000)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--growth", action="store_true", help="also at other sizes, with a chart")
-    sizes = "orders, for --growth; ten orders a user"
+    parser.add_argument("--growth", action="store_true", help="measure other sizes as well")
+    sizes = "numbers of orders for --growth, with ten orders for each user"
     parser.add_argument("--sizes", type=int, nargs="+", metavar="N", default=SIZES, help=sizes)
-    far = "round trip of a far server, 0 for none (default: 20)"
+    far = "round trip to a distant server, 0 for none (default: 20)"
     parser.add_argument("--latency-ms", type=float, metavar="MS", default=20, help=far)
-    parser.add_argument("--no-results", action="store_true", help="print only, write no files")
-    parser.add_argument("--tiny", action="store_true", help="all of it at 10,000 orders")
+    parser.add_argument("--no-results", action="store_true", help="write no files")
+    parser.add_argument("--tiny", action="store_true", help="run everything with 10,000 orders")
     args = parser.parse_args()
     if args.tiny:
         args.orders, args.users, args.rounds, args.sizes = 10_000, 1_000, 1, [1_000, 10_000]
@@ -58,21 +57,21 @@ def _parse() -> argparse.Namespace:
     return args
 
 
-class Paper:
-    """The results so far. Each section is printed and written at once: an end may come early."""
+class Report:
+    """The sections so far. Each is printed and written at once, in case a later one fails."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
         self._sections: dict[str, str] = {}
 
-    def put(self, name: str, section: str) -> None:
-        """Add a section, or one that is longer now in the place of the one before."""
+    def set_section(self, name: str, section: str) -> None:
+        """Add a section, or replace it at its place."""
         self._sections[name] = section
         print(f"\n{section}\n", file=sys.stderr, flush=True)
         if self._folder:
             self._folder.joinpath("RESULTS.md").write_text(str(self), encoding="utf-8")
 
-    def draw(self, name: str, picture: str) -> None:
+    def write_picture(self, name: str, picture: str) -> None:
         if self._folder:
             self._folder.joinpath(name).write_text(picture, encoding="utf-8")
 
@@ -80,86 +79,92 @@ class Paper:
         return "\n\n".join(self._sections.values()) + "\n"
 
 
-def _bench(args: argparse.Namespace, paper: Paper) -> list[Results]:
-    """Put everything on paper, and return all that was run."""
-    rounds, in_client = args.rounds, args.orders <= CLIENT_ORDERS
-    rivals = RIVALS if in_client else GROWN
+def _run(args: argparse.Namespace, results: Report) -> list[Results]:
+    """Measure everything for the report, and return all runs."""
+    rounds, in_client = args.rounds, args.orders <= MAX_CLIENT_ORDERS
+    names = BASELINES if in_client else GROWTH_BASELINES
     states: dict[str, Results] = {}
     with _shop(args.orders, args.users) as (bench, shop):
-        paper.put("head", report.head(shop, rounds))
-        bare = bench.rounds(1, rivals, "quiet")
+        results.set_section("title", report.title_section(shop, rounds))
+        no_index = bench.rounds(1, names, "quiet")
         shop.make_index()
         for state, title in STATES.items():
-            states[state] = bench.rounds(rounds, rivals, state)
+            states[state] = bench.rounds(rounds, names, state)
             if state == "quiet":
-                states[state] |= bench.rounds(rounds, [ALONE], state)
+                states[state] |= bench.rounds(rounds, [ONE_WORKER], state)
             if state == "first" and in_client:
                 states[state] |= bench.rounds(1, ["loop"], state)
-            paper.put(state, report.state_table(title, states[state]))
-        paper.put("profile", report.profile_table(shop.profile()))
-        paper.put("bare", report.state_table("The quiet pass without the index, once", bare))
-        paper.put("neighbour", report.neighbour_table(felt(bench.deployment, shop)))
-        runs = [bare, *states.values()]
+            results.set_section(state, report.state_table(title, states[state]))
+        results.set_section("profile", report.profile_table(shop.profile_recount()))
+        title = "quiet pass without the index, once"
+        results.set_section("no index", report.state_table(title, no_index))
+        times = measure_interference(bench.deployment, shop)
+        results.set_section("interference", report.interference_table(times))
+        runs = [no_index, *states.values()]
         if args.latency_ms:
-            paper.put("far", report.FAR.format(args.latency_ms))
+            results.set_section("latency", report.LATENCY.format(args.latency_ms))
             for state in ("first", "ordinary"):
-                near, far = (_far(bench, rounds, state, ms) for ms in (0, args.latency_ms))
-                paper.put(f"far, {state}", report.latency_table(STATES[state], near, far))
+                near, far = (
+                    _run_with_latency(bench, rounds, state, ms) for ms in (0, args.latency_ms)
+                )
+                results.set_section(
+                    f"latency, {state}", report.latency_table(STATES[state], near, far)
+                )
                 runs += [near, far]
-        live = {args.orders: measure(bench.deployment, shop, tiny=args.tiny)}
-        paper.put("live", report.live_table(live))
-    one_day = day.measure(tiny=args.tiny)
-    paper.put("day", report.day_section(one_day))
-    paper.draw("day.svg", pictures.day(one_day))
+        live_results = {args.orders: live.measure(bench.deployment, shop, tiny=args.tiny)}
+        results.set_section("live", report.live_table(live_results))
+    one_day = freshness.measure(tiny=args.tiny)
+    results.set_section("freshness", report.freshness_section(one_day))
+    results.write_picture("day.svg", pictures.draw_freshness(one_day))
     if args.growth:
         known = {args.orders: states} if args.orders == 10 * args.users else {}
-        runs += _growth(args, paper, known, live)
+        runs += _measure_growth(args, results, known, live_results)
     return runs
 
 
-def _far(bench: Bench, rounds: int, state: str, milliseconds: float) -> Results:
+def _run_with_latency(bench: Bench, rounds: int, state: str, milliseconds: float) -> Results:
     with relay(bench.port, milliseconds / 1000) as port:
-        return bench.rounds(rounds, [OURS], state, port=port)
+        return bench.rounds(rounds, [SERVICE], state, port=port)
 
 
-def _growth(
+def _measure_growth(
     args: argparse.Namespace,
-    paper: Paper,
+    results: Report,
     known: dict[int, dict[str, Results]],
-    live: dict[int, ChangeStreamWatcher],
+    live_results: dict[int, live.LiveResult],
 ) -> list[Results]:
-    """Put other sizes on paper, one after another, and return all that was run for it."""
+    """Measure other sizes for the report, and return all runs."""
     grown: dict[int, dict[str, Results]] = {}
     for size in sorted({*args.sizes}):
         if size in known:
             grown[size] = known[size]
-            _put_growth(paper, grown)
+            _report_growth(results, grown)
             continue
         with _shop(size, size // 10) as (bench, shop):
             shop.make_index()
-            # One run each: at the larger sizes it is long enough for its own noise.
-            states = STATES if size <= LARGE_ORDERS else ["quiet"]
-            grown[size] = {state: bench.rounds(1, GROWN, state) for state in states}
-            _put_growth(paper, grown)
-            if size not in live and size <= LARGE_ORDERS:
-                # The last, since it ships orders of the shop.
-                live[size] = measure(bench.deployment, shop, tiny=args.tiny)
-                paper.put("live", report.live_table(live))
-    return [results for states in grown.values() for results in states.values()]
+            # One run each: runs of the larger sizes are long, so their noise is small.
+            states = STATES if size <= MAX_ORDERS else ["quiet"]
+            grown[size] = {state: bench.rounds(1, GROWTH_BASELINES, state) for state in states}
+            _report_growth(results, grown)
+            if size not in live_results and size <= MAX_ORDERS:
+                # Last, since it changes the orders of the shop.
+                live_results[size] = live.measure(bench.deployment, shop, tiny=args.tiny)
+                results.set_section("live", report.live_table(live_results))
+    return [runs for states in grown.values() for runs in states.values()]
 
 
-def _put_growth(paper: Paper, grown: dict[int, dict[str, Results]]) -> None:
+def _report_growth(results: Report, grown: dict[int, dict[str, Results]]) -> None:
     sizes = {
         state: {
-            size: {name: states[state][name] for name in GROWN}
+            size: {name: states[state][name] for name in GROWTH_BASELINES}
             for size, states in grown.items()
             if state in states
         }
         for state in STATES
     }
     tables = [report.growth_table(title, sizes[state]) for state, title in STATES.items()]
-    paper.put("growth", "\n\n".join([report.GROWTH, *tables]))
-    paper.draw("growth.svg", pictures.growth(sizes["quiet"]))
+    results.set_section("growth", "\n\n".join([report.GROWTH, *tables]))
+    results.write_picture("growth.svg", pictures.draw_growth(sizes["quiet"]))
 
 
 @contextmanager

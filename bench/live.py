@@ -1,4 +1,4 @@
-"""Live updates measured: how soon points are right, how many a second, what idling costs."""
+"""Measures live updates: latency, sustained rate, a burst, and the cost of the idle service."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from sandbox.mongod import Deployment, wait_until
 from sandbox.service import Process
 
 _RATES = (250, 500, 1_000, 2_000, 4_000)  # changed orders a second
-_SECONDS = 5.0  # for each of these
-_PORTIONS = 50  # a second
-_POOL = 50_000  # orders that are not shipped, for all of it
-_AT_ONCE = 10_000
+_RATE_SECONDS = 5.0  # for each rate
+_BATCHES_PER_SECOND = 50
+_MAX_ORDERS = 50_000  # unshipped orders, for all measurements
+_BURST_CUSTOMERS = 10_000
+_MAX_DELAY_SECONDS = 2  # behind the writers, for a rate that is sustained
 
 
 @dataclass(frozen=True)
@@ -35,54 +36,52 @@ class Latency:
 
 
 @dataclass(frozen=True)
-class ChangeStreamWatcher:
-    """What was measured at one size of the shop."""
+class LiveResult:
+    """The measurements at one size of the shop."""
 
     orders: int
     single: float
-    """Milliseconds from one change, while nothing else happens, to the points; the median."""
+    """Milliseconds from one change to the points without other changes; the median."""
     steady: Latency
     sustained: int
-    """The highest rate at which the points were right within 2 s after the last order."""
-    lag: float
+    """The highest rate at which the points were correct within 2 s after the last order."""
+    delay: float
     """Seconds from the last order at that rate to the last points."""
-    at_once: int
-    """Customers changed by as many orders, inserted as fast as possible."""
-    at_once_seconds: float
+    burst_customers: int
+    """Customers with one new order each, inserted as fast as possible."""
+    burst_seconds: float
     cpu_percent: float
-    """Of a core, of the idle service, in percent; and its memory, in MB."""
-    memory: float
+    """Of one core, by the idle service."""
+    memory_mb: float
 
 
-def measure(deployment: Deployment, shop: Shop, *, tiny: bool = False) -> ChangeStreamWatcher:
-    """Run the service with live updates beside one shop; its orders grow by that."""
-    seconds = 1.0 if tiny else _SECONDS
+def measure(deployment: Deployment, shop: Shop, *, tiny: bool = False) -> LiveResult:
+    """Run the service with live updates on one shop. Adds orders to it."""
+    seconds = 1.0 if tiny else _RATE_SECONDS
     shop.restore("quiet")
-    with _service(deployment) as service:
-        bench = _Bench(shop)
-        single = bench.latency(10 if tiny else 40, pause=0.25).p50
-        steady = bench.latency(int(100 * seconds), pause=0.01)
-        sustained, lag = 0, 0.0
+    with _start_service(deployment) as service:
+        orders = _OrderWriter(shop)
+        single = orders.measure_latency(10 if tiny else 40, pause=0.25).p50
+        steady = orders.measure_latency(int(100 * seconds), pause=0.01)
+        sustained, delay = 0, 0.0
         for rate in _RATES[:1] if tiny else _RATES:
-            done, behind = bench.behind_after(rate, seconds)
+            done, behind = orders.measure_delay(rate, seconds)
             print(f"  live, {done:,}/s: {behind:.2f} s behind", file=sys.stderr, flush=True)
-            if behind > 2:
+            if behind > _MAX_DELAY_SECONDS:
                 break
-            sustained, lag = done, behind
-            if done < 0.9 * rate:  # the writers themselves come no further
+            sustained, delay = done, behind
+            if done < 0.9 * rate:  # the writer itself is at its limit
                 break
-        customers = min(_AT_ONCE, shop.customers)
-        at_once = bench.at_once(customers)
-        cpu, memory = _idle(service.pid, 2 if tiny else 30)
+        customers = min(_BURST_CUSTOMERS, shop.customers)
+        burst = orders.measure_burst(customers)
+        cpu, memory = _measure_process(service.pid, 2 if tiny else 30)
         if service.stop():
             raise RuntimeError(service.output)
-    return ChangeStreamWatcher(
-        shop.size, single, steady, sustained, lag, customers, at_once, cpu, memory
-    )
+    return LiveResult(shop.size, single, steady, sustained, delay, customers, burst, cpu, memory)
 
 
 @contextmanager
-def _service(deployment: Deployment) -> Iterator[Process]:
+def _start_service(deployment: Deployment) -> Iterator[Process]:
     uri = deployment.uri_for(database=DATABASE)
     log = deployment.folder / "live.log"
     with Process(log=log, MONGODB_URI=uri, LIVE_UPDATES="yes") as service:
@@ -90,32 +89,32 @@ def _service(deployment: Deployment) -> Iterator[Process]:
         yield service
 
 
-class _Bench:
-    """Ships orders of a shop, and waits for the points."""
+class _OrderWriter:
+    """Ships orders of a shop, and waits for the points of their customers."""
 
     def __init__(self, shop: Shop) -> None:
         self._shop = shop
         self._orders, self._users = shop.database.orders, shop.database.users
-        self._unshipped = iter(shop.unshipped(_POOL))
+        self._unshipped = iter(shop.find_unshipped(_MAX_ORDERS))
         self._touched: set[Any] = set()
 
     def _ship(self) -> tuple[Any, UpdateOne]:
-        """Return the next customer, and what ships an order of theirs."""
+        """Return the next customer, and the update that ships one of their orders."""
         order, customer = next(self._unshipped)
-        self._shop.ship_to(customer)
+        self._shop.add_shipped_order(customer)
         self._touched.add(customer)
         return customer, UpdateOne({"_id": order}, {"$set": {"status": "Shipped"}})
 
-    def _right(self, customers: Iterable[Any]) -> list[Any]:
-        """Return those of the customers who hold the right points."""
+    def _find_correct(self, customers: Iterable[Any]) -> list[Any]:
+        """Return the customers whose stored points are correct."""
         found = self._users.find({"_id": {"$in": [*customers]}}, {"loyalty_points": 1})
-        right = self._shop.right
-        return [user["_id"] for user in found if user["loyalty_points"] == right(user["_id"])]
+        expected = self._shop.expected_points
+        return [user["_id"] for user in found if user["loyalty_points"] == expected(user["_id"])]
 
-    def latency(self, number: int, pause: float) -> Latency:
-        """Ship single orders, one each `pause` seconds, and follow all of them."""
+    def measure_latency(self, number: int, pause: float) -> Latency:
+        """Ship single orders, one each `pause` seconds, and measure until each is in the points."""
         waiting: dict[Any, float] = {}
-        took: list[float] = []
+        times: list[float] = []
         due = started = time.monotonic()
         end = started + number * pause
         while number or waiting:
@@ -124,47 +123,52 @@ class _Bench:
                 number -= 1
                 customer, update = self._ship()
                 self._orders.bulk_write([update])
-                waiting[customer] = time.monotonic()  # again, if there is an order on the way
+                # Of several pending orders of one customer, the newest counts.
+                waiting[customer] = time.monotonic()
                 if not number and (late := time.monotonic() - end) > 1:
                     print(f"  live: {late:.1f} s late", file=sys.stderr, flush=True)
-            right, now = self._right(waiting), time.monotonic()
-            took += [1000 * (now - waiting.pop(customer)) for customer in right]
+            correct, now = self._find_correct(waiting), time.monotonic()
+            times += [1000 * (now - waiting.pop(customer)) for customer in correct]
             time.sleep(0.001)
-        took.sort()
-        return Latency(took[len(took) // 2], took[int(0.99 * len(took))], took[-1])
+        times.sort()
+        return Latency(times[len(times) // 2], times[int(0.99 * len(times))], times[-1])
 
-    def behind_after(self, rate: int, seconds: float) -> tuple[int, float]:
+    def measure_delay(self, rate: int, seconds: float) -> tuple[int, float]:
         """Ship orders at this rate, if possible.
 
-        Returns the rate that it was, and how long after the last order everyone is right.
+        Returns the real rate, and the seconds from the last order until all points are correct.
         """
-        portions = int(_PORTIONS * seconds)
+        batches = int(_BATCHES_PER_SECOND * seconds)
         started = time.monotonic()
-        for n in range(portions):
-            updates = [self._ship()[1] for _ in range(rate // _PORTIONS)]
+        for n in range(batches):
+            updates = [self._ship()[1] for _ in range(rate // _BATCHES_PER_SECOND)]
             self._orders.bulk_write(updates, ordered=False)
-            time.sleep(max(0.0, started + (n + 1) / _PORTIONS - time.monotonic()))
-        took = time.monotonic() - started
-        return round(portions * (rate // _PORTIONS) / took), self._until_right()
+            time.sleep(max(0.0, started + (n + 1) / _BATCHES_PER_SECOND - time.monotonic()))
+        duration = time.monotonic() - started
+        done = batches * (rate // _BATCHES_PER_SECOND)
+        return round(done / duration), self._wait_until_correct()
 
-    def at_once(self, customers: int) -> float:
-        """Insert an order each of so many; return the seconds until all are right."""
+    def measure_burst(self, customers: int) -> float:
+        """Insert one order for each of that many customers.
+
+        Returns the seconds from the last insert until all points are correct.
+        """
         chosen = [user["_id"] for user in self._users.find({}, {"_id": 1}).limit(customers)]
         for customer in chosen:
-            self._shop.ship_to(customer)
+            self._shop.add_shipped_order(customer)
         self._touched.update(chosen)
         orders = ({"customer_id": str(customer), "status": "Shipped"} for customer in chosen)
         self._orders.insert_many(orders, ordered=False)
-        return self._until_right()
+        return self._wait_until_correct()
 
-    def _until_right(self) -> float:
+    def _wait_until_correct(self) -> float:
         started = time.monotonic()
-        wait_until("points", lambda: len(self._right(self._touched)) == len(self._touched))
+        wait_until("points", lambda: len(self._find_correct(self._touched)) == len(self._touched))
         return time.monotonic() - started
 
 
-def _idle(pid: int, seconds: float) -> tuple[float, float]:
-    """Return how much of a core a process takes, in percent, and its memory in MB."""
+def _measure_process(pid: int, seconds: float) -> tuple[float, float]:
+    """Return the CPU usage of a process in percent of one core, and its memory in MB."""
 
     def ticks() -> int:
         return sum(

@@ -1,4 +1,4 @@
-"""One run of the service, or of a rival, as a process of its own: what it took, and did."""
+"""One run of the service or of a baseline, as a separate process: its costs and its result."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from bench.shop import DATABASE, Shop, Wrong
+from bench.shop import DATABASE, MismatchCount, Shop
 from sandbox.mongod import Deployment
 
 ROOT = Path(__file__).parents[1]
-OURS, ALONE = "ours", "alone"  # with two ranges at a time, and with one
+SERVICE, ONE_WORKER = "service", "one_worker"  # with the default of two workers, and with one
 
-# A small process in between, since a child's peak memory starts with that of who forks it.
-_MEASURED = """
+# Runs the command and measures it. It is a small process, since the peak memory of a child starts
+# with the memory of its parent.
+_MEASURE_COMMAND = """
 import json, os, sys, time
 start = time.perf_counter()
 pid = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ)
@@ -31,26 +32,29 @@ print(json.dumps([os.waitstatus_to_exitcode(status), *numbers]))
 
 @dataclass(frozen=True)
 class Run:
-    """Seconds of the process and of the recount in it; MB; users written; and what is wrong."""
+    """The costs of one process, and the users with wrong points after it.
+
+    `recount_seconds` is the recount without the start of the process, 0 for a baseline.
+    """
 
     seconds: float
-    recount: float
+    recount_seconds: float
     client_mb: float
-    server_cpu: float
+    server_cpu_seconds: float
     wire_mb: float
-    written_mb: float
-    wrong: Wrong
+    users_written: float
+    mismatches: MismatchCount
 
 
 Results = dict[str, list[Run]]
 
 
-class Failed(Exception):
-    """A measured process failed, or did not do what it is measured for; the text has its log."""
+class MeasurementError(Exception):
+    """A measured process failed, or its points were wrong. The text contains its log."""
 
 
 class Bench:
-    """Measures what is run against one shop."""
+    """Runs and measures commands on one shop."""
 
     def __init__(self, deployment: Deployment, shop: Shop) -> None:
         self.deployment = deployment
@@ -60,7 +64,7 @@ class Bench:
         self.port = deployment.servers[0].port
 
     def rounds(self, n: int, names: Sequence[str], state: str, *, port: int = 0) -> Results:
-        """Run all of `names` in turn, `n` times, always from `state`; through `port` if given."""
+        """Run each of `names` in turn, `n` times, always from `state`; through `port` if given."""
         results: Results = {name: [] for name in names}
         for _ in range(n):
             for name in names:
@@ -70,32 +74,33 @@ class Bench:
         return results
 
     def _run(self, name: str, state: str, port: int) -> Run:
-        rival = ["-m", "bench.rivals", name]
-        ours = ["loyalty_microservice.py", "--once", "--env-file", str(self._empty)]
-        command = [sys.executable, *(ours if name in (OURS, ALONE) else rival)]
+        baseline = ["-m", "bench.baselines", name]
+        service = ["loyalty_microservice.py", "--once", "--env-file", str(self._empty)]
+        command = [sys.executable, *(service if name in (SERVICE, ONE_WORKER) else baseline)]
         uri = self.deployment.uri_for(database=DATABASE)
-        if port:  # what the replica set says of its address must not lead past the relay
+        if port:  # direct: the addresses in the replica set's configuration would bypass the relay
             uri = f"mongodb://127.0.0.1:{port}/{DATABASE}?directConnection=true"
         self._shop.restore(state)
         before = self._counters()
         process = subprocess.run(
-            [sys.executable, "-I", "-S", "-c", _MEASURED, *command],
+            [sys.executable, "-I", "-S", "-c", _MEASURE_COMMAND, *command],
             cwd=ROOT,
-            env={"MONGODB_URI": uri, **({"COUNT_WORKERS": "1"} if name == ALONE else {})},
+            env={"MONGODB_URI": uri, **({"COUNT_WORKERS": "1"} if name == ONE_WORKER else {})},
             capture_output=True,
             text=True,
             check=True,
         )
-        cpu, wire, written_mb = (b - a for a, b in zip(before, self._counters(), strict=True))
+        cpu, wire, written = (b - a for a, b in zip(before, self._counters(), strict=True))
         code, seconds, memory = json.loads(process.stdout.splitlines()[-1])
         recount = re.search(r"exact=true seconds=([\d.]+)", process.stderr)
-        if code or (name == OURS and not recount):
-            raise Failed(f"{name}: exit code {code}\n{process.stderr}")
-        alone = float(recount[1]) if recount else 0.0
-        return Run(seconds, alone, memory, cpu, wire / 1e6, written_mb, self._shop.wrong())
+        if code or (name == SERVICE and not recount):
+            raise MeasurementError(f"{name}: exit code {code}\n{process.stderr}")
+        recount_seconds = float(recount[1]) if recount else 0.0
+        mismatches = self._shop.count_mismatches()
+        return Run(seconds, recount_seconds, memory, cpu, wire / 1e6, written, mismatches)
 
     def _counters(self) -> tuple[float, float, float]:
-        """Return CPU seconds, bytes of its network, and users written, since the server started."""
+        """Return the server's CPU seconds, network bytes and updated documents since its start."""
         status = self._shop.status()
         ticks = Path(f"/proc/{status['pid']}/stat").read_text().rpartition(")")[2].split()[11:13]
         network = status["network"]
@@ -106,10 +111,13 @@ class Bench:
         )
 
 
-def middle(runs: Iterable[Run], of: Callable[[Run], float] = lambda run: run.seconds) -> float:
-    return median(map(of, runs))
+def median_run(
+    runs: Iterable[Run], value: Callable[[Run], float] = lambda run: run.seconds
+) -> float:
+    """Return the median of a value of the runs, by default of their seconds."""
+    return median(map(value, runs))
 
 
-def worst(runs: Iterable[Run]) -> Wrong:
-    """Return what was wrong after the worst of these runs."""
-    return max((run.wrong for run in runs), key=lambda wrong: wrong.stale + wrong.missing)
+def max_mismatches(runs: Iterable[Run]) -> MismatchCount:
+    """Return the mismatches after the run with the most."""
+    return max((run.mismatches for run in runs), key=lambda found: found.stale + found.missing)

@@ -1,4 +1,4 @@
-"""A server that is further away: a relay in front of it that lets all bytes through, later."""
+"""A relay in front of a server that adds latency, as of a server that is far away."""
 
 from __future__ import annotations
 
@@ -13,37 +13,39 @@ _CHUNK = 256 * 1024
 
 @contextmanager
 def relay(port: int, round_trip: float) -> Iterator[int]:
-    """Pass connections on to `port` here, half of `round_trip` (seconds) late each way.
+    """Forward connections to `port`, with a delay of half of `round_trip` (seconds) each way.
 
-    Gives its own port. Bytes in flight are not limited: it adds latency, and takes no bandwidth.
+    Yields the relay's port. The bandwidth is not limited.
     """
     started: Future[tuple[int, Callable[[], object]]] = Future()
 
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(asyncio.CancelledError):  # at the end of the block
-            there, back = await asyncio.open_connection("127.0.0.1", port)
+            server_reader, server_writer = await asyncio.open_connection("127.0.0.1", port)
             delay = round_trip / 2
-            await asyncio.gather(_pass_on(reader, back, delay), _pass_on(there, writer, delay))
+            await asyncio.gather(
+                _forward(reader, server_writer, delay), _forward(server_reader, writer, delay)
+            )
 
     async def serve() -> None:
         stopped, loop = asyncio.Event(), asyncio.get_running_loop()
         server = await asyncio.start_server(accept, "127.0.0.1", 0)
-        own = server.sockets[0].getsockname()[1]
-        started.set_result((own, lambda: loop.call_soon_threadsafe(stopped.set)))
+        relay_port = server.sockets[0].getsockname()[1]
+        started.set_result((relay_port, lambda: loop.call_soon_threadsafe(stopped.set)))
         await stopped.wait()
         server.close()
 
     thread = threading.Thread(target=lambda: asyncio.run(serve()))
     thread.start()
-    own, stop = started.result()
+    relay_port, stop = started.result()
     try:
-        yield own
+        yield relay_port
     finally:
         stop()
         thread.join()
 
 
-async def _pass_on(
+async def _forward(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, delay: float
 ) -> None:
     loop = asyncio.get_running_loop()

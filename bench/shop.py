@@ -1,4 +1,4 @@
-"""A large clean shop, filled fast, whose right points are known from the filling."""
+"""A large shop without dirty data, inserted fast. Its points are known from its generation."""
 
 from __future__ import annotations
 
@@ -30,32 +30,32 @@ STATES = {
     "ordinary": "ordinary pass: 0.1 % of the customers changed",
 }
 _BATCH = 5_000
-_FIRST_USER = 1_600_000_000
-_NUMBER, _CUSTOMER = b"\xaa" * 12, b"c" * 24  # placeholders
+_FIRST_USER_TIME = 1_600_000_000
+_ORDER_ID, _CUSTOMER = b"\xaa" * 12, b"c" * 24  # placeholders
 
 
 @dataclass(frozen=True)
-class Wrong:
-    """Users whose points are not the right ones: a wrong number, or none at all."""
+class MismatchCount:
+    """The number of users with stale points, and without points."""
 
     stale: int = 0
     missing: int = 0
 
     def __str__(self) -> str:
-        numbers = {"wrong": self.stale, "without": self.missing}
+        numbers = {"stale": self.stale, "without points": self.missing}
         return ", ".join(f"{n:,} {name}" for name, n in numbers.items() if n) or "none"
 
 
-class Stage(NamedTuple):
-    """Seconds of one stage of an aggregation, the rows it gave, how often it turned to the disk."""
+class StageProfile(NamedTuple):
+    """One stage of an aggregation: its seconds, the documents it returned, its spills to disk."""
 
     name: str
     seconds: float
     rows: int
     spills: int
 
-    def plus(self, other: Stage) -> Stage:
-        return Stage(
+    def plus(self, other: StageProfile) -> StageProfile:
+        return StageProfile(
             self.name or other.name,
             self.seconds + other.seconds,
             self.rows + other.rows,
@@ -64,7 +64,7 @@ class Stage(NamedTuple):
 
 
 class Shop:
-    """Orders of about 200 bytes; few customers order a lot, and many have no points."""
+    """Orders of about 200 bytes. A few customers have many orders, and many have no points."""
 
     def __init__(self, deployment: Deployment, orders: int, users: int) -> None:
         self.size, self.customers = orders, users
@@ -74,7 +74,7 @@ class Shop:
         self._settings = load({"MONGODB_URI": deployment.uri_for(database=DATABASE)})
         self._points = [0] * users
         self.orders = self._database.orders
-        rng = random.Random(6)  # noqa: S311 -- an invented shop wants a seed, not security
+        rng = random.Random(6)  # noqa: S311 -- reproducible, not secret
         _insert(self.orders, self._new_orders(rng))
         changed = set(rng.sample(range(users), max(users // 1000, 1)))
         for state in STATES:
@@ -84,69 +84,69 @@ class Shop:
         self.orders.create_index(index_keys(self._settings))
 
     def restore(self, state: str) -> None:
-        """Give all users the points of `state` again, and let the server come to rest."""
+        """Restore the users of `state`, and wait until the server has written a checkpoint."""
         self._database[state].aggregate([{"$out": "users"}])
-        self._client.admin.command("fsync")  # a checkpoint now, not while somebody is timed
+        self._client.admin.command("fsync")  # so that no checkpoint falls into a measurement
 
-    def wrong(self) -> Wrong:
+    def count_mismatches(self) -> MismatchCount:
         users = self._database.users.find({}, {self._settings.points_field: 1}).sort("_id", 1)
         pairs = zip(
             (user.get(self._settings.points_field) for user in users), self._points, strict=True
         )
-        found = [stored for stored, right in pairs if stored != right]
-        return Wrong(len(found) - found.count(None), found.count(None))
+        found = [stored for stored, expected in pairs if stored != expected]
+        return MismatchCount(len(found) - found.count(None), found.count(None))
 
     @property
     def database(self) -> Database[Document]:
         return self._database
 
-    def unshipped(self, most: int) -> list[tuple[ObjectId, ObjectId]]:
-        """Return orders that are not shipped, each with its customer."""
-        found = self.orders.find({"status": {"$ne": "Shipped"}}, {"customer_id": 1}).limit(most)
-        found.hint([("$natural", 1)])  # by the index they would come customer by customer
+    def find_unshipped(self, limit: int) -> list[tuple[ObjectId, ObjectId]]:
+        """Return orders that are not shipped, with their customers."""
+        found = self.orders.find({"status": {"$ne": "Shipped"}}, {"customer_id": 1}).limit(limit)
+        found.hint([("$natural", 1)])  # with the index they would be sorted by customer
         return [(order["_id"], ObjectId(order["customer_id"])) for order in found]
 
-    def ship_to(self, user: ObjectId) -> None:
-        """Note that another order of the user is shipped."""
-        self._points[_number_of(user)] += 1
+    def add_shipped_order(self, user: ObjectId) -> None:
+        """Add one to the points that are expected for the user."""
+        self._points[_user_number(user)] += 1
 
-    def right(self, user: ObjectId) -> int:
-        return self._points[_number_of(user)]
+    def expected_points(self, user: ObjectId) -> int:
+        return self._points[_user_number(user)]
 
-    def profile(self) -> list[Stage]:
-        """Return what the server says of the stages of a recount: the sums over all ranges."""
+    def profile_recount(self) -> list[StageProfile]:
+        """Return the stages of a quiet pass by the server's explain, summed over all partitions."""
         self.restore("quiet")
-        change_stream_pipeline: list[Stage] = []
+        stages: list[StageProfile] = []
         for part in ranges(edges(self._database.users)):
-            found = self._explained(Scope(part, apart=part.is_string_partition))
-            if len(found) > len(change_stream_pipeline):  # a range of texts has the most
-                found, change_stream_pipeline = change_stream_pipeline, found
-            change_stream_pipeline = [
+            found = self._explain(Scope(part, apart=part.is_string_partition))
+            if len(found) > len(stages):  # a partition of strings has the most stages
+                found, stages = stages, found
+            stages = [
                 a.plus(b)
-                for a, b in zip_longest(change_stream_pipeline, found, fillvalue=Stage("", 0, 0, 0))
+                for a, b in zip_longest(stages, found, fillvalue=StageProfile("", 0, 0, 0))
             ]
-        return change_stream_pipeline
+        return stages
 
-    def _explained(self, scope: Scope) -> list[Stage]:
-        asked: Document = {
+    def _explain(self, scope: Scope) -> list[StageProfile]:
+        command: Document = {
             "aggregate": "orders",
             "pipeline": pipeline(self._settings, scope, arrays=False),
             "cursor": {},
             "allowDiskUse": True,
             "collation": COLLATION,
         }
-        said = self._database.command("explain", asked, verbosity="executionStats")
-        change_stream_pipeline, before = [], 0
-        for stage in said["stages"]:
+        reply = self._database.command("explain", command, verbosity="executionStats")
+        stages, before = [], 0
+        for stage in reply["stages"]:
             name = next(key for key in stage if key.startswith("$"))
             until = int(stage["executionTimeMillisEstimate"])  # from the start of the pipeline
             label = "$match, the index" if name == "$cursor" else name
             spills = int(stage.get("spills", 0))
-            change_stream_pipeline.append(
-                Stage(label, (until - before) / 1000, int(stage["nReturned"]), spills)
+            stages.append(
+                StageProfile(label, (until - before) / 1000, int(stage["nReturned"]), spills)
             )
             before = until
-        return change_stream_pipeline
+        return stages
 
     def status(self) -> dict[str, Any]:
         return self._client.admin.command("serverStatus")
@@ -162,7 +162,7 @@ class Shop:
         self._client.close()
 
     def _new_orders(self, rng: random.Random) -> Iterator[bytes]:
-        # One template for each percent; the id and the customer come between its three parts.
+        # One template for each percent. The order's id and the customer separate its three parts.
         shipped = _template("Shipped")
         kinds = [(s, shipped if s == "Shipped" else _template(s)) for s in STATUSES]
         templates = [template for status, template in kinds for _ in range(STATUSES[status])]
@@ -177,19 +177,21 @@ class Shop:
             yield b"".join((head, number.to_bytes(12, "big"), middle, ids[customer], tail))
 
     def _new_users(self, state: str, changed: set[int]) -> Iterator[bytes]:
-        for number, right in enumerate(self._points):
+        for number, expected in enumerate(self._points):
             user: Document = {"_id": _user_id(number), "name": f"Ada Abara {number}"}
             user["email"] = f"ada.abara.{number}@example.com"
             if state != "first":
-                user["loyalty_points"] = right
+                user["loyalty_points"] = expected
             if state == "ordinary" and number in changed:
-                user["loyalty_points"] = right + 1 if number % 2 or not right else right - 1
+                user["loyalty_points"] = (
+                    expected + 1 if number % 2 or not expected else expected - 1
+                )
             yield bson.encode(user)
 
 
 def _template(status: str) -> tuple[bytes, bytes, bytes]:
     order = {
-        "_id": ObjectId(_NUMBER),
+        "_id": ObjectId(_ORDER_ID),
         "customer_id": _CUSTOMER.decode(),
         "status": status,
         "created_at": datetime(2026, 1, 1, tzinfo=UTC),
@@ -197,19 +199,19 @@ def _template(status: str) -> tuple[bytes, bytes, bytes]:
         "currency": "EUR",
         "items": [{"sku": "SKU-004711", "n": 2}],
     }
-    head, _, rest = bson.encode(order).partition(_NUMBER)
+    head, _, rest = bson.encode(order).partition(_ORDER_ID)
     middle, _, tail = rest.partition(_CUSTOMER)
     return head, middle, tail
 
 
 def _user_id(number: int) -> ObjectId:
-    """Return ids in ascending order."""
+    """Return the id of the user with this number; ids ascend with the numbers."""
     random_part = (number * 0x9E3779B97F4A7C15) % 2**64
-    return ObjectId((_FIRST_USER + number).to_bytes(4, "big") + random_part.to_bytes(8, "big"))
+    return ObjectId((_FIRST_USER_TIME + number).to_bytes(4, "big") + random_part.to_bytes(8, "big"))
 
 
-def _number_of(user: ObjectId) -> int:
-    return int.from_bytes(user.binary[:4], "big") - _FIRST_USER
+def _user_number(user: ObjectId) -> int:
+    return int.from_bytes(user.binary[:4], "big") - _FIRST_USER_TIME
 
 
 def _insert(collection: Collection[Document], documents: Iterable[bytes]) -> None:

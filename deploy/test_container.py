@@ -24,7 +24,7 @@ from pymongo.database import Database
 
 from config import VERSION
 from deploy import debian
-from sandbox.mongod import Deployment, bound, wait_until
+from sandbox.mongod import Deployment, bind_to_parent, wait_until
 
 # The first run makes the small Debian, however slow the network is.
 pytestmark = pytest.mark.timeout(1200)
@@ -89,7 +89,7 @@ def podman() -> Iterator[Podman]:
         debian.alone({"podman": "podman", "runc": "runc"}),
         debian.no_empty_groups("libpod_parent"),
         subprocess.Popen(
-            bound([*unshare, "sh", "-c", script]),
+            bind_to_parent([*unshare, "sh", "-c", script]),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C is for us, not for it

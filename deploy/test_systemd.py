@@ -29,7 +29,7 @@ from pymongo.database import Database
 
 from config import VERSION
 from deploy import debian
-from sandbox.mongod import Deployment, bound
+from sandbox.mongod import Deployment, bind_to_parent
 
 T = TypeVar("T")
 
@@ -167,7 +167,7 @@ def machine(_alone: None) -> Iterator[Machine]:
         debian.no_empty_groups("payload", "supervisor"),
         subprocess.Popen(
             # On SIGTERM it shuts the machine down, so that nothing stays when we are killed.
-            bound([nspawn, *command[1:]], signal.SIGTERM),
+            bind_to_parent([nspawn, *command[1:]], signal.SIGTERM),
             stdin=subprocess.DEVNULL,
             stdout=console,
             stderr=console,
@@ -315,7 +315,7 @@ def _settings(shop: Shop, *more: str) -> str:
 @pytest.fixture
 def service(machine: Machine, shop: Shop, installed: str) -> Machine:
     """The machine with the service running, whatever the test before has done."""
-    if not shop.server.alive:
+    if not shop.server.is_alive:
         shop.server.restart()
         shop.deployment.primary()
     if machine.path(SETTINGS).read_text() != _settings(shop):
@@ -407,13 +407,13 @@ def test_the_watchdog_restarts_a_process_that_hangs(service: Machine, shop: Shop
 
 def test_the_watchdog_is_patient_with_a_slow_database(service: Machine, shop: Shop) -> None:
     restarts, process = service.show("NRestarts"), service.show("MainPID")
-    shop.server.freeze()
+    shop.server.suspend()
     try:
         # Not a sleep for luck: to survive this time is what is tested.
         time.sleep(WATCHDOG + 1.5)
         assert (service.show("NRestarts"), service.show("MainPID")) == (restarts, process)
     finally:
-        shop.server.thaw()
+        shop.server.resume()
     shop.sell()
     shop.wait_until_exact()
     assert service.show("MainPID") == process

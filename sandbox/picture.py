@@ -1,4 +1,4 @@
-"""The demo as a picture: runs it on a terminal of its own, and writes sandbox/demo.svg."""
+"""Runs the demo on a pseudo-terminal, and writes its output as a picture: sandbox/demo.svg."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from rich.text import Text
 
 PICTURE = Path(__file__).with_name("demo.svg")
 WIDTH = 100  # columns
-# Of a demo that prints more than this, its first lines and its last.
-MAX_LINES, FIRST, LAST = 45, 17, 27
+# Of an output that is longer than MAX_LINES, the picture shows the first and the last lines.
+MAX_LINES, FIRST_LINES, LAST_LINES = 45, 17, 27
 # Background, text, and black, red, green, yellow, blue, magenta, cyan, white.
 _THEME = TerminalTheme(
     (22, 27, 34),
@@ -28,7 +28,7 @@ _THEME = TerminalTheme(
     [(22, 27, 34), (255, 123, 114), (86, 211, 100), (227, 179, 65)]
     + [(121, 192, 255), (210, 168, 255), (118, 227, 234), (215, 221, 228)],
 )
-# With none but the reader's own fonts, unlike rich's template, which loads one from elsewhere.
+# With the reader's fonts only: rich's own template loads a font from a web site.
 _FORMAT = """\
 <svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">
 <title>The output of make demo</title>
@@ -43,46 +43,46 @@ _FORMAT = """\
 
 
 def record() -> tuple[int, str]:
-    """Run the demo; return its exit code, and all that it sent to its terminal."""
-    ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (MAX_LINES, WIDTH))
-    tty.setraw(theirs)  # or each line feed would bring a carriage return
+    """Run the demo; return its exit code and its output on the terminal."""
+    controller, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (MAX_LINES, WIDTH))
+    tty.setraw(terminal)  # otherwise a carriage return precedes each line feed
     env = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
     demo = subprocess.Popen(
         [sys.executable, "-m", "sandbox.demo"],
         cwd=PICTURE.parents[1],
         env=env | {"TERM": "xterm-256color"},
         stdin=subprocess.DEVNULL,
-        stdout=theirs,
-        stderr=theirs,
+        stdout=terminal,
+        stderr=terminal,
     )
-    os.close(theirs)
-    said = b""
-    with suppress(OSError):  # what Linux says once nobody has the other end
-        while part := os.read(ours, 65_536):
-            said += part
-    os.close(ours)
-    return demo.wait(), said.decode()
+    os.close(terminal)
+    output = b""
+    with suppress(OSError):  # Linux reports an error when the other end is closed
+        while part := os.read(controller, 65_536):
+            output += part
+    os.close(controller)
+    return demo.wait(), output.decode()
 
 
-def seen(said: str) -> list[Text]:
-    """Return the lines that a person sees at the end."""
-    # A terminal would leave the rest of a longer line, and rich would not.
-    if re.search(r"\r(?!\x1b\[K)", said):
-        raise ValueError("a line is written over that was not cleared before")
-    return list(Text.from_ansi(said.rstrip("\n")).split("\n", allow_blank=True))
+def parse_lines(output: str) -> list[Text]:
+    """Return the lines that are visible at the end. Raises ValueError."""
+    # A terminal keeps the rest of a longer line, and rich does not.
+    if re.search(r"\r(?!\x1b\[K)", output):
+        raise ValueError("a line is overwritten that was not cleared")
+    return list(Text.from_ansi(output.rstrip("\n")).split("\n", allow_blank=True))
 
 
-def shortened(lines: list[Text]) -> list[Text]:
-    """Leave out the middle of what is too long, and say so."""
+def shorten(lines: list[Text]) -> list[Text]:
+    """Replace the middle of a long output by a line that says so."""
     if len(lines) <= MAX_LINES:
         return lines
-    left_out = len(lines) - FIRST - LAST
-    return [*lines[:FIRST], Text(f"  [{left_out} lines are left out here]", "dim"), *lines[-LAST:]]
+    omitted = len(lines) - FIRST_LINES - LAST_LINES
+    return [*lines[:FIRST_LINES], Text(f"  [{omitted} lines omitted]", "dim"), *lines[-LAST_LINES:]]
 
 
 def draw(lines: list[Text]) -> str:
-    """Return a picture of these lines, as SVG."""
+    """Return a picture of the lines, as SVG."""
     console = Console(record=True, width=WIDTH, file=io.StringIO())
     console.print(*lines, "", sep="\n", no_wrap=True, overflow="crop")
     return console.export_svg(
@@ -91,12 +91,12 @@ def draw(lines: list[Text]) -> str:
 
 
 def main() -> int:
-    code, said = record()
+    code, output = record()
     if code:
         print(f"The demo failed with exit code {code}; no picture is written.", file=sys.stderr)
-        print(said, file=sys.stderr)
+        print(output, file=sys.stderr)
         return 1
-    PICTURE.write_text(draw(shortened(seen(said))), encoding="utf-8")
+    PICTURE.write_text(draw(shorten(parse_lines(output))), encoding="utf-8")
     print(f"{PICTURE} is written.")
     return 0
 

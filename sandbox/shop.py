@@ -1,6 +1,6 @@
-"""An invented shop, as dirty as a real one, and an independent count of its points.
+"""A generated shop with dirty data, and an independent count of its points.
 
-The count owes the service nothing: it reads every document, and the rest is plain Python.
+The count shares no code with the service: it reads every document and counts in plain Python.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from pymongo.database import Database
 Document = dict[str, Any]
 
 STATUSES = {"Pending": 15, "Paid": 20, "Shipped": 45, "Returned": 10, "Cancelled": 10}
-"""The statuses of clean orders, with the share of each in percent."""
+"""The statuses of clean orders, with their shares in percent."""
 
-_WRONG_STATUSES: tuple[Any, ...] = (
+_UNCOUNTED_STATUSES: tuple[Any, ...] = (
     "shipped",
     "SHIPPED",
     "Shipped ",
@@ -34,7 +34,7 @@ _WRONG_STATUSES: tuple[Any, ...] = (
     3,
     None,
 )
-_WRONG_POINTS: tuple[Any, ...] = (
+_STALE_POINTS: tuple[Any, ...] = (
     None,
     "3",
     "",
@@ -50,11 +50,23 @@ _WRONG_POINTS: tuple[Any, ...] = (
     3,
     4,
 )
-_FIRST = ("Ada", "Ben", "Chi", "Dora", "Emil", "Femi", "Gita", "Hugo", "Ines", "Jun", "Kofi")
-_LAST = ("Abara", "Berg", "Costa", "Dias", "Eriksen", "Farah", "Gruber", "Haddad", "Ito", "Jansen")
+_FIRST_NAMES = ("Ada", "Ben", "Chi", "Dora", "Emil", "Femi", "Gita", "Hugo", "Ines", "Jun", "Kofi")
+_LAST_NAMES = (
+    "Abara",
+    "Berg",
+    "Costa",
+    "Dias",
+    "Eriksen",
+    "Farah",
+    "Gruber",
+    "Haddad",
+    "Ito",
+    "Jansen",
+)
 _BATCH = 10_000
 
-# Also what has no Python value of its own: dates past the year 9999, text that is not UTF-8.
+# Also decodes values that Python's types do not have: dates after the year 9999, and strings that
+# are not UTF-8.
 LENIENT_CODEC: CodecOptions[Document] = CodecOptions(
     datetime_conversion=DatetimeConversion.DATETIME_AUTO,
     unicode_decode_error_handler="surrogateescape",
@@ -62,9 +74,9 @@ LENIENT_CODEC: CodecOptions[Document] = CodecOptions(
 
 
 class Shop:
-    """Collections `users` and `orders` of a database, and the business that goes on in them.
+    """The collections `users` and `orders` of a database, and changes of orders.
 
-    The same seed makes the same shop.
+    The same seed generates the same shop.
     """
 
     def __init__(self, database: Database[Document], rng: random.Random) -> None:
@@ -73,9 +85,9 @@ class Shop:
         self._rng = rng
 
     def fill(self, users: int = 1_000, orders: int = 10_000, dirty: float = 0.03) -> None:
-        """Make customers and their orders, once, in batches: millions are fine.
+        """Insert users and orders, in batches: millions are fine.
 
-        `dirty` is the share of users, and of orders, that are not as they should be.
+        `dirty` is the share of users and of orders with unusual values.
         """
         ids: list[Any] = []
         for batch in _batches(self._new_users(users, dirty, ids)):
@@ -83,18 +95,18 @@ class Shop:
         for batch in _batches(self._new_orders(orders, dirty, ids)):
             self.orders.insert_many(batch, ordered=False)
 
-    def ship(self, n: int) -> int:
-        """Ship `n` random orders that are not shipped; return how many there were."""
-        return self._move(n, [s for s in STATUSES if s != "Shipped"], "Shipped")
+    def ship_orders(self, n: int) -> int:
+        """Ship `n` random orders that are not shipped; return how many were changed."""
+        return self._change_status(n, [s for s in STATUSES if s != "Shipped"], "Shipped")
 
-    def return_(self, n: int) -> int:
-        """Take back `n` random shipped orders; return how many there were."""
-        return self._move(n, ["Shipped"], "Returned")
+    def return_orders(self, n: int) -> int:
+        """Set `n` random shipped orders to Returned; return how many were changed."""
+        return self._change_status(n, ["Shipped"], "Returned")
 
-    def _move(self, n: int, sources: list[str], target: str) -> int:
+    def _change_status(self, n: int, sources: list[str], target: str) -> int:
         found = self.orders.find({"status": {"$in": sources}}, {"_id": 1}).sort("_id")
-        numbers = [order["_id"] for order in found]
-        chosen = self._rng.sample(numbers, min(n, len(numbers)))
+        order_ids = [order["_id"] for order in found]
+        chosen = self._rng.sample(order_ids, min(n, len(order_ids)))
         change = {"$set": {"status": target}}
         return self.orders.update_many({"_id": {"$in": chosen}}, change).modified_count
 
@@ -103,23 +115,23 @@ class Shop:
         rng = self._rng
         empty_ids = iter([None, ""])
         for number in range(n):
-            own: Any = _object_id(rng, number)
+            user_id: Any = _object_id(rng, number)
             user: Document = {"loyalty_points": 0}
             if rng.random() < dirty / 2:
-                before = ids[-1] if ids else None
-                other = _other_id(rng, number, own, before)
-                own = next(empty_ids, other)
+                previous = ids[-1] if ids else None
+                other = _other_id(rng, number, user_id, previous)
+                user_id = next(empty_ids, other)
             elif rng.random() < dirty / 2:
-                user = rng.choice([{}, *({"loyalty_points": wrong} for wrong in _WRONG_POINTS)])
-            ids.append(own)
-            name = f"{rng.choice(_FIRST)} {rng.choice(_LAST)}"
-            yield {"_id": own, "name": name, "email": f"{number}@example.com", **user}
+                user = rng.choice([{}, *({"loyalty_points": points} for points in _STALE_POINTS)])
+            ids.append(user_id)
+            name = f"{rng.choice(_FIRST_NAMES)} {rng.choice(_LAST_NAMES)}"
+            yield {"_id": user_id, "name": name, "email": f"{number}@example.com", **user}
 
     def _new_orders(self, n: int, dirty: float, ids: Sequence[Any]) -> Iterator[Document]:
         rng = self._rng
         statuses, shares = list(STATUSES), list(STATUSES.values())
         for number in range(1, n + 1):
-            # A few customers order a lot.
+            # A few customers have many orders.
             customer = ids[int(len(ids) * rng.random() ** 1.5)]
             order: Document = {
                 "_id": number,
@@ -128,19 +140,19 @@ class Shop:
                 "total_cents": rng.randrange(500, 20_000),
             }
             if rng.random() < dirty:
-                self._spoil(order, customer)
+                self._make_dirty(order, customer)
             yield order
 
-    def _spoil(self, order: Document, customer: Any) -> None:
+    def _make_dirty(self, order: Document, customer: Any) -> None:
         rng = self._rng
         kind = rng.randrange(4)
         if kind == 0:
-            order["status"] = rng.choice(_WRONG_STATUSES)
+            order["status"] = rng.choice(_UNCOUNTED_STATUSES)
         elif kind == 1:
             del order["customer_id"]
-        elif kind == 2:  # another form of the same id, which counts
+        elif kind == 2:  # another form of the same id: the order still counts
             order["customer_id"] = _other_form(rng, customer)
-        else:  # refers to nobody, or to nobody for sure
+        else:  # no customer, or an unknown one
             deleted = rng.randbytes(12).hex()
             order["customer_id"] = rng.choice(
                 [None, "", deleted, ObjectId(deleted), deleted[:-1], f" {deleted}", "n/a", True]
@@ -153,11 +165,11 @@ def _object_id(rng: random.Random, number: int) -> ObjectId:
     return ObjectId(seconds.to_bytes(4, "big") + rng.randbytes(8))
 
 
-def _other_id(rng: random.Random, number: int, own: ObjectId, before: Any) -> Any:
-    choices: list[Any] = [f"customer-{number}", number, float(number), str(own).upper()]
+def _other_id(rng: random.Random, number: int, user_id: ObjectId, previous: Any) -> Any:
+    choices: list[Any] = [f"customer-{number}", number, float(number), str(user_id).upper()]
     choices += [Binary.from_uuid(uuid.UUID(int=rng.getrandbits(128)))]
-    if isinstance(before, ObjectId):  # the customer before, a second time in the other form
-        choices += [str(before), str(before).upper()]
+    if isinstance(previous, ObjectId):  # a second user for the previous customer
+        choices += [str(previous), str(previous).upper()]
     return rng.choice(choices)
 
 
@@ -176,11 +188,11 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def key(value: Any) -> Any:
-    """Return what two ids have in common if, and only if, they are of one customer.
+def canonical_key(value: Any) -> Any:
+    """Return a value that is equal for two ids if, and only if, they are of one customer.
 
-    That is equality as MongoDB sees it (5 is 5.0, and True is not 1), save that 24 hex digits are
-    the ObjectId that they spell.
+    Ids are equal as in MongoDB (5 equals 5.0, and True does not equal 1), and a string of 24 hex
+    digits equals its ObjectId.
     """
     if isinstance(value, str):
         return ObjectId(value) if re.fullmatch("[0-9a-fA-F]{24}", value) else value
@@ -191,22 +203,22 @@ def key(value: Any) -> Any:
     if isinstance(value, int | float | Decimal):
         return "number", value if value == value else "NaN"
     if isinstance(value, dict):
-        return "document", tuple((name, _plain(part)) for name, part in value.items())
+        return "document", tuple((name, _canonical_part(part)) for name, part in value.items())
     if isinstance(value, list):
-        return "array", tuple(map(_plain, value))
+        return "array", tuple(map(_canonical_part, value))
     if value is None or isinstance(value, ObjectId):
         return value
     return type(value).__name__, bson.encode({"": value})
 
 
-def _plain(part: Any) -> Any:
-    # Inside a document or an array, hex digits are only text.
-    return part if isinstance(part, str) else key(part)
+def _canonical_part(part: Any) -> Any:
+    # Inside a document or an array, a hex string is not converted.
+    return part if isinstance(part, str) else canonical_key(part)
 
 
 @dataclass(frozen=True)
 class Names:
-    """Where a shop keeps things; dots lead into nested documents."""
+    """The names of collections and fields; a dot separates the fields of nested documents."""
 
     orders: str = "orders"
     users: str = "users"
@@ -215,29 +227,32 @@ class Names:
     points: str = "loyalty_points"
 
 
-USUAL = Names()
+DEFAULT_NAMES = Names()
 
 
-def count(
+def count_points(
     database: Database[Document],
     statuses: Collection[str] = ("Shipped",),
     points_per_order: int = 1,
-    names: Names = USUAL,
+    names: Names = DEFAULT_NAMES,
 ) -> dict[Any, int]:
-    """Return the right points of every user, by the `key` of its `_id`.
+    """Return the correct points of every user, by the `canonical_key` of its `_id`.
 
-    It is only right while no order changes.
+    Orders must not change meanwhile.
     """
     found: Counter[Any] = Counter()
     for order in _read(database, names.orders, [names.status, names.customer]):
-        status, customer = _at(order, names.status), _at(order, names.customer)
+        status, customer = _get_value(order, names.status), _get_value(order, names.customer)
         if isinstance(status, str) and status in statuses and customer not in (None, ""):
-            found[key(customer)] += points_per_order
-    return {key(user["_id"]): found[key(user["_id"])] for user in _read(database, names.users, [])}
+            found[canonical_key(customer)] += points_per_order
+    return {
+        canonical_key(user["_id"]): found[canonical_key(user["_id"])]
+        for user in _read(database, names.users, [])
+    }
 
 
 @dataclass(frozen=True)
-class Disagreement:
+class Mismatch:
     """A user whose stored points are not the counted ones, or not an integer."""
 
     user: Any
@@ -245,23 +260,23 @@ class Disagreement:
     counted: int
 
 
-def disagreements(
+def find_mismatches(
     database: Database[Document],
     statuses: Collection[str] = ("Shipped",),
     points_per_order: int = 1,
-    names: Names = USUAL,
-) -> list[Disagreement]:
-    """Return the users whose stored points are wrong; a missing field is wrong, too."""
-    right = count(database, statuses, points_per_order, names)
+    names: Names = DEFAULT_NAMES,
+) -> list[Mismatch]:
+    """Return the users whose stored points are wrong or missing."""
+    expected = count_points(database, statuses, points_per_order, names)
     return [
-        Disagreement(user["_id"], stored, right[key(user["_id"])])
+        Mismatch(user["_id"], stored, expected[canonical_key(user["_id"])])
         for user in _read(database, names.users, [names.points])
-        if type(stored := _at(user, names.points)) not in (int, Int64)
-        or stored != right[key(user["_id"])]
+        if type(stored := _get_value(user, names.points)) not in (int, Int64)
+        or stored != expected[canonical_key(user["_id"])]
     ]
 
 
-def _at(document: Any, path: str) -> Any:
+def _get_value(document: Any, path: str) -> Any:
     for name in path.split("."):
         document = document.get(name) if isinstance(document, dict) else None
     return document

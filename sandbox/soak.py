@@ -1,6 +1,6 @@
-"""The soak: random faults, done to the real service and its database while a shop goes on.
+"""The soak test: random faults of the service and of its servers, while orders change.
 
-`python -m sandbox.soak MINUTES` prints what it did and saw; exit code 0 if all of it held.
+`python -m sandbox.soak MINUTES` prints a report; the exit code is 0 if no check failed.
 """
 
 from __future__ import annotations
@@ -19,20 +19,38 @@ from pymongo.database import Database
 from pymongo.errors import PyMongoError
 
 from sandbox import faults
-from sandbox.mongod import Deployment, Failed, Server, wait_until
+from sandbox.mongod import Deployment, SandboxError, Server, wait_until
 from sandbox.service import Process
-from sandbox.shop import Shop, count, disagreements, key
+from sandbox.shop import Shop, canonical_key, count_points, find_mismatches
 
-PATIENCE = 120.0  # seconds until the service must have recovered
-SAMPLE = 100  # users that are compared all along
+RECOVERY_SECONDS = 120.0  # the limit for a recount to succeed after a fault, and for wrong points
+SAMPLE_SIZE = 100  # users that are compared every few seconds
 DATABASE = "oms_db"
-# What a server may answer: interrupted, shutting down, no primary, snapshot too old, cursor not
-# found, no permission, not authenticated, out of memory, exceeded time limit, write conflict.
-CODES = (11601, 91, 10107, 239, 43, 13, 18, 146, 50, 112)
+# Counted in the log for the report: a name, and the text of its lines.
+LOG_EVENTS = {
+    "successful recounts": "outcome=succeeded",
+    "failed": " failed error=",
+    "count_retry": "counting_again",
+    "record_write_failed": "not_recorded",
+    "live": " live since=",
+    "live_updates_stopped": "live_ended",
+}
+ERROR_CODES = {
+    "Interrupted": 11601,
+    "ShutdownInProgress": 91,
+    "NotWritablePrimary": 10107,
+    "SnapshotTooOld": 239,
+    "CursorNotFound": 43,
+    "Unauthorized": 13,
+    "AuthenticationFailed": 18,
+    "ExceededMemoryLimit": 146,
+    "MaxTimeMSExpired": 50,
+    "WriteConflict": 112,
+}
 
 
 class Soak:
-    """One run; `problems` says what did not hold."""
+    """One run; `problems` lists every check that failed."""
 
     def __init__(self, deployment: Deployment, client: MongoClient[Any], seed: int) -> None:
         self.problems: list[str] = []
@@ -41,43 +59,45 @@ class Soak:
         self._database = client[DATABASE]
         self._rng = random.Random(seed)
         self._log = deployment.folder / "service.log"
-        self._shop_closed = threading.Event()
-        self.compared = self.right_at_once = 0
-        self.longest_wrong = 0.0
+        self._is_finished = threading.Event()
+        self.comparisons = self.correct_comparisons = 0
+        self.max_wrong_seconds = 0.0
         self._service = self._start()
-        # The share of each fault; those of whole servers take their time.
-        self._faults: dict[Callable[[], None], int] = {
-            self.answer_with_an_error: 8,
+        # Every action with its weight. Faults of a whole server take longer, so they are rarer.
+        self._actions: dict[Callable[[], None], int] = {
+            self.return_an_error: 8,
             self.drop_a_connection: 5,
-            self.kill_what_it_does: 5,
+            self.kill_its_operations: 5,
             self.kill_the_service: 5,
-            self.kill_the_service_in_a_batch: 2,
+            self.kill_the_service_during_a_batch: 2,
             self.terminate_the_service: 5,
             self.step_the_primary_down: 3,
             self.kill_the_primary: 1,
             self.kill_a_secondary: 1,
-            self.freeze_the_primary: 2,
-            self.freeze_all: 2,
+            self.suspend_the_primary: 2,
+            self.suspend_all_servers: 2,
         }
 
     def run(self, seconds: float) -> None:
-        """Do faults for that long, then let the shop close and compare."""
-        threads = [threading.Thread(target=of) for of in (self._do_business, self._sample)]
+        """Run random actions for that long, then stop changing orders and compare."""
+        threads = [
+            threading.Thread(target=run) for run in (self._change_orders, self._compare_samples)
+        ]
         for thread in threads:
             thread.start()
         try:
             self._wait_for_recounts(1)
             end = time.monotonic() + seconds
             while time.monotonic() < end:
-                (fault,) = self._rng.choices([*self._faults], [*self._faults.values()])
-                self._do(fault)
+                (action,) = self._rng.choices([*self._actions], [*self._actions.values()])
+                self._perform(action)
         finally:
-            self._shop_closed.set()
+            self._is_finished.set()
             for thread in threads:
                 thread.join()
-        self._wait_for_recounts(2)  # the first may have begun before
+        self._wait_for_recounts(2)  # the first may have started before the last change
         self._compare("daemon")
-        self.terminate_the_service(again=False)
+        self.terminate_the_service(restart=False)
         once = self._start("--once")
         if code := once.wait():
             self.problems.append(f"--once ended with {code}")
@@ -86,21 +106,22 @@ class Soak:
         if "Traceback" in log:
             self.problems.append("a traceback, see the log")
 
-    def _do(self, fault: Callable[[], None]) -> None:
-        name = fault.__name__.replace("_", " ")
-        with suppress(PyMongoError):  # the one before may still echo: then it is another round
-            fault()
-        faults.heal(self._deployment)
-        healed = time.monotonic()
-        if self._service.code is not None:
-            self.problems.append(f"{name}: the service ended with {self._service.code}")
+    def _perform(self, action: Callable[[], None]) -> None:
+        """Run the action, and measure the seconds until the next recount succeeds."""
+        name = action.__name__.replace("_", " ")
+        with suppress(PyMongoError):  # after the previous action, a server may not be ready yet
+            action()
+        faults.recover(self._deployment)
+        recovered = time.monotonic()
+        if self._service.exit_code is not None:
+            self.problems.append(f"{name}: the service ended with {self._service.exit_code}")
             self._service = self._start()
         self._wait_for_recounts(1)
-        self.recoveries[name].append(time.monotonic() - healed)
+        self.recoveries[name].append(time.monotonic() - recovered)
 
-    def answer_with_an_error(self) -> None:
+    def return_an_error(self) -> None:
         command = self._rng.choice(["aggregate", "find", "update", "insert", "getMore"])
-        self._fail(command, errorCode=self._rng.choice(CODES))
+        self._fail(command, errorCode=self._rng.choice([*ERROR_CODES.values()]))
 
     def drop_a_connection(self) -> None:
         command = self._rng.choice(["aggregate", "find", "update", "insert"])
@@ -108,10 +129,10 @@ class Soak:
 
     def _fail(self, command: str, **data: Any) -> None:
         times = self._rng.randint(1, 4)
-        with faults.failing(self._deployment.primary(), command, times, **data):
+        with faults.fail_command(self._deployment.primary(), command, times, **data):
             time.sleep(self._rng.uniform(0.2, 1.5))
 
-    def kill_what_it_does(self) -> None:
+    def kill_its_operations(self) -> None:
         with self._deployment.client() as client:
             for _ in range(20):
                 for operation in client.admin.aggregate([{"$currentOp": {"allUsers": True}}]):
@@ -124,24 +145,24 @@ class Soak:
         self._service.kill()
         self._service = self._start()
 
-    def kill_the_service_in_a_batch(self) -> None:
-        self._spoil(2000)
+    def kill_the_service_during_a_batch(self) -> None:
+        self._set_wrong_points(2000)
         primary = self._deployment.primary()
-        with faults.paused(primary, DATABASE, faults.WRITING) as wait_until_reached:
+        with faults.pause_at(primary, DATABASE, faults.WRITING) as wait_until_reached:
             wait_until_reached()
             self._service.kill()
         self._service = self._start()
 
-    def terminate_the_service(self, *, again: bool = True) -> None:
+    def terminate_the_service(self, *, restart: bool = True) -> None:
         time.sleep(self._rng.uniform(0, 1.2))
         wait_until("a signal handler", self._service.catches_sigterm)
         try:
             if code := self._service.stop():
                 self.problems.append(f"SIGTERM: exit code {code}")
-        except Failed as problem:
+        except SandboxError as problem:
             self.problems.append(f"SIGTERM: {problem}")
             self._service.kill()
-        if again:
+        if restart:
             self._service = self._start()
 
     def step_the_primary_down(self) -> None:
@@ -154,70 +175,73 @@ class Soak:
         self._kill(self._rng.choice(self._secondaries()))
 
     def _kill(self, server: Server) -> None:
-        self._spoil(1000)
+        self._set_wrong_points(1000)
         time.sleep(self._rng.uniform(0, 1.2))
         server.kill()
         time.sleep(self._rng.uniform(0, 5))
 
-    def freeze_the_primary(self) -> None:
-        self._freeze([self._deployment.primary()])
+    def suspend_the_primary(self) -> None:
+        self._suspend([self._deployment.primary()])
 
-    def freeze_all(self) -> None:
-        self._freeze(self._deployment.servers)
+    def suspend_all_servers(self) -> None:
+        self._suspend(self._deployment.servers)
 
-    def _freeze(self, servers: list[Server]) -> None:
-        self._spoil(1000)
+    def _suspend(self, servers: list[Server]) -> None:
+        self._set_wrong_points(1000)
         time.sleep(self._rng.uniform(0, 1.2))
         for server in servers:
-            server.freeze()
+            server.suspend()
         time.sleep(self._rng.uniform(0.2, 6))
 
     def _secondaries(self) -> list[Server]:
         primary = self._deployment.primary()
         return [server for server in self._deployment.servers if server is not primary]
 
-    def _spoil(self, users: int) -> None:
-        """Give users wrong points, so that the next recount has something to write."""
+    def _set_wrong_points(self, users: int) -> None:
+        """Set wrong points for some users, so that the next recount has updates to write."""
         found = self._database["users"].aggregate([{"$sample": {"size": users}}])
         ids = [user["_id"] for user in found]
         wrong = {"$set": {"loyalty_points": -1}}
         self._database["users"].update_many({"_id": {"$in": ids}}, wrong)
 
-    def _do_business(self) -> None:
+    def _change_orders(self) -> None:
         rng = random.Random(self._rng.random())
         with self._deployment.client() as client:
             shop = Shop(client[DATABASE], rng)
-            while not self._shop_closed.wait(0.1):
+            while not self._is_finished.wait(0.1):
                 with suppress(PyMongoError):
-                    rng.choice([shop.ship, shop.return_])(rng.randint(1, 50))
+                    rng.choice([shop.ship_orders, shop.return_orders])(rng.randint(1, 50))
 
-    def _sample(self) -> None:
-        """Compare some users every few seconds, whether orders move or not."""
-        right_at: dict[Any, float] = {}
+    def _compare_samples(self) -> None:
+        """Compare some users every few seconds, while orders change."""
+        last_correct: dict[Any, float] = {}
         with self._deployment.client() as client:
             database = client[DATABASE]
-            while not self._shop_closed.wait(3):
+            while not self._is_finished.wait(3):
                 with suppress(PyMongoError):
-                    self._compare_sample(database, right_at)
+                    self._compare_sample(database, last_correct)
 
-    def _compare_sample(self, database: Database[Any], right_at: dict[Any, float]) -> None:
-        """Compare with the counts just before and just after; note when each was last right."""
-        before = count(database)
-        found = database["users"].find({}, {"loyalty_points": 1}).sort("_id").limit(SAMPLE)
-        stored = [(key(user["_id"]), user["loyalty_points"]) for user in found]
-        after, now = count(database), time.monotonic()
+    def _compare_sample(self, database: Database[Any], last_correct: dict[Any, float]) -> None:
+        """Compare stored points with counts before and after they are read.
+
+        `last_correct` is the time at which each user's points were last seen correct.
+        """
+        before = count_points(database)
+        found = database["users"].find({}, {"loyalty_points": 1}).sort("_id").limit(SAMPLE_SIZE)
+        stored = [(canonical_key(user["_id"]), user["loyalty_points"]) for user in found]
+        after, now = count_points(database), time.monotonic()
         for user, points in stored:
-            self.compared += 1
+            self.comparisons += 1
             if points in range(min(before[user], after[user]), max(before[user], after[user]) + 1):
-                self.right_at_once += 1
-                right_at[user] = now
-            wrong = now - right_at.setdefault(user, now)
-            if wrong > PATIENCE >= self.longest_wrong:
-                self.problems.append(f"{user!r} was wrong for {wrong:.0f} s")
-            self.longest_wrong = max(self.longest_wrong, wrong)
+                self.correct_comparisons += 1
+                last_correct[user] = now
+            seconds = now - last_correct.setdefault(user, now)
+            if seconds > RECOVERY_SECONDS >= self.max_wrong_seconds:
+                self.problems.append(f"{user!r} had wrong points for {seconds:.0f} s")
+            self.max_wrong_seconds = max(self.max_wrong_seconds, seconds)
 
     def _start(self, *arguments: str) -> Process:
-        # Wrong points are many here, so the guard is off; small batches are more to cut off.
+        # Many users lose points here, so the safety check of decreases is off.
         return Process(
             *arguments,
             log=self._log,
@@ -228,50 +252,48 @@ class Soak:
         )
 
     def _wait_for_recounts(self, number: int) -> None:
-        """Return after that many more recounts that succeeded, or when the service has ended."""
-        wanted = self._recounts() + number
+        """Return after that many more successful recounts, or when the service has ended."""
+        target = self._count_recounts() + number
 
-        def there() -> bool:
-            return self._recounts() >= wanted or self._service.code is not None
+        def is_reached() -> bool:
+            return self._count_recounts() >= target or self._service.exit_code is not None
 
-        wait_until("a recount that succeeds", there, PATIENCE)
+        wait_until("a successful recount", is_reached, RECOVERY_SECONDS)
 
-    def _recounts(self) -> int:
+    def _count_recounts(self) -> int:
         return self._log.read_bytes().count(b"outcome=succeeded")
 
-    def _compare(self, what: str) -> None:
-        wrong = disagreements(self._database)
-        if wrong:
-            self.problems.append(f"{what}: {len(wrong)} users have wrong points, as {wrong[0]}")
+    def _compare(self, writer: str) -> None:
+        mismatches = find_mismatches(self._database)
+        if mismatches:
+            count = len(mismatches)
+            self.problems.append(f"{writer}: {count} users with wrong points, e.g. {mismatches[0]}")
 
     def report(self) -> None:
-        """Print what was done and seen."""
+        """Print the actions, the times of recovery and the problems."""
         rows = sorted(self.recoveries.items())
         log = self._log.read_text(errors="replace")
-        print(f"\n{'fault':30} {'times':>5}  seconds until it had recounted: mean, most")
+        print(f"\n{'action':32} {'times':>5}  seconds until the next successful recount: mean, max")
         for name, seconds in rows:
             mean = sum(seconds) / len(seconds)
-            print(f"{name:30} {len(seconds):5} {mean:6.1f} {max(seconds):6.1f}")
-        print(f"{'all':30} {sum(len(seconds) for _, seconds in rows):5}")
-        said = {"recounts that succeeded": "outcome=succeeded", "that failed": "failed error="}
-        said |= {"counted again": "counting_again", "not recorded": "not_recorded"}
-        said |= {"live": " live since=", "no longer live": "live_ended"}
-        print("; ".join(f"{name}: {log.count(text)}" for name, text in said.items()))
-        share = 100 * self.right_at_once / max(self.compared, 1)
+            print(f"{name:32} {len(seconds):5} {mean:6.1f} {max(seconds):6.1f}")
+        print(f"{'all':32} {sum(len(seconds) for _, seconds in rows):5}")
+        print("; ".join(f"{event}: {log.count(text)}" for event, text in LOG_EVENTS.items()))
+        share = 100 * self.correct_comparisons / max(self.comparisons, 1)
         print(
-            f"{self.compared:,} times a user was compared meanwhile: {share:.0f} % were right, and "
-            f"the longest time that one was seen wrong is {self.longest_wrong:.0f} s"
+            f"{self.comparisons:,} comparisons of one user meanwhile: {share:.0f} % were correct; "
+            f"the longest time with wrong points: {self.max_wrong_seconds:.0f} s"
         )
         for problem in self.problems:
             print(f"PROBLEM: {problem}")
-        print("It did not hold." if self.problems else "All of it held; the points are exact.")
+        print("FAILED." if self.problems else "Passed: the points are exact.")
 
 
 def main() -> int:
-    """Run for so many minutes (10) and return the exit code."""
+    """Run for that many minutes (default: 10) and return the exit code."""
     minutes = float(sys.argv[1]) if len(sys.argv) > 1 else 10.0
     seed = random.SystemRandom().randrange(1_000_000)
-    print(f"Faults for {minutes:g} minutes on three servers, seed {seed}", flush=True)
+    print(f"Random faults for {minutes:g} minutes on three servers, seed {seed}", flush=True)
     with ExitStack() as stack:
         deployment = stack.enter_context(Deployment(3, options=faults.OPTIONS))
         client = stack.enter_context(deployment.client())
@@ -280,12 +302,12 @@ def main() -> int:
         soak = Soak(deployment, client, seed)
         try:
             soak.run(60 * minutes)
-        except Failed as problem:
+        except SandboxError as problem:
             soak.problems.append(str(problem))
         soak.report()
         if soak.problems:
             log = (deployment.folder / "service.log").read_text(errors="replace")
-            print("The end of the service's log:", *log.splitlines()[-20:], sep="\n  ")
+            print("The last lines of the service's log:", *log.splitlines()[-20:], sep="\n  ")
     return 1 if soak.problems else 0
 
 

@@ -1,4 +1,4 @@
-"""What the tests share: real servers, the real process, and how much of it they do."""
+"""Fixtures: real MongoDB servers, databases, the command line and the service as a process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sandbox.service import Process
 
 ROOT = Path(__file__).parents[1]
 
-# In memory where that is possible: most of the time goes into waiting for the disk.
+# Data files in memory where possible: with a disk, most of the time is spent waiting for it.
 MEMORY = Path("/dev/shm") if Path("/dev/shm").is_dir() else None
 
 quick = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=40)
@@ -29,12 +29,12 @@ settings.register_profile("deep", quick, max_examples=200)
 
 
 def examples(usual: int, deep: int) -> int:
-    """How many examples of its own a Hypothesis test takes; for those that are slow."""
+    """Return the number of Hypothesis examples of a slow test: `usual`, or `deep` with --deep."""
     return deep if settings().max_examples > quick.max_examples else usual
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    text = "only the tests that have larger numbers, with these"
+    text = "run only the tests that have a larger size or more examples, with those"
     parser.addoption("--deep", action="store_true", help=text)
 
 
@@ -44,7 +44,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--deep"):
-        items[:] = [item for item in items if _has_larger_numbers(item)]
+        items[:] = [item for item in items if _has_deep_size(item)]
     if config.option.markexpr != "machine":
         reason = "needs root, systemd's tools or a long install: make test-systemd"
         for item in items:
@@ -52,42 +52,46 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
-def _has_larger_numbers(item: pytest.Item) -> bool:
+def _has_deep_size(item: pytest.Item) -> bool:
     test = getattr(item, "obj", None)
     return bool(item.get_closest_marker("size")) or is_hypothesis_test(test)
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if left_out := terminalreporter.stats.get("skipped", []):
-        reasons = {report.longrepr[2] for report in left_out}
-        terminalreporter.section("not run", yellow=True)
-        terminalreporter.line(f"{len(left_out)} tests: {'; '.join(sorted(reasons))}", yellow=True)
+    if skipped := terminalreporter.stats.get("skipped", []):
+        reasons = {report.longrepr[2] for report in skipped}
+        terminalreporter.section("skipped tests", yellow=True)
+        terminalreporter.line(f"{len(skipped)} tests: {'; '.join(sorted(reasons))}", yellow=True)
 
 
 @pytest.fixture
 def size(request: pytest.FixtureRequest) -> int:
-    """How much of it a test does, as its mark says: `size(5, deep=20)`."""
+    """Return the size from the test's marker `size(5, deep=20)`: rounds, users or the like."""
     mark = request.node.get_closest_marker("size")
     return int(mark.kwargs["deep"] if request.config.getoption("--deep") else mark.args[0])
 
 
 @pytest.fixture(scope="session")
 def deployment() -> Iterator[Deployment]:
-    """One server for all tests of a worker, which also has faults to offer."""
+    """A replica set of one server, with fail points; shared by all tests of a worker."""
     with Deployment(options=faults.OPTIONS, parent=MEMORY) as deployment:
         yield deployment
 
 
 @pytest.fixture(scope="session")
-def authenticating() -> Iterator[Deployment]:
+def authenticated_deployment() -> Iterator[Deployment]:
+    """A replica set of one server that requires a login."""
     with Deployment(auth=True, parent=MEMORY) as deployment:
         yield deployment
 
 
 @pytest.fixture(scope="session")
-def three() -> Iterator[Deployment]:
-    """Three nodes, for the groups `lost` and `frozen`: each in one worker, for its time."""
+def three_node_cluster() -> Iterator[Deployment]:
+    """A replica set of three servers, with fail points.
+
+    For the groups `lost` and `frozen` only, so that no other worker starts three servers.
+    """
     with Deployment(3, options=faults.OPTIONS, parent=MEMORY) as deployment:
         yield deployment
 
@@ -98,9 +102,16 @@ def client(deployment: Deployment) -> Iterator[MongoClient[Any]]:
         yield client
 
 
+@pytest.fixture(scope="session")
+def pre_images(client: MongoClient[Any]) -> None:
+    """Skip the test on a server that has no change stream pre-images."""
+    if client.server_info()["versionArray"][0] < 6:
+        pytest.skip("MongoDB 5.0 has no pre-images")
+
+
 @pytest.fixture
 def database(client: MongoClient[Any]) -> Iterator[Database[Any]]:
-    """An empty database of its own."""
+    """An empty database, dropped after the test."""
     database = client[f"shop_{uuid4().hex[:12]}"]
     yield database
     client.drop_database(database.name)
@@ -116,7 +127,7 @@ Command = Callable[..., int]
 
 @pytest.fixture
 def command(uri: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
-    """Run the command line in this process, against the test's own database."""
+    """Return a function that runs the command line in this process on the test's database."""
     file = tmp_path / "env"
 
     def run(*arguments: str, **values: str) -> int:
@@ -134,7 +145,10 @@ def settings_for(uri: str, **values: str) -> Settings:
 
 @pytest.fixture
 def service(tmp_path: Path) -> Iterator[Callable[..., Process]]:
-    """Start the service: `service("--once", MONGODB_URI=…)`; killed at the end if it still runs."""
+    """Return a function that starts the service: `service("--once", MONGODB_URI=...)`.
+
+    Services that still run after the test are killed.
+    """
     started: list[Process] = []
 
     def start(*arguments: str, **options: Any) -> Process:

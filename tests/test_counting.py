@@ -23,7 +23,7 @@ from loyalty.recount.index import create_index, inspect_plan
 from loyalty.recount.pipeline import CustomerCount, UpToDate
 from loyalty.recount.runner import run_recount
 from sandbox.mongod import Deployment, wait_until
-from sandbox.shop import disagreements
+from sandbox.shop import find_mismatches
 
 ADA, BOB, EVE = (ObjectId(f"{digit}{'ab' * 11}{digit}") for digit in "abc")
 
@@ -99,7 +99,7 @@ def test_too_many_in_capitals_are_counted_in_one_piece(
         result = run_recount(connection, settings, History(None))
     assert result.totals.counted_orders == 40
     assert "counting_in_one_piece" in caplog.text
-    assert disagreements(connection.users.database) == []
+    assert find_mismatches(connection.users.database) == []
 
 
 def test_a_customer_id_that_is_an_array_is_counted_once(connection: Connection) -> None:
@@ -111,7 +111,7 @@ def test_a_customer_id_that_is_an_array_is_counted_once(connection: Connection) 
     totals = run_recount(connection, settings, History(None)).totals
     assert (totals.counted_orders, totals.unknown_customers) == (3, 1)
     assert totals.orders_without_customer == 1
-    assert disagreements(connection.users.database) == []
+    assert find_mismatches(connection.users.database) == []
 
 
 @pytest.mark.parametrize("late", [0, 15], ids=["in ranges", "with odd forms"])
@@ -129,7 +129,7 @@ def test_a_recount_longer_than_the_servers_snapshots_goes_on_at_a_new_time_and_s
         with connect(settings, writing=True) as connection:
             create_index(connection.orders, settings)
             result = slowly(connection, settings, client, late)
-            assert disagreements(shop) == []
+            assert find_mismatches(shop) == []
             assert not result.exact
             assert result.cluster_time is None
             assert result.totals.counted_orders == 400

@@ -25,7 +25,7 @@ from loyalty.recount.runner import RecountRequest, run_recount
 from loyalty.recount.tally import Result, Totals
 from sandbox.mongod import Deployment, wait_until
 from sandbox.service import Process
-from sandbox.shop import count, disagreements
+from sandbox.shop import count_points, find_mismatches
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,7 @@ def test_beside_writers_of_all_kinds_every_recount_is_what_the_orders_said_at_it
             assert result.totals.counted_orders == right.total()
     assert changed > 0
     run(connection, settings)
-    assert disagreements(shop, settings.order_statuses) == []
+    assert find_mismatches(shop, settings.order_statuses) == []
 
 
 @pytest.mark.xdist_group("busy")
@@ -160,7 +160,7 @@ def test_after_writers_that_change_counts_one_recount_is_right(
     with writers(settings.mongodb_uri, *["change"] * 4):
         wait_until("changes", lambda: run(connection, settings).changed)
     run(connection, settings)
-    assert disagreements(shop, statuses) == []
+    assert find_mismatches(shop, statuses) == []
 
 
 @pytest.mark.xdist_group("busy")
@@ -180,7 +180,7 @@ def test_two_services_at_once_one_killed_and_the_next_recount_is_right(
         two.wait_for("outcome=succeeded", times=size + 2)
     assert two.stop() == 0
     assert service("--once", **env).wait() == 0
-    assert disagreements(shop, statuses) == []
+    assert find_mismatches(shop, statuses) == []
 
 
 # The guard
@@ -229,7 +229,7 @@ def test_the_guard_refuses_a_mass_mistake_and_writes_nothing(
     assert command("--dry-run") == 1
     assert "The guard would refuse this: 30 of the 30" in capsys.readouterr().out
     assert command("--once", "--force") == 0
-    assert disagreements(database) == []
+    assert find_mismatches(database) == []
     assert {u["loyalty_points"] for u in database.users.find()} == {0}
 
 
@@ -244,7 +244,7 @@ def test_a_first_fill_is_never_refused(database: Database[Any], command: Command
     fill(database, 40, 1)
     database.users.update_many({}, {"$unset": {"loyalty_points": 1}})
     assert command("--once", MAX_DECREASE_PERCENT="0") == 0
-    assert disagreements(database) == []
+    assert find_mismatches(database) == []
 
 
 @pytest.mark.parametrize(
@@ -266,7 +266,7 @@ def test_the_guard_goes_by_the_share_of_users_who_hold_points(
     for n in range(losers):
         database.orders.delete_one({"customer_id": n})
     assert command("--once", MAX_DECREASE_PERCENT=str(percent)) == code
-    wrong = disagreements(database)
+    wrong = find_mismatches(database)
     assert len(wrong) == (losers if code else 0)
 
 
@@ -297,7 +297,7 @@ def test_the_daemon_logs_and_records_a_refusal_and_tries_again_on_schedule(
     outcomes = [r["outcome"] for r in database.loyalty_recounts.find().sort("finished_at")]
     assert outcomes[:2] == ["refused", "refused"]
     assert outcomes[-1] == "succeeded"
-    assert disagreements(database) == []
+    assert find_mismatches(database) == []
 
 
 # A standalone server, and reads that fail
@@ -313,7 +313,7 @@ def test_a_standalone_server_is_read_in_the_ordinary_way_and_that_is_said_once(
         daemon.wait_for("exact=false", times=3)
         assert daemon.stop() == 0
         assert sum("not_exact" in line for line in daemon.lines) == 1
-        assert disagreements(client.oms_db) == []
+        assert find_mismatches(client.oms_db) == []
         assert [r["exact"] for r in client.oms_db.loyalty_recounts.find()][:2] == [False, False]
         status = service("--status", MONGODB_URI=alone.uri)
         assert status.wait() == 0
@@ -355,7 +355,7 @@ def test_a_count_whose_read_fails_is_done_again_in_a_new_session(
     totals = run(connection, settings)
 
     assert totals.changed == totals.users == totals.counted_orders == 300
-    assert disagreements(shop) == []
+    assert find_mismatches(shop) == []
     again = [m for m in caplog.messages if m.startswith("counting_again")]
     assert 1 <= len(again) <= 2
     connection.client.close()
@@ -389,5 +389,5 @@ def test_as_of_is_when_the_orders_were_read(database: Database[Any], command: Co
     (record,) = database.loyalty_recounts.find()
     assert record["exact"] is True
     assert abs((record["as_of"] - before).total_seconds()) < 15
-    assert count(database) == {0: 1, 1: 1, 2: 1} or len(count(database)) == 3
+    assert count_points(database) == {0: 1, 1: 1, 2: 1} or len(count_points(database)) == 3
     wait_until("the expiry index", lambda: len(database.loyalty_recounts.index_information()) == 2)

@@ -17,7 +17,7 @@ from loyalty.errors import QueryTimeout
 from loyalty_microservice import main
 from sandbox import faults
 from sandbox.mongod import Deployment
-from sandbox.shop import disagreements
+from sandbox.shop import find_mismatches
 
 ADA = ObjectId("66abcdefabcdefabcdefabcd")
 
@@ -173,7 +173,7 @@ def test_arrays_that_spoil_the_index_are_counted_and_named(
 def test_what_takes_too_long_is_left_out(
     shop: Database[Any], check: Any, deployment: Deployment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with faults.failing(deployment.servers[0], "count", 9, errorCode=50):
+    with faults.fail_command(deployment.servers[0], "count", 9, errorCode=50):
         _, out, err = check()
     assert 'WARNING not_examined error="listCollections on' in err
     assert "took too long" in err
@@ -220,9 +220,9 @@ PASSWORD = "s3cr/et"
 
 
 @pytest.fixture
-def limited(authenticating: Deployment) -> Iterator[Any]:
+def limited(authenticated_deployment: Deployment) -> Iterator[Any]:
     """Let a database user do this and no more: actions by collection; give its URI."""
-    with authenticating.client() as client:
+    with authenticated_deployment.client() as client:
         client.examined.users.insert_one({"_id": 1})
         client.examined.orders.insert_one({"customer_id": 1, "status": "Shipped"})
 
@@ -233,7 +233,7 @@ def limited(authenticating: Deployment) -> Iterator[Any]:
             ]
             client.admin.command("createRole", "limited", privileges=privileges, roles=[])
             client.admin.command("createUser", "limited", pwd=PASSWORD, roles=["limited"])
-            return authenticating.uri_for("limited", PASSWORD, "examined")
+            return authenticated_deployment.uri_for("limited", PASSWORD, "examined")
 
         yield allow
         client.admin.command("dropUser", "limited")
@@ -243,7 +243,10 @@ def limited(authenticating: Deployment) -> Iterator[Any]:
 
 @pytest.mark.xdist_group("auth")
 def test_a_missing_create_index_on_the_records_is_found_and_nothing_else_is_needed(
-    limited: Any, command: Command, capsys: pytest.CaptureFixture[str], authenticating: Deployment
+    limited: Any,
+    command: Command,
+    capsys: pytest.CaptureFixture[str],
+    authenticated_deployment: Deployment,
 ) -> None:
     uri = limited(orders=["find"], users=["find", "update"], loyalty_recounts=["find", "insert"])
     assert command("--check-config", MONGODB_URI=uri) == 1
@@ -253,7 +256,7 @@ def test_a_missing_create_index_on_the_records_is_found_and_nothing_else_is_need
     assert line("users", said.out) == "1: _id is int 1"
     assert "PROBLEM" not in said.out
     assert "WARNING" not in said.err
-    with authenticating.client() as client:
+    with authenticated_deployment.client() as client:
         assert set(client.examined.list_collection_names()) == {"orders", "users"}
 
 
@@ -276,7 +279,7 @@ def test_the_readmes_copy_of_the_points_brings_them_back(
     before = list(shop.users.find({"loyalty_points": {"$exists": True}}))
     refresh_if_due[0].aggregate(refresh_if_due[1])
     assert command("--once", "--force") == 0
-    assert disagreements(shop) == []
+    assert find_mismatches(shop) == []
     shop.users.update_one({"_id": 3}, {"$set": {"name": "Eve"}})
     shop.users.delete_one({"_id": 4})
     bring_back[0].aggregate(bring_back[1])

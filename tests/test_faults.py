@@ -44,10 +44,10 @@ from loyalty.recount.pipeline import Scope
 from loyalty.recount.runner import run_recount
 from loyalty.recount.spool import Spool
 from sandbox import faults
-from sandbox.faults import COUNTING, FETCHING, RECORDING, WRITING, Moment
+from sandbox.faults import COUNTING, FETCHING, RECORDING, WRITING, FaultPoint
 from sandbox.mongod import Deployment, wait_until
 from sandbox.service import Process
-from sandbox.shop import Shop, disagreements
+from sandbox.shop import Shop, find_mismatches
 
 Start = Callable[..., Process]
 
@@ -59,7 +59,7 @@ NOBODY = "mongodb://127.0.0.1:1/shop"  # no one listens there
 
 
 @dataclass
-class Stage:
+class FaultHarness:
     """A shop on a deployment, for the service to work on."""
 
     deployment: Deployment
@@ -86,48 +86,50 @@ class Stage:
 
     def assert_exact(self) -> None:
         """Compare with the independent count, and look at the record."""
-        assert disagreements(self.database) == []
+        assert find_mismatches(self.database) == []
         assert self.shop.users.find_one({"loyalty_points": {"$gt": 0}})
         newest = self.records[-1]
         assert (newest["outcome"], newest["exact"], newest["error"]) == ("succeeded", True, None)
 
 
 @contextmanager
-def staged(deployment: Deployment, *, users: int = 2000, orders: int = 4000) -> Iterator[Stage]:
+def start_harness(
+    deployment: Deployment, *, users: int = 2000, orders: int = 4000
+) -> Iterator[FaultHarness]:
     with deployment.client() as client:
         database = client[f"faults_{uuid4().hex[:12]}"]
         shop = Shop(database, random.Random(database.name))
         shop.fill(users=users, orders=orders)
-        stage = Stage(deployment, database, shop)
-        stage.spoil()
-        yield stage
+        harness = FaultHarness(deployment, database, shop)
+        harness.spoil()
+        yield harness
         client.drop_database(database.name)
 
 
 @pytest.fixture
-def stage(deployment: Deployment) -> Iterator[Stage]:
-    with staged(deployment) as stage:
-        yield stage
+def harness(deployment: Deployment) -> Iterator[FaultHarness]:
+    with start_harness(deployment) as harness:
+        yield harness
 
 
 @pytest.fixture
-def wide(three: Deployment) -> Iterator[Stage]:
+def cluster_harness(three_node_cluster: Deployment) -> Iterator[FaultHarness]:
     """A shop on three nodes, which are all well again afterwards."""
     try:
-        with staged(three) as stage:
-            keep_expiring(stage)
-            yield stage
-            faults.heal(three)
+        with start_harness(three_node_cluster) as harness:
+            keep_expiring(harness)
+            yield harness
+            faults.recover(three_node_cluster)
     finally:
-        faults.heal(three)
+        faults.recover(three_node_cluster)
 
 
-def keep_expiring(stage: Stage) -> None:
+def keep_expiring(harness: FaultHarness) -> None:
     """Make the index of the records as an earlier service has.
 
     To make it takes every node: with one of them dead, each test would wait for it in vain.
     """
-    stage.database["loyalty_recounts"].create_index(
+    harness.database["loyalty_recounts"].create_index(
         "finished_at",
         name="loyalty_records_expire",
         expireAfterSeconds=int(RETENTION.total_seconds()),
@@ -135,10 +137,10 @@ def keep_expiring(stage: Stage) -> None:
     )
 
 
-def prepare(stage: Stage, moment: Moment) -> None:
-    """Give the service a reason to come to that moment."""
-    if moment is FETCHING:
-        stage.add_strangers()
+def prepare(harness: FaultHarness, point: FaultPoint) -> None:
+    """Give the service a reason to reach that point."""
+    if point is FETCHING:
+        harness.add_strangers()
 
 
 def lines_with(text: str, process: Process) -> list[str]:
@@ -169,46 +171,46 @@ def test_a_database_that_comes_up_later_is_waited_for_with_growing_pauses(servic
         Shop(client["shop"], random.Random(1)).fill()
         daemon.wait_for("outcome=succeeded")
         # Should the first recount have come before all orders were there, the next follows.
-        wait_until("exact points", lambda: not disagreements(client["shop"]))
+        wait_until("exact points", lambda: not find_mismatches(client["shop"]))
         assert daemon.stop() == 0
 
 
 @pytest.mark.xdist_group("lost")
-@pytest.mark.parametrize("moment", [COUNTING, FETCHING, WRITING], ids=str)
+@pytest.mark.parametrize("point", [COUNTING, FETCHING, WRITING], ids=str)
 def test_a_recount_whose_primary_is_killed_ends_well_within_seconds(
-    wide: Stage, service: Start, moment: Moment
+    cluster_harness: FaultHarness, service: Start, point: FaultPoint
 ) -> None:
-    prepare(wide, moment)
-    if moment is COUNTING:  # of the first recount, which would make the index of the records
-        wide.database["loyalty_recounts"].drop_indexes()
-    primary = wide.deployment.primary()
-    with faults.paused(primary, wide.database.name, moment) as wait_until_reached:
-        daemon = service(MONGODB_URI=wide.uri)
+    prepare(cluster_harness, point)
+    if point is COUNTING:  # of the first recount, which would make the index of the records
+        cluster_harness.database["loyalty_recounts"].drop_indexes()
+    primary = cluster_harness.deployment.primary()
+    with faults.pause_at(primary, cluster_harness.database.name, point) as wait_until_reached:
+        daemon = service(MONGODB_URI=cluster_harness.uri)
         wait_until_reached()
         primary.kill()
         daemon.wait_for("outcome=succeeded")
-    wide.assert_exact()
-    assert len(wide.records) == 1  # of this very recount: none has failed before
+    cluster_harness.assert_exact()
+    assert len(cluster_harness.records) == 1  # of this very recount: none has failed before
     assert daemon.stop() == 0
     assert "Traceback" not in daemon.output
 
 
-def kill_the_primary(stage: Stage) -> None:
-    stage.deployment.primary().kill()
+def kill_the_primary(harness: FaultHarness) -> None:
+    harness.deployment.primary().kill()
 
 
-def kill_the_cursor(stage: Stage) -> None:
+def kill_the_cursor(harness: FaultHarness) -> None:
     data: Any = {"failCommands": ["aggregate"], "errorCode": 237, "appName": faults.SERVICE}
-    with MongoClient[Any](stage.deployment.primary().uri) as client:
+    with MongoClient[Any](harness.deployment.primary().uri) as client:
         client.admin.command("configureFailPoint", "failCommand", mode={"times": 1}, data=data)
 
 
-def drop_the_index(stage: Stage) -> None:
-    stage.shop.orders.drop_indexes()
+def drop_the_index(harness: FaultHarness) -> None:
+    harness.shop.orders.drop_indexes()
 
 
-def make_another_index(stage: Stage) -> None:
-    stage.shop.orders.create_index("total_cents")
+def make_another_index(harness: FaultHarness) -> None:
+    harness.shop.orders.create_index("total_cents")
 
 
 @pytest.mark.xdist_group("lost")
@@ -216,18 +218,23 @@ def make_another_index(stage: Stage) -> None:
     "what", [kill_the_primary, kill_the_cursor, drop_the_index, make_another_index]
 )
 def test_whatever_happens_in_the_middle_of_a_range_the_recount_is_right(
-    wide: Stage, what: Callable[[Stage], None], caplog: pytest.LogCaptureFixture
+    cluster_harness: FaultHarness,
+    what: Callable[[FaultHarness], None],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    settings = settings_for(wide.uri)
-    users = [user["_id"] for user in wide.shop.users.find({"_id": {"$type": "objectId"}})]
+    settings = settings_for(cluster_harness.uri)
+    users = [
+        user["_id"] for user in cluster_harness.shop.users.find({"_id": {"$type": "objectId"}})
+    ]
     cuts, asked, ask = sorted(users)[:: len(users) // 8], itertools.count(1), Count._aggregate
 
     def ask_and_be_disturbed(count: Count, scope: Scope) -> Spool:
         if next(asked) == 5:
-            what(wide)
+            what(cluster_harness)
         return ask(count, scope)
 
-    wide.shop.orders.delete_many({"customer_id": {"$type": "array"}})  # which forbid ranges
+    # Arrays would prevent the partitions.
+    cluster_harness.shop.orders.delete_many({"customer_id": {"$type": "array"}})
     with connect(settings, writing=True) as connection:
         create_index(connection.orders, settings)
         with (
@@ -235,26 +242,26 @@ def test_whatever_happens_in_the_middle_of_a_range_the_recount_is_right(
             mock.patch.object(Count, "_aggregate", ask_and_be_disturbed),
         ):
             result = run_recount(connection, settings, History(connection.recounts))
-    faults.heal(wide.deployment)
+    faults.recover(cluster_harness.deployment)
     assert result.exact
     assert next(asked) > 6
     if what is kill_the_cursor:
         assert "counting_again attempt=2" in caplog.text
-    wide.assert_exact()
+    cluster_harness.assert_exact()
 
 
 @pytest.mark.xdist_group("lost")
-@pytest.mark.parametrize("moment", [COUNTING, WRITING], ids=str)
+@pytest.mark.parametrize("point", [COUNTING, WRITING], ids=str)
 def test_a_recount_whose_primary_steps_down_ends_well_within_seconds(
-    wide: Stage, service: Start, moment: Moment
+    cluster_harness: FaultHarness, service: Start, point: FaultPoint
 ) -> None:
-    primary = wide.deployment.primary()
-    with faults.paused(primary, wide.database.name, moment) as wait_until_reached:
-        daemon = service(MONGODB_URI=wide.uri)
+    primary = cluster_harness.deployment.primary()
+    with faults.pause_at(primary, cluster_harness.database.name, point) as wait_until_reached:
+        daemon = service(MONGODB_URI=cluster_harness.uri)
         wait_until_reached()
         faults.step_down(primary)
     daemon.wait_for("outcome=succeeded")
-    wide.assert_exact()
+    cluster_harness.assert_exact()
     assert daemon.stop() == 0
     assert "Traceback" not in daemon.output
 
@@ -262,60 +269,60 @@ def test_a_recount_whose_primary_steps_down_ends_well_within_seconds(
 @pytest.mark.xdist_group("frozen")
 @pytest.mark.size(2_000, deep=10_000)
 def test_a_recount_whose_primary_freezes_ends_well_on_another(
-    wide: Stage, service: Start, size: int
+    cluster_harness: FaultHarness, service: Start, size: int
 ) -> None:
     """The larger number is what the driver waits for by itself: for 20 s in all."""
-    primary = wide.deployment.primary()
+    primary = cluster_harness.deployment.primary()
     timeouts = f"&connectTimeoutMS={size}&heartbeatFrequencyMS={size}"
-    with faults.paused(primary, wide.database.name, WRITING) as wait_until_reached:
-        daemon = service(MONGODB_URI=wide.uri + timeouts)
+    with faults.pause_at(primary, cluster_harness.database.name, WRITING) as wait_until_reached:
+        daemon = service(MONGODB_URI=cluster_harness.uri + timeouts)
         wait_until_reached()
-        primary.freeze()
+        primary.suspend()
         daemon.wait_for("outcome=succeeded")
-        primary.thaw()
-    faults.heal(wide.deployment)
-    wide.assert_exact()  # also after the frozen one has woken up with half a batch
+        primary.resume()
+    faults.recover(cluster_harness.deployment)
+    cluster_harness.assert_exact()  # also after the frozen one has woken up with half a batch
     assert daemon.stop() == 0
 
 
 @pytest.mark.xdist_group("frozen")
 def test_with_all_nodes_frozen_it_stops_at_once_and_one_that_goes_on_recovers(
-    wide: Stage, service: Start
+    cluster_harness: FaultHarness, service: Start
 ) -> None:
-    servers = wide.deployment.servers
-    with faults.paused(
-        wide.deployment.primary(), wide.database.name, WRITING
+    servers = cluster_harness.deployment.servers
+    with faults.pause_at(
+        cluster_harness.deployment.primary(), cluster_harness.database.name, WRITING
     ) as wait_until_reached:
-        stopped = service(MONGODB_URI=wide.uri)
+        stopped = service(MONGODB_URI=cluster_harness.uri)
         wait_until_reached()
-        patient = service(MONGODB_URI=wide.uri)
+        patient = service(MONGODB_URI=cluster_harness.uri)
         for server in servers:
-            server.freeze()
+            server.suspend()
         assert stopped.stop() == 0
-        late = service(MONGODB_URI=wide.uri)
+        late = service(MONGODB_URI=cluster_harness.uri)
         late.wait_for("retry_in=10s")
         for server in servers:
-            server.thaw()
+            server.resume()
     for daemon in (patient, late):
         daemon.wait_for("outcome=succeeded")
-    wide.assert_exact()
+    cluster_harness.assert_exact()
     assert patient.stop() == late.stop() == 0
     assert "Traceback" not in stopped.output + patient.output + late.output
 
 
 def test_a_cursor_that_is_killed_during_the_count_is_no_more_than_a_second_try(
-    stage: Stage, service: Start
+    harness: FaultHarness, service: Start
 ) -> None:
-    stage.add_strangers()
-    server, name = stage.deployment.servers[0], stage.database.name
-    with faults.paused(server, name, FETCHING) as wait_until_reached:
-        daemon = service(MONGODB_URI=stage.uri)
+    harness.add_strangers()
+    server, name = harness.deployment.servers[0], harness.database.name
+    with faults.pause_at(server, name, FETCHING) as wait_until_reached:
+        daemon = service(MONGODB_URI=harness.uri)
         wait_until_reached()
-        assert faults.kill_cursors(stage.database.client, name, "orders") == 1
+        assert faults.kill_cursors(harness.database.client, name, "orders") == 1
     daemon.wait_for("outcome=succeeded")
     assert len(lines_with("counting_again attempt=2", daemon)) == 1, daemon.output
-    assert len(stage.records) == 1
-    stage.assert_exact()
+    assert len(harness.records) == 1
+    harness.assert_exact()
 
 
 @pytest.mark.machine
@@ -328,20 +335,20 @@ def test_a_full_disk_is_a_clear_error_and_points_are_exact_once_there_is_space(
     with ExitStack() as stack:
         disk = stack.enter_context(small_disk(tmp_path / "disk"))
         deployment = stack.enter_context(Deployment(options=options, parent=disk))
-        stage = stack.enter_context(staged(deployment))
+        harness = stack.enter_context(start_harness(deployment))
         server = deployment.servers[0]
-        with faults.paused(server, stage.database.name, WRITING) as wait_until_reached:
-            daemon = service(MONGODB_URI=stage.uri)
+        with faults.pause_at(server, harness.database.name, WRITING) as wait_until_reached:
+            daemon = service(MONGODB_URI=harness.uri)
             wait_until_reached()
             filler = fill(disk)
-        wait_until("a server that stops, as its disk is full", lambda: not server.alive)
+        wait_until("a server that stops, as its disk is full", lambda: not server.is_alive)
         daemon.wait_for("failed error=")
         (line,) = lines_with("failed error=", daemon)
-        assert f"update on {stage.database.name}.users" in line
+        assert f"update on {harness.database.name}.users" in line
         filler.unlink()
-        faults.heal(deployment)
+        faults.recover(deployment)
         daemon.wait_for("outcome=succeeded")
-        stage.assert_exact()
+        harness.assert_exact()
         assert daemon.stop() == 0
         assert "Traceback" not in daemon.output
 
@@ -373,14 +380,14 @@ def fill(disk: Path) -> Path:
 
 
 def test_users_that_refuse_the_update_are_named_and_all_others_are_written(
-    stage: Stage, service: Start
+    harness: FaultHarness, service: Start
 ) -> None:
-    stubborn = [user["_id"] for user in stage.shop.users.find().sort("_id").limit(3)]
+    stubborn = [user["_id"] for user in harness.shop.users.find().sort("_id").limit(3)]
     rule = {"$or": [{"_id": {"$nin": stubborn}}, {"loyalty_points": -1}]}
-    stage.database.command("collMod", "users", validator=rule)
-    daemon = service(MONGODB_URI=stage.uri, RECOUNT_INTERVAL="1s")
+    harness.database.command("collMod", "users", validator=rule)
+    daemon = service(MONGODB_URI=harness.uri, RECOUNT_INTERVAL="1s")
     daemon.wait_for("WARNING incomplete", times=2)
-    wrong = disagreements(stage.database)
+    wrong = find_mismatches(harness.database)
     assert {user.stored for user in wrong} == {-1}
     assert sorted(repr(user.user) for user in wrong) == sorted(map(repr, stubborn))
     first, again = lines_with("WARNING incomplete", daemon)[:2]
@@ -389,14 +396,14 @@ def test_users_that_refuse_the_update_are_named_and_all_others_are_written(
     assert "3 of 3 users refused" in again
     assert "@example.com" not in daemon.output  # the driver's text holds whole documents
     assert "retry_in" not in daemon.output
-    assert [(r["outcome"], r["failed_updates"]) for r in stage.records[:2]] == [
+    assert [(r["outcome"], r["failed_updates"]) for r in harness.records[:2]] == [
         ("incomplete", 3)
     ] * 2
-    status = service("--status", MONGODB_URI=stage.uri)
+    status = service("--status", MONGODB_URI=harness.uri)
     assert status.wait() == 0  # the points of all others are fresh
-    stage.database.command("collMod", "users", validator={})
+    harness.database.command("collMod", "users", validator={})
     daemon.wait_for("outcome=succeeded")
-    stage.assert_exact()
+    harness.assert_exact()
     assert daemon.stop() == 0
 
 
@@ -405,60 +412,62 @@ def test_users_that_refuse_the_update_are_named_and_all_others_are_written(
 
 @pytest.mark.size(3, deep=20)
 def test_killed_at_random_moments_the_next_start_makes_everything_exact(
-    stage: Stage, service: Start, size: int
+    harness: FaultHarness, service: Start, size: int
 ) -> None:
     rng = random.Random()
     for _ in range(size):
-        stage.spoil()
-        daemon = service(MONGODB_URI=stage.uri, BATCH_SIZE="20")
+        harness.spoil()
+        daemon = service(MONGODB_URI=harness.uri, BATCH_SIZE="20")
         daemon.wait_for("connected")
         time.sleep(rng.uniform(0, 0.6))
         daemon.kill()
-        stage.shop.ship(20)
-        stage.shop.return_(20)
-        assert service("--once", MONGODB_URI=stage.uri).wait() == 0
-        stage.assert_exact()
+        harness.shop.ship_orders(20)
+        harness.shop.return_orders(20)
+        assert service("--once", MONGODB_URI=harness.uri).wait() == 0
+        harness.assert_exact()
 
 
 def test_the_next_start_is_exact_though_the_server_still_writes_the_dead_ones_batch(
-    stage: Stage, service: Start
+    harness: FaultHarness, service: Start
 ) -> None:
-    once = service("--once", MONGODB_URI=stage.uri)
+    once = service("--once", MONGODB_URI=harness.uri)
     assert once.wait() == 0
-    user = stage.shop.users.find_one({"loyalty_points": {"$gt": 2}, "_id": {"$type": "objectId"}})
+    user = harness.shop.users.find_one({"loyalty_points": {"$gt": 2}, "_id": {"$type": "objectId"}})
     assert user
     orders = {"customer_id": str(user["_id"]), "status": "Shipped"}
-    with stage.database.client.start_session() as session, session.start_transaction():
+    with harness.database.client.start_session() as session, session.start_transaction():
         # A lock holds up the batch at this user, as a busy server would.
-        stage.shop.users.update_one({"_id": user["_id"]}, {"$set": {"busy": True}}, session=session)
-        stage.shop.orders.update_one(orders, {"$set": {"status": "Returned"}})
-        killed = service(MONGODB_URI=stage.uri)
-        wait_until("the batch at the user", lambda: conflicts(stage) > 0)
+        harness.shop.users.update_one(
+            {"_id": user["_id"]}, {"$set": {"busy": True}}, session=session
+        )
+        harness.shop.orders.update_one(orders, {"$set": {"status": "Returned"}})
+        killed = service(MONGODB_URI=harness.uri)
+        wait_until("the batch at the user", lambda: conflicts(harness) > 0)
         killed.kill()
-        stage.shop.orders.update_one({**orders, "status": "Returned"}, {"$set": orders})
+        harness.shop.orders.update_one({**orders, "status": "Returned"}, {"$set": orders})
         # So the stored points are right again, until the dead one's batch comes through.
-        following = service(*QUICKER, program=LAUNCHER, MONGODB_URI=stage.uri)
+        following = service(*QUICKER, program=LAUNCHER, MONGODB_URI=harness.uri)
         wait_until("what it says first", lambda: following.lines)
         session.abort_transaction()
     following.wait_for("outcome=succeeded")
-    wait_until("the end of the batch", lambda: not updates(stage))
-    stage.assert_exact()
+    wait_until("the end of the batch", lambda: not updates(harness))
+    harness.assert_exact()
 
 
-def updates(stage: Stage) -> list[dict[str, Any]]:
+def updates(harness: FaultHarness) -> list[dict[str, Any]]:
     """Return the updates of the service that the server is working on."""
-    operations = stage.database.client.admin.aggregate([{"$currentOp": {}}])
+    operations = harness.database.client.admin.aggregate([{"$currentOp": {}}])
     ours = [o for o in operations if o.get("appName") == "loyalty-microservice"]
     return [operation for operation in ours if operation.get("op") == "update"]
 
 
-def conflicts(stage: Stage) -> int:
-    return sum(operation.get("writeConflicts", 0) for operation in updates(stage))
+def conflicts(harness: FaultHarness) -> int:
+    return sum(operation.get("writeConflicts", 0) for operation in updates(harness))
 
 
 def assert_ends_well(process: Process) -> None:
     """SIGTERM it twice."""
-    process.send(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
     assert process.stop() == 0
     assert "Traceback" not in process.output
     # Not always the last line: the work that is left behind may still have its say.
@@ -466,63 +475,63 @@ def assert_ends_well(process: Process) -> None:
     assert not process.output or "stopped signal=SIGTERM" in process.output
 
 
-@pytest.mark.parametrize("moment", [COUNTING, FETCHING, WRITING, RECORDING], ids=str)
+@pytest.mark.parametrize("point", [COUNTING, FETCHING, WRITING, RECORDING], ids=str)
 def test_sigterm_in_the_middle_ends_it_within_two_seconds(
-    stage: Stage, service: Start, moment: Moment
+    harness: FaultHarness, service: Start, point: FaultPoint
 ) -> None:
-    prepare(stage, moment)
-    server = stage.deployment.servers[0]
-    with faults.paused(server, stage.database.name, moment) as wait_until_reached:
-        daemon = service(MONGODB_URI=stage.uri)
+    prepare(harness, point)
+    server = harness.deployment.servers[0]
+    with faults.pause_at(server, harness.database.name, point) as wait_until_reached:
+        daemon = service(MONGODB_URI=harness.uri)
         wait_until_reached()
         assert_ends_well(daemon)
-    assert service("--once", MONGODB_URI=stage.uri).wait() == 0
-    stage.assert_exact()
+    assert service("--once", MONGODB_URI=harness.uri).wait() == 0
+    harness.assert_exact()
 
 
-@pytest.mark.parametrize("moment", [COUNTING, FETCHING, WRITING], ids=str)
+@pytest.mark.parametrize("point", [COUNTING, FETCHING, WRITING], ids=str)
 def test_ctrl_c_in_the_middle_of_once_ends_it_within_two_seconds(
-    stage: Stage, service: Start, moment: Moment
+    harness: FaultHarness, service: Start, point: FaultPoint
 ) -> None:
-    prepare(stage, moment)
-    server = stage.deployment.servers[0]
-    with faults.paused(server, stage.database.name, moment) as wait_until_reached:
-        once = service("--once", MONGODB_URI=stage.uri)
+    prepare(harness, point)
+    server = harness.deployment.servers[0]
+    with faults.pause_at(server, harness.database.name, point) as wait_until_reached:
+        once = service("--once", MONGODB_URI=harness.uri)
         wait_until_reached()
         assert once.stop(signal.SIGINT) == 130
     assert "Traceback" not in once.output
-    assert service("--once", MONGODB_URI=stage.uri).wait() == 0
-    stage.assert_exact()
+    assert service("--once", MONGODB_URI=harness.uri).wait() == 0
+    harness.assert_exact()
 
 
 def test_sigterm_while_it_is_idle_connecting_or_waiting_ends_it_within_two_seconds(
-    stage: Stage, service: Start
+    harness: FaultHarness, service: Start
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         connecting = service(MONGODB_URI=f"mongodb://127.0.0.1:{silent.getsockname()[1]}")
-        waiting, idle = service(MONGODB_URI=NOBODY), service(MONGODB_URI=stage.uri)
+        waiting, idle = service(MONGODB_URI=NOBODY), service(MONGODB_URI=harness.uri)
         silent.accept()[0].close()
         assert_ends_well(connecting)
     idle.wait_for("outcome=succeeded")
     assert_ends_well(idle)
     waiting.wait_for("retry_in=")
     assert_ends_well(waiting)
-    stage.assert_exact()
+    harness.assert_exact()
 
 
 @pytest.mark.size(5, deep=20)
 def test_sigterm_at_random_moments_ends_it_within_two_seconds(
-    stage: Stage, service: Start, size: int
+    harness: FaultHarness, service: Start, size: int
 ) -> None:
     rng = random.Random()
     for _ in range(size):
-        stage.spoil()
-        daemon = service(MONGODB_URI=stage.uri, BATCH_SIZE="20", RECOUNT_INTERVAL="1s")
+        harness.spoil()
+        daemon = service(MONGODB_URI=harness.uri, BATCH_SIZE="20", RECOUNT_INTERVAL="1s")
         wait_until("a signal handler", daemon.catches_sigterm)
         time.sleep(rng.uniform(0, 1.2))
         assert_ends_well(daemon)
-    assert service("--once", MONGODB_URI=stage.uri).wait() == 0
-    stage.assert_exact()
+    assert service("--once", MONGODB_URI=harness.uri).wait() == 0
+    harness.assert_exact()
 
 
 # --- time
@@ -541,7 +550,7 @@ def set_clock(tmp_path: Path) -> Callable[[datetime], str]:
 
 
 def test_a_clock_that_jumps_ten_hours_delays_no_recount_by_more_than_an_interval(
-    stage: Stage, service: Start, set_clock: Callable[[datetime], str], tmp_path: Path
+    harness: FaultHarness, service: Start, set_clock: Callable[[datetime], str], tmp_path: Path
 ) -> None:
     interval = 1
     started = time.monotonic()
@@ -549,13 +558,13 @@ def test_a_clock_that_jumps_ten_hours_delays_no_recount_by_more_than_an_interval
     daemon = service(
         *("clock", file, "--env-file", os.devnull),
         program=LAUNCHER,
-        MONGODB_URI=stage.uri,
+        MONGODB_URI=harness.uri,
         RECOUNT_INTERVAL=f"{interval}s",
     )
     daemon.wait_for("outcome=succeeded")
     jumps = (-10, 0, 10, 0)
     for hours in jumps:
-        stage.shop.ship(10)
+        harness.shop.ship_orders(10)
         set_clock(datetime.now(UTC) + timedelta(hours=hours))
         done = len(lines_with("outcome=succeeded", daemon))
         daemon.wait_for("outcome=succeeded", times=done + 2)
@@ -563,18 +572,22 @@ def test_a_clock_that_jumps_ten_hours_delays_no_recount_by_more_than_an_interval
     # At most one recount is made up for after each jump, not ten hours of them.
     on_schedule = 1 + (time.monotonic() - started) / interval
     assert len(lines_with("outcome=succeeded", daemon)) <= on_schedule + len(jumps)
-    stage.assert_exact()
+    harness.assert_exact()
 
 
 @pytest.mark.parametrize("change", ["2026-03-29T01:00:00Z", "2026-10-25T01:00:00Z"])
 def test_daylight_saving_delays_no_recount_by_more_than_an_interval(
-    stage: Stage, service: Start, set_clock: Callable[[datetime], str], tmp_path: Path, change: str
+    harness: FaultHarness,
+    service: Start,
+    set_clock: Callable[[datetime], str],
+    tmp_path: Path,
+    change: str,
 ) -> None:
     file = set_clock(datetime.fromisoformat(change) - timedelta(minutes=10))
     daemon = service(
         *("clock", file, "--env-file", os.devnull),
         program=LAUNCHER,
-        MONGODB_URI=stage.uri,
+        MONGODB_URI=harness.uri,
         RECOUNT_INTERVAL="2s",
         TZ="Europe/Berlin",
     )
@@ -585,52 +598,52 @@ def test_daylight_saving_delays_no_recount_by_more_than_an_interval(
     as_logged = [line.split()[0] for line in lines_with("outcome=succeeded", daemon)]
     assert as_logged[0] < change <= as_logged[2]
     assert daemon.stop() == 0
-    stage.assert_exact()
+    harness.assert_exact()
 
 
 def test_recounts_longer_than_the_interval_neither_overlap_nor_pile_up(
-    stage: Stage, service: Start
+    harness: FaultHarness, service: Start
 ) -> None:
-    with faults.slowed(stage.deployment.servers[0], "aggregate", 1200):
-        daemon = service(MONGODB_URI=stage.uri, RECOUNT_INTERVAL="1s")
+    with faults.delay_command(harness.deployment.servers[0], "aggregate", 1200):
+        daemon = service(MONGODB_URI=harness.uri, RECOUNT_INTERVAL="1s")
         daemon.wait_for("outcome=succeeded", times=2)
     daemon.wait_for("outcome=succeeded", times=4)
     assert daemon.stop() == 0
-    records = stage.records
+    records = harness.records
     for earlier, later in pairwise(records):
         assert later["started_at"] - earlier["finished_at"] > timedelta(seconds=0.9)
     assert records[0]["finished_at"] - records[0]["started_at"] > timedelta(seconds=1)
-    stage.assert_exact()
+    harness.assert_exact()
 
 
 # --- itself
 
 
 def test_a_bug_is_logged_with_its_traceback_and_the_daemon_goes_on(
-    stage: Stage, service: Start, tmp_path: Path
+    harness: FaultHarness, service: Start, tmp_path: Path
 ) -> None:
     bugs = ["count:KeyError", "write:MemoryError", "count:RecursionError", "write:ValueError"]
     daemon = service(
         *("bugs", ",".join(bugs), "--env-file", os.devnull),
         program=LAUNCHER,
-        MONGODB_URI=stage.uri,
+        MONGODB_URI=harness.uri,
         RECOUNT_INTERVAL="1s",
     )
     daemon.wait_for("outcome=succeeded")
     assert len(lines_with("bug retry_in=1s", daemon)) == len(bugs)
     assert len(lines_with("Traceback (most recent call last)", daemon)) == len(bugs)
-    errors = [record["error"] for record in stage.records]
+    errors = [record["error"] for record in harness.records]
     assert errors == [*(bug.split(":")[1] for bug in bugs), None]
     assert daemon.stop() == 0
-    stage.assert_exact()
+    harness.assert_exact()
 
 
 @pytest.mark.size(60, deep=600)
 def test_many_recounts_in_a_row_leave_memory_and_open_files_flat(
     deployment: Deployment, service: Start, size: int
 ) -> None:
-    with staged(deployment, users=50, orders=300) as stage:
-        process = service("recounts", str(size), program=LAUNCHER, MONGODB_URI=stage.uri)
+    with start_harness(deployment, users=50, orders=300) as harness:
+        process = service("recounts", str(size), program=LAUNCHER, MONGODB_URI=harness.uri)
         assert process.wait(300) == 0
         first, *later = json.loads(process.lines[-1])
         assert len(later) == 5
@@ -753,7 +766,7 @@ def role(*, create_index: bool = False) -> tuple[str, str, list[Privilege]]:
 
 
 @dataclass
-class Secured(Stage):
+class Secured(FaultHarness):
     """A shop whose service is the user of the role, on a server with authentication."""
 
     user: str
@@ -783,15 +796,15 @@ class Secured(Stage):
 
 
 @pytest.fixture
-def secured(authenticating: Deployment) -> Iterator[Secured]:
+def secured(authenticated_deployment: Deployment) -> Iterator[Secured]:
     name, user, privileges = role()
-    with authenticating.client() as client:
+    with authenticated_deployment.client() as client:
         shop = Shop(client[name], random.Random(1))
         shop.fill(users=200, orders=2_000)
         client.admin.command("createRole", "loyaltyMicroservice", privileges=privileges, roles=[])
-        stage = Secured(authenticating, client[name], shop, user)
-        stage.create_user()
-        yield stage
+        harness = Secured(authenticated_deployment, client[name], shop, user)
+        harness.create_user()
+        yield harness
         client.admin.command("dropUser", user)
         client.admin.command("dropRole", "loyaltyMicroservice")
         client.drop_database(name)
@@ -854,7 +867,7 @@ def test_a_missing_permission_for_the_record_is_one_warning(
     daemon.wait_for("outcome=succeeded", times=3)
     assert len(lines_with("not_recorded", daemon)) == 1
     assert len(lines_with(f"no permission for {action} on oms_db.loyalty_recounts", daemon)) == 1
-    assert disagreements(secured.database) == []
+    assert find_mismatches(secured.database) == []
     assert daemon.stop() == 0
 
 
@@ -919,7 +932,7 @@ def test_a_permission_taken_away_while_running_is_an_error_until_it_is_back(
     secured: Secured, running: Process, collection: str, action: str
 ) -> None:
     secured.allow_all_but(collection, action)
-    secured.shop.ship(50)
+    secured.shop.ship_orders(50)
     running.wait_for(f"no permission for {action}", times=2)
     secured.allow(role()[2])
     assert_recovers(secured, running)
@@ -930,7 +943,7 @@ def test_a_user_dropped_while_running_is_an_error_until_it_is_back(
     secured: Secured, running: Process
 ) -> None:
     secured.database.client.admin.command("dropUser", secured.user)
-    secured.shop.ship(50)
+    secured.shop.ship_orders(50)
     running.wait_for("failed error=", times=2)
     secured.create_user()
     assert_recovers(secured, running)
@@ -943,8 +956,8 @@ def test_a_password_changed_while_running_is_an_error_until_it_is_in_the_file(
     new = PASSWORD[::-1]
     secured.database.client.admin.command("updateUser", secured.user, pwd=new)
     secured.deployment.servers[0].restart()  # connections that are open keep their rights
-    faults.heal(secured.deployment)
-    secured.shop.ship(50)
+    faults.recover(secured.deployment)
+    secured.shop.ship_orders(50)
     running.wait_for("rejects the user name or password", times=2)
     assert "failed error=" in running.lines[-1]
     file = tmp_path / "uri"

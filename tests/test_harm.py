@@ -36,7 +36,7 @@ from loyalty.recount.runner import RecountRequest, run_recount
 from sandbox import faults
 from sandbox.mongod import Deployment, wait_until
 from sandbox.service import Process
-from sandbox.shop import Names, disagreements
+from sandbox.shop import Names, find_mismatches
 
 Start = Callable[..., Process]
 Capture = pytest.CaptureFixture[str]
@@ -118,7 +118,7 @@ def test_orders_in_a_status_that_differs_only_in_case_or_blanks_are_refused(
     (record,) = database.loyalty_recounts.find()
     assert record["outcome"] == "refused"
     assert command("--once", "--force") == 0
-    assert disagreements(database) == []
+    assert find_mismatches(database) == []
 
 
 def test_one_counted_order_is_enough(database: Database[Any], command: Command) -> None:
@@ -126,7 +126,7 @@ def test_one_counted_order_is_enough(database: Database[Any], command: Command) 
     ship(database, 1)
     ship(database, 1, 1, status="shipped")
     assert command("--once") == 0
-    assert disagreements(database) == []
+    assert find_mismatches(database) == []
 
 
 def test_no_counted_order_at_all_is_a_warning_with_the_statuses_that_there_are(
@@ -143,7 +143,7 @@ def test_no_counted_order_at_all_is_a_warning_with_the_statuses_that_there_are(
     )
     assert command("--once", ORDERS_COLLECTION="Orders") == 0
     assert "no order has status Shipped; found: no orders" in capsys.readouterr().err
-    assert disagreements(database) == []
+    assert find_mismatches(database) == []
 
 
 def test_a_misspelt_setting_in_the_file_is_a_fault_like_any_other(
@@ -177,7 +177,7 @@ def test_taking_points_in_the_first_recount_or_from_more_than_a_tenth_is_a_warni
         ship(database, *range(n))
         assert command("--once") == 0
         capsys.readouterr()
-    assert disagreements(database) == []
+    assert find_mismatches(database) == []
 
 
 # One fault does not spoil the rest.
@@ -199,7 +199,7 @@ def test_a_user_who_refuses_the_update_makes_a_recount_incomplete_and_no_more(
     )
     assert "refused: 3; because: code 121" in daemon.output
     assert "retry_in" not in daemon.output
-    assert [wrong.user for wrong in disagreements(database)] == [3]
+    assert [wrong.user for wrong in find_mismatches(database)] == [3]
     for record in database.loyalty_recounts.find():
         assert (record["outcome"], record["failed_updates"]) == ("incomplete", 1)
     assert command("--status") == 0
@@ -212,7 +212,7 @@ def test_a_user_who_refuses_the_update_makes_a_recount_incomplete_and_no_more(
     assert "WARNING incomplete refused: 3; because: code 121" in capsys.readouterr().err
     database.command("collMod", "users", validator={})
     assert command("--once") == 0
-    assert disagreements(database) == []
+    assert find_mismatches(database) == []
 
 
 RANGES = {
@@ -243,7 +243,7 @@ def test_every_setting_works_at_both_ends_of_its_range(
             create_index(connection.orders, told)
             run_recount(connection, told, History(connection.recounts))
         names = Names(points=told.points_field)
-        assert disagreements(shop, ("Shipped",), told.points_per_order, names) == []
+        assert find_mismatches(shop, ("Shipped",), told.points_per_order, names) == []
     finally:
         client.drop_database(shop.name)
 
@@ -293,7 +293,7 @@ def test_customer_lists_all_orders_form_by_form_and_they_add_up(
         "none": ["7", "none", "1", "0", why],
     }
     assert out[7:] == ["  user  from  to", "  7     none  40"]
-    assert disagreements(database, ("Shipped",), 10) == []
+    assert find_mismatches(database, ("Shipped",), 10) == []
 
 
 def test_customer_shows_the_forms_of_an_object_id_apart(
@@ -307,7 +307,7 @@ def test_customer_shows_the_forms_of_an_object_id_apart(
     for form in (f"{ada}  ", f"'{ada}'", f"'{str(ada).upper()}'", "'66ABcdefabcdefabcdefabcd'"):
         assert re.search(rf"^  {form} +Shipped  ([12])  +\1$", out, re.MULTILINE), form
     assert re.search(rf"^  {ada} +none  5$", out, re.MULTILINE)
-    assert disagreements(database) == []
+    assert find_mismatches(database) == []
 
 
 # Other shapes, by settings alone.
@@ -359,7 +359,7 @@ def test_in_a_shop_of_another_shape_every_user_has_the_points_that_plain_python_
     with mock.patch.object(count_failures, "edges", return_value=cuts):
         result = run_recount(reshaped, told, History(None), RecountRequest(force=True))
         again = run_recount(reshaped, told, History(None), RecountRequest(force=True))
-    assert disagreements(shop, names=NAMES) == []
+    assert find_mismatches(shop, names=NAMES) == []
     assert result.totals.users == len(users)
     assert again.totals.changed == 0
 
@@ -395,7 +395,7 @@ def test_a_shop_of_another_shape_is_examined_filled_and_exact_by_settings_alone(
     assert "  index sale.state, sale.buyer.id  there, and all" in out
     assert command("--dry-run", **shape) == 1
     assert command("--once", **shape) == 0
-    assert disagreements(database, ("Shipped", "Delivered"), 2, NAMES) == []
+    assert find_mismatches(database, ("Shipped", "Delivered"), 2, NAMES) == []
     assert list(database.people.find({}, {"loyalty": 0})) == before
     assert command("--dry-run", **shape) == 0
     assert command("--status", **shape) == 0
@@ -419,7 +419,7 @@ def test_points_whose_place_is_taken_by_something_else_are_refused_by_that_user_
     ship(database, 1, 2, 3)
     assert command("--once", USER_POINTS_FIELD="loyalty.points") == 1
     assert "refused: 1; because: code 28" in capsys.readouterr().err
-    wrong = disagreements(database, names=Names(points="loyalty.points"))
+    wrong = find_mismatches(database, names=Names(points="loyalty.points"))
     assert [one.user for one in wrong] == [1]
     assert database.users.find_one({"_id": 1}) == {"_id": 1, "loyalty": "gold"}
 
@@ -436,14 +436,21 @@ def test_points_whose_place_is_taken_by_something_else_are_refused_by_that_user_
     ],
 )
 def test_where_a_rejected_user_was_looked_up_is_said(
-    authenticating: Deployment, command: Command, capsys: Capture, options: str, looked_up: str
+    authenticated_deployment: Deployment,
+    command: Command,
+    capsys: Capture,
+    options: str,
+    looked_up: str,
 ) -> None:
-    uri = authenticating.uri.replace("/?", "/shop?").replace("&authSource=admin", "") + options
+    uri = (
+        authenticated_deployment.uri.replace("/?", "/shop?").replace("&authSource=admin", "")
+        + options
+    )
     assert command("--once", MONGODB_URI=uri) == 78
     said = capsys.readouterr().err
     assert f"the user was looked up {looked_up} in another" in said
     assert "?authSource=admin" in said
-    assert command("--create-index", MONGODB_URI=authenticating.uri_for("x", "y")) == 78
+    assert command("--create-index", MONGODB_URI=authenticated_deployment.uri_for("x", "y")) == 78
     assert "looked up in the database 'admin'" in capsys.readouterr().err
 
 
@@ -475,7 +482,7 @@ def test_a_count_that_is_too_slow_with_the_index_there_gets_no_advice_to_make_it
     for made in (False, True):
         if made:
             assert command("--create-index") == 0
-        with faults.failing(deployment.servers[0], "aggregate", 9, errorCode=50):
+        with faults.fail_command(deployment.servers[0], "aggregate", 9, errorCode=50):
             assert command("--once") == 69
         said = capsys.readouterr().err
         assert "took too long: raise COUNT_TIMEOUT" in said
@@ -583,7 +590,7 @@ def test_a_stdout_that_is_full_is_said_and_is_no_bug(database: Database[Any], ur
     assert "ERROR the results cannot be written: No space left on device" in ran.stderr
     assert "bug" not in ran.stderr
     assert "Traceback" not in ran.stderr
-    assert disagreements(database) == []
+    assert find_mismatches(database) == []
 
 
 def test_a_terminal_that_is_not_utf_8_gets_what_it_can_show(

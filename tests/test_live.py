@@ -16,7 +16,7 @@ from bson import ObjectId, Regex
 from conftest import MEMORY, Command, examples, settings_for
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from live_stage import Stage, live, make_index, points
+from live_harness import LiveHarness, live, make_index, points
 from pymongo import MongoClient
 from pymongo.database import Database
 
@@ -32,7 +32,7 @@ from loyalty.recount import runner as run_recount
 from loyalty.recount.counter import pin_cluster_time
 from sandbox import faults
 from sandbox.mongod import Deployment, wait_until
-from sandbox.shop import count, disagreements, key
+from sandbox.shop import canonical_key, count_points, find_mismatches
 
 IDS = [ObjectId(f"{n:x}".rjust(2, "b") * 12) for n in (0xAB, 0xCD, 0xFE)]
 USERS = [IDS[0], str(IDS[0]).upper(), IDS[1], str(IDS[2]), str(IDS[2]).title(), 5, "5", {"a": 1}]
@@ -85,10 +85,13 @@ def edit(shop: Database[Any], kind: str, number: int, customer: Any, status: Any
 @contextmanager
 def dirty(
     client: MongoClient[Any], deployment: Deployment, known: str, *, pre_images: bool
-) -> Iterator[Stage]:
+) -> Iterator[LiveHarness]:
     """A small shop with every form of ids, and live updates of it."""
     shop = client[f"live_{uuid4().hex[:12]}"]
-    shop.create_collection("orders", changeStreamPreAndPostImages={"enabled": pre_images})
+    options: dict[str, Any] = {}
+    if pre_images:
+        options["changeStreamPreAndPostImages"] = {"enabled": True}
+    shop.create_collection("orders", **options)
     shop.users.insert_many([{"_id": own} for own in USERS])
     shop.orders.insert_many(
         {"customer_id": own, "status": "Shipped" if n % 2 else "Paid"}
@@ -106,16 +109,17 @@ def dirty(
         yield stack.enter_context(live(deployment, shop))
 
 
+@pytest.mark.usefixtures("pre_images")
 @given(edits=EDITS, known=KNOWN)
 @settings(max_examples=examples(8, 150), suppress_health_check=[HealthCheck.too_slow])
 def test_a_moment_after_any_edits_everyone_is_right(
     client: MongoClient[Any], deployment: Deployment, known: str, edits: list[Any]
 ) -> None:
-    with dirty(client, deployment, known, pre_images=True) as stage:
+    with dirty(client, deployment, known, pre_images=True) as harness:
         for one in edits:
-            edit(stage.shop, *one)
-        stage.settle()
-        assert stage.is_live
+            edit(harness.shop, *one)
+        harness.settle()
+        assert harness.is_live
 
 
 @given(edits=EDITS, known=KNOWN)
@@ -123,29 +127,29 @@ def test_a_moment_after_any_edits_everyone_is_right(
 def test_without_pre_images_points_are_older_right_ones_until_everyone_is_recounted(
     client: MongoClient[Any], deployment: Deployment, known: str, edits: list[Any]
 ) -> None:
-    with dirty(client, deployment, known, pre_images=False) as stage:
-        been_right = [count(stage.shop)]
+    with dirty(client, deployment, known, pre_images=False) as harness:
+        been_right = [count_points(harness.shop)]
         for n, one in enumerate(edits):
-            edit(stage.shop, *one)
-            been_right.append(count(stage.shop))
+            edit(harness.shop, *one)
+            been_right.append(count_points(harness.shop))
             if n % 3 == 0 or n == len(edits) - 1:
-                stage.update()
-                for user in stage.shop.users.find():
-                    own = key(user["_id"])
+                harness.update()
+                for user in harness.shop.users.find():
+                    own = canonical_key(user["_id"])
                     assert user["loyalty_points"] in {right[own] for right in been_right}
-        assert stage.is_live
-        stage.recount()
-        assert disagreements(stage.shop) == []
+        assert harness.is_live
+        harness.recount()
+        assert find_mismatches(harness.shop) == []
 
 
 @pytest.fixture
-def small(deployment: Deployment, database: Database[Any]) -> Iterator[Stage]:
+def small(deployment: Deployment, database: Database[Any]) -> Iterator[LiveHarness]:
     """Three users with an order each, the index, and live updates."""
     database.users.insert_many([{"_id": own} for own in IDS])
     database.orders.insert_many([ship(own) for own in IDS])
     make_index(database)
-    with live(deployment, database) as stage:
-        yield stage
+    with live(deployment, database) as harness:
+        yield harness
 
 
 def ship(customer: Any) -> dict[str, Any]:
@@ -169,7 +173,7 @@ def test_a_write_between_the_pinned_time_and_the_opening_of_the_stream_is_marked
     assert marks.time > pinned
 
 
-def test_what_changes_while_everyone_is_recounted_is_right_after_it(small: Stage) -> None:
+def test_what_changes_while_everyone_is_recounted_is_right_after_it(small: LiveHarness) -> None:
     shipped: list[str] = []
 
     def on_progress(_: str) -> None:  # it has an answer, read at the pinned time
@@ -182,7 +186,7 @@ def test_what_changes_while_everyone_is_recounted_is_right_after_it(small: Stage
     assert points(small.shop) == [2, 1, 1]
 
 
-def test_a_full_recount_is_never_about_an_older_time_than_a_live_update(small: Stage) -> None:
+def test_a_full_recount_is_never_about_an_older_time_than_a_live_update(small: LiveHarness) -> None:
     small.shop.orders.insert_one(ship(IDS[0]))
     small.settle()
     times = []
@@ -198,7 +202,7 @@ def test_a_full_recount_is_never_about_an_older_time_than_a_live_update(small: S
     assert newest.time > 0
 
 
-def test_without_a_full_recount_that_succeeded_nothing_is_updated(small: Stage) -> None:
+def test_without_a_full_recount_that_succeeded_nothing_is_updated(small: LiveHarness) -> None:
     small.shop.orders.insert_one(ship(IDS[0]))
     with (
         mock.patch.object(service, "run_recount", side_effect=DatabaseUnavailable("gone")),
@@ -213,7 +217,7 @@ def test_without_a_full_recount_that_succeeded_nothing_is_updated(small: Stage) 
     small.settle()
 
 
-def test_marks_are_not_lost_when_a_live_update_fails(small: Stage) -> None:
+def test_marks_are_not_lost_when_a_live_update_fails(small: LiveHarness) -> None:
     small.shop.orders.insert_one(ship(IDS[0]))
     broken = mock.patch.object(service, "run_recount", side_effect=KeyError("a bug"))
     with broken, pytest.raises(KeyError):
@@ -224,7 +228,7 @@ def test_marks_are_not_lost_when_a_live_update_fails(small: Stage) -> None:
 
 
 def test_a_user_who_refuses_a_live_update_is_said_and_not_called_updated(
-    small: Stage, caplog: pytest.LogCaptureFixture
+    small: LiveHarness, caplog: pytest.LogCaptureFixture
 ) -> None:
     allowed = {"$or": [{"_id": {"$ne": IDS[0]}}, {"loyalty_points": {"$lte": 1}}]}
     small.shop.command("collMod", "users", validator=allowed)
@@ -236,7 +240,7 @@ def test_a_user_who_refuses_a_live_update_is_said_and_not_called_updated(
 
 
 def test_a_large_collection_without_the_index_is_not_updated_live_but_warned_of_once(
-    small: Stage, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    small: LiveHarness, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(index, "_LARGE", 2)
     small.service._stop_watching()
@@ -264,19 +268,19 @@ def test_a_status_renamed_by_one_command_leaves_the_points_and_is_said(
         {"_id": n, "customer_id": n % users, "status": "Shipped"} for n in range(size)
     )
     make_index(database)
-    with live(deployment, database) as stage:
+    with live(deployment, database) as harness:
         database.orders.update_many({}, {"$set": {"status": "SHIPPED"}})
         with pytest.raises(DatabaseUnavailable, match="take points from many users"):
-            stage.update_until(lambda: False)
-        assert stage.recount().startswith("refused")
+            harness.update_until(lambda: False)
+        assert harness.recount().startswith("refused")
         assert "SHIPPED" in caplog.text
         assert "held live updates would take points" in caplog.text
         kept = [number for number in points(database) if number == 5]
         assert len(kept) > 0.8 * users
         # Renamed back, everything is as before with the next recount.
         database.orders.update_many({}, {"$set": {"status": "Shipped"}})
-        stage.recount()
-        assert disagreements(database) == []
+        harness.recount()
+        assert find_mismatches(database) == []
 
 
 def test_a_status_renamed_piecemeal_is_ended_by_the_guard(
@@ -292,17 +296,17 @@ def test_a_status_renamed_piecemeal_is_ended_by_the_guard(
         {"_id": n, "customer_id": n, "status": "Shipped"} for n in range(users)
     )
     make_index(database)
-    with live(deployment, database) as stage:
+    with live(deployment, database) as harness:
         for start in range(0, users, 10):
             piece = {"_id": {"$gte": start, "$lt": start + 10}}
             database.orders.update_many(piece, {"$set": {"status": "SHIPPED"}})
             try:
                 for _ in range(6):
-                    stage.update()
+                    harness.update()
             except DatabaseUnavailable:  # it is over, it seems: everyone is recounted
-                stage.recount()
+                harness.recount()
         assert "again: until the next recount" in caplog.text
-        assert stage.recount().startswith("refused")
+        assert harness.recount().startswith("refused")
         assert points(database).count(1) > 0.5 * users
 
 
@@ -314,16 +318,16 @@ def test_points_that_are_held_back_have_no_heartbeat(
     monkeypatch.setattr(History, "write_heartbeat", lambda _, heartbeat: beats.append(heartbeat))
     database.users.insert_many({"_id": n} for n in range(50))
     database.orders.insert_many({"customer_id": n, "status": "Shipped"} for n in range(50))
-    with live(deployment, database) as stage:
-        live_updates = stage.service._live
+    with live(deployment, database) as harness:
+        live_updates = harness.service._live
         assert live_updates
-        stage.update()
+        harness.update()
         assert beats
         database.orders.update_many({}, {"$set": {"status": "Sent"}})
         while not live_updates.paused:
             before = len(beats)
-            stage.update()
-        stage.update()
+            harness.update()
+        harness.update()
         assert len(beats) == before
 
 
@@ -332,10 +336,10 @@ def test_with_the_guard_turned_off_nothing_is_held_back(
 ) -> None:
     database.users.insert_many({"_id": n} for n in range(50))
     database.orders.insert_many({"customer_id": n, "status": "Shipped"} for n in range(50))
-    with live(deployment, database, MAX_DECREASE_PERCENT="100") as stage:
+    with live(deployment, database, MAX_DECREASE_PERCENT="100") as harness:
         database.orders.update_many({}, {"$set": {"status": "Returned"}})
-        stage.settle()
-        assert stage.is_live
+        harness.settle()
+        assert harness.is_live
 
 
 # --- the stream
@@ -343,10 +347,10 @@ def test_with_the_guard_turned_off_nothing_is_held_back(
 
 @pytest.mark.parametrize("code", [280, 286, 10334])
 def test_a_stream_whose_history_is_lost_is_a_full_recount_and_another_stream(
-    small: Stage, deployment: Deployment, code: int
+    small: LiveHarness, deployment: Deployment, code: int
 ) -> None:
     with (
-        faults.failing(deployment.servers[0], "getMore", 1, errorCode=code),
+        faults.fail_command(deployment.servers[0], "getMore", 1, errorCode=code),
         pytest.raises(DatabaseUnavailable, match=f"code {code}"),
     ):
         small.update_until(lambda: False)
@@ -366,8 +370,8 @@ def test_an_oplog_that_loses_history_is_a_full_recount_and_another_stream() -> N
         shop, oplog = client["shop"], client.local["oplog.rs"]
         shop.users.insert_one({"_id": IDS[0]})
         make_index(shop)
-        with live(deployment, shop) as stage:
-            stream = stage.service._live
+        with live(deployment, shop) as harness:
+            stream = harness.service._live
             assert stream
             with stream._lock:  # it is kept from reading on
                 last = shop.orders.insert_one(ship(IDS[0])).inserted_id
@@ -378,17 +382,17 @@ def test_an_oplog_that_loses_history_is_a_full_recount_and_another_stream() -> N
 
                 wait_until("a lost order", lost)
             with pytest.raises(DatabaseUnavailable, match=r"code (286|136)"):
-                stage.update_until(lambda: False)
-            stage.recount()
-            assert disagreements(shop) == []
+                harness.update_until(lambda: False)
+            harness.recount()
+            assert find_mismatches(shop) == []
             shop.orders.insert_one(ship(IDS[0]))
-            stage.settle()
+            harness.settle()
 
 
 def test_a_stream_whose_cursor_dies_again_and_again_asks_a_few_times_a_second(
-    small: Stage, deployment: Deployment
+    small: LiveHarness, deployment: Deployment
 ) -> None:
-    with faults.failing(deployment.servers[0], "getMore", 10_000, errorCode=43):
+    with faults.fail_command(deployment.servers[0], "getMore", 10_000, errorCode=43):
         before = asked(small.shop)
         small.update(2)
         assert asked(small.shop) - before < 20
@@ -404,11 +408,11 @@ def asked(shop: Database[Any]) -> int:
 
 
 def test_a_silent_stream_is_given_up(
-    small: Stage, deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+    small: LiveHarness, deployment: Deployment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("loyalty.live.watcher.STALL_TIMEOUT_SECONDS", 0.2)
     with (
-        faults.slowed(deployment.servers[0], "getMore", 3000),
+        faults.delay_command(deployment.servers[0], "getMore", 3000),
         pytest.raises(DatabaseUnavailable, match="silent"),
     ):
         small.update_until(lambda: False)
@@ -416,7 +420,7 @@ def test_a_silent_stream_is_given_up(
 
 
 def test_more_changes_than_can_wait_are_a_full_recount(
-    small: Stage, monkeypatch: pytest.MonkeyPatch
+    small: LiveHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("loyalty.live.watcher.MAX_PENDING", 50)
     small.shop.orders.insert_many([ship(ObjectId()) for _ in range(100)])
@@ -453,7 +457,7 @@ def test_the_stream_lets_through_only_what_may_change_a_count_and_only_ids(
 
 
 def test_the_heartbeat_comes_at_most_every_so_often_and_says_how_it_is_doing(
-    small: Stage, monkeypatch: pytest.MonkeyPatch
+    small: LiveHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert timedelta(seconds=10) == HEARTBEAT
     monkeypatch.setattr(service, "HEARTBEAT", timedelta(seconds=0.4))
@@ -471,7 +475,7 @@ def test_the_heartbeat_comes_at_most_every_so_often_and_says_how_it_is_doing(
 
 
 def test_the_heartbeat_is_one_document_that_status_reads(
-    small: Stage, command: Command, capsys: pytest.CaptureFixture[str]
+    small: LiveHarness, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small.update()
     found = small.shop.loyalty_recounts.find_one({"outcome": "live"}, {"_id": 0})
@@ -496,8 +500,9 @@ def test_the_heartbeat_is_one_document_that_status_reads(
     assert "NOT live: there is no heartbeat" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("pre_images")
 def test_check_config_says_whether_it_will_work_and_whether_pre_images_are_on(
-    small: Stage,
+    small: LiveHarness,
     command: Command,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,

@@ -13,21 +13,21 @@ from urllib.parse import quote_plus
 
 import pytest
 from conftest import MEMORY, ROOT
-from live_stage import live, make_index
+from live_harness import live, make_index
 from pymongo import MongoClient
 from pymongo.collection import Collection
 from pymongo.database import Database
-from test_faults import Stage, assert_ends_well, lines_with, role, staged
+from test_faults import FaultHarness, assert_ends_well, lines_with, role, start_harness
 
 from sandbox import faults
-from sandbox.faults import COUNTING, WRITING, Moment
+from sandbox.faults import COUNTING, WRITING, FaultPoint
 from sandbox.mongod import Deployment, wait_until
 from sandbox.service import Process
-from sandbox.shop import Shop, disagreements
+from sandbox.shop import Shop, find_mismatches
 
 Start = Callable[..., Process]
 
-WAITING = Moment("waiting", "waitWithPinnedCursorDuringGetMoreBatch", "orders")
+WAITING = FaultPoint("waiting", "waitWithPinnedCursorDuringGetMoreBatch", "orders")
 UPDATING = replace(WRITING, name="updating", skip=0)
 
 
@@ -51,74 +51,74 @@ def start(service: Start) -> Start:
 
 
 def wait_until_exact(shop: Database[Any]) -> None:
-    wait_until("exact points", lambda: not disagreements(shop))
+    wait_until("exact points", lambda: not find_mismatches(shop))
 
 
-def ship_all(stage: Stage) -> None:
+def ship_all(harness: FaultHarness) -> None:
     """Ship all paid orders, without a cursor of ours that could be held up."""
-    stage.shop.orders.update_many({"status": "Paid"}, {"$set": {"status": "Shipped"}})
+    harness.shop.orders.update_many({"status": "Paid"}, {"$set": {"status": "Shipped"}})
 
 
 @pytest.mark.xdist_group("frozen")
 @pytest.mark.size(1, deep=9)
 def test_when_the_primary_is_killed_live_updates_go_on_with_the_next(
-    three: Deployment, start: Start, size: int
+    three_node_cluster: Deployment, start: Start, size: int
 ) -> None:
-    moments = [WAITING, COUNTING, UPDATING] * size
-    for moment in random.sample(moments, size):
-        with staged(three) as stage, ExitStack() as stack:
-            stack.callback(faults.heal, three)
-            daemon = start(stage.uri)
-            primary = three.primary()
-            paused = faults.paused(primary, stage.database.name, moment)
+    points = [WAITING, COUNTING, UPDATING] * size
+    for point in random.sample(points, size):
+        with start_harness(three_node_cluster) as harness, ExitStack() as stack:
+            stack.callback(faults.recover, three_node_cluster)
+            daemon = start(harness.uri)
+            primary = three_node_cluster.primary()
+            paused = faults.pause_at(primary, harness.database.name, point)
             reached = stack.enter_context(paused)
-            ship_all(stage)
+            ship_all(harness)
             reached()
             primary.kill()
-            stage.shop.return_(20)
-            wait_until_exact(stage.database)
+            harness.shop.return_orders(20)
+            wait_until_exact(harness.database)
             assert daemon.stop() == 0
-            assert "Traceback" not in daemon.output, moment
+            assert "Traceback" not in daemon.output, point
 
 
 @pytest.fixture
-def stage(deployment: Deployment) -> Iterator[Stage]:
-    with staged(deployment, users=500, orders=2000) as stage:
-        make_index(stage.database)
-        yield stage
+def harness(deployment: Deployment) -> Iterator[FaultHarness]:
+    with start_harness(deployment, users=500, orders=2000) as harness:
+        make_index(harness.database)
+        yield harness
 
 
-@pytest.mark.parametrize("moment", [WAITING, COUNTING, UPDATING], ids=str)
+@pytest.mark.parametrize("point", [WAITING, COUNTING, UPDATING], ids=str)
 def test_sigterm_ends_live_updates_within_two_seconds(
-    stage: Stage, start: Start, moment: Moment
+    harness: FaultHarness, start: Start, point: FaultPoint
 ) -> None:
-    daemon = start(stage.uri)
-    with faults.paused(stage.deployment.servers[0], stage.database.name, moment) as reached:
-        ship_all(stage)
+    daemon = start(harness.uri)
+    with faults.pause_at(harness.deployment.servers[0], harness.database.name, point) as reached:
+        ship_all(harness)
         reached()
         assert_ends_well(daemon)
 
 
 @pytest.mark.size(1, deep=10)
 def test_two_services_at_once_of_which_one_is_killed_leave_everyone_right(
-    stage: Stage, start: Start, size: int
+    harness: FaultHarness, start: Start, size: int
 ) -> None:
     with ExitStack() as stack:
         # So many orders are taken back in so few seconds that the guard would hold updates back.
-        survivor = start(stage.uri, MAX_DECREASE_PERCENT="100")
+        survivor = start(harness.uri, MAX_DECREASE_PERCENT="100")
         for _ in range(size):
-            other = start(stage.uri, MAX_DECREASE_PERCENT="100")
+            other = start(harness.uri, MAX_DECREASE_PERCENT="100")
             stack.callback(other.kill)
-            ship_all(stage)
+            ship_all(harness)
             for n in range(40):
                 if n == 20:
                     other.kill()
-                stage.shop.ship(20)
-                stage.shop.return_(20)
-            wait_until_exact(stage.database)
+                harness.shop.ship_orders(20)
+                harness.shop.return_orders(20)
+            wait_until_exact(harness.database)
             # Whatever the other one has left on the server is done by now.
             time.sleep(0.2)
-            assert disagreements(stage.database) == []
+            assert find_mismatches(harness.database) == []
         assert len(lines_with("outcome=succeeded", survivor)) == 1
 
 
@@ -168,22 +168,22 @@ def test_a_standalone_server_is_one_warning_and_ordinary_recounts(
 ) -> None:
     with Deployment(replica_set=False, parent=MEMORY) as alone, alone.client() as client:
         Shop(client["shop"], random.Random(1)).fill(users=20, orders=100)
-        with live(alone, client["shop"]) as stage:
-            assert not stage.is_live
-            assert disagreements(stage.shop) == []
-            stage.update()
-            stage.recount()
+        with live(alone, client["shop"]) as harness:
+            assert not harness.is_live
+            assert find_mismatches(harness.shop) == []
+            harness.update()
+            harness.recount()
             assert sum("not_live" in line for line in caplog.messages) == 1
             assert "a standalone server has no change streams" in caplog.text
 
 
 @pytest.mark.xdist_group("auth")
 def test_without_permission_it_is_one_warning_and_live_at_the_next_recount_once_granted(
-    authenticating: Deployment, caplog: pytest.LogCaptureFixture
+    authenticated_deployment: Deployment, caplog: pytest.LogCaptureFixture
 ) -> None:
     name, _, plain = role()
     granted = role(create_index=True)[2]  # with all that stands there to be uncommented
-    with authenticating.client() as client, ExitStack() as stack:
+    with authenticated_deployment.client() as client, ExitStack() as stack:
         shop = client[name]
         stack.callback(client.drop_database, name)
         Shop(shop, random.Random(1)).fill(users=20, orders=100)
@@ -191,16 +191,16 @@ def test_without_permission_it_is_one_warning_and_live_at_the_next_recount_once_
         stack.callback(client.admin.command, "dropRole", "liveRole")
         client.admin.command("createUser", "live", pwd="x", roles=["liveRole"])
         stack.callback(client.admin.command, "dropUser", "live")
-        uri = authenticating.uri_for("live", quote_plus("x"), name)
-        stage = stack.enter_context(live(authenticating, shop, MONGODB_URI=uri))
-        assert not stage.is_live
-        stage.recount()
+        uri = authenticated_deployment.uri_for("live", quote_plus("x"), name)
+        harness = stack.enter_context(live(authenticated_deployment, shop, MONGODB_URI=uri))
+        assert not harness.is_live
+        harness.recount()
         (line,) = (line for line in caplog.messages if "not_live" in line)
         assert f"no permission for watch on {name}.orders" in line
         client.admin.command("updateRole", "liveRole", privileges=granted, roles=[])
-        stage.recount()
-        Shop(shop, random.Random(2)).ship(5)
-        stage.settle()
-        stage.update(0.1)
+        harness.recount()
+        Shop(shop, random.Random(2)).ship_orders(5)
+        harness.settle()
+        harness.update(0.1)
         assert shop.loyalty_recounts.count_documents({"outcome": "live"}) == 1
         assert "not_recorded" not in caplog.text

@@ -21,8 +21,8 @@ from loyalty.recount.counter import Count
 from loyalty.recount.tally import Tally
 from loyalty_microservice import main
 from sandbox.mongod import Deployment, wait_until
-from sandbox.service import Process, environment
-from sandbox.shop import count, disagreements
+from sandbox.service import Process, service_environment
+from sandbox.shop import count_points, find_mismatches
 
 ADA = ObjectId("66abcdefabcdefabcdefabcd")
 Start = Callable[..., Process]
@@ -43,7 +43,7 @@ def test_the_daemon_connects_recounts_at_once_and_again_until_it_is_stopped(
 ) -> None:
     daemon = service(MONGODB_URI=uri, RECOUNT_INTERVAL="2s")
     daemon.wait_for("outcome=succeeded")
-    assert disagreements(shop) == []
+    assert find_mismatches(shop) == []
     connected, taken, first = daemon.lines[:3]
     host = uri.split("//")[1].split("/")[0]
     assert f"INFO connected host={host} database={shop.name} " in connected
@@ -57,8 +57,8 @@ def test_the_daemon_connects_recounts_at_once_and_again_until_it_is_stopped(
     assert "stranger" not in daemon.output  # it may be an e-mail address
 
     shop.orders.update_many({"status": "Pending"}, {"$set": {"status": "Shipped"}})
-    assert disagreements(shop)
-    wait_until("the next recount", lambda: not disagreements(shop))
+    assert find_mismatches(shop)
+    wait_until("the next recount", lambda: not find_mismatches(shop))
     daemon.wait_for("changed=1 increased=1")
     assert daemon.stop() == 0
     assert daemon.lines[-1].endswith("INFO stopped signal=SIGTERM")
@@ -71,7 +71,7 @@ def test_the_daemon_connects_recounts_at_once_and_again_until_it_is_stopped(
 def test_ctrl_c_stops_it_too_and_a_second_signal_changes_nothing(uri: str, service: Start) -> None:
     daemon = service(MONGODB_URI=uri)
     daemon.wait_for("outcome=succeeded")
-    daemon.send(signal.SIGINT)
+    daemon.send_signal(signal.SIGINT)
     assert daemon.stop(signal.SIGINT) == 0
 
 
@@ -92,14 +92,14 @@ def test_the_environment_goes_before_the_env_file(
     file.touch(mode=0o600)
     file.write_text(f"MONGODB_URI={uri}\nORDER_STATUSES=Pending\nPOINTS_PER_ORDER=2\n")
     assert service("--once", "--env-file", str(file), ORDER_STATUSES="Shipped").wait() == 0
-    assert disagreements(shop, ("Shipped",), 2) == []
+    assert find_mismatches(shop, ("Shipped",), 2) == []
     # a URI, or the file of one, in the environment replaces either in the file
     uri_file = tmp_path / "uri"
     uri_file.write_text(uri)
     file.write_text("MONGODB_URI=mongodb://127.0.0.1:1\n")
     once = service("--once", "--env-file", str(file), MONGODB_URI_FILE=str(uri_file))
     assert once.wait() == 0
-    assert disagreements(shop) == []
+    assert find_mismatches(shop) == []
 
 
 def test_env_beside_the_program_is_read_wherever_it_is_started_from(
@@ -112,7 +112,7 @@ def test_env_beside_the_program_is_read_wherever_it_is_started_from(
     (tmp_path / ".env").chmod(0o644)
     once = service("--once", program=tmp_path / "loyalty_microservice.py")
     assert once.wait() == 0
-    assert disagreements(shop) == []
+    assert find_mismatches(shop) == []
     assert f"WARNING others can read {tmp_path / '.env'}" in once.output
 
 
@@ -226,7 +226,7 @@ def test_ids_that_look_like_expressions_are_ids(
     for text in ("$name", "$$ROOT", "$$foo"):
         assert command("--once", "--customer", text) == 0
         assert f"  '{text}'" in capsys.readouterr().out
-    assert disagreements(database) == []
+    assert find_mismatches(database) == []
 
 
 def test_a_shop_without_users_is_a_warning(
@@ -250,13 +250,13 @@ def test_whoever_reads_its_output_may_leave(
 ) -> None:
     close = {"stdout": ">&-", "stderr": "2>&-"}[ends]
     program = f"{sys.executable} {ROOT / 'loyalty_microservice.py'} --env-file /dev/null --once"
-    env = environment(MONGODB_URI=uri)
+    env = service_environment(MONGODB_URI=uri)
     ran = subprocess.run(
         ["sh", "-c", f"{program} {close}"], env=env, capture_output=True, text=True, check=False
     )
     assert ran.returncode == 0
     assert "Traceback" not in ran.stderr
-    assert disagreements(shop) == []
+    assert find_mismatches(shop) == []
     gone = subprocess.run(
         ["sh", "-c", f"({program}; echo exit $? >&2) | true"],
         env=env,
@@ -325,9 +325,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.xdist_group("auth")
 def test_not_being_allowed_to_record_is_one_warning_and_no_failure(
-    authenticating: Deployment, service: Start
+    authenticated_deployment: Deployment, service: Start
 ) -> None:
-    with authenticating.client() as client:
+    with authenticated_deployment.client() as client:
         client.oms_db.users.insert_one({"_id": 1})
         client.oms_db.orders.insert_one({"customer_id": 1, "status": "Shipped"})
         client.oms_db.create_collection("loyalty_recounts")
@@ -337,12 +337,12 @@ def test_not_being_allowed_to_record_is_one_warning_and_no_failure(
         ]
         client.admin.command("createRole", "loyalty", privileges=privileges, roles=[])
         client.admin.command("createUser", "svc", pwd="s3cr/et", roles=["loyalty"])
-        uri = authenticating.uri_for("svc", "s3cr/et")
+        uri = authenticated_deployment.uri_for("svc", "s3cr/et")
         daemon = service(MONGODB_URI=uri, RECOUNT_INTERVAL="1s", LOG_LEVEL="DEBUG")
         daemon.wait_for("outcome=succeeded", times=3)
         assert daemon.stop() == 0
-        assert count(client.oms_db) == {("number", 1): 1}
-        assert disagreements(client.oms_db) == []
+        assert count_points(client.oms_db) == {("number", 1): 1}
+        assert find_mismatches(client.oms_db) == []
         assert sum("WARNING not_recorded" in line for line in daemon.lines) == 1
         assert "no permission for insert on oms_db.loyalty_recounts" in daemon.output
         assert "s3cr" not in daemon.output

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from bson import ObjectId
 from conftest import ROOT, Command, settings_for
-from live_stage import live, make_index
+from live_harness import live, make_index
 from prometheus_client.parser import text_string_to_metric_families
 from pymongo.database import Database
 

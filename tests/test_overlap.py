@@ -8,7 +8,7 @@ import pytest
 
 from loyalty.concurrency import map_ordered
 from loyalty.errors import DatabaseUnavailable
-from sandbox.mongod import SECONDS
+from sandbox.mongod import DEADLINE_SECONDS
 
 
 def test_after_one_that_fails_none_is_begun() -> None:
@@ -37,7 +37,7 @@ def test_results_come_in_order_though_later_ones_are_done_before() -> None:
 
     def do(item: int) -> int:
         if item in (0, 8):  # the first waits for one that is well ahead of it
-            others_done.wait(SECONDS)
+            others_done.wait(DEADLINE_SECONDS)
         return item
 
     with map_ordered(do, iter(range(20)), 2, prefetch=8) as results:

@@ -16,7 +16,7 @@ from pymongo import MongoClient
 from config import declared
 from loyalty_microservice import main
 from sandbox.mongod import Deployment
-from sandbox.service import Process, environment
+from sandbox.service import Process, service_environment
 
 README = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -34,7 +34,7 @@ def test_every_python_snippet_runs_and_shows_the_points(
         for snippet in SNIPPETS:
             ran = subprocess.run(
                 [sys.executable, "-W", "error", "-c", snippet],
-                env=environment(MONGODB_URI=deployment.uri),
+                env=service_environment(MONGODB_URI=deployment.uri),
                 capture_output=True,
                 text=True,
                 check=False,

@@ -15,14 +15,14 @@ from config import load
 from loyalty.concurrency import ignore_progress
 from loyalty.recount.index import index_keys
 from loyalty.service import Service
-from sandbox.mongod import SECONDS, Deployment
-from sandbox.shop import disagreements
+from sandbox.mongod import DEADLINE_SECONDS, Deployment
+from sandbox.shop import find_mismatches
 
 QUICK = 0.05  # seconds of live updates
 
 
 @dataclass
-class Stage:
+class LiveHarness:
     """The shop, and the service after its first recount."""
 
     shop: Database[Any]
@@ -33,17 +33,17 @@ class Stage:
         self.service.run_between(seconds, ignore_progress)
 
     def update_until(self, ready: Callable[[], object]) -> None:
-        deadline = time.monotonic() + SECONDS
+        deadline = time.monotonic() + DEADLINE_SECONDS
         while not ready():
             assert time.monotonic() < deadline
             self.update()
 
     def settle(self) -> None:
         """Do live updates until everyone is right; fail after a while."""
-        deadline = time.monotonic() + SECONDS
-        while disagreements(self.shop) and time.monotonic() < deadline:
+        deadline = time.monotonic() + DEADLINE_SECONDS
+        while find_mismatches(self.shop) and time.monotonic() < deadline:
             self.update()
-        assert disagreements(self.shop) == []
+        assert find_mismatches(self.shop) == []
 
     def recount(self) -> str:
         return self.service.recount(ignore_progress)
@@ -54,7 +54,7 @@ class Stage:
 
 
 @contextmanager
-def live(deployment: Deployment, shop: Database[Any], **values: str) -> Iterator[Stage]:
+def live(deployment: Deployment, shop: Database[Any], **values: str) -> Iterator[LiveHarness]:
     """Let the service connect and recount, and disconnect it at the end."""
     uri = {"MONGODB_URI": deployment.uri_for(database=shop.name), "LIVE_UPDATES": "yes"}
     settings = load(uri | values)
@@ -62,7 +62,7 @@ def live(deployment: Deployment, shop: Database[Any], **values: str) -> Iterator
     try:
         service.connect()
         service.recount(ignore_progress)
-        yield Stage(shop, service)
+        yield LiveHarness(shop, service)
     finally:
         if service._live:
             service._live.close()

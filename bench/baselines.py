@@ -1,6 +1,6 @@
-"""What a shop could run instead, each as its author would write it: `python -m bench.rivals NAME`.
+"""Simple scripts that a shop could run instead of the service: `python -m bench.baselines NAME`.
 
-The address is in MONGODB_URI, as it is for the service.
+As for the service, MONGODB_URI is the address.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ SHIPPED: dict[str, Any] = {"$match": {"status": "Shipped"}}
 COUNT: dict[str, Any] = {"$group": {"_id": "$customer_id", "n": {"$sum": 1}}}
 
 
-def floor(database: Database[Any]) -> None:
-    """Count the orders of each customer, and nothing else: no recount can take less."""
+def count_only(database: Database[Any]) -> None:
+    """Count the orders of each customer and write nothing: a lower bound for every recount."""
     print(*database.orders.aggregate([SHIPPED, COUNT, {"$count": "customers"}]))
 
 
 def loop(database: Database[Any]) -> None:
-    """Find the orders, count in Python, update one user at a time."""
+    """Read the orders, count in Python, and update one user at a time."""
     orders = database.orders.find({"status": "Shipped"})
     counts = Counter(order["customer_id"] for order in orders)
     for customer, n in counts.items():
@@ -33,7 +33,7 @@ def loop(database: Database[Any]) -> None:
 
 
 def bulk(database: Database[Any]) -> None:
-    """Let the server count, and write everyone in one bulk_write."""
+    """Count on the server, and write all users in one bulk_write."""
     updates = [
         UpdateOne({"_id": ObjectId(row["_id"])}, {"$set": {"loyalty_points": row["n"]}})
         for row in database.orders.aggregate([SHIPPED, COUNT])
@@ -42,14 +42,14 @@ def bulk(database: Database[Any]) -> None:
 
 
 def merge(database: Database[Any]) -> None:
-    """Let the server do it all."""
+    """Count and write on the server."""
     points = {"_id": {"$toObjectId": "$_id"}, "loyalty_points": "$n"}
     into = {"into": "users", "whenMatched": "merge", "whenNotMatched": "discard"}
     database.orders.aggregate([SHIPPED, COUNT, {"$project": points}, {"$merge": into}])
 
 
-RIVALS: dict[str, Callable[[Database[Any]], None]] = {
-    "floor": floor,
+BASELINES: dict[str, Callable[[Database[Any]], None]] = {
+    "count_only": count_only,
     "loop": loop,
     "bulk": bulk,
     "merge": merge,
@@ -57,6 +57,6 @@ RIVALS: dict[str, Callable[[Database[Any]], None]] = {
 
 if __name__ == "__main__":
     client = MongoClient[Any](os.environ["MONGODB_URI"])
-    RIVALS[sys.argv[1]](client.get_default_database())
+    BASELINES[sys.argv[1]](client.get_default_database())
     sys.stdout.flush()
-    os._exit(0)  # as the service does: the driver's own exit takes half a second
+    os._exit(0)  # as the service does: the driver's exit handler takes half a second
