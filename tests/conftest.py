@@ -13,7 +13,6 @@ from pymongo import MongoClient
 from pymongo.database import Database
 
 from config import Settings, load
-from loyalty_microservice import main
 from sandbox import faults
 from sandbox.mongod import Deployment
 from sandbox.service import Process

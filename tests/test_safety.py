@@ -1,0 +1,251 @@
+"""The safety checks, each on both sides of its threshold; without a server."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from conftest import settings_for
+
+from loyalty.recount.safety import (
+    PreviousRecounts,
+    SafetyReport,
+    check_collections,
+    check_live_update,
+    check_statuses,
+    check_totals,
+    format_status,
+    is_failure,
+    normalize,
+)
+from loyalty.recount.tally import Totals
+
+URI = "mongodb://localhost/shop"
+SETTINGS = settings_for(URI)
+
+
+def healthy(**values: Any) -> Totals:
+    """Totals of a shop of 1,000 users in which nothing changes."""
+    usual: dict[str, Any] = {
+        "users": 1_000,
+        "users_with_points_before": 1_000,
+        "users_with_points_after": 1_000,
+        "users_with_a_value": 1_000,
+        "counted_orders": 5_000,
+    }
+    return Totals(**{**usual, **values})
+
+
+def check(
+    totals: Totals, previous: PreviousRecounts | None = None, **values: str
+) -> tuple[str, list[str]]:
+    """Return the refusal, "" for none, and the warnings."""
+    settings = settings_for(URI, **values)
+    report = check_totals(totals, settings, previous or PreviousRecounts())
+    return report.refusal or "", report.warnings
+
+
+def test_a_healthy_recount_is_neither_refused_nor_warned_about() -> None:
+    assert check(healthy(), PreviousRecounts(counted_orders=5_000)) == ("", [])
+
+
+@pytest.mark.parametrize(
+    ("holders", "losing", "percent", "is_refused"),
+    [
+        (9, 9, 0, False),  # fewer than 10 users
+        (10, 10, 90, True),
+        (1_000, 900, 90, False),  # exactly 90 %
+        (1_000, 901, 90, True),
+        (100, 10, 9, True),
+        (100, 9, 9, False),
+        (100, 100, 100, False),  # turned off
+    ],
+)
+def test_a_recount_is_refused_if_too_large_a_share_of_the_holders_would_lose_points(
+    holders: int, losing: int, percent: int, is_refused: bool
+) -> None:
+    totals = healthy(users_with_points_before=holders, decreased=losing)
+    refusal, _ = check(totals, MAX_DECREASE_PERCENT=str(percent))
+    assert bool(refusal) is is_refused
+    if is_refused:
+        assert f"{losing} of the {holders:,} users with points would lose some" in refusal
+        assert f"MAX_DECREASE_PERCENT={percent}" in refusal
+        assert refusal.endswith("--once --force")
+
+
+@pytest.mark.parametrize(
+    ("counted", "last", "is_refused"),
+    [
+        (49, 100, True),
+        (50, 100, False),  # exactly half
+        (0, 99, False),  # the last one had fewer than 100
+        (0, 100, True),
+        (96_641, 224_573, True),  # in the middle of a restore
+        (1, None, False),  # nothing is known
+    ],
+)
+def test_a_recount_is_refused_if_it_counts_less_than_half_of_the_last_successful_one(
+    counted: int, last: int | None, is_refused: bool
+) -> None:
+    refusal, _ = check(healthy(counted_orders=counted), PreviousRecounts(counted_orders=last))
+    assert ("less than half" in refusal) is is_refused
+
+
+def test_a_recount_without_any_user_is_refused() -> None:
+    assert "users holds no users" in check(Totals())[0]
+    assert check(healthy(users=1, users_with_points_before=0, users_with_a_value=0))[0] == ""
+
+
+@pytest.mark.parametrize(
+    ("counted", "unknown", "without", "is_refused"),
+    [(9, 9, 0, False), (10, 10, 0, True), (10, 0, 10, True), (10, 5, 5, True), (11, 10, 0, False)],
+)
+def test_a_recount_is_refused_if_no_counted_order_matches_a_user(
+    counted: int, unknown: int, without: int, is_refused: bool
+) -> None:
+    totals = healthy(
+        counted_orders=counted, orders_of_unknown_customers=unknown, orders_without_customer=without
+    )
+    assert ("no counted order matches a user" in check(totals)[0]) is is_refused
+
+
+@pytest.mark.parametrize(
+    ("values", "non_numeric", "is_refused"),
+    [(9, 9, False), (12, 10, True), (20, 10, False), (21, 11, True), (1_000, 500, False)],
+)
+def test_a_recount_is_refused_if_most_values_of_the_points_field_are_no_numbers(
+    values: int, non_numeric: int, is_refused: bool
+) -> None:
+    totals = healthy(users_with_a_value=values, non_numeric_values=non_numeric)
+    refusal, _ = check(totals)
+    assert ("hold no number" in refusal) is is_refused
+
+
+@pytest.mark.parametrize(
+    ("losing", "is_first", "words"),
+    [
+        (0, True, None),
+        (1, True, "1 of the 1,000 users with points lose some in the first recount"),
+        (1, False, None),
+        (100, False, None),  # exactly a tenth
+        (101, False, "101 of the 1,000 users with points lose some"),
+    ],
+)
+def test_users_who_lose_points_are_a_warning_in_the_first_recount_or_above_a_tenth(
+    losing: int, is_first: bool, words: str | None
+) -> None:
+    refusal, warnings = check(healthy(decreased=losing), PreviousRecounts(is_first=is_first))
+    assert (refusal, warnings) == ("", [words] if words else [])
+
+
+@pytest.mark.parametrize(
+    ("holders", "changed", "is_warned"),
+    [(9, 9, False), (10, 10, True), (1_000, 500, False), (1_000, 501, True)],
+)
+def test_more_than_half_of_the_holders_changing_is_a_warning(
+    holders: int, changed: int, is_warned: bool
+) -> None:
+    totals = healthy(users_with_points_before=holders, changed_holders=changed, increased=changed)
+    refusal, warnings = check(totals)
+    assert refusal == ""
+    assert any("POINTS_PER_ORDER" in warning for warning in warnings) is is_warned
+
+
+@pytest.mark.parametrize(
+    ("unknown", "without", "is_warned"), [(25, 25, False), (26, 25, True), (0, 51, True)]
+)
+def test_more_than_one_percent_of_orders_that_earn_nothing_is_a_warning(
+    unknown: int, without: int, is_warned: bool
+) -> None:
+    totals = healthy(orders_of_unknown_customers=unknown, orders_without_customer=without)
+    refusal, warnings = check(totals)
+    assert refusal == ""
+    assert any("earn nothing" in warning for warning in warnings) is is_warned
+
+
+def test_all_reasons_for_a_refusal_are_given_at_once() -> None:
+    totals = healthy(decreased=1_000, counted_orders=0)
+    refusal, _ = check(totals, PreviousRecounts(counted_orders=5_000))
+    assert "would lose some" in refusal
+    assert "less than half" in refusal
+
+
+@pytest.mark.parametrize(
+    ("failed", "users", "is_failed"),
+    [(9, 9, False), (10, 999, True), (10, 1_000, False), (11, 1_000, True), (500, 500, True)],
+)
+def test_a_recount_has_failed_if_more_than_one_percent_of_the_updates_failed(
+    failed: int, users: int, is_failed: bool
+) -> None:
+    assert is_failure(failed, users) is is_failed
+
+
+@pytest.mark.parametrize(
+    ("losing", "holders", "percent", "is_paused"),
+    [(9, 9, 90, False), (10, 99, 90, True), (10, 100, 90, False), (100, 100, 100, False)],
+)
+def test_live_updates_pause_above_a_tenth_of_the_holders(
+    losing: int, holders: int, percent: int, is_paused: bool
+) -> None:
+    settings = settings_for(URI, MAX_DECREASE_PERCENT=str(percent))
+    assert (check_live_update(losing, holders, settings) is not None) is is_paused
+
+
+def test_a_missing_collection_is_named_with_those_that_exist() -> None:
+    assert check_collections([], ["orders", "users"]) is None
+    refusal = check_collections(["shop.Orders"], ["orders", "users"]) or ""
+    assert "there is no collection shop.Orders" in refusal
+    assert "orders, users" in refusal
+    assert "none" in (check_collections(["shop.orders"], []) or "")
+
+
+def judge(*statuses: Any, **values: str) -> SafetyReport:
+    settings = settings_for(URI, **values)
+    return check_statuses([(status, 4) for status in statuses], settings)
+
+
+@pytest.mark.parametrize(
+    "stored",
+    ["shipped", "SHIPPED", "Shipped ", " ship ped", "Shipped\u200b", "\ufeffShipped", "Shipped\n"]
+    + ["Shipped\u00ad", "\uff33hipped", "Ship\u00a0ped", "Shipped\0"],
+)
+def test_a_status_that_differs_only_in_form_is_refused_and_shown_apart(stored: str) -> None:
+    report = judge("Pending", stored)
+    assert report.warnings == []
+    (refusal,) = report.refusals
+    assert "no order has status Shipped; found: Pending (4), " in refusal
+    assert f"{format_status(stored)} (4): correct ORDER_STATUSES" in refusal
+    assert format_status(stored) != "Shipped"
+    assert format_status(stored).isprintable()
+
+
+@pytest.mark.parametrize(("stored", "shown"), [(2, "2"), (2.0, "2.0")])
+def test_a_number_is_told_apart_from_the_string_of_its_digits(stored: Any, shown: str) -> None:
+    (refusal,) = judge(stored, ORDER_STATUSES=shown).refusals
+    assert f"no order has status '{shown}'; found: {shown} (4)" in refusal
+
+
+def test_other_unicode_forms_of_one_status_are_told_apart() -> None:
+    (refusal,) = judge("Envoye\u0301", ORDER_STATUSES="Envoy\u00e9").refusals
+    assert "no order has status Envoyé; found: 'Envoye\\u0301' (4)" in refusal
+
+
+def test_statuses_that_only_look_related_are_a_warning() -> None:
+    report = judge("Sent", None, "Ship")
+    assert report.refusals == []
+    assert report.warnings == ["no order has status Shipped; found: Sent (4), none (4), Ship (4)"]
+
+
+def test_a_status_field_that_no_order_has_is_refused() -> None:
+    (refusal,) = judge(None).refusals
+    assert "no order has a field status: is ORDER_STATUS_FIELD right?" in refusal
+
+
+def test_a_shop_without_orders_or_with_a_counted_one_passes() -> None:
+    assert judge() == SafetyReport()
+    assert judge("shipped", "Shipped") == SafetyReport()
+
+
+def test_normalizing_keeps_different_statuses_apart() -> None:
+    assert normalize("Shipped") == normalize("SHIP ped\u200d")
+    assert normalize("Shipped") != normalize("Unshipped")
