@@ -95,6 +95,6 @@ def of_check(
         "server": connection.server_version,
         "topology": connection.topology,
         "inexact": connection.snapshot_unsupported_reason or None,
-        "settings": settings.format_value(),
+        "settings": settings.to_dict(),
         "data": data,
     }

@@ -197,7 +197,7 @@ def print_settings(settings: Settings, connection: Connection, problem: str | No
             if connection.snapshot_unsupported_reason
             else "yes",
         ),
-        *((name, format_cell(value)) for name, value in settings.format_value().items()),
+        *((name, format_cell(value)) for name, value in settings.to_dict().items()),
         ("permissions", problem or "fine"),
     )
 

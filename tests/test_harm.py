@@ -25,7 +25,7 @@ from pymongo import MongoClient
 from pymongo.database import Database
 from test_recount import EDGES, ORDERS, USERS
 
-from config import declared
+from config import setting_specs
 from loyalty.errors import DatabaseUnavailable
 from loyalty.history import OWNER_FILTER, History
 from loyalty.mongo import connection as mongo
@@ -218,6 +218,7 @@ def test_a_user_who_refuses_the_update_makes_a_recount_incomplete_and_no_more(
 RANGES = {
     "POINTS_PER_ORDER": ("1", "1000000"),
     "RECOUNT_INTERVAL": ("1s", "366d"),
+    "RETENTION": ("1s", "3650d"),
     "COUNT_TIMEOUT": ("1s", "24d"),
     "COUNT_WORKERS": ("1", "16"),
     "MAX_DECREASE_PERCENT": ("0", "100"),
@@ -615,7 +616,7 @@ def test_up_down_and_all_else_add_up(
 
 
 def test_the_declared_ranges_are_the_tested_ones() -> None:
-    numbers = {s.name for s in declared().values() if re.fullmatch(r"\d+[a-z]?", s.default)}
+    numbers = {s.name for s in setting_specs().values() if re.fullmatch(r"\d+[a-z]?", s.default)}
     assert numbers <= RANGES.keys()
     assert timedelta(days=24) == settings_for("mongodb://h", COUNT_TIMEOUT="24d").count_timeout
 

@@ -55,7 +55,7 @@ def test_a_record_tells_what_a_recount_did(database: Database[Any], uri: str) ->
 
 
 def test_without_a_collection_nothing_is_recorded(database: Database[Any], uri: str) -> None:
-    settings = settings_for(uri, RECOUNTS_COLLECTION="")
+    settings = settings_for(uri, RECOUNTS_COLLECTION="none")
     with connect(settings, writing=True) as connection:
         run_recount(connection, settings, History(connection.recounts))
     assert "loyalty_recounts" not in database.list_collection_names()

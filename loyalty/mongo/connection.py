@@ -17,7 +17,7 @@ from pymongo.errors import OperationFailure
 from config import Settings
 from loyalty.errors import AuthenticationFailed, ConfigurationError, DatabaseUnavailable
 from loyalty.mongo.driver_errors import map_driver_errors
-from loyalty.mongo.uri import options_of, split_uri
+from loyalty.mongo.uri import parse_options, split_uri
 from loyalty.mongo.values import Document
 
 _CONNECT_SECONDS = 5  # one try; then it is logged and tried again
@@ -88,7 +88,7 @@ def connect(settings: Settings, *, writing: bool) -> Connection:
 
 def _auth_source_hint(uri: str) -> str:
     _, _, database, _ = split_uri(uri)
-    named = options_of(uri).get("authsource")
+    named = parse_options(uri).get("authsource")
     source = named or database or "admin"
     why, other = ", as authSource says" * bool(named), "NAME" if source == "admin" else "admin"
     return (
@@ -173,5 +173,5 @@ def _defaults(settings: Settings) -> dict[str, Any]:
         # The server ends a count at COUNT_TIMEOUT; silence beyond that is a dead connection.
         "socketTimeoutMS": min(settings.count_ms + 30_000, _LONGEST_SOCKET_TIMEOUT_MS),
     }
-    given = options_of(settings.mongodb_uri)
+    given = parse_options(settings.mongodb_uri)
     return {name: value for name, value in defaults.items() if name.lower() not in given}
