@@ -54,7 +54,7 @@ def pause(seconds: str) -> None:
     first, *tried = map(float, seconds.split(","))
     daemon.INITIAL_BACKOFF_SECONDS = first
     for connect_seconds in tried:
-        mongo._CONNECT_SECONDS = connect_seconds  # type: ignore[assignment]
+        mongo.CONNECT_TIMEOUT_SECONDS = connect_seconds
 
 
 def bugs(listed: str) -> None:
