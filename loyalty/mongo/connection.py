@@ -31,7 +31,7 @@ _MAX_SOCKET_TIMEOUT_MS = 999_999_999  # the driver takes no more
 
 # A URI is often shared with other programs, whose options must not weaken what the service relies
 # on: reads from the primary, snapshots, majority writes, and queries as long as COUNT_TIMEOUT.
-_OVERRIDDEN_OPTIONS = (
+OVERRIDDEN_OPTIONS = (
     "readPreference",
     "readPreferenceTags",
     "maxStalenessSeconds",
@@ -112,7 +112,7 @@ def connect(
         client.close()
         raise
     given = options_of(settings.mongodb_uri)
-    if overridden := [name for name in _OVERRIDDEN_OPTIONS if name.lower() in given]:
+    if overridden := [name for name in OVERRIDDEN_OPTIONS if name.lower() in given]:
         log.info("uri_options_overridden options=%s", ",".join(overridden))
     return connection
 
