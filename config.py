@@ -76,8 +76,6 @@ class Settings:
         duration(timedelta(days=3650)),
         "how long records and changes are kept, 1s to 3650d",
     )
-    changes: str = setting("CHANGES_COLLECTION", "loyalty_changes", collection, "the change log")
-    retention: timedelta = setting("RETENTION", "90d", duration(timedelta(days=3650)), "x")
     order_statuses: tuple[str, ...] = setting(
         "ORDER_STATUSES", "Shipped", statuses, "the statuses that earn points, separated by commas"
     )

@@ -212,7 +212,7 @@ def _customers(args: argparse.Namespace, settings: Settings, *, write: bool) -> 
 
 
 def _status(args: argparse.Namespace, settings: Settings) -> int:
-    with connect(settings, writing=False) as connection:
+    with connect(settings, verify=False) as connection:
         history, now = History(connection.recounts), datetime.now(UTC)
         records, heartbeat, age = history.newest(10), history.heartbeat(), history.age(now)
     if args.json:
@@ -249,7 +249,7 @@ def _check_config(args: argparse.Namespace, settings: Settings) -> int:
 
 
 def _create_index(args: argparse.Namespace, settings: Settings) -> int:
-    with connect(settings, writing=False) as connection:
+    with connect(settings, verify=False) as connection:
         name = create_index(connection.orders, settings)
         print(f"{connection.orders.full_name} has the index {name}")
     return Exit.OK

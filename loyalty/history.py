@@ -14,8 +14,9 @@ import pymongo
 from bson import ObjectId
 from pymongo.collection import Collection
 
-from loyalty.errors import ConfigurationError, DatabaseUnavailable, NoPermission, ServiceError
+from loyalty.errors import ConfigurationError, NoPermission, ServiceError
 from loyalty.mongo.driver_errors import map_driver_errors
+from loyalty.mongo.privileges import collection_type, require_privileges
 from loyalty.mongo.values import Document
 
 log = logging.getLogger("loyalty")
@@ -105,18 +106,18 @@ class History:
         name = self._collection.full_name
         hint = "RECOUNTS_COLLECTION must name a collection of its own, which need not exist"
         try:
+            kind = collection_type(self._collection.database, self._collection.name)
+            if kind not in (None, "collection"):
+                raise ConfigurationError(f"{name} is a {kind}")
             with map_driver_errors("find", self._collection):
                 foreign = self._collection.find_one(
                     {"recorded_by": {"$ne": OWNER_FILTER["recorded_by"]}}
                 )
             if foreign is not None:
                 raise ConfigurationError(f"{name} holds documents that are not this service's")
-            # The server looks at permissions first, and whether this is a view; then it turns down
-            # an _id that is an array, and an expiry that is negative.
-            with suppress(DatabaseUnavailable), map_driver_errors("insert", self._collection):
-                self._collection.insert_one({"_id": []})
-            with suppress(DatabaseUnavailable), map_driver_errors("createIndex", self._collection):
-                self._collection.create_index("finished_at", expireAfterSeconds=-1)
+            database = self._collection.database
+            wanted = {self._collection.name: ["insert", "createIndex"]}
+            require_privileges(database.client, database.name, wanted)
         except NoPermission as error:
             return str(error)
         except ConfigurationError as error:

@@ -57,7 +57,7 @@ def pause(seconds: str) -> None:
     policy = RetryPolicy(initial_seconds=first, max_seconds=300, jitter=0)
     daemon.Daemon = partial(daemon.Daemon, backoff=Backoff(policy))  # type: ignore[assignment,misc]
     for connect_seconds in tried:
-        mongo._CONNECT_SECONDS = connect_seconds  # type: ignore[assignment]
+        mongo.CONNECT_TIMEOUT_SECONDS = connect_seconds
 
 
 def bugs(listed: str) -> None:

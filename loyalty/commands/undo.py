@@ -6,8 +6,9 @@ import argparse
 import time
 from datetime import UTC, datetime
 
-from config import Settings
 from loyalty.commands.output import pluralize, print_json, print_line
+
+from config import Settings
 from loyalty.concurrency import ignore_progress
 from loyalty.errors import Exit
 from loyalty.history import History
