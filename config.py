@@ -96,6 +96,12 @@ class Settings:
     batch_size: int = setting(
         "BATCH_SIZE", "1000", whole_number(1, 100_000), "users in one write, 1 to 100,000"
     )
+    retention: timedelta = setting(
+        "RETENTION",
+        "90d",
+        duration(timedelta(days=3660)),
+        "how long records are kept; at most 3660d",
+    )
     log_level: str = setting(
         "LOG_LEVEL",
         "INFO",

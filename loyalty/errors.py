@@ -71,6 +71,10 @@ class RecountRefused(ServiceError):
     exit_code = Exit.REFUSED
 
 
+class ResyncRequired(ServiceError):
+    """Live updates cannot continue, and a full recount replaces them. Planned, not an error."""
+
+
 class BulkUpdateErrors(ServiceError):
     """Some operations of a bulk write failed, all others are done; `reasons` by position."""
 

@@ -51,7 +51,7 @@ def connect_and_verify(settings: Settings, *, writing: bool, recording: bool = T
                 Count(connection, settings, datetime.now(UTC)).count_customers([(nobody, [nobody])])
             )
         if writing and recording:
-            History(connection.recounts).check()
+            History(connection.recounts, settings).check()
     except BaseException:
         connection.client.close()
         raise
@@ -60,13 +60,13 @@ def connect_and_verify(settings: Settings, *, writing: bool, recording: bool = T
 
 @dataclass(frozen=True, kw_only=True)
 class RecountRequest:
-    """A recount that is wanted: of everyone, or of some `customers`; as of `at` or later."""
+    """A recount that is wanted: of everyone, or of some `customers`."""
 
     customers: Customers | None = None
-    at: Timestamp | None = None
+    not_before: Timestamp | None = None
     write: bool = True
     force: bool = False
-    guard: Callable[[Totals], str | None] | None = None
+    safety_check: Callable[[Totals], str | None] | None = None
     """Says why it is refused, in place of the guard of full recounts."""
 
 
@@ -143,9 +143,11 @@ def _count(
         recount = Tally(settings, changes.add)
         count = Count(connection, settings, result.started_at, on_progress)
         if task.customers is None:
-            rows = count.count_all(at=task.at, single_query=single_query)
+            rows = count.count_all(at=task.not_before, single_query=single_query)
         else:
-            rows = count.count_customers(task.customers, at=task.at, include_up_to_date=True)
+            rows = count.count_customers(
+                task.customers, at=task.not_before, include_up_to_date=True
+            )
         result.totals = recount.totals
         try:
             for row in rows:
@@ -171,8 +173,13 @@ def _count(
     )
     result.cluster_time = count.cluster_time if count.exact else None
     result.odd_forms = count.odd_forms if count.knows_odd_forms else None
+    result.has_mixed_case_ids = any(
+        text not in (text.lower(), text.upper())
+        for texts in count.odd_forms.values()
+        for text in texts
+    )
     result.has_customer_index = count.has_customer_index
-    result.refusal = task.guard(totals) if task.guard else recount.refusal()
+    result.refusal = task.safety_check(totals) if task.safety_check else recount.refusal()
     result.warning = recount.warning()
     if task.customers is None and not totals.counted_orders:
         reasons = [result.refusal, check_statuses(connection, settings)]

@@ -110,6 +110,8 @@ class Result:
     exact: bool = False
     odd_forms: dict[ObjectId, set[str]] | None = field(default_factory=dict)
     """The ids in capitals or mixed case, by customer; None if they are not known."""
+    has_mixed_case_ids: bool = False
+    """Whether a full recount met a hex id that is neither all lower nor all upper case."""
     has_customer_index: bool = False
     """Whether an index leads to the orders of one customer."""
     outcome: Outcome = "succeeded"
