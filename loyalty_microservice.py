@@ -155,7 +155,10 @@ def _once(args: argparse.Namespace, settings: Settings) -> int:
     metrics = Metrics(settings)
     with metrics.count_failures(), connect_and_verify(settings, writing=True) as connection:
         result = run_recount(
-            connection, settings, History(connection.recounts), RecountRequest(force=args.force)
+            connection,
+            settings,
+            History(connection.recounts, settings),
+            RecountRequest(force=args.force),
         )
     metrics.record_recount(result)
     if args.json:
@@ -205,7 +208,7 @@ def _customers(args: argparse.Namespace, settings: Settings, *, write: bool) -> 
 
 def _status(args: argparse.Namespace, settings: Settings) -> int:
     with connect(settings, writing=False) as connection:
-        history, now = History(connection.recounts), datetime.now(UTC)
+        history, now = History(connection.recounts, settings), datetime.now(UTC)
         records, heartbeat, age = history.newest(10), history.heartbeat(), history.age(now)
     if args.json:
         machine.print_json(machine.of_status(records, heartbeat, age, now, settings))
@@ -220,7 +223,7 @@ def _check_config(args: argparse.Namespace, settings: Settings) -> int:
     misplaced: ConfigurationError | None = None
     with connect_and_verify(settings, writing=True, recording=False) as connection:
         try:
-            problem = History(connection.recounts).check()
+            problem = History(connection.recounts, settings).check()
         except ConfigurationError as error:  # said at the end: the data may have other problems
             problem, misplaced = str(error), error
         not_live = live_updates_blocker(connection, settings) if settings.live_updates else None

@@ -35,7 +35,7 @@ from pymongo import MongoClient
 from pymongo.database import Database
 
 import loyalty_microservice
-from loyalty.history import OWNER_FILTER, RETENTION, History
+from loyalty.history import OWNER_FILTER, History
 from loyalty.mongo.connection import connect
 from loyalty.recount import counter as count_failures
 from loyalty.recount.counter import Count
@@ -128,9 +128,9 @@ def keep_expiring(stage: Stage) -> None:
     To make it takes every node: with one of them dead, each test would wait for it in vain.
     """
     stage.database["loyalty_recounts"].create_index(
-        "finished_at",
-        name="loyalty_records_expire",
-        expireAfterSeconds=int(RETENTION.total_seconds()),
+        "expires_at",
+        name="loyalty_expires_at",
+        expireAfterSeconds=0,
         partialFilterExpression=OWNER_FILTER,
     )
 
@@ -234,7 +234,7 @@ def test_whatever_happens_in_the_middle_of_a_range_the_recount_is_right(
             mock.patch.object(count_failures, "edges", return_value=cuts),
             mock.patch.object(Count, "_aggregate", ask_and_be_disturbed),
         ):
-            result = run_recount(connection, settings, History(connection.recounts))
+            result = run_recount(connection, settings, History(connection.recounts, settings))
     faults.heal(wide.deployment)
     assert result.exact
     assert next(asked) > 6
@@ -852,7 +852,7 @@ def test_a_missing_permission_for_the_record_is_one_warning(
     secured.allow_all_but("loyalty_recounts", action)
     daemon = service(MONGODB_URI=secured.uri, RECOUNT_INTERVAL="1s")
     daemon.wait_for("outcome=succeeded", times=3)
-    assert len(lines_with("not_recorded", daemon)) == 1
+    assert len(lines_with("record_write_failed", daemon)) == 1
     assert len(lines_with(f"no permission for {action} on oms_db.loyalty_recounts", daemon)) == 1
     assert disagreements(secured.database) == []
     assert daemon.stop() == 0

@@ -343,7 +343,7 @@ def test_not_being_allowed_to_record_is_one_warning_and_no_failure(
         assert daemon.stop() == 0
         assert count(client.oms_db) == {("number", 1): 1}
         assert disagreements(client.oms_db) == []
-        assert sum("WARNING not_recorded" in line for line in daemon.lines) == 1
+        assert sum("WARNING record_write_failed" in line for line in daemon.lines) == 1
         assert "no permission for insert on oms_db.loyalty_recounts" in daemon.output
         assert "s3cr" not in daemon.output
         check = service("--check-config", MONGODB_URI=uri)
