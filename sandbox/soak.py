@@ -254,8 +254,8 @@ class Soak:
             print(f"{name:30} {len(seconds):5} {mean:6.1f} {max(seconds):6.1f}")
         print(f"{'all':30} {sum(len(seconds) for _, seconds in rows):5}")
         said = {"recounts that succeeded": "outcome=succeeded", "that failed": "failed error="}
-        said |= {"counted again": "counting_again", "not recorded": "not_recorded"}
-        said |= {"live": " live since=", "no longer live": "live_ended"}
+        said |= {"counted again": "counting_again", "not recorded": "record_write_failed"}
+        said |= {"live": "live_updates_started", "no longer live": "live_updates_stopped"}
         print("; ".join(f"{name}: {log.count(text)}" for name, text in said.items()))
         share = 100 * self.right_at_once / max(self.compared, 1)
         print(
