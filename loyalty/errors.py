@@ -130,6 +130,10 @@ class TooManyFailedUpdates(ServiceError):
 
     exit_code = Exit.FINDINGS
 
+    def __init__(self, text: str, number: int) -> None:
+        super().__init__(text)
+        self.number = number
+
 
 class RecountNotFound(ServiceError):
     """The change log has no such recount."""

@@ -9,6 +9,8 @@ import sys
 import time
 from datetime import UTC, datetime
 
+log = logging.getLogger("loyalty")
+
 
 def log_to_stderr() -> None:
     """Set up logging: for the journal if that is where stderr goes, for people otherwise."""
@@ -23,6 +25,22 @@ def set_log_format(form: str) -> None:
     """Let the log be lines for people, or (`json`) objects for programs, from now on."""
     for handler in logging.getLogger().handlers:
         handler.setFormatter(_formatter(form))
+
+
+class WarnOnce:
+    """Log each event as a warning once, and again only after a `reset`."""
+
+    def __init__(self) -> None:
+        self._logged: set[str] = set()
+
+    def __call__(self, event: str, error: object) -> None:
+        if event not in self._logged:
+            self._logged.add(event)
+            log.warning('%s error="%s"', event, error, extra={"event": event})
+
+    def reset(self, event: str) -> None:
+        """Let the next warning of this event be logged: what it warned of works again."""
+        self._logged.discard(event)
 
 
 def _formatter(form: str) -> logging.Formatter:

@@ -72,11 +72,11 @@ def test_a_document_that_is_not_the_services_never_expires(
     assert list(shop.jobs.index_information()) == ["_id_"]
 
     assert command("--once", MONGODB_URI=uri) == 0
-    foreign = {"finished_at": LONG_AGO, "outcome": "succeeded"}  # comes into the records later
-    shop.loyalty_recounts.insert_many([foreign, {**OWNER_FILTER, "finished_at": LONG_AGO}])
-    expired = {**OWNER_FILTER, "finished_at": LONG_AGO}
+    foreign = {"expires_at": LONG_AGO, "outcome": "succeeded"}  # comes into the records later
+    shop.loyalty_recounts.insert_many([foreign, {**OWNER_FILTER, "expires_at": LONG_AGO}])
+    expired = {**OWNER_FILTER, "expires_at": LONG_AGO}
     wait_until("expiry", lambda: not shop.loyalty_recounts.count_documents(expired))
-    assert shop.loyalty_recounts.count_documents({"finished_at": LONG_AGO}) == 1
+    assert shop.loyalty_recounts.count_documents({"expires_at": LONG_AGO}) == 1
     assert shop.loyalty_recounts.count_documents(OWNER_FILTER) == 1
     assert shop.jobs.count_documents({}) == 5
 
@@ -242,7 +242,7 @@ def test_every_setting_works_at_both_ends_of_its_range(
         told = settings_for(deployment.uri, **values)
         with connect(told, writing=True) as connection:
             create_index(connection.orders, told)
-            run_recount(connection, told, History(connection.recounts))
+            run_recount(connection, told, History(connection.recounts, told))
         names = Names(points=told.points_field)
         assert find_mismatches(shop, ("Shipped",), told.points_per_order, names) == []
     finally:

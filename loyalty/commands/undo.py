@@ -50,7 +50,7 @@ def run(args: argparse.Namespace, settings: Settings) -> Exit:
                 written=result.restored,
             )
             fields = {"undone_recount": recount.id, "not_restored": result.not_restored}
-            history.write(build_record(undone, settings) | fields)
+            history.write(build_record(undone) | fields)
     if args.json:
         print_json(_to_json(recount, result, write=write))
     else:

@@ -42,7 +42,7 @@ def connect_and_verify(settings: Settings, *, writing: bool, recording: bool = T
                 lambda _: None, [(unused, [unused])]
             )
         if writing and recording:
-            History(connection.recounts).check()
+            History(connection.recounts, settings).check()
     except BaseException:
         connection.client.close()
         raise

@@ -89,11 +89,11 @@ def run_recount(
         result.error = str(error) if isinstance(error, ServiceError) else type(error).__name__
         result.seconds = time.monotonic() - clock
         if is_recorded:
-            history.write(build_record(result, settings))
+            history.write(build_record(result))
         raise
     result.seconds = time.monotonic() - clock
     if is_recorded:
-        history.write(build_record(result, settings))
+        history.write(build_record(result))
         log_result(result)
     return result
 
@@ -181,7 +181,7 @@ def _check(
 
 def _read_previous(history: History) -> PreviousRecounts:
     with suppress(ServiceError):
-        last = history.newest_success()
+        last = history.last_success()
         counted_orders = last["counted_orders"] if last else None
         return PreviousRecounts(is_first=history.is_empty(), counted_orders=counted_orders)
     return PreviousRecounts()
@@ -225,7 +225,7 @@ def _write(
     log.warning("failed_updates %s", text)
     log.debug("failed_updates users=%s", ", ".join(result.failed.sample))
     if is_failure(result.failed_updates, result.totals.users):
-        raise TooManyFailedUpdates(text)
+        raise TooManyFailedUpdates(text, result.failed_updates)
 
 
 def log_result(result: Result) -> None:
