@@ -12,10 +12,9 @@ from math import inf
 from bson import ObjectId, Timestamp
 
 from config import Settings
-from loyalty import report
 from loyalty.concurrency import ProgressCallback
 from loyalty.errors import ConfigurationError, DatabaseUnavailable, RecountRefused
-from loyalty.history import HEARTBEAT, History
+from loyalty.history import HEARTBEAT, Heartbeat, History
 from loyalty.live.events import PendingChanges
 from loyalty.live.watcher import ChangeStreamWatcher, open_watcher
 from loyalty.metrics import Metrics
@@ -83,7 +82,7 @@ class Service:
         self._last, self._losers = result, 0
         if self._live is not None and result.oldest_snapshot is not None:
             self._live.discard_until(result.oldest_snapshot)
-        return report.systemd_status(result)
+        return systemd_status(result)
 
     def _reconnect(self) -> Connection:
         try:
@@ -158,7 +157,7 @@ class Service:
             heartbeat = live.heartbeat()
             self._history.write_heartbeat(heartbeat)
             self._metrics.live(heartbeat.waiting, live.lag())
-            on_progress(report.status_of_live(heartbeat))
+            on_progress(status_of_live(heartbeat))
 
     def _recount_marked(
         self,
@@ -221,3 +220,23 @@ class Service:
             f"live updates would take points from {losers:,} of "
             f"{users_with_points_before:,} users in all"
         )
+
+
+def systemd_status(result: Result) -> str:
+    """Return how a recount went in a few words, for systemd."""
+    changed = f"{result.totals.changed:,} changed"
+    if refused := result.failed_updates:
+        changed += f", {counted(refused, 'user')} refused the update"
+    return f"recounted as of {result.as_of:%Y-%m-%d %H:%M:%S} UTC, {changed}"
+
+
+def status_of_live(heartbeat: Heartbeat) -> str:
+    """Return how live updates are doing in a few words, for systemd."""
+    since = f"live since {heartbeat.live_since:%Y-%m-%d %H:%M:%S} UTC"
+    return (
+        f"{since}, {counted(heartbeat.customers_updated, 'update')}, {heartbeat.waiting:,} waiting"
+    )
+
+
+def counted(n: int, thing: str) -> str:
+    return f"{n:,} {thing}" if n == 1 else f"{n:,} {thing}s"

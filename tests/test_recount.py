@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from pymongo import MongoClient
 
 from loyalty import concurrency as overlap
+from loyalty.commands.customer import orders_of
 from loyalty.errors import NoTempSpace
 from loyalty.history import History
 from loyalty.mongo.connection import Connection, connect
@@ -34,7 +35,6 @@ from loyalty.recount.index import Plan, create_index, index_keys, inspect_plan
 from loyalty.recount.partitions import Range, edges, ranges
 from loyalty.recount.pipeline import Scope, pipeline
 from loyalty.recount.runner import RecountRequest, run_recount
-from loyalty.recount.statuses import orders_of
 from loyalty.recount.tally import Result, Totals
 from sandbox.mongod import Deployment
 from sandbox.shop import Names, Shop, count, disagreements, key

@@ -12,13 +12,13 @@ from datetime import UTC, datetime
 from bson import ObjectId, Timestamp
 
 from config import Settings
-from loyalty import report
 from loyalty.concurrency import ProgressCallback, ignore_progress
 from loyalty.errors import DatabaseUnavailable, QueryTimeout, RecountRefused, ServiceError
 from loyalty.history import History
 from loyalty.mongo.connection import Connection, connect
 from loyalty.recount.counter import Count, Customers, TooManyOddForms
 from loyalty.recount.index import missing_index_hint
+from loyalty.recount.result_log import log_result
 from loyalty.recount.statuses import check_statuses
 from loyalty.recount.tally import Result, Tally, Totals
 from loyalty.recount.updates import Changes
@@ -122,7 +122,7 @@ def run_recount(
     result.seconds = time.monotonic() - clock
     if recorded:
         history.write(result)
-        report.log_result(result)
+        log_result(result)
     elif result.refusing.reasons:
         log.warning("incomplete %s", result.refusing)
     return result

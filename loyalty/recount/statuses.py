@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from config import Settings
 from loyalty.mongo.connection import Connection
 from loyalty.mongo.driver_errors import map_driver_errors
-from loyalty.recount.customer_ids import NO_CUSTOMER, Document, canonical, format_value
+from loyalty.recount.customer_ids import Document, format_value
 from loyalty.recount.index import COLLATION
 
 log = logging.getLogger("loyalty")
@@ -82,56 +82,3 @@ def shown_status(status: Any) -> str:
 
 def normalize(status: str) -> str:
     return "".join(status.split()).casefold()
-
-
-def orders_of(
-    connection: Connection, settings: Settings, customer: Any, forms: Sequence[Any]
-) -> list[tuple[Any, Any, int]]:
-    """Return a customer's orders by the form of the id and the status: how many there are.
-
-    `forms` find all orders of the canonical id, and may find others.
-    """
-    orders, status = connection.orders, settings.status_field
-    key = {"form": f"${settings.customer_field}", "status": f"${status}"}
-    with map_driver_errors("find", orders):
-        # To name every status makes the index's second field reachable; null is none, too.
-        every = {"$in": [*orders.distinct(status, collation=COLLATION), None]}
-        grouped: list[Document] = [
-            {"$match": {status: every, settings.customer_field: {"$in": list(forms)}}},
-            {"$group": {"_id": key, "n": {"$sum": 1}}},
-            {
-                "$match": {
-                    "$expr": {"$eq": [canonical("$_id.form", NO_CUSTOMER), {"$literal": customer}]}
-                }
-            },
-            {"$sort": {"n": -1, "_id": 1}},
-        ]
-        found = orders.aggregate(grouped, collation=COLLATION, maxTimeMS=settings.count_ms)
-        return [(row["_id"]["form"], row["_id"].get("status"), row["n"]) for row in found]
-
-
-class OrderBreakdown(NamedTuple):
-    """A customer's orders by the form of the id and the status; `why` there are no points."""
-
-    id: str
-    status: str
-    orders: int
-    points: int
-    why: str
-
-
-def explained(
-    settings: Settings, orders: Sequence[tuple[Any, Any, int]], *, user_exists: bool
-) -> list[OrderBreakdown]:
-    """Say of a customer's orders what they earn; `of_a_user`: whether the id refers to one."""
-    rows = []
-    for form, status, n in orders:
-        points, why = 0, ""
-        if not is_counted(status, settings):
-            why = f"only {' and '.join(settings.order_statuses)} counts"
-        elif not user_exists:
-            why = f"no user has the _id {format_value(form)}"
-        else:
-            points = n * settings.points_per_order
-        rows.append(OrderBreakdown(format_value(form), shown_status(status), n, points, why))
-    return rows

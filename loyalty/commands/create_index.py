@@ -1,0 +1,17 @@
+"""`--create-index`."""
+
+from __future__ import annotations
+
+import argparse
+
+from config import Settings
+from loyalty.errors import Exit
+from loyalty.mongo.connection import connect
+from loyalty.recount.index import create_index
+
+
+def run(args: argparse.Namespace, settings: Settings) -> int:
+    with connect(settings, writing=False) as connection:
+        name = create_index(connection.orders, settings)
+        print(f"{connection.orders.full_name} has the index {name}")
+    return Exit.OK
