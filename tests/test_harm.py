@@ -163,13 +163,13 @@ def test_taking_points_in_the_first_recount_or_from_more_than_a_tenth_is_a_warni
     database.users.insert_many([{"_id": n, "loyalty_points": 2} for n in range(100)])
     ship(database, *range(100), *range(97))
     assert command("--once") == 0
-    warning = "WARNING points_taken from {} of the 100 users with points"
-    assert warning.format(3) + ", as this is the first recount" in capsys.readouterr().err
+    warning = 'WARNING points_decrease reason="{} of the 100 users with points would lose some'
+    assert warning.format(3) + " in the first recount" in capsys.readouterr().err
     for n, warned in ((10, False), (11, True)):
         for customer in range(n):
             database.orders.delete_one({"customer_id": customer})
         assert command("--dry-run") == 1
-        assert (f"points from {n} of the 100 users" in capsys.readouterr().out) is warned
+        assert (f"Warning: {n} of the 100 users" in capsys.readouterr().out) is warned
         assert command("--once") == 0
         said = capsys.readouterr().err
         assert (warning.format(n) in said) is warned

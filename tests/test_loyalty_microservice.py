@@ -48,7 +48,7 @@ def test_the_daemon_connects_recounts_at_once_and_again_until_it_is_stopped(
     host = uri.split("//")[1].split("/")[0]
     assert f"INFO connected host={host} database={shop.name} " in connected
     assert taken.endswith(
-        "WARNING points_taken from 1 of the 1 user with points, as this is the first recount"
+        'WARNING points_decrease reason="1 of the 1 user with points would lose some in the first recount"'
     )
     assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ INFO recount outcome=succeeded ", first)
     assert " changed=2 increased=1 decreased=1 unknown_customers=1 " in first

@@ -140,7 +140,7 @@ def test_the_log_as_json_is_an_object_a_line_also_of_a_bug_and_of_wrong_settings
     assert command("--once", LOG_FORMAT="json") == 0
     lines = logged()
     events = [line["event"] for line in lines]
-    assert events == ["connected", "points_taken", "writing", "recount"]
+    assert events == ["connected", "points_decrease", "writing", "recount"]
     assert lines[2]["fields"].keys() == {"done", "total", "rate"}
     assert lines[-1]["fields"]["changed"] == 2
     monkeypatch.setattr(Tally, "refusal", lambda _: 1 / 0)

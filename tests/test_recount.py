@@ -319,8 +319,8 @@ def test_users_that_the_server_refuses_are_named_and_all_others_written(
 
     assert result.outcome == "incomplete"
     assert result.totals.changed == 10
-    assert re.search("refused: (3, 8|8, 3);", str(result.refusing))
-    assert "code 121, Document failed validation (2 times)" in str(result.refusing)
+    assert re.search("refused: (3, 8|8, 3);", str(result.failed))
+    assert "code 121, Document failed validation (2 times)" in str(result.failed)
     stored = {u["_id"]: u.get("loyalty_points") for u in shop.users.find()}
     assert stored == {n: None if n in (3, 8) else 1 for n in range(10)}
     shop.command("collMod", "users", validator={})

@@ -40,8 +40,8 @@ def print_dry_run(result: Result) -> None:
         print_table(_CHANGE, *((c.user, c.before, f"{c.after:,}") for c in ranked))
     if result.refusal:
         print(f"The guard would refuse this: {result.refusal}")
-    elif result.warning:
-        print(f"This would take points {result.warning}")
+    for warning in result.warnings:
+        print(f"Warning: {warning}")
 
 
 def of_dry_run(result: Result) -> Document:
@@ -50,7 +50,7 @@ def of_dry_run(result: Result) -> Document:
     return {
         **{name: value for name, value in of_recount(result).items() if name not in nothing},
         "refusal": result.refusal,
-        "warning": result.warning,
+        "warnings": result.warnings,
         "unknown_sample": result.totals.unknown_sample,
         "largest_changes": _changes(sorted(result.totals.largest, reverse=True)),
     }

@@ -29,5 +29,5 @@ def log_result(result: Result) -> None:
     if refused := result.failed_updates:
         log.warning(
             "incomplete %s of %s users refused the update, the others are written; %s",
-            *(f"{refused:,}", f"{totals.changed:,}", result.refusing),
+            *(f"{refused:,}", f"{totals.changed:,}", result.failed),
         )

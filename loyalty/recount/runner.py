@@ -105,12 +105,12 @@ def run_recount(
                     *(totals.non_numeric_values, settings.points_field, totals.other_value),
                 )
             if recorded and totals.decreased and history.is_empty():
-                result.warning = f"from {totals.losers}, as this is the first recount"
-            if recorded and result.warning:  # before it happens
-                log.warning("points_taken %s", result.warning)
+                result.warnings = [f"{totals.losers} would lose some in the first recount"]
+            for warning in result.warnings if recorded else []:  # before it happens
+                log.warning('points_decrease reason="%s"', warning)
             if task.write:
-                result.refusing = changes.write(connection.users, on_progress)
-        result.outcome = "incomplete" if result.refusing.reasons else "succeeded"
+                result.failed = changes.write(connection.users, on_progress)
+        result.outcome = "incomplete" if result.failed.reasons else "succeeded"
     except Exception as error:
         result.outcome = "refused" if isinstance(error, RecountRefused) else "failed"
         # The text of an exception that is not ours could hold anything.
@@ -123,8 +123,8 @@ def run_recount(
     if recorded:
         history.write(result)
         log_result(result)
-    elif result.refusing.reasons:
-        log.warning("incomplete %s", result.refusing)
+    elif result.failed.reasons:
+        log.warning("incomplete %s", result.failed)
     return result
 
 
@@ -173,7 +173,7 @@ def _count(
     result.odd_forms = count.odd_forms if count.knows_odd_forms else None
     result.has_customer_index = count.has_customer_index
     result.refusal = task.guard(totals) if task.guard else recount.refusal()
-    result.warning = recount.warning()
+    result.warnings = recount.warnings()
     if task.customers is None and not totals.counted_orders:
         reasons = [result.refusal, check_statuses(connection, settings)]
         result.refusal = "; ".join(filter(None, reasons)) or None

@@ -114,11 +114,11 @@ class Result:
     """Whether an index leads to the orders of one customer."""
     outcome: Outcome = "succeeded"
     totals: Totals = field(default_factory=Totals)
-    refusing: FailedUpdates = field(default_factory=FailedUpdates)
+    failed: FailedUpdates = field(default_factory=FailedUpdates)
     refusal: str | None = None
     """Why the guard would not let it through."""
-    warning: str | None = None
-    """What a person should know of it though it is let through."""
+    warnings: list[str] = field(default_factory=list)
+    """What the operator should know though it is not refused; each a sentence."""
     error: str | None = None
 
     @property
@@ -127,7 +127,7 @@ class Result:
 
     @property
     def failed_updates(self) -> int:
-        return self.refusing.reasons.total()
+        return self.failed.reasons.total()
 
 
 class Tally:
@@ -216,11 +216,11 @@ class Tally:
             "--once --force"
         )
 
-    def warning(self) -> str | None:
-        """Return what a person should know of this recount though it is not refused."""
+    def warnings(self) -> list[str]:
+        """Return what the operator should know of this recount though it is not refused."""
         totals = self.totals
         many = exceeds_share(totals.decreased, totals.users_with_points_before, FEW_PERCENT)
-        return f"from {totals.losers}" if many else None
+        return [f"{totals.losers} would lose some"] if many else []
 
 
 def exceeds_share(losers: int, users_with_points_before: int, percent: int) -> bool:
