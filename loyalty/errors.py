@@ -10,7 +10,6 @@ class Exit(IntEnum):
 
     OK = 0
     FINDINGS = 1  # a check found something, or users refused their update
-    USAGE = 2
     REFUSED = 65  # EX_DATAERR
     UNAVAILABLE = 69  # EX_UNAVAILABLE
     INTERNAL_ERROR = 70  # EX_SOFTWARE

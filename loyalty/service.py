@@ -226,17 +226,16 @@ def systemd_status(result: Result) -> str:
     """Return how a recount went in a few words, for systemd."""
     changed = f"{result.totals.changed:,} changed"
     if refused := result.failed_updates:
-        changed += f", {counted(refused, 'user')} refused the update"
+        changed += f", {pluralize(refused, 'user')} refused the update"
     return f"recounted as of {result.as_of:%Y-%m-%d %H:%M:%S} UTC, {changed}"
 
 
 def status_of_live(heartbeat: Heartbeat) -> str:
     """Return how live updates are doing in a few words, for systemd."""
     since = f"live since {heartbeat.live_since:%Y-%m-%d %H:%M:%S} UTC"
-    return (
-        f"{since}, {counted(heartbeat.customers_updated, 'update')}, {heartbeat.waiting:,} waiting"
-    )
+    updates = pluralize(heartbeat.customers_updated, "update")
+    return f"{since}, {updates}, {heartbeat.waiting:,} waiting"
 
 
-def counted(n: int, thing: str) -> str:
+def pluralize(n: int, thing: str) -> str:
     return f"{n:,} {thing}" if n == 1 else f"{n:,} {thing}s"

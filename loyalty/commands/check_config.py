@@ -1,131 +1,204 @@
-"""`--check-config`."""
+"""`--check-config`: settings, access, collections, index, statuses, and a count like `--dry-run`.
+
+It writes nothing. Everything that it prints is exact.
+"""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 from config import Settings
-from loyalty.commands.output import format_cell, format_sample, print_json, print_table
+from loyalty.commands.dry_run import dry_run_json, print_warnings
+from loyalty.commands.once import print_totals
+from loyalty.commands.output import (
+    flush_results,
+    format_cell,
+    pluralize,
+    print_json,
+    print_line,
+    print_table,
+)
 from loyalty.errors import ConfigurationError, Exit
-from loyalty.examine import PreflightReport, run_preflight
 from loyalty.history import History
 from loyalty.live.watcher import keeps_pre_images, live_updates_blocker
 from loyalty.metrics import Metrics
 from loyalty.mongo.connection import Connection
+from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.recount.customer_ids import Document
-from loyalty.recount.runner import connect_and_verify
-from loyalty.recount.statuses import is_counted, shown_status
+from loyalty.recount.index import array_conditions, inspect_plan
+from loyalty.recount.runner import RecountRequest, connect_and_verify, run_recount
+from loyalty.recount.statuses import (
+    MAX_STATUSES,
+    describe_uncounted,
+    format_status,
+    is_counted,
+    statuses,
+)
+from loyalty.recount.tally import Result
 
-_STATUSES = 10  # shown
+MAX_STATUSES_SHOWN = 10
+MAX_COLLECTIONS_SHOWN = 10
+
+StatusCounts = Sequence[tuple[Any, int]]
+"""The statuses that orders have and the number of orders, the most frequent first."""
 
 
-def run(args: argparse.Namespace, settings: Settings) -> int:
-    misplaced: ConfigurationError | None = None
+def run(args: argparse.Namespace, settings: Settings) -> Exit:
+    """Check everything and print it. The exit code is FINDINGS if there is a problem.
+
+    1. Connect, which checks the access to orders and users.
+    2. Check the records, live updates, the collections, the index and the statuses.
+    3. Count everything, as `--dry-run` does, unless a collection is missing.
+
+    Raises ServiceError.
+    """
+    unusable: ConfigurationError | None = None
     with connect_and_verify(settings, writing=True, recording=False) as connection:
         try:
-            problem = History(connection.recounts).check()
-        except ConfigurationError as error:  # said at the end: the data may have other problems
-            problem, misplaced = str(error), error
-        not_live = live_updates_blocker(connection, settings) if settings.live_updates else None
-        if not args.json:  # before the look at the data, which takes its time
-            print_settings(settings, connection, problem)
+            permissions = History(connection.recounts).check()
+        except ConfigurationError as error:  # raised at the end: there may be other problems
+            permissions, unusable = str(error), error
+        blocker = live_updates_blocker(connection, settings) if settings.live_updates else None
+        if not args.json:  # before the queries that read all orders, which take their time
+            _print_settings(settings, connection, permissions)
             if settings.live_updates:
-                print_live_updates_check(connection, not_live, keeps_pre_images(connection))
-        found = run_preflight(connection, settings)
-        found.problems += filter(None, [Metrics(settings).check()])
+                print_live_updates_check(connection, blocker, keeps_pre_images(connection))
+            flush_results()
+        index, found = _describe_index(connection, settings), statuses(connection, settings)
         if not args.json:
-            print_examination(found, settings)
-        elif not misplaced:
-            found.problems += [f"live updates will not work: {not_live}"] if not_live else []
-            print_json(of_check(settings, connection, problem, found))
-    if misplaced:
-        raise misplaced
-    return Exit.FINDINGS if problem or not_live or found.problems else Exit.OK
+            _print_orders(settings, index, found)
+            flush_results()
+        result, problems = _count_all(connection, settings, found)
+        if not args.json:
+            _print_count(result, problems)
+        elif not unusable:
+            problems += [f"live updates will not work: {blocker}"] if blocker else []
+            details = _details_json(connection, settings, found, result)
+            print_json(
+                {"problems": problems, "permissions": permissions, "index": index, **details}
+            )
+    if unusable:
+        raise unusable
+    return Exit.FINDINGS if problems or permissions or blocker else Exit.OK
 
 
-def print_settings(settings: Settings, connection: Connection, problem: str | None) -> None:
-    """Print what the service goes by, without credentials."""
+def _count_all(
+    connection: Connection, settings: Settings, found: StatusCounts
+) -> tuple[Result | None, list[str]]:
+    """Count everything unless a collection is missing; return the result and the problems."""
+    result, problems = None, _missing_collections(connection)
+    if not problems:
+        request = RecountRequest(write=False)
+        result = run_recount(connection, settings, History(None), request)
+    if result is not None and result.refusal:
+        problems.append(f"the safety check would refuse the recount: {result.refusal}")
+    elif found and not any(is_counted(status, settings) for status, _ in found):
+        problems.append(describe_uncounted(found, settings)[0])
+    problems += filter(None, [Metrics(settings).check()])
+    return result, problems
+
+
+def _missing_collections(connection: Connection) -> list[str]:
+    """Return a problem for each collection that does not exist, with the names that do."""
+    users, orders = connection.users, connection.orders
+    with map_driver_errors("listCollections", users.database):
+        # Listing the collections that the database user may read needs no permission.
+        existing = users.database.list_collection_names(authorizedCollections=True)
+    names = ", ".join(sorted(existing)[:MAX_COLLECTIONS_SHOWN]) or "none"
+    return [
+        f"there is no collection {collection.full_name}; this database has: {names}"
+        for collection in (users, orders)
+        if collection.name not in existing
+    ]
+
+
+def _describe_index(connection: Connection, settings: Settings) -> str:
+    """Return whether the index serves a recount, what to do, and which orders prevent it."""
+    plan, orders = inspect_plan(connection.orders, settings), connection.orders
+    if not plan.advice:
+        return "serves recounts"
+    fields = (settings.status_field, settings.customer_field)
+    arrays = {"$or": [condition for field in fields for condition in array_conditions(field)]}
+    with map_driver_errors("find", orders, if_too_slow="raise COUNT_TIMEOUT"):
+        number = orders.count_documents(arrays, maxTimeMS=settings.count_ms)
+    if not number:
+        return plan.advice
+    have = f"{pluralize(number, 'order')} {'has' if number == 1 else 'have'}"
+    return f"{plan.advice}; {have} an array in {' or '.join(fields)}: correct them first"
+
+
+def _print_settings(settings: Settings, connection: Connection, permissions: str | None) -> None:
+    """Print the settings, without credentials, and what the server allows."""
+    reason = connection.snapshot_unsupported_reason
     print_table(
         ("hosts", settings.hosts),
         ("server", f"{connection.server_version}, {connection.topology.replace('_', ' ')}"),
-        (
-            "one point in time",
-            f"no: {connection.snapshot_unsupported_reason}"
-            if connection.snapshot_unsupported_reason
-            else "yes",
-        ),
+        ("one snapshot", f"no: {reason}" if reason else "yes"),
         *((name, format_cell(value)) for name, value in settings.format_value().items()),
-        ("permissions", problem or "fine"),
+        ("permissions", permissions or "sufficient"),
     )
 
 
 def print_live_updates_check(
-    connection: Connection, problem: str | None, pre_images: bool | None
+    connection: Connection, blocker: str | None, pre_images: bool | None
 ) -> None:
-    """Print whether live updates will work, and what they will see at once."""
+    """Print whether live updates will work, and which changes they will see at once."""
     orders = connection.orders
-    switch = f"db.runCommand({{collMod: '{orders.name}', changeStreamPreAndPostImages: "
-    told = {
+    command = f"db.runCommand({{collMod: '{orders.name}', changeStreamPreAndPostImages: "
+    texts = {
         True: "on",
-        False: "off: deletes, and orders that go to another customer, wait for the next full "
-        f"recount; to switch them on: {switch}{{enabled: true}}}})",
-        None: "not known: that takes the permission listCollections",
+        False: "off: deleted orders, and orders that get another customer, wait for the next full "
+        f"recount; to switch them on: {command}{{enabled: true}}}})",
+        None: "unknown: to read the option takes the permission listCollections",
     }
     if not connection.pre_images:
-        told[False] = "none before MongoDB 6.0: deletes wait for the next full recount"
+        texts[False] = "none before MongoDB 6.0: deleted orders wait for the next full recount"
     print_table(
-        ("live updates", f"will NOT work: {problem}" if problem else "will work"),
-        ("pre-images", told[pre_images]),
+        ("live updates", f"will NOT work: {blocker}" if blocker else "will work"),
+        ("pre-images", texts[pre_images]),
     )
 
 
-def print_examination(found: PreflightReport, settings: Settings) -> None:
-    """Print what is known of the data, and what has to be put right."""
-    about = "about " if found.sampled else ""
-
-    def number(n: int | None) -> str:
-        return "not known; --dry-run counts them all" if n is None else f"{about}{n:,}"
-
-    print("The data" + (" (about: an estimate, from a sample)" if about else ""))
-    ids = ", ".join(f"{kind} {number(n)}" for kind, n in found.ids.items())
-    counts = {status: n for status, n in found.statuses if isinstance(status, str)}
-    missing = [(s, 0) for s in settings.order_statuses if s not in counts]
-    print_table(
-        ("users", number(found.users) + (f": _id is {ids}" if ids else "")),
-        ("orders", number(found.orders)),
-        *(
-            (f"  {shown_status(status)}", number(n) + (", counts" * is_counted(status, settings)))
-            for status, n in [*found.statuses[:_STATUSES], *missing]
-        ),
-        ("that count, without customer", number(found.orders_without_customer)),
-        (
-            "that count, of no user",
-            number(found.orders_of_unknown_customers) + format_sample(found.unknown_sample),
-        ),
-        ("users with points", number(found.users_with_points_before)),
-        ("who would lose some", number(found.decreased)),
-        (f"index {settings.status_field}, {settings.customer_field}", found.index or "not known"),
-    )
-    for problem in found.problems:
-        print(f"PROBLEM: {problem}")
+def _print_orders(settings: Settings, index: str, found: StatusCounts) -> None:
+    """Print the index, and the number of orders by status, the most frequent first."""
+    names = {status for status, _ in found if isinstance(status, str)}
+    absent = [(status, 0) for status in settings.order_statuses if status not in names]
+    shown = [*found[:MAX_STATUSES_SHOWN], *absent]
+    shown += [row for row in found[MAX_STATUSES_SHOWN:] if is_counted(row[0], settings)]
+    rows = []
+    for status, number in shown:
+        counted = ", counted" if is_counted(status, settings) else ""
+        rows.append((f"  {format_status(status)}", f"{number:,}{counted}"))
+    if hidden := len(found) + len(absent) - len(shown):
+        at_least = "at least " if len(found) == MAX_STATUSES else ""
+        rows.append((f"  {at_least}{hidden:,} other statuses", ""))
+    index_name = f"index {settings.status_field}, {settings.customer_field}"
+    print_table((index_name, index), ("orders by status", ""), *rows)
 
 
-def of_check(
-    settings: Settings, connection: Connection, problem: str | None, found: PreflightReport
+def _print_count(result: Result | None, problems: Sequence[str]) -> None:
+    if result is not None:
+        print_line("Full count, nothing is written")
+        print_totals(result, details=True)
+        print_warnings(result)
+    for problem in problems:
+        print_line(f"PROBLEM: {problem}")
+
+
+def _details_json(
+    connection: Connection, settings: Settings, found: StatusCounts, result: Result | None
 ) -> Document:
-    data = dataclasses.asdict(found)
-    data["statuses"] = [
-        {"status": shown_status(status), "orders": n, "counts": is_counted(status, settings)}
-        for status, n in found.statuses
-    ]
     return {
-        "problems": data.pop("problems"),
-        "permissions": problem,
         "hosts": settings.hosts,
         "server": connection.server_version,
         "topology": connection.topology,
-        "inexact": connection.snapshot_unsupported_reason or None,
+        "snapshot_unsupported_reason": connection.snapshot_unsupported_reason or None,
         "settings": settings.format_value(),
-        "data": data,
+        "statuses": [
+            {"status": format_status(s), "orders": n, "counted": is_counted(s, settings)}
+            for s, n in found
+        ],
+        "dry_run": dry_run_json(result) if result else None,
     }

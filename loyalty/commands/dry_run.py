@@ -1,60 +1,59 @@
-"""`--dry-run`: what a recount would change."""
+"""`--dry-run`: what a recount would change. It writes nothing."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 
 from config import Settings
 from loyalty.commands import customer
-from loyalty.commands.once import of_recount, print_totals
-from loyalty.commands.output import print_json, print_table
+from loyalty.commands.once import print_totals, result_json
+from loyalty.commands.output import print_json, print_line, print_table
 from loyalty.errors import Exit
 from loyalty.history import History
 from loyalty.recount.customer_ids import Document
 from loyalty.recount.runner import RecountRequest, connect_and_verify, run_recount
-from loyalty.recount.tally import Change, Result
-
-_CHANGE = ("user", "from", "to")
+from loyalty.recount.tally import Result
 
 
-def run(args: argparse.Namespace, settings: Settings) -> int:
+def run(args: argparse.Namespace, settings: Settings) -> Exit:
     if args.customer:
         return customer.run(args, settings, write=False)
     with connect_and_verify(settings, writing=False) as connection:
         result = run_recount(connection, settings, History(None), RecountRequest(write=False))
     if args.json:
-        print_json(of_dry_run(result))
+        print_json(dry_run_json(result))
     else:
-        print_dry_run(result)
-    return Exit.FINDINGS if result.totals.changed else Exit.OK
+        _print_result(result)
+    return Exit.FINDINGS if result.totals.changed or result.refusal else Exit.OK
 
 
-def print_dry_run(result: Result) -> None:
-    """Print what a recount would do, with its largest changes first."""
-    print("Dry run: nothing is written")
-    print_totals(result, names=True)
-    if result.totals.largest:
-        print("Largest changes")
-        ranked = sorted(result.totals.largest, reverse=True)
-        print_table(_CHANGE, *((c.user, c.before, f"{c.after:,}") for c in ranked))
+def _print_result(result: Result) -> None:
+    print_line("Dry run: nothing is written")
+    print_totals(result, details=True)
+    if largest := sorted(result.totals.largest, reverse=True):
+        print_line("Largest changes")
+        print_table(("user", "from", "to"), *((c.user, c.before, f"{c.after:,}") for c in largest))
+    print_warnings(result)
     if result.refusal:
-        print(f"The guard would refuse this: {result.refusal}")
+        print_line(f"The safety check would refuse this recount: {result.refusal}")
+
+
+def print_warnings(result: Result) -> None:
     for warning in result.warnings:
-        print(f"Warning: {warning}")
+        print_line(f"Warning: {warning}")
 
 
-def of_dry_run(result: Result) -> Document:
-    """Return what a recount would do; nothing has come of it."""
-    nothing = ("outcome", "error", "failed_updates")
+def dry_run_json(result: Result) -> Document:
+    """Return what a recount would change; it has no outcome."""
+    unused = ("outcome", "error", "failed_updates")
+    totals = result.totals
     return {
-        **{name: value for name, value in of_recount(result).items() if name not in nothing},
+        **{name: value for name, value in result_json(result).items() if name not in unused},
         "refusal": result.refusal,
         "warnings": result.warnings,
-        "unknown_sample": result.totals.unknown_sample,
-        "largest_changes": _changes(sorted(result.totals.largest, reverse=True)),
+        "unknown_sample": totals.unknown_sample,
+        "largest_changes": [
+            {"user": c.user, "from": c.before, "to": c.after}
+            for c in sorted(totals.largest, reverse=True)
+        ],
     }
-
-
-def _changes(changes: Sequence[Change]) -> list[Document]:
-    return [{"user": c.user, "from": c.before, "to": c.after} for c in changes]

@@ -1,4 +1,4 @@
-"""`--once`: one recount, and its totals."""
+"""`--once`: one recount, and what it counted."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 
 from config import Settings
 from loyalty.commands import customer
-from loyalty.commands.output import counted, format_cell, format_sample, print_json, print_table
+from loyalty.commands.output import format_cell, pluralize, print_json, print_line, print_table
 from loyalty.errors import Exit
 from loyalty.history import History, record_of
 from loyalty.metrics import Metrics
@@ -15,62 +15,61 @@ from loyalty.recount.runner import RecountRequest, connect_and_verify, run_recou
 from loyalty.recount.tally import Result, Totals
 
 
-def run(args: argparse.Namespace, settings: Settings) -> int:
+def run(args: argparse.Namespace, settings: Settings) -> Exit:
     if args.customer:
         return customer.run(args, settings, write=True)
     metrics = Metrics(settings)
     with metrics.count_failures(), connect_and_verify(settings, writing=True) as connection:
-        result = run_recount(
-            connection, settings, History(connection.recounts), RecountRequest(force=args.force)
-        )
+        history = History(connection.recounts)
+        result = run_recount(connection, settings, history, RecountRequest(force=args.force))
     metrics.record_recount(result)
     if args.json:
-        print_json(of_recount(result))
+        print_json(result_json(result))
     else:
-        print(f"Recount {result.outcome} in {result.seconds:.1f} s")
+        print_line(f"Recount {result.outcome} in {result.seconds:.1f} s")
         print_totals(result)
     return Exit.OK if result.outcome == "succeeded" else Exit.FINDINGS
 
 
-def print_totals(result: Result, *, names: bool = False) -> None:
-    """Print what a recount found; with `names`, ids of unknown customers, too."""
+def result_json(result: Result) -> Document:
+    """Return the record of a recount and the number of users."""
+    return {**record_of(result), "users": result.totals.users}
+
+
+def print_totals(result: Result, *, details: bool = False) -> None:
+    """Print what a recount counted; `details` adds ids of unknown customers."""
     totals = result.totals
     unknown = f"{totals.unknown_customers:,}"
     if totals.unknown_customers:
-        unknown += f" with {counted(totals.orders_of_unknown_customers, 'order')}"
-    if names:
-        unknown += format_sample(totals.unknown_sample)
+        unknown += f" with {pluralize(totals.orders_of_unknown_customers, 'order')}"
+    if details and totals.unknown_sample:
+        unknown += f", such as {', '.join(totals.unknown_sample)}"
     rows = [
         ("users", f"{totals.users:,}"),
+        ("users with points", f"{totals.users_with_points_before:,} before"),
         ("counted orders", f"{totals.counted_orders:,}"),
-        ("changed", _changed(totals)),
+        ("changed users", _describe_changes(totals)),
         ("unknown customers", unknown),
         ("orders without customer", f"{totals.orders_without_customer:,}"),
-        ("as of", f"{format_cell(result.as_of)} UTC ({_exactness(result)})"),
+        ("as of", f"{format_cell(result.as_of)} UTC ({_describe_snapshot(result)})"),
     ]
     if result.failed_updates:
-        rows.append(("refused the update", f"{result.failed_updates:,}"))
-    print_table(*rows)
+        rows.append(("failed updates", f"{result.failed_updates:,}"))
+    print_table(*(row for row in rows if details or row[0] != "users with points"))
 
 
-def _changed(totals: Totals) -> str:
-    parts = {
-        "up": totals.increased,
-        "down": totals.decreased,
-        "set to 0": totals.initialized_to_zero,
+def _describe_changes(totals: Totals) -> str:
+    kinds = {
+        "increased": totals.increased,
+        "decreased": totals.decreased,
+        "initialized to 0": totals.initialized_to_zero,
     }
-    parts["only in type"] = totals.changed - sum(parts.values())
-    kinds = [f"{n:,} {kind}" for kind, n in parts.items() if n or kind in ("up", "down")]
-    return f"{totals.changed:,} ({', '.join(kinds)})"
+    kinds["changed only in type"] = totals.changed - sum(kinds.values())
+    always = ("increased", "decreased")
+    parts = [f"{n:,} {kind}" for kind, n in kinds.items() if n or kind in always]
+    return f"{totals.changed:,} ({', '.join(parts)})"
 
 
-def _exactness(result: Result) -> str:
-    if result.exact:
-        # On an idle server that may be some seconds before the recount began.
-        return "one point in time: the last that a majority of the servers had confirmed"
-    return "not one point in time"
-
-
-def of_recount(result: Result) -> Document:
-    """Return the record of a recount, and the number of users."""
-    return {**record_of(result), "users": result.totals.users}
+def _describe_snapshot(result: Result) -> str:
+    # On an idle server the snapshot may be some seconds older than the start of the recount.
+    return "exact: one snapshot" if result.exact else "not exact: no single snapshot"

@@ -15,6 +15,7 @@ from typing import Any
 
 import bson
 from bson import Decimal128, ObjectId
+from bson.binary import UuidRepresentation
 from bson.codec_options import CodecOptions
 from bson.errors import InvalidBSON
 from bson.raw_bson import RawBSONDocument
@@ -28,6 +29,15 @@ NO_CUSTOMER: list[Any] = []
 # the server as they came.
 RAW: CodecOptions[RawBSONDocument] = CodecOptions(document_class=RawBSONDocument)
 _PLAIN: CodecOptions[dict[str, Any]] = CodecOptions()
+
+
+_INT64 = range(-(2**63), 2**63)
+_UUID_REPRESENTATIONS = (
+    UuidRepresentation.STANDARD,
+    UuidRepresentation.PYTHON_LEGACY,
+    UuidRepresentation.JAVA_LEGACY,
+    UuidRepresentation.CSHARP_LEGACY,
+)
 
 
 class _Unreadable:
@@ -67,22 +77,27 @@ def indexable_variants(customer: Any) -> list[Any]:
     return [customer]
 
 
-def parse_id_argument(text: str) -> list[tuple[Any, list[Any]]]:
-    """Return the canonical ids that `text` may mean, each with what finds all its forms.
+def all_variants(customer: Any) -> list[Any]:
+    """Return values for `$in` that find every form of a canonical id."""
+    return [customer, *any_case(customer)] if isinstance(customer, ObjectId) else [customer]
 
-    It may mean a text, a number, a UUID or an ObjectId.
+
+def parse_id_argument(text: str) -> list[Any]:
+    """Return the canonical ids that a command-line argument may stand for.
+
+    These are a string, a number, a UUID in each of its stored forms, or an ObjectId.
     """
     if ObjectId.is_valid(text):
-        own = ObjectId(text)
-        return [(own, [own, *any_case(own)])]
+        return [ObjectId(text)]
     ids: list[Any] = [text]
-    if re.fullmatch(r"-?[0-9]{1,18}", text):
+    if re.fullmatch(r"-?[0-9]{1,19}", text) and int(text) in _INT64:
         ids.append(int(text))
     elif re.fullmatch(r"-?[0-9]+\.[0-9]+", text):
         ids.append(float(text))
     elif re.fullmatch(r"[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}", text):
-        ids.append(bson.Binary.from_uuid(uuid.UUID(text)))
-    return [(own, [own]) for own in ids]
+        stored = [bson.Binary.from_uuid(uuid.UUID(text), form) for form in _UUID_REPRESENTATIONS]
+        ids += list(dict.fromkeys(stored))
+    return ids
 
 
 def any_case(customer: ObjectId) -> list[bson.Regex[str]]:

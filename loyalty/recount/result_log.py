@@ -1,4 +1,4 @@
-"""The log lines about a finished recount."""
+"""The log lines about a finished full recount."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ log = logging.getLogger("loyalty")
 
 
 def log_result(result: Result) -> None:
-    """Log one line about a recount, and a warning for whatever a person should look at."""
+    """Log one line about a recount, and a warning for each thing that needs attention."""
     totals = result.totals
     fields: dict[str, object] = {
         "outcome": result.outcome,
@@ -25,9 +25,9 @@ def log_result(result: Result) -> None:
     if totals.unknown_sample:  # at DEBUG only: an id may be an e-mail address
         log.debug('unknown_customers sample="%s"', ", ".join(totals.unknown_sample))
     if not totals.users:
-        log.warning("no_users found: are MONGODB_DATABASE and USERS_COLLECTION right?")
-    if refused := result.failed_updates:
+        log.warning("no_users are MONGODB_DATABASE and USERS_COLLECTION right?")
+    if result.failed_updates:
         log.warning(
-            "incomplete %s of %s users refused the update, the others are written; %s",
-            *(f"{refused:,}", f"{totals.changed:,}", result.failed),
+            'failed_updates count=%d changed=%d errors="%s"',
+            *(result.failed_updates, totals.changed, result.failed),
         )

@@ -38,10 +38,9 @@ class Spool:
             self._file.write(len(chunk).to_bytes(_LENGTH, "little") + chunk)
             self._file.flush()  # or a full disk would show up much later
         except OSError as error:
-            where = tempfile.gettempdir()
-            raise NoTempSpace(
-                f"cannot keep what was counted in {where}: {error.strerror}"
-            ) from error
+            # Not gettempdir(), which raises where no directory is usable.
+            where = f" in {tempfile.tempdir}" if tempfile.tempdir else ""
+            raise NoTempSpace(f"no temporary disk space{where}: {error.strerror}") from error
 
     def __iter__(self) -> Iterator[bytes]:
         self._file.seek(0)

@@ -42,22 +42,20 @@ def describe_uncounted(known: Sequence[tuple[Any, int]], settings: Settings) -> 
 
     It is one if some status differs from a counted one only in case or blanks, or none has any.
     """
-    listed = ", ".join(f"{shown_status(s)} ({n:,})" for s, n in known[:_SHOWN]) or "no orders"
+    listed = ", ".join(f"{format_status(s)} ({n:,})" for s, n in known[:_SHOWN]) or "no orders"
     ours = {normalize(status) for status in settings.order_statuses}
     mistaken = any(isinstance(status, str) and normalize(status) in ours for status, _ in known)
     if known and all(status is None for status, _ in known):
         return f"no order has a field {settings.status_field}: is ORDER_STATUS_FIELD right?", True
-    reason = f"no order has status {', '.join(settings.order_statuses)}; found: {listed}"
+    wanted = ", ".join(map(format_status, settings.order_statuses))
+    reason = f"no order has status {wanted}; found: {listed}"
     return reason + ": correct ORDER_STATUSES." * mistaken, mistaken
 
 
-def statuses(
-    connection: Connection, settings: Settings, *, sample: int = 0
-) -> list[tuple[Any, int]]:
+def statuses(connection: Connection, settings: Settings) -> list[tuple[Any, int]]:
     """Return the statuses of the orders and how many have each, the most frequent first."""
     orders = connection.orders
-    grouped: list[Document] = [{"$sample": {"size": sample}}] if sample else []
-    grouped += [
+    grouped: list[Document] = [
         {"$group": {"_id": f"${settings.status_field}", "n": {"$sum": 1}}},
         {"$sort": {"n": -1, "_id": 1}},
         {"$limit": MAX_STATUSES},
@@ -74,10 +72,16 @@ def is_counted(status: Any, settings: Settings) -> bool:
     return isinstance(status, str) and status in settings.order_statuses
 
 
-def shown_status(status: Any) -> str:
-    """Return a status for a person, in quotes where that makes a difference."""
-    plain = isinstance(status, str) and status == status.strip() != ""
-    return str(status) if plain else format_value(status)
+def format_status(status: Any) -> str:
+    """Return a status for a person: quoted and escaped unless it is a plain, visible string."""
+    if not isinstance(status, str):
+        return format_value(status)
+    is_plain = (
+        status.isprintable()
+        and status == status.strip() != ""
+        and not status.replace(".", "").isdigit()  # "2" must differ from the number 2
+    )
+    return status if is_plain else ascii(status)
 
 
 def normalize(status: str) -> str:

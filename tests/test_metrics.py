@@ -1,14 +1,11 @@
-"""What programs read: JSON on stdout, the log as JSON, metrics; as the README shows them."""
+"""METRICS_FILE: what is in it, and when it is written."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import stat
-import subprocess
-import sys
-from datetime import UTC, datetime, timedelta
+from datetime import UTC
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +16,11 @@ from live_stage import live, make_index
 from prometheus_client.parser import text_string_to_metric_families
 from pymongo.database import Database
 
-from loyalty import concurrency as overlap
 from loyalty import metrics as metrics_module
 from loyalty.concurrency import ignore_progress
-from loyalty.history import Heartbeat, History
 from loyalty.metrics import Metrics
 from loyalty.recount.tally import Tally
 from loyalty.service import Service
-from loyalty_microservice import main
 from sandbox.mongod import Deployment, wait_until
 
 README = (ROOT / "README.md").read_text()
@@ -42,140 +36,6 @@ def shop(database: Shop) -> Shop:
     orders = [(str(ADA), "Shipped"), (ADA, "Shipped"), ("stranger", "Shipped"), (ADA, "Pending")]
     database.orders.insert_many([{"customer_id": c, "status": s} for c, s in orders])
     return database
-
-
-def shape(value: Any) -> Any:
-    """Return the keys and types of a document; of a list, those of what it begins with."""
-    match value:
-        case dict():
-            return {name: shape(inner) for name, inner in value.items()}
-        case list():
-            return [shape(inner) for inner in value[:1]]
-        case str() if re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", value):
-            return "time"
-    return type(value).__name__
-
-
-def example(call: str) -> Any:
-    """Return the README's example of what a call prints."""
-    found = re.search(rf"`{call}`.*?```json\n(.*?)```", README, re.DOTALL)
-    assert found, call
-    return json.loads(found[1])
-
-
-def test_the_readmes_examples_have_the_keys_and_types_of_what_is_printed(
-    shop: Shop, command: Command, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def printed(code: int, *arguments: str, **settings: str) -> Any:
-        assert command("--json", *arguments, **settings) == code
-        return json.loads(capsys.readouterr().out)
-
-    dry = printed(1, "--dry-run")
-    assert shape(dry) == shape(example("--dry-run --json"))
-    assert dry["largest_changes"] == [
-        {"user": "'bob'", "from": "3", "to": 0},
-        {"user": str(ADA), "from": "none", "to": 2},
-    ]
-    one = printed(0, "--once", "--customer", str(ADA))
-    assert shape(one) == shape(example("--once --customer ID --json"))
-    nobody = printed(1, "--dry-run", "--customer", "nobody")
-    assert nobody == {"customers": [{"customer": "nobody", "orders": [], "users": []}]}
-    once = printed(0, "--once")
-    assert shape(once) == shape(example("--once --json"))
-    assert (once["outcome"], once["users"], once["changed"]) == ("succeeded", 2, 1)
-    assert "stranger" not in str(once)  # nor does the text name unknown customers
-    now = datetime.now(UTC)
-    assert abs(datetime.fromisoformat(once["finished_at"]) - now) < timedelta(minutes=1)
-    status = printed(0, "--status")
-    assert shape(status) == shape(example("--status --json"))
-    assert {**status["recounts"][0], "users": 2} == {**once, "seconds": pytest.approx(0, abs=60)}
-    check = printed(0, "--check-config", ORDER_STATUSES="Shipped,Sent")
-    assert shape(check) == shape(example("--check-config --json"))
-    assert check["settings"]["ORDER_STATUSES"] == ["Shipped", "Sent"]
-    assert "mongodb://" not in str(check)
-
-
-def test_a_program_sees_the_heartbeat_of_live_updates_as_the_readme_says(
-    shop: Shop, command: Command, capsys: pytest.CaptureFixture[str]
-) -> None:
-    now = datetime.now(UTC)
-    heartbeat = Heartbeat(
-        live_since=now, last_event=None, last_update=now, customers_updated=1, waiting=2
-    )
-    History(shop.loyalty_recounts).write_heartbeat(heartbeat)
-    assert command("--status", "--json") == 1  # no recount of everyone has succeeded
-    found = json.loads(capsys.readouterr().out)["heartbeat"]
-    (said,) = re.findall(r"`heartbeat`, once live updates have been\s+at work: (.*?)\)", README)
-    assert set(re.findall(r"`(\w+)`", said)) == found.keys()
-    assert (found["alive"], found["waiting"], found["last_event"]) == (True, 2, None)
-
-
-def test_a_program_gets_the_exit_codes_of_before_and_errors_on_stderr(
-    shop: Shop, command: Command, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert command("--status", "--json") == 1
-    status = json.loads(capsys.readouterr().out)
-    assert (status["fresh"], status["age_seconds"], status["recounts"]) == (False, None, [])
-    shop.users.insert_many([{"_id": n, "loyalty_points": 1} for n in range(20)])
-    assert command("--once", "--json") == 65
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert "would lose some" in said.err
-    for mode in ([], ["--create-index"]):
-        with pytest.raises(SystemExit) as caught:
-            main(["--json", *mode])
-        assert caught.value.code == 2
-
-
-def test_the_log_as_json_is_an_object_a_line_also_of_a_bug_and_of_wrong_settings(
-    shop: Shop,
-    command: Command,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    def logged() -> list[dict[str, Any]]:
-        return [json.loads(line) for line in capsys.readouterr().err.splitlines()]
-
-    monkeypatch.setattr(overlap, "REPORT_SECONDS", 0)
-    assert command("--once", LOG_FORMAT="json") == 0
-    lines = logged()
-    events = [line["event"] for line in lines]
-    assert events == ["connected", "points_decrease", "writing", "recount"]
-    assert lines[2]["fields"].keys() == {"done", "total", "rate"}
-    assert lines[-1]["fields"]["changed"] == 2
-    monkeypatch.setattr(Tally, "refusal", lambda _: 1 / 0)
-    assert command("--once", LOG_FORMAT="json") == 70
-    lines += logged()
-    assert (lines[-1]["level"], lines[-1]["event"]) == ("ERROR", "bug")
-    assert lines[-1]["traceback"].endswith("ZeroDivisionError: division by zero")
-    assert command("--once", LOG_FORMAT="json", BATCH_SIZE="x") == 78
-    lines += (wrong := logged())
-    assert {line["event"] for line in wrong} == {"configuration"}
-    (example,) = re.findall(r"```json\n(\{\"time.*\})\n```", README)
-    assert {tuple(line) for line in lines} == {tuple(json.loads(example))}
-
-
-def test_under_the_journal_each_object_has_its_priority_before_it() -> None:
-    program = """
-import os
-stderr = os.fstat(2)
-os.environ["JOURNAL_STREAM"] = f"{stderr.st_dev}:{stderr.st_ino}"
-import logging
-from loyalty.logs import log_to_stderr, set_log_format
-log_to_stderr(); set_log_format("json")
-log = logging.getLogger("loyalty")
-log.warning("two\\nlines")
-try: 1 / 0
-except ZeroDivisionError: log.exception("bug")
-logging.getLogger("pymongo").error("theirs")
-"""
-    ran = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
-    )
-    lines = ran.stderr.splitlines()
-    assert [line[:3] for line in lines] == ["<4>", "<3>", "<3>"]
-    events = [json.loads(line[3:])["event"] for line in lines]
-    assert events == ["two", "bug", "pymongo"]
 
 
 def samples(file: Path) -> dict[str, float]:
