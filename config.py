@@ -137,12 +137,6 @@ class Settings:
         whole_number(1, 100_000),
         "the number of users in one write, 1 to 100,000",
     )
-    retention: timedelta = setting(
-        "RETENTION",
-        "90d",
-        duration(timedelta(days=3660)),
-        "how long records are kept; at most 3660d",
-    )
     log_level: str = setting(
         "LOG_LEVEL",
         "INFO",

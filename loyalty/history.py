@@ -65,7 +65,7 @@ class History:
         self._settings = recorded_settings(settings) if settings else {}
         self._retention = settings.retention if settings else timedelta(0)
         self._target = {f"settings.{name}": self._settings.get(name) for name in _TARGET}
-        self._has_expiry_index = False
+        self._have_expiry_index: set[str] = set()
         self._last_id: Any = None
         self._warn_once = WarnOnce()
 
@@ -78,9 +78,7 @@ class History:
             self._warn_of_other_service(self._collection)
             with map_driver_errors("insert", self._collection):
                 self._last_id = self._collection.insert_one(record).inserted_id
-        if not self._has_expiry_index:
-            with self._warn_on_failure("expiry_index_failed"):
-                self._create_expiry_index(self._collection)
+        self.create_expiry_index(self._collection)
 
     def write_heartbeat(self, heartbeat: Heartbeat) -> None:
         """Replace this host's heartbeat for the target. A failure is one warning."""
@@ -108,15 +106,21 @@ class History:
             "expires_at": at + self._retention,
         }
 
-    def _create_expiry_index(self, collection: Collection[Any]) -> None:
-        with map_driver_errors("createIndex", collection):
+    def create_expiry_index(self, collection: Collection[Any]) -> None:
+        """Create the index by which documents expire, once. A failure is one warning."""
+        if collection.name in self._have_expiry_index:
+            return
+        with (
+            self._warn_on_failure("expiry_index_failed"),
+            map_driver_errors("createIndex", collection),
+        ):
             collection.create_index(
                 "expires_at",
                 name="loyalty_expires_at",
                 expireAfterSeconds=0,
                 partialFilterExpression=OWNER_FILTER,
             )
-        self._has_expiry_index = True
+            self._have_expiry_index.add(collection.name)
 
     def _warn_of_other_service(self, collection: Collection[Any]) -> None:
         """Warn if a service with other settings has recounted since our last record.
@@ -161,18 +165,9 @@ class History:
         """
         if self._collection is None:
             return None
-        name = self._collection.full_name
         hint = "RECOUNTS_COLLECTION must name a collection of its own, which need not exist"
         try:
-            kind = collection_type(self._collection.database, self._collection.name)
-            if kind not in (None, "collection"):
-                raise ConfigurationError(f"{name} is a {kind}")
-            with map_driver_errors("find", self._collection):
-                foreign = self._collection.find_one(
-                    {"recorded_by": {"$ne": OWNER_FILTER["recorded_by"]}}
-                )
-            if foreign is not None:
-                raise ConfigurationError(f"{name} holds documents that are not this service's")
+            require_own_collection(self._collection)
             database = self._collection.database
             wanted = {self._collection.name: ["insert", "createIndex"]}
             require_privileges(database.client, database.name, wanted)
@@ -220,6 +215,19 @@ class History:
         for found in self.newest(1, {"outcome": "live"}):
             return Heartbeat(**{name: found[name] for name in Heartbeat.__slots__})
         return None
+
+
+def require_own_collection(collection: Collection[Any]) -> None:
+    """Raise ConfigurationError if it is no collection, or holds documents of others."""
+    kind = collection_type(collection.database, collection.name)
+    if kind not in (None, "collection"):
+        raise ConfigurationError(f"{collection.full_name} is a {kind}")
+    with map_driver_errors("find", collection):
+        foreign = collection.find_one({"recorded_by": {"$ne": OWNER_FILTER["recorded_by"]}})
+    if foreign is not None:
+        raise ConfigurationError(
+            f"{collection.full_name} holds documents that are not this service's"
+        )
 
 
 def is_fresh(age: timedelta | None, interval: timedelta) -> bool:

@@ -227,7 +227,7 @@ def test_the_guard_refuses_a_mass_mistake_and_writes_nothing(
     assert (record["changed"], record["decreased"]) == (30, 30)
     assert "30 of the 30 users" in record["error"]
     assert command("--dry-run") == 1
-    assert "The guard would refuse this: 30 of the 30" in capsys.readouterr().out
+    assert "The safety check would refuse this recount: 30 of the 30" in capsys.readouterr().out
     assert command("--once", "--force") == 0
     assert find_mismatches(database) == []
     assert {u["loyalty_points"] for u in database.users.find()} == {0}

@@ -838,7 +838,7 @@ def test_the_role_is_enough_for_everything_but_making_the_index(
     for process in (checked, daemon, status, refused, made):
         assert_no_secret(process.output)
         assert "Traceback" not in process.output
-        assert len(lines_with("WARNING", process)) == len(lines_with("points_taken", process))
+        assert len(lines_with("WARNING", process)) == len(lines_with("points_decrease", process))
 
 
 @pytest.mark.xdist_group("auth")

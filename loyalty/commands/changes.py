@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from loyalty.commands.output import pluralize, print_json, print_line
-
 from config import Settings
+from loyalty.commands.output import pluralize, print_json, print_line
 from loyalty.errors import Exit
 from loyalty.history import History
 from loyalty.mongo.connection import connect

@@ -6,9 +6,8 @@ import argparse
 import time
 from datetime import UTC, datetime
 
-from loyalty.commands.output import pluralize, print_json, print_line
-
 from config import Settings
+from loyalty.commands.output import pluralize, print_json, print_line
 from loyalty.concurrency import ignore_progress
 from loyalty.errors import Exit
 from loyalty.history import History
