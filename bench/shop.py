@@ -26,7 +26,7 @@ from sandbox.shop import STATUSES, Document
 DATABASE = "oms_db"
 STATES = {
     "first": "first fill: no user has points yet",
-    "quiet": "quiet pass: all points are right",
+    "quiet": "quiet pass: all points are correct",
     "ordinary": "ordinary pass: 0.1 % of the customers changed",
 }
 _BATCH = 5_000
