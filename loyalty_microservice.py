@@ -8,10 +8,13 @@ import signal
 import sys
 
 
+def _is_daemon() -> bool:
+    return all(a.startswith("--env-file") for a in sys.argv[1:] if a.startswith("-"))
+
+
 def _exit_on_early_signal(number: int, _frame: object) -> None:
-    modes = [a for a in sys.argv[1:] if a.startswith("-") and not a.startswith("--env-file")]
     # A daemon that is told to stop has done so; of anything else, nobody is to think it is done.
-    asked_to_stop = number == signal.SIGTERM and not modes
+    asked_to_stop = number == signal.SIGTERM and _is_daemon()
     os._exit(0 if asked_to_stop else 128 + number)
 
 
@@ -19,12 +22,14 @@ def _exit_on_early_signal(number: int, _frame: object) -> None:
 if __name__ == "__main__":
     for _number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(_number, _exit_on_early_signal)
+    if _is_daemon():  # SIGHUP waits until the daemon runs, which then reloads its settings
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
 
 import argparse
 import io
 import logging
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 
 from config import VERSION, Settings, settings_help
@@ -43,6 +48,7 @@ from loyalty.recount.index import create_index
 from loyalty.recount.runner import RecountRequest, connect_and_verify, run_recount
 from loyalty.recount.statuses import explained, orders_of
 from loyalty.service import Service
+from loyalty.systemd import update_environment
 
 log = logging.getLogger("loyalty")
 
@@ -142,10 +148,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _daemon(args: argparse.Namespace, settings: Settings) -> int:
-    service = Service(settings, lambda: load_settings(args.env_file, ENV_FILE))
-    # The server ends a count at COUNT_TIMEOUT; after that every answer comes within a minute.
-    stall_timeout = settings.count_timeout + timedelta(minutes=2)
-    Daemon(service, interval=settings.recount_interval, stall_timeout=stall_timeout).run()
+    def reload_settings() -> Settings:
+        update_environment()
+        return load_settings(args.env_file, ENV_FILE)
+
+    service = Service(settings, reload_settings)
+    Daemon(service).run()
     return Exit.OK
 
 

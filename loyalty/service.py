@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from math import inf
 
 from bson import ObjectId, Timestamp
@@ -14,6 +14,7 @@ from bson import ObjectId, Timestamp
 from config import Settings
 from loyalty import report
 from loyalty.concurrency import ProgressCallback
+from loyalty.daemon import RecountOutcome
 from loyalty.errors import ConfigurationError, DatabaseUnavailable, RecountRefused
 from loyalty.history import HEARTBEAT, History
 from loyalty.live.events import PendingChanges
@@ -30,14 +31,15 @@ log = logging.getLogger("loyalty")
 _ODD_CUSTOMERS = 1_000  # each of which is looked for in 256 forms
 _QUIET = 1.0  # seconds without a change, after which a mass change has come to its end
 _NEVER = Timestamp(0, 0)
+REFUSED_RETRY_SECONDS = 600  # someone may correct the data meanwhile
 
 
 class Service:
     """Does the daemon's work; makes a new connection when the one it keeps is rejected."""
 
-    def __init__(self, settings: Settings, reload: Callable[[], Settings]) -> None:
+    def __init__(self, settings: Settings, load_settings: Callable[[], Settings]) -> None:
         self._settings = settings
-        self._reload = reload
+        self._load_settings = load_settings
         self._connection: Connection | None = None
         self._history = History(None)
         self._metrics = Metrics(settings)
@@ -49,6 +51,25 @@ class Service:
         self._held_at = -inf
         self._beat_at = 0.0
 
+    @property
+    def interval(self) -> timedelta:
+        return self._settings.recount_interval
+
+    @property
+    def stall_timeout(self) -> timedelta:
+        # The server ends a count at COUNT_TIMEOUT; after that every answer comes within a minute.
+        return self._settings.count_timeout + timedelta(minutes=2)
+
+    def reload(self) -> None:
+        """Read the settings again and connect with them at the next recount.
+
+        Raises ConfigurationError if one of them is wrong; then all the old ones stay.
+        """
+        self._settings = self._load_settings()
+        self._metrics = Metrics(self._settings)
+        self._stop_watching()
+        self._disconnect()
+
     def connect(self) -> Connection:
         """Connect, as the settings are. Raises ServiceError."""
         self._metrics.refresh_if_due()
@@ -56,7 +77,7 @@ class Service:
         self._history = History(self._connection.recounts)
         return self._connection
 
-    def recount(self, on_progress: ProgressCallback) -> str:
+    def recount(self, on_progress: ProgressCallback) -> RecountOutcome:
         """Recount everyone, and return how it went, for a person. Raises ServiceError."""
 
         def moving(progress: str) -> None:
@@ -71,23 +92,26 @@ class Service:
                 # over what is known to be newer.
                 task = RecountRequest(at=max(since, self._newest))
                 result = run_recount(connection, self._settings, self._history, task, moving)
-        except RecountRefused as error:  # to try again soon would not help; the next is on schedule
+        except RecountRefused as error:
             log.error("refused %s", error)
-            return f"refused: {error}"
+            return RecountOutcome(f"refused: {error}", REFUSED_RETRY_SECONDS)
         except ConfigurationError:
-            if self._connection is not None:
-                self._connection.client.close()
-                self._connection = None
+            self._disconnect()
             raise
         self._metrics.record_recount(result)
         self._last, self._losers = result, 0
         if self._live is not None and result.oldest_snapshot is not None:
             self._live.discard_until(result.oldest_snapshot)
-        return report.systemd_status(result)
+        return RecountOutcome(report.systemd_status(result))
+
+    def _disconnect(self) -> None:
+        if self._connection is not None:
+            self._connection.client.close()
+            self._connection = None
 
     def _reconnect(self) -> Connection:
         try:
-            self._settings = self._reload()  # the password may have changed, and the file with it
+            self._settings = self._load_settings()  # the password's file may have changed
         except ConfigurationError as error:
             raise ConfigurationError(str(error)) from error
         return self.connect()

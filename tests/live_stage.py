@@ -13,6 +13,7 @@ from pymongo.database import Database
 
 from config import load
 from loyalty.concurrency import ignore_progress
+from loyalty.daemon import RecountOutcome
 from loyalty.recount.index import index_keys
 from loyalty.service import Service
 from sandbox.mongod import SECONDS, Deployment
@@ -45,7 +46,7 @@ class Stage:
             self.update()
         assert disagreements(self.shop) == []
 
-    def recount(self) -> str:
+    def recount(self) -> RecountOutcome:
         return self.service.recount(ignore_progress)
 
     @property

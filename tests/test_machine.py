@@ -221,7 +221,7 @@ def test_metrics_tell_of_recounts_that_succeed_that_are_refused_and_that_fail(
     assert abs(second["loyalty_last_success_timestamp_seconds"] - as_of) < 60
 
     shop.users.insert_many([{"_id": n, "loyalty_points": 1} for n in range(20)])
-    assert service.recount(ignore_progress).startswith("refused")
+    assert service.recount(ignore_progress).status.startswith("refused")
     monkeypatch.setattr(Tally, "refusal", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         service.recount(ignore_progress)
