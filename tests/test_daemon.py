@@ -10,7 +10,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -188,9 +188,12 @@ def test_a_recount_can_ask_for_an_earlier_next_recount(seconds: float) -> None:
     assert scheduled.next_run - scheduled.last_run > timedelta(minutes=59)
 
 
-def test_a_recount_cannot_ask_for_a_later_next_recount() -> None:
-    job = FakeJob(lambda _: RecountOutcome("refused", retry_after_seconds=1000), interval=1)
-    run_until(job, lambda: job.count("recount") == 2)
+def test_a_recount_cannot_ask_for_a_later_next_recount(systemd: Callable[[], list[str]]) -> None:
+    job = FakeJob(lambda _: RecountOutcome("refused", retry_after_seconds=1e6), interval=1)
+    run_until(job, lambda: systemd() and job.count("recount") == 2)
+    (status, *_) = [message for message in systemd() if "refused" in message]
+    at = datetime.fromisoformat(status.split("next at ")[1].replace(" UTC", "+00:00"))
+    assert at < datetime.now(UTC) + timedelta(seconds=60)
 
 
 # Failures and backoff
@@ -272,6 +275,7 @@ def test_a_stop_signal_ends_the_daemon_while_a_recount_hangs(
     def script() -> None:
         wait_until("a recount", lambda: job.count("recount"))
         os.kill(os.getpid(), number)
+        wait_until("its end", lambda: "stopped signal=" in caplog.text)
 
     run(job, script)
     assert caplog.messages[-1] == f"stopped signal={number.name}"
