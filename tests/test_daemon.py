@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from bson import ObjectId
@@ -29,6 +29,7 @@ from sandbox.service import Process
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SHORT_PAUSES = RetryPolicy(initial_seconds=0.02, max_seconds=300, jitter=0)
+T = TypeVar("T")
 DOWN = DatabaseUnavailable("down")
 
 
@@ -53,20 +54,16 @@ class FakeJob:
         self._reload, self._run_between = reload, run_between
 
     def connect(self) -> None:
-        self._record("connect")
-        self._connect()
+        self._call("connect", self._connect)
 
     def recount(self, on_progress: ProgressCallback) -> RecountOutcome:
-        self._record("recount")
-        return self._recount(on_progress) or RecountOutcome("done")
+        return self._call("recount", self._recount, on_progress) or RecountOutcome("done")
 
     def reload(self) -> None:
-        self._record("reload")
-        self._reload()
+        self._call("reload", self._reload)
 
     def run_between(self, seconds: float, on_progress: ProgressCallback) -> None:
-        self._record("run_between")
-        self._run_between(seconds)
+        self._call("run_between", self._run_between, seconds)
 
     def count(self, name: str) -> int:
         return sum(called == name for called, _ in self.calls)
@@ -76,10 +73,18 @@ class FakeJob:
         """The calls in their order, without `run_between`."""
         return [name for name, _ in self.calls if name != "run_between"]
 
-    def _record(self, name: str) -> None:
-        if self.is_over.is_set():  # the test has ended, and the daemon has left its worker behind
-            threading.Event().wait()
+    def _call(self, name: str, function: Callable[..., T], *arguments: object) -> T:
+        self._stop_if_over()
         self.calls.append((name, time.monotonic()))
+        try:
+            return function(*arguments)
+        finally:
+            self._stop_if_over()
+
+    def _stop_if_over(self) -> None:
+        """Stop the worker that the daemon left behind: it would disturb the tests that follow."""
+        if self.is_over.is_set():
+            threading.Event().wait()
 
 
 @pytest.fixture(autouse=True)
