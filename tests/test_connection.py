@@ -137,9 +137,9 @@ def test_a_clock_that_differs_from_the_servers_is_warned_of(
 
 
 @pytest.fixture
-def allow(authenticating: Deployment) -> Iterator[Callable[..., str]]:
+def allow(authenticated_deployment: Deployment) -> Iterator[Callable[..., str]]:
     """Make a user with these privileges on `limited`, and return the URI with its login."""
-    with authenticating.client() as client:
+    with authenticated_deployment.client() as client:
         client.limited.users.insert_one({"_id": 1})
         client.limited.orders.insert_one({"customer_id": 1, "status": "Shipped"})
 
@@ -147,7 +147,7 @@ def allow(authenticating: Deployment) -> Iterator[Callable[..., str]]:
             entries = [{"resource": resource, "actions": done} for resource, done in privileges]
             client.admin.command("createRole", "limited", privileges=entries, roles=[])
             client.admin.command("createUser", "limited", pwd=PASSWORD, roles=["limited"])
-            return authenticating.uri_for("limited", PASSWORD, "limited")
+            return authenticated_deployment.uri_for("limited", PASSWORD, "limited")
 
         yield make
         client.admin.command("dropUser", "limited")
@@ -216,11 +216,11 @@ def test_a_missing_update_is_found_without_an_update(allow: Callable[..., str]) 
 @pytest.mark.xdist_group("auth")
 def test_a_monitoring_user_needs_nothing_but_find_on_the_records(
     allow: Callable[..., str],
-    authenticating: Deployment,
+    authenticated_deployment: Deployment,
     command: Command,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert command("--once", MONGODB_URI=authenticating.uri, MONGODB_DATABASE="limited") == 0
+    assert command("--once", MONGODB_URI=authenticated_deployment.uri, MONGODB_DATABASE="limited") == 0
     uri = allow((on("loyalty_recounts"), ["find"]))
     assert command("--status", MONGODB_URI=uri) == 0
     assert "succeeded" in capsys.readouterr().out

@@ -19,6 +19,7 @@ TOP = Path(__file__).resolve().parents[1]
 UNIT = "loyalty-microservice.service"
 PREFIX = "opt/loyalty-microservice"
 SETTINGS = "etc/loyalty-microservice/loyalty.env"
+MARKER = f"{PREFIX}/.installed-by-make"
 INSTALLED_UNIT = f"usr/local/lib/systemd/system/{UNIT}"
 
 # Stands in for a Python, where making a virtual environment each time would only take long.
@@ -86,6 +87,7 @@ def test_install_lays_the_service_with_its_pinned_requirements_for_every_user_to
     prefix = dest / PREFIX
     modules = {str(path.relative_to(TOP)) for path in _modules()}
     tops = {path.name for path in TOP.glob("*.py")} | {"loyalty", "requirements.txt", "venv"}
+    tops.add(Path(MARKER).name)
     assert {path.name for path in prefix.iterdir()} == tops
     assert {f"{PREFIX}/{name}" for name in modules} | {SETTINGS, INSTALLED_UNIT} <= _files(dest)
     roots_own = {dest / SETTINGS, (dest / SETTINGS).parent}
@@ -156,11 +158,46 @@ def test_an_upgrade_that_fails_leaves_the_old_version_whole(dest: Path, quick: s
     assert (dest / PREFIX / "venv/bin/python").exists()
 
 
-def test_uninstall_leaves_the_settings_and_what_is_not_ours(dest: Path, quick: str) -> None:
+def test_uninstall_keeps_the_settings_and_files_that_install_did_not_create(
+    dest: Path, quick: str
+) -> None:
     _make("install", f"DESTDIR={dest}", quick)
     (dest / PREFIX / "notes").touch()
-    _make("uninstall", f"DESTDIR={dest}")
-    assert _files(dest) == {SETTINGS, f"{PREFIX}/notes"}
+    for _ in range(2):  # also when it is repeated
+        _make("uninstall", f"DESTDIR={dest}")
+        assert _files(dest) == {SETTINGS, MARKER, f"{PREFIX}/notes"}
+    _make("install", f"DESTDIR={dest}", quick)
+    assert (dest / PREFIX / "loyalty_microservice.py").exists()
+
+
+@pytest.mark.parametrize("target", ["install", "uninstall"])
+@pytest.mark.parametrize("file", ["venv/bin/python", "app.py", "loyalty/module.py", ".hidden"])
+def test_a_directory_that_install_did_not_create_is_not_touched(
+    dest: Path, quick: str, target: str, file: str
+) -> None:
+    (dest / "srv" / file).parent.mkdir(parents=True)
+    (dest / "srv" / file).write_text("theirs", encoding="ascii")
+    done = _make(target, f"DESTDIR={dest}", quick, "PREFIX=/srv", check=False)
+    assert done.returncode == 2
+    assert done.stdout.startswith("PREFIX=/srv: is not empty, and make install did not create it")
+    assert _files(dest) == {f"srv/{file}"}
+    assert (dest / "srv" / file).read_text(encoding="ascii") == "theirs"
+
+
+def test_an_empty_directory_is_installed_to(dest: Path, quick: str) -> None:
+    (dest / "srv").mkdir(parents=True)
+    _make("install", f"DESTDIR={dest}", quick, "PREFIX=/srv")
+    assert (dest / "srv/loyalty_microservice.py").exists()
+    _make("uninstall", f"DESTDIR={dest}", quick, "PREFIX=/srv", "PURGE=1")
+    assert _files(dest) == set()
+
+
+def test_an_installation_that_failed_can_be_repeated(dest: Path, quick: str) -> None:
+    Path(quick.partition("=")[2]).chmod(0o644)
+    assert _make("install", f"DESTDIR={dest}", quick, check=False).returncode == 2
+    Path(quick.partition("=")[2]).chmod(0o755)
+    _make("install", f"DESTDIR={dest}", quick)
+    assert (dest / PREFIX / "venv/bin/python").exists()
 
 
 def test_purge_removes_the_settings_too_also_later(dest: Path, quick: str) -> None:

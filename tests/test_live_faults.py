@@ -17,7 +17,7 @@ from live_harness import live_service, make_index
 from pymongo import MongoClient
 from pymongo.collection import Collection
 from pymongo.database import Database
-from test_faults import LiveHarness, assert_ends_well, lines_with, role, staged
+from test_faults import LiveHarness, assert_ends_well, lines_with, role, start_harness
 
 from sandbox import faults
 from sandbox.faults import COUNTING, WRITING, FaultPoint
@@ -72,38 +72,38 @@ def ship_all(harness: LiveHarness) -> None:
 def test_when_the_primary_is_killed_live_updates_go_on_with_the_next(
     three_node_cluster: Deployment, start: Start, size: int
 ) -> None:
-    moments = [WAITING, COUNTING, UPDATING] * size
-    for moment in random.sample(moments, size):
-        with staged(three_node_cluster) as harness, ExitStack() as stack:
+    points = [WAITING, COUNTING, UPDATING] * size
+    for point in random.sample(points, size):
+        with start_harness(three_node_cluster) as harness, ExitStack() as stack:
             stack.callback(faults.recover, three_node_cluster)
             normalize_ids(harness.database)
             daemon = start(harness.uri)
             primary = three_node_cluster.primary()
-            pause_at = faults.pause_at(primary, harness.database.name, moment)
+            pause_at = faults.pause_at(primary, harness.database.name, point)
             reached = stack.enter_context(paused)
             ship_all(harness)
             reached()
             primary.kill()
-            harness.shop.return_(20)
+            harness.shop.return_orders(20)
             wait_until_exact(harness.database)
             assert daemon.stop() == 0
-            assert "Traceback" not in daemon.output, moment
+            assert "Traceback" not in daemon.output, point
 
 
 @pytest.fixture
 def harness(deployment: Deployment) -> Iterator[LiveHarness]:
-    with staged(deployment, users=500, orders=2000) as harness:
+    with start_harness(deployment, users=500, orders=2000) as harness:
         normalize_ids(harness.database)
         make_index(harness.database)
         yield harness
 
 
-@pytest.mark.parametrize("moment", [WAITING, COUNTING, UPDATING], ids=str)
+@pytest.mark.parametrize("point", [WAITING, COUNTING, UPDATING], ids=str)
 def test_sigterm_ends_live_updates_within_two_seconds(
-    harness: LiveHarness, start: Start, moment: FaultPoint
+    harness: LiveHarness, start: Start, point: FaultPoint
 ) -> None:
     daemon = start(harness.uri)
-    with faults.pause_at(harness.deployment.servers[0], harness.database.name, moment) as reached:
+    with faults.pause_at(harness.deployment.servers[0], harness.database.name, point) as reached:
         ship_all(harness)
         reached()
         assert_ends_well(daemon)
@@ -123,8 +123,8 @@ def test_two_services_at_once_of_which_one_is_killed_leave_everyone_right(
             for n in range(40):
                 if n == 20:
                     other.kill()
-                harness.shop.ship(20)
-                harness.shop.return_(20)
+                harness.shop.ship_orders(20)
+                harness.shop.return_orders(20)
             wait_until_exact(harness.database)
             # Whatever the other one has left on the server is done by now.
             time.sleep(0.2)
@@ -209,7 +209,7 @@ def test_without_permission_it_is_one_warning_and_live_at_the_next_recount_once_
         assert f"no permission for watch on {name}.orders" in line
         client.admin.command("updateRole", "liveRole", privileges=granted, roles=[])
         harness.recount()
-        Shop(shop, random.Random(2)).ship(5)
+        Shop(shop, random.Random(2)).ship_orders(5)
         harness.update_until_exact()
         harness.update(0.1)
         assert shop.loyalty_recounts.count_documents({"outcome": "live"}) == 1
