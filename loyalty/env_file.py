@@ -65,7 +65,7 @@ def read_env_file(path: Path) -> tuple[dict[str, str], list[str]]:
     """
     # python-dotenv's own loader only warns about a bad line; its parser tells which one it is.
     try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
+        with path.open(encoding="utf-8", newline="") as stream:
             lines = list(parse_stream(stream))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path}: cannot be read: {os_error_text(error)}") from None

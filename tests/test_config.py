@@ -288,6 +288,10 @@ def test_a_misspelt_name_is_a_problem_unless_the_setting_has_a_value(
         assert problems_in(env_file, environment) == [
             f"unknown setting {name}, did you mean {meant}?"
         ]
+    if meant != "CHANGES_COLLECTION":  # which an empty value sets to none
+        with env_file.open("a") as file:
+            file.write(f"{meant}=\n")
+        assert len(problems_in(env_file, {})) == 1
     assert not caplog.messages
     value = "INFO" if meant == "LOG_LEVEL" else "z"
     assert load_settings(env_file, NO_FILE, {meant: value})
@@ -476,6 +480,7 @@ def test_a_database_of_the_server_is_a_problem_unless_another_is_set() -> None:
         ("mongodb://u:p:w@h/d", "percent-encoded"),
         ("mongodb://u:p%w@h/d", "percent-encoded"),
         ("mongodb://u:1/w@h/d", "percent-encoded"),
+        ("mongodb://u:1/w@h", "percent-encoded"),
         ("mongodb://@h/d", "percent-encoded"),
         ("mongodb://h/?retryWritess=true", "'retryWritess'"),
         ("mongodb://h/?connectTimeoutMS=soon", "'connectTimeoutMS'"),
