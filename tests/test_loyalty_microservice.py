@@ -113,7 +113,7 @@ def test_env_beside_the_program_is_read_wherever_it_is_started_from(
     once = service("--once", program=tmp_path / "loyalty_microservice.py")
     assert once.wait() == 0
     assert disagreements(shop) == []
-    assert f"WARNING others can read {tmp_path / '.env'}" in once.output
+    assert f"others can read {tmp_path / '.env'}" in once.output
 
 
 def test_once_prints_a_summary_on_stdout(
