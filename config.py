@@ -159,15 +159,15 @@ def load(values: Mapping[str, str], problems: Iterable[str] = ()) -> Settings:
     Raises ConfigurationError with all problems at once, those that were known before included.
     """
     problems = list(problems)
-    given = {name: value for name, value in values.items() if value.strip()}
-    uri, uri_problems = read_uri(given)
-    given["MONGODB_URI"] = uri
+    nonempty = {name: value for name, value in values.items() if value.strip()}
+    uri, uri_problems = read_uri(nonempty)
+    nonempty["MONGODB_URI"] = uri
     in_uri = "" if uri_problems else split_uri(uri)[2]
-    given["MONGODB_DATABASE"] = given.get("MONGODB_DATABASE") or in_uri or "oms_db"
+    nonempty["MONGODB_DATABASE"] = nonempty.get("MONGODB_DATABASE") or in_uri or "oms_db"
     problems += uri_problems
     parsed: dict[str, Any] = {}
     for attribute, spec in setting_specs().items():
-        text = given.get(spec.name, spec.default)
+        text = nonempty.get(spec.name, spec.default)
         try:
             # Whitespace at the ends may belong to a status.
             parsed[attribute] = spec.parse(text if spec.parse is statuses else text.strip())
