@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +20,12 @@ from loyalty.errors import ConfigurationError
 ROOT = Path(__file__).parents[1]
 URI = "mongodb://localhost"
 NO_FILE = Path("/nonexistent/.env")
+
+
+@pytest.fixture(autouse=True)
+def initial_log_level() -> None:
+    """Undo what the settings of an earlier test did to the log."""
+    logging.getLogger("loyalty").setLevel(logging.INFO)
 
 
 @pytest.fixture
@@ -327,6 +334,26 @@ def test_the_name_of_another_program_is_only_a_warning(
         assert load_settings(env_file, NO_FILE, {}).hosts == "localhost"
         (message,) = caplog.messages
         assert message.startswith(f"unknown_setting name={name} ")
+
+
+def test_the_log_gets_the_level_and_the_format_of_the_settings(
+    env_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = logging.getLogger("loyalty")
+    for text, level in (
+        ("LOG_LEVEL=ERROR\nLOG_FORMAT=json", "ERROR"),
+        ("LOG_LEVEL=debug", "DEBUG"),
+    ):
+        env_file.write_text(f"MONGODB_URI={URI}\n{text}\n")
+        load_settings(env_file, NO_FILE, {})
+        assert logging.getLevelName(log.level) == level
+        log.critical("event")
+        assert caplog.handler.stream.getvalue().splitlines()[-1].startswith("{") == (
+            level == "ERROR"
+        )
+    env_file.write_text("LOG_LEVEL=ERROR\nLOG_FORMAT=json\n")
+    problems_in(env_file, {})
+    assert logging.getLevelName(log.level) == "DEBUG"
 
 
 def test_a_misspelt_uri_is_reported_beside_the_missing_one(env_file: Path) -> None:
