@@ -111,6 +111,19 @@ def test_the_readme_lists_every_page() -> None:
     assert listed == {*PAGES, "CONTRIBUTING.md", "CHANGELOG.md"} - {"README.md"}
 
 
+# One word for one thing: each of these has a standard term in the glossary.
+NONSTANDARD = (
+    r"\bguard\b|\bnobody\b|\bwhoever\b|\bcapitals\b|\bblanks?\b|\bin one piece\b|\bheld back\b|"
+    r"\bright points\b|\brefuses? (?:the|their|its) update|\bas above\b|\bof those\b|, too\b"
+)
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_a_page_uses_the_terms_of_the_glossary(page: str) -> None:
+    text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
+    assert re.findall(NONSTANDARD, text, re.IGNORECASE) == []
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_make_targets_and_settings_in_the_text_exist(page: str) -> None:
     makefiles = [ROOT / "Makefile", ROOT / "deploy/install.mk"]
@@ -330,9 +343,9 @@ def _logged_events() -> set[str]:
     """Return the event names in the source: the first word of a message, or `event`."""
     files = [*ROOT.glob("*.py"), *ROOT.glob("loyalty/**/*.py")]
     source = "".join(file.read_text(encoding="utf-8") for file in files)
-    call = r'log\.(?:debug|info|warning|error|exception)\(\s*f?["\']([a-z_]+)(?=[ "\'])(.*?\n)'
-    named = r'"event": "([a-z_]+)"'
-    return {event for event, _ in re.findall(call, source)} | set(re.findall(named, source))
+    functions = r"log\.(?:debug|info|warning|error|exception)|warn_once|warn_on_failure"
+    call = rf'(?:{functions})\(\s*f?["\']([a-z_]+)(?=[ "\'])'
+    return set(re.findall(call, source)) | set(re.findall(r'"event": "([a-z_]+)"', source))
 
 
 def test_the_table_of_log_events_has_every_event_that_is_logged() -> None:
@@ -347,6 +360,18 @@ def test_the_table_of_modules_has_every_module() -> None:
     folders = {entry for entry in table if entry.endswith("/")}
     assert {path for path in paths if not path.startswith(tuple(folders))} == table - folders
     assert all((ROOT / folder).is_dir() for folder in folders)
+
+
+@pytest.mark.xdist_group("oms_db")
+def test_the_table_of_record_fields_has_every_field(
+    shop: Database[Any], deployment: Deployment, service: Start
+) -> None:
+    assert service("--once", MONGODB_URI=deployment.uri).wait() == 0
+    record = shop.loyalty_recounts.find_one()
+    assert record
+    assert {_codes(row[0])[0] for row in _table("docs/json-and-metrics.md", "Records")} == set(
+        record
+    )
 
 
 # Measured numbers
@@ -370,6 +395,18 @@ def test_every_measured_number_is_in_the_results_beside_its_command() -> None:
     assert measured >= 20
     prose = re.sub(r"^\|.*\|$|`[^`]*`", "", "".join(sections), flags=re.MULTILINE)
     assert re.findall(r"\b[\d.]+ (?:s|ms|MB|GB)\b", prose) == []
+
+
+# Options of the connection string
+
+
+def test_the_table_of_uri_options_names_every_option_that_is_overridden() -> None:
+    rows = _table("docs/connections.md", "Options in the connection string")
+    overridden = [_codes(row[0])[0] for row in rows if row[1].startswith("overridden")]
+    source = (ROOT / "loyalty/mongo/connection.py").read_text(encoding="utf-8")
+    found = re.search(r"^OVERRIDDEN_OPTIONS = \((.*?)^\)", source, re.MULTILINE | re.DOTALL)
+    assert found
+    assert overridden == re.findall(r'"(\w+)"', found[1])
 
 
 # Privileges
