@@ -30,7 +30,7 @@ const privileges = [
   { resource: { db: database, collection: recounts }, actions: ["find", "insert", "createIndex"] },
   // find is for --changes, --customer and --undo.
   { resource: { db: database, collection: changes }, actions: ["find", "insert", "createIndex"] },
-  // Shows whether a name is a collection or a view, and whether pre-images are on.
+  // Optional: shows whether pre-images are on, see docs/live-updates.md.
   { resource: { db: database, collection: "" }, actions: ["listCollections"] },
 ];
 

@@ -416,12 +416,14 @@ COLLECTIONS = ("orders", "users", "loyalty_recounts", "loyalty_changes", "")
 PASSWORD = "secret"
 
 
-def _required(cells: list[str]) -> dict[str, set[str]]:
-    """Return the actions by collection; those in parentheses are optional."""
-    return {
-        collection: set(_codes(re.sub(r"\(.*?\)", "", cell)))
-        for collection, cell in zip(COLLECTIONS, cells, strict=True)
-    }
+def _actions(cells: list[str]) -> dict[str, set[str]]:
+    """Return the actions by collection, the optional ones included."""
+    return {name: set(_codes(cell)) for name, cell in zip(COLLECTIONS, cells, strict=True)}
+
+
+def _required_actions(cells: list[str]) -> dict[str, set[str]]:
+    """Return the actions by collection, without those in parentheses."""
+    return _actions([re.sub(r"\(.*?\)", "", cell) for cell in cells])
 
 
 @pytest.fixture(scope="module")
@@ -440,7 +442,7 @@ def test_the_privileges_in_the_table_are_enough(
     row: list[str], secured: Deployment, service: Start
 ) -> None:
     """Each command works, and warns about nothing, with exactly the documented privileges."""
-    required = _required(row[1:])
+    required = _required_actions(row[1:])
     privileges = [
         {"resource": {"db": "oms_db", "collection": collection}, "actions": sorted(actions)}
         for collection, actions in required.items()
@@ -478,7 +480,7 @@ def test_the_role_has_the_privileges_of_the_daemon() -> None:
     ):
         group = optional if comment else active
         group.setdefault(names[name], set()).update(re.findall(r'"(\w+)"', actions))
-    documented = {row[0]: _required(row[1:]) for row in PRIVILEGES}
+    documented = {row[0]: _actions(row[1:]) for row in PRIVILEGES}
     assert active == documented["daemon"]
     live = documented["daemon with `LIVE_UPDATES=yes`"]
     create_index = documented["`--create-index`"]
