@@ -220,7 +220,9 @@ def test_a_monitoring_user_needs_nothing_but_find_on_the_records(
     command: Command,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert command("--once", MONGODB_URI=authenticated_deployment.uri, MONGODB_DATABASE="limited") == 0
+    assert (
+        command("--once", MONGODB_URI=authenticated_deployment.uri, MONGODB_DATABASE="limited") == 0
+    )
     uri = allow((on("loyalty_recounts"), ["find"]))
     assert command("--status", MONGODB_URI=uri) == 0
     assert "succeeded" in capsys.readouterr().out
