@@ -484,16 +484,16 @@ def test_the_heartbeat_is_one_document_that_status_reads(
     small.update()
     assert small.shop.loyalty_recounts.count_documents({"outcome": "live"}) == 1
     assert command("--status", LIVE_UPDATES="yes") == 0
-    assert "Live: since" in capsys.readouterr().out
+    assert "Live updates: running since" in capsys.readouterr().out
     old = {"at": datetime.now(UTC) - timedelta(minutes=5)}
     small.shop.loyalty_recounts.update_one({"outcome": "live"}, {"$set": old})
     command("--status", LIVE_UPDATES="yes")
-    assert "NOT live: the last heartbeat was 5m ago" in capsys.readouterr().out
+    assert "Live updates: NOT running, the last heartbeat was 5m ago" in capsys.readouterr().out
     command("--status")
     assert "live" not in capsys.readouterr().out.lower()
     small.shop.loyalty_recounts.delete_many({"outcome": "live"})
     command("--status", LIVE_UPDATES="yes")
-    assert "NOT live: there is no heartbeat" in capsys.readouterr().out
+    assert "Live updates: NOT running, there is no heartbeat" in capsys.readouterr().out
 
 
 def test_check_config_says_whether_it_will_work_and_whether_pre_images_are_on(

@@ -28,6 +28,6 @@ def log_result(result: Result) -> None:
         log.warning("no_users are MONGODB_DATABASE and USERS_COLLECTION right?")
     if result.failed_updates:
         log.warning(
-            'failed_updates count=%d changed=%d errors="%s"',
+            'incomplete failed_updates=%d changed=%d errors="%s"',
             *(result.failed_updates, totals.changed, result.failed),
         )
