@@ -123,7 +123,7 @@ def test_a_collection_without_users_is_a_warning(
 def run_in_shell(command: str, uri: str, **values: str) -> subprocess.CompletedProcess[str]:
     """Run a shell command in which `$LOYALTY` is the service."""
     program = f"{sys.executable} {ROOT / 'loyalty_microservice.py'} --env-file /dev/null"
-    env = service_environment(MONGODB_URI=uri, LOYALTY=program, **values)
+    env = service_environment(MONGODB_URI=uri, LOYALTY=program, PYTHONUNBUFFERED="", **values)
     return subprocess.run(
         ["sh", "-c", command], env=env, capture_output=True, text=True, check=False
     )

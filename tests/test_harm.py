@@ -152,8 +152,8 @@ def test_a_misspelt_setting_in_the_file_is_a_fault_like_any_other(
     database.users.insert_one({"_id": 1})
     assert command("--once", MONGODB_DATBASE="webshop", batchsize="5") == 78
     said = capsys.readouterr().err
-    assert "ERROR unknown setting MONGODB_DATBASE, did you mean MONGODB_DATABASE?" in said
-    assert "ERROR unknown setting batchsize, did you mean BATCH_SIZE?" in said
+    assert 'ERROR configuration_problem error="unknown setting MONGODB_DATBASE, did you' in said
+    assert 'ERROR configuration_problem error="unknown setting batchsize, did you mean' in said
     assert list(database.users.find()) == [{"_id": 1}]
 
 
@@ -193,7 +193,7 @@ def test_a_user_who_refuses_the_update_makes_a_recount_incomplete_and_no_more(
     daemon = service(MONGODB_URI=uri, RECOUNT_INTERVAL="1s")
     daemon.wait_for("INFO recount outcome=incomplete", times=3)
     assert daemon.stop() == 0
-    assert "WARNING failed_updates count=1 changed=5 " in daemon.output
+    assert "WARNING incomplete failed_updates=1 changed=5 " in daemon.output
     assert "refused: 3; because: code 121" in daemon.output
     assert "retry_in" not in daemon.output
     assert [wrong.user for wrong in find_mismatches(database)] == [3]
@@ -386,11 +386,11 @@ def test_a_shop_of_another_shape_is_examined_filled_and_exact_by_settings_alone(
     assert "sale.state_1_sale.buyer.id_1" in capsys.readouterr().out
     assert command("--check-config", **shape) == 0
     out = re.sub(" {2,}", "  ", capsys.readouterr().out)
-    assert "  users  40: _id is int 40\n" in out
-    assert "  Shipped  92, counts\n" in out
-    assert "  Delivered  20, counts\n" in out
-    assert "  that count, of no user  1, such as 99\n" in out
-    assert "  index sale.state, sale.buyer.id  there, and all" in out
+    assert "  users  40\n" in out
+    assert "  Shipped  92, counted\n" in out
+    assert "  Delivered  20, counted\n" in out
+    assert "  unknown customers  1 with 1 order, such as 99\n" in out
+    assert "  index sale.state, sale.buyer.id  serves recounts\n" in out
     assert command("--dry-run", **shape) == 1
     assert command("--once", **shape) == 0
     assert find_mismatches(database, ("Shipped", "Delivered"), 2, NAMES) == []
@@ -497,7 +497,7 @@ def test_tls_to_a_server_without_it_is_a_wrong_setting(
 def test_a_compressor_that_is_not_installed_is_one_line(service: Start) -> None:
     once = service("--once", MONGODB_URI="mongodb://127.0.0.1:1/?compressors=snappy")
     assert once.wait() == 78
-    assert "ERROR MONGODB_URI: " in once.lines[0]
+    assert 'ERROR configuration_problem error="MONGODB_URI: ' in once.lines[0]
     assert "snappy" in once.lines[0]
     assert "Warning" not in once.output
     assert len(once.lines) == 2

@@ -31,7 +31,7 @@ from loyalty.recount.counter import pin_cluster_time
 from loyalty.service import Service
 from sandbox import faults
 from sandbox.mongod import Deployment, wait_until
-from sandbox.shop import count_points, find_mismatches, canonical_key
+from sandbox.shop import canonical_key, count_points, find_mismatches
 
 IDS = [ObjectId(f"{n:x}".rjust(2, "b") * 12) for n in (0xAB, 0xCD, 0xFE)]
 USERS = [IDS[0], str(IDS[0]).upper(), IDS[1], str(IDS[2]), 5, "5", {"a": 1}]
@@ -623,16 +623,16 @@ def test_status_reads_the_heartbeat(
         *("last_update", "customers_updated", "waiting", "at", "settings", "host", "expires_at"),
     }
     assert command("--status", LIVE_UPDATES="yes") == 0
-    assert "Live: since" in capsys.readouterr().out
+    assert "Live updates: running since" in capsys.readouterr().out
     old = {"at": datetime.now(UTC) - timedelta(minutes=5)}
     small.shop.loyalty_recounts.update_one({"outcome": "live"}, {"$set": old})
     command("--status", LIVE_UPDATES="yes")
-    assert "NOT live: the last heartbeat was 5m ago" in capsys.readouterr().out
+    assert "Live updates: NOT running, the last heartbeat was 5m ago" in capsys.readouterr().out
     command("--status")
     assert "live" not in capsys.readouterr().out.lower()
     small.shop.loyalty_recounts.delete_many({"outcome": "live"})
     command("--status", LIVE_UPDATES="yes")
-    assert "NOT live: there is no heartbeat" in capsys.readouterr().out
+    assert "Live updates: NOT running, there is no heartbeat" in capsys.readouterr().out
 
 
 # --- reload

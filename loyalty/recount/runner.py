@@ -226,7 +226,7 @@ def _write(
         f"{result.failed_updates:,} of {result.totals.changed:,} updates failed ({result.failed})"
     )
     log.warning(
-        'failed_updates count=%d changed=%d errors="%s"',
+        'incomplete failed_updates=%d changed=%d errors="%s"',
         *(result.failed_updates, result.totals.changed, result.failed),
     )
     log.debug("failed_updates users=%s", ", ".join(result.failed.sample))
