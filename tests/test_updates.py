@@ -37,7 +37,9 @@ TRANSIENT_CODES = {
 @pytest.fixture
 def connection(deployment: Deployment) -> Iterator[Connection]:
     """A shop of 10 users, each with one counted order and no points."""
-    settings = settings_for(deployment.uri_for(database=f"shop_{uuid4().hex[:12]}"))
+    uri = deployment.uri_for(database=f"shop_{uuid4().hex[:12]}")
+    # After a shutdown error the driver asks for the primary again only this often.
+    settings = settings_for(f"{uri}&heartbeatFrequencyMS=500")
     with connect(settings, writing=True) as connection:
         connection.users.insert_many([{"_id": n} for n in range(10)])
         connection.orders.insert_many([{"customer_id": n, "status": "Shipped"} for n in range(10)])
