@@ -40,7 +40,7 @@ def p50_and_p99(times: list[float]) -> tuple[float, float]:
 def measure_interference(deployment: Deployment, shop: Shop) -> dict[str, RequestTimes]:
     """Measure requests without a recount, then during a quiet pass with 1, 2 and 4 workers."""
     shop.restore("quiet")
-    results = {"nothing": _send_requests(deployment, shop, 0)}
+    results = {"none": _send_requests(deployment, shop, 0)}
     for workers in (1, 2, 4):
         results[f"COUNT_WORKERS={workers}"] = _send_requests(deployment, shop, workers)
     return results

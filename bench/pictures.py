@@ -11,7 +11,7 @@ from bench.measure import SERVICE, Results, median_run
 _COLOURS = {"count_only": "#8b95a1", SERVICE: "#2f9e6e", "merge": "#d9822b", "bulk": "#7c83db"}
 _TEXT = "#848d97"
 _LABELS = {
-    "count_only": "count only",
+    "count_only": "lower bound",
     SERVICE: "this service",
     "merge": "$merge",
     "bulk": "bulk_write",
@@ -104,7 +104,7 @@ def draw_growth(sizes: Mapping[int, Results]) -> str:
 def draw_freshness(result: FreshnessResult) -> str:
     """Draw the points of one customer over the hours."""
     lines = [
-        ("the orders", result.expected, _COLOURS["count_only"]),
+        ("expected", result.expected, _COLOURS["count_only"]),
         ("every 2 hours", result.recounts, _COLOURS["merge"]),
         ("live updates", result.live, _COLOURS[SERVICE]),
     ]

@@ -99,5 +99,8 @@ class Progress:
         log.info(
             "%s done=%d total=%d percent=%d rate=%.1f/s",
             *(self._activity, self._done, self._total, 100 * self._done // self._total, rate),
-            extra={"fields": {"done": self._done, "total": self._total, "rate": round(rate, 1)}},
+            extra={
+                "event": self._activity,
+                "fields": {"done": self._done, "total": self._total, "rate": round(rate, 1)},
+            },
         )

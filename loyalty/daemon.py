@@ -1,108 +1,148 @@
-"""When to run: the schedule, the retries, the signals and systemd. Never orders or points.
+"""The schedule, the backoff and the signals. It knows nothing of orders and points.
 
-A worker thread connects and does the work; the main thread only waits for signals and speaks to
-systemd. So a signal is answered at once, also while the worker waits for a server that counts, or
-hangs: every write can be repeated, and the worker is simply left behind.
+A worker thread does the job; the main thread only waits for signals and feeds systemd's watchdog.
+So a signal is handled at once, also while the worker waits for a server that does not answer: every
+write can be repeated, and the process simply ends without the worker.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import select
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Protocol
 
 import schedule
 
+from loyalty import systemd
 from loyalty.concurrency import ProgressCallback
 from loyalty.errors import ConfigurationError, ServiceError
+from loyalty.retry import Backoff
 
 log = logging.getLogger("loyalty")
 
-INITIAL_BACKOFF_SECONDS = 10.0
-MAX_BACKOFF_SECONDS = 300.0
-BACKOFF_RESET_SECONDS = 60.0  # seconds without a failure, after which pauses are short again
-_TICK = 1.0  # the longest time, in seconds, between two looks at the clocks
+TICK_SECONDS = 1.0
+"""The longest time until the worker notices that something is due or was asked for."""
+
+
+@dataclass(frozen=True)
+class RecountOutcome:
+    """The end of a recount that raised no error."""
+
+    status: str
+    """One line for `systemctl status`."""
+    retry_after_seconds: float | None = None
+    """When the next recount is due, if that is before the interval has passed."""
 
 
 class Job(Protocol):
-    """What a daemon does; all of it may raise ServiceError."""
+    """What the daemon repeats. Each method may raise ServiceError."""
+
+    @property
+    def interval(self) -> timedelta:
+        """The time between two recounts; read at start and after each `reload`."""
+
+    @property
+    def stall_timeout(self) -> timedelta:
+        """How long a method may go without calling `on_progress` before it counts as hung.
+
+        Read as `interval` is.
+        """
 
     def connect(self) -> object:
-        """Do once what has to succeed before anything else."""
+        """Do what has to succeed once before the first recount."""
 
-    def recount(self, on_progress: ProgressCallback) -> str:
-        """Do it all once, and return how it went in a few words; call `moved` meanwhile."""
+    def recount(self, on_progress: ProgressCallback) -> RecountOutcome:
+        """Do one recount. A refused recount is an outcome, not an error."""
 
     def run_between(self, seconds: float, on_progress: ProgressCallback) -> None:
-        """Do what there is to do while waiting, or nothing, for about so long.
+        """Wait for about this long, and do meanwhile what there is to do between recounts.
 
-        That may be before `connect` has succeeded.
+        Also called before `connect` has succeeded.
+        """
+
+    def reload(self) -> None:
+        """Read the settings again; the next `recount`, or `connect`, uses them.
+
+        Raises ConfigurationError if one of them is wrong; then all the old ones stay.
         """
 
 
 class Daemon:
-    """Lets `work` connect until it succeeds, then recount at once and after every `interval`.
+    """Connects, recounts at once and after each interval, until SIGTERM or SIGINT.
 
-    `patience` is how long it may be silent before systemd's watchdog is no longer fed. Whatever
-    fails is logged and tried again after a pause; only Misconfigured from the first `connect` ends
-    the daemon.
+    - An error is logged, and the step is repeated after a pause that `backoff` decides. Only a
+      ConfigurationError before the first connection ends the daemon: it cannot pass by itself.
+    - SIGHUP makes the job reload its settings between two recounts. If they are right, a recount
+      follows at once; if not, the error is logged and nothing else changes.
+    - systemd's watchdog is fed until the job has not made progress for its `stall_timeout`.
     """
 
-    def __init__(self, work: Job, *, interval: timedelta, stall_timeout: timedelta) -> None:
-        self._work = work
-        self._interval = interval.total_seconds()
-        self._patience = stall_timeout.total_seconds()
-        self._connected = False
-        self._pause = INITIAL_BACKOFF_SECONDS
-        self._failed = float("-inf")
-        self._due = 0.0
-        self._moved = time.monotonic()
+    def __init__(
+        self, job: Job, *, backoff: Backoff | None = None, tick_seconds: float = TICK_SECONDS
+    ) -> None:
+        self._job = job
+        self._backoff = backoff or Backoff()
+        self._tick_seconds = tick_seconds
+        self._is_connected = False
+        self._due_at = 0.0  # on the monotonic clock, as is the next
+        self._progress_at = time.monotonic()
+        self._reload_requested = threading.Event()
         self._fatal: BaseException | None = None
-        # Not the module-wide scheduler of `schedule`, which belongs to whoever imports it.
+        # Not the module-wide scheduler of `schedule`, which other code in this process may use.
         self.scheduler = schedule.Scheduler()
-        self.scheduler.every(int(self._interval)).seconds.do(self._attempt, self._recount)
+        self._apply_intervals()
 
     def run(self) -> None:
-        """Run until SIGTERM or SIGINT. Raises what ended the worker, should that happen."""
+        """Run until SIGTERM or SIGINT. Raises the error that ended the worker, if one did."""
         receive, send = socket.socketpair()
         with receive, send:
-            # A handler may interrupt anything, so ours do nothing: Python itself writes the
-            # signal's number to the socket. They stay set, so that a second signal is harmless.
+            # A handler may interrupt anything, so these do nothing: Python itself writes the
+            # signal's number to the socket. They stay set: a second signal does no harm.
             send.setblocking(False)
             signal.set_wakeup_fd(send.fileno())
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 signal.signal(number, _ignore)
+            # The entry point blocks it: a SIGHUP during the start must not end the process.
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
             worker = threading.Thread(target=self._run_worker, args=(send,), daemon=True)
             worker.start()
-            seconds = _watchdog_seconds()
-            while not select.select([receive], [], [], min(_TICK, seconds / 2))[0]:
-                if time.monotonic() - self._moved < self._patience:
-                    _notify("WATCHDOG=1")
-            received = receive.recv(1)[0]
+            received = self._wait_for_stop(receive)
             signal.set_wakeup_fd(-1)
         if self._fatal is not None:
             raise self._fatal
-        _notify("STOPPING=1")
+        systemd.notify("STOPPING=1")
         log.info("stopped signal=%s", signal.Signals(received).name)
+
+    def _wait_for_stop(self, signals: socket.socket) -> int:
+        timeout = min(self._tick_seconds, systemd.watchdog_seconds() / 2)
+        while True:
+            if select.select([signals], [], [], timeout)[0]:
+                number = signals.recv(1)[0]
+                if number != signal.SIGHUP:
+                    return number
+                self._reload_requested.set()
+            if time.monotonic() - self._progress_at < self._stall_seconds:
+                systemd.notify("WATCHDOG=1")
 
     def _run_worker(self, wake: socket.socket) -> None:
         try:
-            while not self._attempt(self._connect):
-                while time.monotonic() < self._due:
-                    self._wait()
-            self._due = 0.0
             while True:
-                # The scheduler goes by the wall clock, so the hours count that a machine sleeps.
-                # A clock set back would stall it; the monotonic one would not.
-                if time.monotonic() >= self._due:
+                if self._reload_requested.is_set():
+                    self._reload()
+                is_due = time.monotonic() >= self._due_at
+                if not self._is_connected:
+                    if is_due:
+                        self._attempt(self._connect)
+                # The scheduler follows the wall clock, so that time in which the machine was
+                # suspended counts. The monotonic clock helps when the wall clock is set back.
+                elif is_due:
                     self.scheduler.run_all()
                 else:
                     self.scheduler.run_pending()
@@ -111,83 +151,95 @@ class Daemon:
             self._fatal = error
             wake.send(b"\0")
 
-    def _connect(self) -> str:
-        self._work.connect()
-        self._connected = True
-        _notify("READY=1")
-        return "connected"
+    def _connect(self) -> RecountOutcome:
+        self._job.connect()
+        self._is_connected = True
+        systemd.notify("READY=1")
+        return RecountOutcome("connected", retry_after_seconds=0)
 
-    def _recount(self) -> str:
-        self._move("recounting")
-        return self._work.recount(self._move)
+    def _recount(self) -> RecountOutcome:
+        self._report_progress("recounting")
+        return self._job.recount(self._report_progress)
 
-    def _attempt(self, step: Callable[[], str]) -> bool:
-        """Do `step`, decide when it is due next, and return whether it succeeded."""
-        began = time.monotonic()
+    def _attempt(self, step: Callable[[], RecountOutcome]) -> None:
+        """Run `step`, and decide when the next one is due."""
+        started = time.monotonic()
         try:
-            status = step()
+            outcome = step()
         except Exception as error:
-            if isinstance(error, ConfigurationError) and not self._connected:
-                raise  # only a person can put that right, and is likely still watching
-            self._fail(error, began)
-            return False
-        # The time that work takes is no time without a failure.
-        self._failed += time.monotonic() - began
-        self._plan(status, self._interval)
-        return True
+            if isinstance(error, ConfigurationError) and not self._is_connected:
+                raise  # only a person can correct it, and is likely still watching
+            self._handle_failure(error, started)
+            return
+        self._backoff.record_work(time.monotonic() - started)
+        after = outcome.retry_after_seconds
+        seconds = self._interval_seconds if after is None else min(after, self._interval_seconds)
+        self._schedule_next(outcome.status, seconds)
 
-    def _fail(self, error: Exception, began: float) -> None:
-        """Log an error of what began then, and plan the next recount after a pause.
-
-        This is where errors end.
-        """
-        longest = min(MAX_BACKOFF_SECONDS, self._interval)
-        lately = began - self._failed < self._pause + BACKOFF_RESET_SECONDS
-        self._pause = min(2 * self._pause if lately else INITIAL_BACKOFF_SECONDS, longest)
-        self._failed = time.monotonic()
+    def _handle_failure(self, error: Exception, started: float) -> None:
+        """Log the error of a step that started then, and let the next one wait for the backoff."""
+        pause = self._backoff.record_failure(started, max_seconds=self._interval_seconds)
         if isinstance(error, ServiceError):
-            fields = {"error": str(error), "retry_in": self._pause}
-            log.error(
-                'failed error="%s" retry_in=%gs', error, self._pause, extra={"fields": fields}
-            )
+            fields = {"error": str(error), "retry_in": pause}
+            log.error('failed error="%s" retry_in=%.3gs', error, pause, extra={"fields": fields})
             status = f"failed: {error}"
         else:
-            log.error("bug retry_in=%gs", self._pause, exc_info=error)
-            status = "failed: a bug, see the log"
-        self._plan(status, self._pause)
+            fields = {"error": type(error).__name__, "retry_in": pause}
+            log.error(
+                "internal_error retry_in=%.3gs", pause, exc_info=error, extra={"fields": fields}
+            )
+            status = "failed: internal error, see the log"
+        self._schedule_next(status, pause)
 
-    def _plan(self, status: str, seconds: float) -> None:
-        self._due = time.monotonic() + seconds
+    def _schedule_next(self, status: str, seconds: float) -> None:
+        self._due_at = time.monotonic() + seconds
         at = datetime.now(UTC) + timedelta(seconds=seconds)
-        _notify(f"STATUS={status}; next at {at:%Y-%m-%d %H:%M:%S} UTC")
+        systemd.notify(f"STATUS={status}; next at {at:%Y-%m-%d %H:%M:%S} UTC")
 
     def _wait(self) -> None:
-        self._move("")
-        seconds = min(_TICK, max(0.0, self._due - time.monotonic()))
+        self._report_progress("")
+        seconds = min(self._tick_seconds, max(0.0, self._due_at - time.monotonic()))
         try:
-            self._work.run_between(seconds, self._move)
+            self._job.run_between(seconds, self._report_progress)
         except Exception as error:  # noqa: BLE001 -- logged there
-            self._fail(error, time.monotonic())
+            self._handle_failure(error, time.monotonic())
 
-    def _move(self, progress: str) -> None:
-        self._moved = time.monotonic()
+    def _report_progress(self, progress: str) -> None:
+        self._progress_at = time.monotonic()
         if progress:
-            _notify(f"STATUS={progress}")
+            systemd.notify(f"STATUS={progress}")
+
+    def _reload(self) -> None:
+        self._reload_requested.clear()
+        if self._is_connected:  # before, READY=1 at the end would be untrue
+            systemd.notify_reloading()
+        try:
+            self._job.reload()
+        except Exception as error:  # noqa: BLE001 -- logged here; the old settings still work
+            self._log_reload_failure(error)
+            status = "reload failed, the old settings are kept; see the log"
+        else:
+            self._apply_intervals()
+            self._backoff.reset()
+            self._due_at = 0.0
+            log.info("reloaded")
+            status = "reloaded"
+        if self._is_connected:
+            systemd.notify("READY=1", f"STATUS={status}")
+
+    def _log_reload_failure(self, error: Exception) -> None:
+        if not isinstance(error, ServiceError):
+            log.error("internal_error during=reload", exc_info=error)
+            return
+        for problem in getattr(error, "problems", (str(error),)):
+            log.error('reload_failed error="%s"', problem, extra={"fields": {"error": problem}})
+
+    def _apply_intervals(self) -> None:
+        self._interval_seconds = self._job.interval.total_seconds()
+        self._stall_seconds = self._job.stall_timeout.total_seconds()
+        self.scheduler.clear()
+        job = self.scheduler.every(int(self._interval_seconds)).seconds
+        job.do(self._attempt, self._recount)
 
 
-def _ignore(number: int, frame: object) -> None: ...
-
-
-def _notify(state: str) -> None:
-    """Tell systemd, as sd_notify(3) does; nothing happens where no one listens."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if address:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out, suppress(OSError):
-            out.sendto(state.encode(), address.replace("@", "\0", 1))
-
-
-def _watchdog_seconds() -> float:
-    """Return the time within which systemd wants to hear from us, see sd_watchdog_enabled(3)."""
-    if os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
-        return float("inf")
-    return int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6 or float("inf")
+def _ignore(_number: int, _frame: object) -> None: ...

@@ -1,4 +1,4 @@
-"""The `.env` file: settings as they stand in it, and names that somebody misspelt."""
+"""The `.env` file, and the settings from it and the environment."""
 
 from __future__ import annotations
 
@@ -6,73 +6,103 @@ import difflib
 import logging
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from dotenv.parser import parse_stream
 
-from config import Settings, declared, load, reason
+from config import Settings, load, setting_specs
 from loyalty.errors import ConfigurationError
 from loyalty.logs import set_log_format
+from loyalty.parsers import os_error_text
 
 log = logging.getLogger("loyalty")
 
-_URI_NAMES = {"MONGODB_URI", "MONGODB_URI_FILE"}
-SIMILARITY_CUTOFF = (
-    0.8  # how alike a name must be to one of ours to be a misspelling of it, from 0 to 1
-)
+_URI_NAMES = ("MONGODB_URI", "MONGODB_URI_FILE")
+_EMPTY_MEANS_NONE = ("RECOUNTS_COLLECTION", "CHANGES_COLLECTION")
+# How similar two names are, as difflib's ratio from 0 to 1. MONGODB_USER and MONGODB_URI have
+# 0.87, ACCOUNTS_COLLECTION and RECOUNTS_COLLECTION 0.89, MONGO_URI and MONGODB_URI 0.90.
+SIMILARITY_CUTOFF = 0.8
+MISSPELLING_CUTOFF = 0.9
 
 
-def load_settings(given: Path | None, usual: Path) -> Settings:
-    """Read the settings: the environment's first, then those of a file.
+def load_settings(
+    path: Path | None, default_path: Path, environment: Mapping[str, str] = os.environ
+) -> Settings:
+    """Load the settings: those of the environment first, then those of a file.
 
-    The `usual` file need not be there. Raises ConfigurationError.
+    The file at `default_path` need not exist. The log gets the level and the format that the
+    settings say; the format also if they are wrong, because the problems are logged next.
+    Raises ConfigurationError with all problems.
     """
-    values: dict[str, str] = {}
-    path = given or usual
-    set_log_format(os.environ.get("LOG_FORMAT", ""))
-    if given or path.exists():
-        values = read_env_file(path)
-        set_log_format({**values, **os.environ}.get("LOG_FORMAT", ""))
-        mode = path.stat().st_mode
-        if stat.S_ISREG(mode) and mode & stat.S_IROTH:
-            told = {"event": "configuration"}
-            log.warning("others can read %s: chmod 600 %s", path, path, extra=told)
-    if os.environ.keys() & _URI_NAMES:  # either of them outside replaces both in the file
-        values = {name: value for name, value in values.items() if name not in _URI_NAMES}
-    return load({**values, **os.environ})
+    file = path or default_path
+    given = {name: value for name, value in environment.items() if value.strip()}
+    set_log_format(given.get("LOG_FORMAT", ""))
+    in_file, problems = read_env_file(file) if path or file.exists() else ({}, [])
+    values = in_file | given
+    if any(name in given for name in _URI_NAMES):  # either of them replaces both in the file
+        values |= {name: given.get(name, "") for name in _URI_NAMES}
+    misspelt, similar = _unknown_settings(in_file, values)
+    try:
+        settings = load(values, problems + misspelt)
+        set_log_format(settings.log_format)
+    except ConfigurationError:
+        set_log_format(values.get("LOG_FORMAT", ""))
+        raise
+    finally:
+        for name, other in similar.items():
+            log.warning("unknown_setting name=%s similar_to=%s", name, other)
+        if in_file and _is_readable_by_others(file):
+            log.warning('env_file_permissions error="others can read %s" fix="chmod 600"', file)
+    log.setLevel(settings.log_level)
+    return settings
 
 
-def read_env_file(path: Path) -> dict[str, str]:
-    """Return the settings in an `.env` file, taken literally: `$`, `%` and `#` in a value stay.
+def read_env_file(path: Path) -> tuple[dict[str, str], list[str]]:
+    """Return the values in an `.env` file as written (`$`, `%` and `#` stay), and a problem a line.
 
-    Raises ConfigurationError where the file cannot be read, a line is not `NAME=value`, or a name
-    is nearly one of ours.
+    Raises ConfigurationError if the file cannot be read.
     """
     # python-dotenv's own loader only warns about a bad line; its parser tells which one it is.
     try:
-        with path.open(encoding="utf-8-sig") as stream:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
             lines = list(parse_stream(stream))
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{path}: cannot be read: {reason(error)}") from None
+        raise ConfigurationError(f"{path}: cannot be read: {os_error_text(error)}") from None
     bad = [line.original.line for line in lines if line.error or (line.key and line.value is None)]
-    faults = [f"{path} line {n}: not NAME=value (quotes that do not close?)" for n in bad]
+    problems = [f"{path} line {n}: not NAME=value (quotes that do not close?)" for n in bad]
     values = {line.key: line.value for line in lines if line.key and line.value is not None}
-    faults += _unknown_settings(values)
-    if faults:
-        raise ConfigurationError(*faults)
-    return values
+    for name in _EMPTY_MEANS_NONE:
+        if name in values and not values[name].strip():
+            values[name] = "none"
+    return values, problems
 
 
-def _unknown_settings(names: Iterable[str]) -> list[str]:
-    """Return a fault for each name that is not, but nearly, a setting's.
+def _unknown_settings(
+    names: Iterable[str], values: Mapping[str, str]
+) -> tuple[list[str], dict[str, str]]:
+    """Return the problems with names in a file, and the harmless names that resemble a setting.
 
-    Only of a file: in the environment, other programs have names of their own.
+    A file may be shared with other programs, so a name is a problem only if it is probably a
+    misspelling, and the setting that it resembles has no value.
     """
-    ours = ["MONGODB_URI_FILE", *(setting.name for setting in declared().values())]
-    faults = []
+    known = [*_URI_NAMES, *(spec.name for spec in setting_specs().values())]
+    problems, harmless = [], {}
     for name in names:
-        near = difflib.get_close_matches(name.upper(), ours, n=1, cutoff=SIMILARITY_CUTOFF)
-        if name not in ours and near:
-            faults.append(f"unknown setting {name}, did you mean {near[0]}?")
-    return faults
+        similar = difflib.get_close_matches(name.upper(), known, n=1, cutoff=SIMILARITY_CUTOFF)
+        if name in known or not similar:
+            continue
+        same = _URI_NAMES if similar[0] in _URI_NAMES else similar
+        has_value = any(values.get(other, "").strip() for other in same)
+        if has_value or not difflib.get_close_matches(
+            name.upper(), similar, cutoff=MISSPELLING_CUTOFF
+        ):
+            harmless[name] = similar[0]
+        else:
+            problems.append(f"unknown setting {name}, did you mean {similar[0]}?")
+    return problems, harmless
+
+
+def _is_readable_by_others(path: Path) -> bool:
+    mode = path.stat().st_mode
+    return stat.S_ISREG(mode) and bool(mode & stat.S_IROTH)

@@ -1,27 +1,42 @@
-"""Every error of ours, with the exit code that it ends a command with."""
+"""The errors of the service, and the exit code that each ends a command with.
+
+ServiceError                  the message is one line for the operator, without secrets
+  x ConfigurationError        78: only a person can correct it
+    + NoPermission              the database user lacks a privilege
+    + AuthenticationFailed      the server rejects the user name or the password
+  x DatabaseUnavailable       69: a later attempt may succeed
+    + QueryTimeout              the query reached its time limit
+    + SnapshotTooOld            the server no longer keeps the snapshot that was being read
+    + ClientUnusable            only a new client can succeed
+  x NoTempSpace               69: no temporary disk space
+  x RecountRefused            65: the safety check refused the recount; nothing was written
+  x ResyncRequired            69: live updates cannot continue without a full recount
+  x BulkUpdateErrors          69: some updates of a batch failed, all others are done
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import IntEnum
+from typing import ClassVar
 
 
 class Exit(IntEnum):
-    """What the process ends with; from 64 on as in sysexits.h."""
+    """The exit codes of the process; from 64 to 78 as in sysexits.h."""
 
     OK = 0
-    FINDINGS = 1  # a check found something, or users refused their update
-    USAGE = 2
+    FINDINGS = 1  # a check found something, or some updates failed
     REFUSED = 65  # EX_DATAERR
     UNAVAILABLE = 69  # EX_UNAVAILABLE
     INTERNAL_ERROR = 70  # EX_SOFTWARE
     CONFIG = 78  # EX_CONFIG
-    INTERRUPTED = 130  # as shells say it of SIGINT
+    INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 class ServiceError(Exception):
-    """Something went wrong that is not a bug; the text is one line for a person."""
+    """The base class. Any other exception is a bug."""
 
-    exit_code = Exit.INTERNAL_ERROR
+    exit_code: ClassVar[Exit]
 
 
 class ConfigurationError(ServiceError):
@@ -38,7 +53,7 @@ class ConfigurationError(ServiceError):
 
 
 class NoPermission(ConfigurationError):
-    """The database user may not do what is wanted."""
+    """The database user lacks a privilege."""
 
 
 class AuthenticationFailed(ConfigurationError):
@@ -46,47 +61,78 @@ class AuthenticationFailed(ConfigurationError):
 
 
 class DatabaseUnavailable(ServiceError):
-    """The database cannot serve us now; a later try may succeed."""
+    """The database cannot serve the request now; a later attempt may succeed."""
 
     exit_code = Exit.UNAVAILABLE
 
 
 class QueryTimeout(DatabaseUnavailable):
-    """The server gave up at the time limit; trying again at once would not help."""
+    """The query reached its time limit; to repeat it at once would not help."""
 
 
 class SnapshotTooOld(DatabaseUnavailable):
-    """The server does not keep the point in time any more that was being read."""
+    """The server no longer keeps the snapshot that was being read; a new one may succeed."""
+
+
+class ClientUnusable(DatabaseUnavailable):
+    """The client can no longer talk to this cluster; only a new client can succeed.
+
+    After a restore, for example, the cluster time and the keys that a client remembers are not
+    those of the cluster.
+    """
 
 
 class NoTempSpace(ServiceError):
-    """There is no room for a temporary file; nothing was written."""
+    """There is no temporary disk space; nothing was written."""
 
     exit_code = Exit.UNAVAILABLE
 
 
 class RecountRefused(ServiceError):
-    """The safety checks take this recount for a mistake. Nothing was written."""
+    """The safety check refused the recount. Nothing was written."""
 
     exit_code = Exit.REFUSED
 
 
-class BulkUpdateErrors(ServiceError):
-    """Some operations of a bulk write failed, all others are done.
+class ResyncRequired(ServiceError):
+    """Live updates cannot continue, and a full recount replaces them. Planned, not an error."""
 
-    `codes` has the server's code name by position; `matched` counts the users that were found.
+    exit_code = Exit.UNAVAILABLE
+
+
+class BulkUpdateErrors(ServiceError):
+    """Some updates of a batch failed because of their documents; all others are done.
+
+    `codes` maps the position of an update in the batch to the server's error code, and `names` a
+    code to its name. `matched` counts the users that were found. The server's own text is left out:
+    it may quote the document.
     """
 
-    def __init__(self, codes: dict[int, str], matched: int) -> None:
-        super().__init__(f"{len(codes)} updates failed")
-        self.codes = codes
+    exit_code = Exit.UNAVAILABLE
+
+    def __init__(
+        self, codes: Mapping[int, int], names: Mapping[int, str], matched: int = 0
+    ) -> None:
+        reasons = ", ".join(sorted({names[code] for code in codes.values()}))
+        super().__init__(f"{len(codes)} updates failed: {reasons}")
+        self.codes = dict(codes)
+        self.names = dict(names)
         self.matched = matched
+
+    @property
+    def reasons(self) -> dict[int, str]:
+        """The name of the error code, by the position of the update."""
+        return {position: self.names[code] for position, code in self.codes.items()}
 
 
 class TooManyFailedUpdates(ServiceError):
     """So many updates failed that the recount itself did; the others are written."""
 
     exit_code = Exit.FINDINGS
+
+    def __init__(self, text: str, number: int) -> None:
+        super().__init__(text)
+        self.number = number
 
 
 class RecountNotFound(ServiceError):

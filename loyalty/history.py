@@ -1,8 +1,11 @@
-"""The record: one document for each recount, kept 90 days, and how stale the points are."""
+"""RECOUNTS_COLLECTION: a record of each recount, and the heartbeat of live updates.
+
+Two shops in one database may share the collection. Records and heartbeats belong to one target: the
+combination of orders collection, users collection and points field.
+"""
 
 from __future__ import annotations
 
-import logging
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,86 +17,146 @@ import pymongo
 from bson import ObjectId
 from pymongo.collection import Collection
 
-from loyalty.errors import ConfigurationError, DatabaseUnavailable, NoPermission, ServiceError
+from config import Settings
+from loyalty.errors import ConfigurationError, NoPermission, ServiceError
+from loyalty.logs import WarnOnce
 from loyalty.mongo.driver_errors import map_driver_errors
+from loyalty.mongo.privileges import collection_type, require_privileges
 from loyalty.mongo.values import Document
 
-log = logging.getLogger("loyalty")
+HEARTBEAT_INTERVAL = timedelta(seconds=10)
 
-RETENTION = timedelta(days=90)
-HEARTBEAT = timedelta(seconds=10)
+_WRITE_TIMEOUT_SECONDS = 5  # a record is less important than the next recount
 
-_SECONDS = 5
-
-# What we wrote, and nothing else, is read again and expires.
 OWNER_FILTER = {"recorded_by": "loyalty-microservice"}
+"""Matches the documents that this service wrote. It reads no others, and no others expire."""
 
 _RECOUNTS = {"outcome": {"$ne": "live"}}
-_FRESH = {"outcome": {"$in": ["succeeded", "incomplete"]}}
+_SUCCESSES = {"outcome": {"$in": ["succeeded", "incomplete"]}}
+
+_TARGET = ("orders", "users", "points_field")
+_COUNTED = ("order_statuses", "points_per_order", "status_field", "customer_field")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heartbeat:
-    """How live updates are doing; times are UTC."""
+    """The progress of live updates; times are UTC."""
 
     live_since: datetime
     last_event: datetime | None
     last_update: datetime | None
     customers_updated: int
     waiting: int
-    """Changed orders, and customers, that are still to be counted."""
+    """Pending changes: orders and customers that are not counted yet."""
     at: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     def is_alive(self, now: datetime) -> bool:
-        return now - self.at <= 3 * HEARTBEAT
+        return now - self.at <= 3 * HEARTBEAT_INTERVAL
 
 
 class History:
-    """The records of one shop; without a collection there are none, and writing does nothing."""
+    """The records of one target. Without a collection there are none, and writing does nothing."""
 
-    def __init__(self, collection: Collection[Any] | None) -> None:
+    def __init__(
+        self, collection: Collection[Any] | None, settings: Settings | None = None
+    ) -> None:
+        assert collection is None or settings is not None
         self._collection = collection
-        self._indexed = False
-        self._warned = False
+        self._settings = recorded_settings(settings) if settings else {}
+        self._retention = settings.retention if settings else timedelta(0)
+        self._target = {f"settings.{name}": self._settings.get(name) for name in _TARGET}
+        self._have_expiry_index: set[str] = set()
+        self._last_id: Any = None
+        self._warn_once = WarnOnce()
 
     def write(self, record: Document) -> None:
-        """Write the record of one recount. Failing to is a warning, and only the first time."""
+        """Insert the record of one recount. A failure is one warning, and nothing else."""
         if self._collection is None:
             return
-        with self.warn_once():
+        record = {**OWNER_FILTER, **record, **self._common_fields(record["finished_at"])}
+        with self._warn_on_failure("record_write_failed"):
+            self._warn_of_other_service(self._collection)
             with map_driver_errors("insert", self._collection):
-                self._collection.insert_one({**OWNER_FILTER, **record})
-            if not self._indexed:
-                with map_driver_errors("createIndex", self._collection):
-                    self._collection.create_index(
-                        "finished_at",
-                        name="loyalty_records_expire",
-                        expireAfterSeconds=int(RETENTION.total_seconds()),
-                        partialFilterExpression=OWNER_FILTER,
-                    )
-                self._indexed = True
+                self._last_id = self._collection.insert_one(record).inserted_id
+        self.create_expiry_index(self._collection)
 
     def write_heartbeat(self, heartbeat: Heartbeat) -> None:
-        """Replace this host's heartbeat. Failing to is a warning, as with records."""
+        """Replace this host's heartbeat for the target. A failure is one warning."""
         if self._collection is None:
             return
-        own = {"_id": f"live {socket.gethostname()}", **OWNER_FILTER}
-        values = {**asdict(heartbeat), "outcome": "live", "finished_at": heartbeat.at}
-        with self.warn_once(), map_driver_errors("update", self._collection):
-            self._collection.update_one(own, {"$set": values}, upsert=True)
+        target = {name: self._settings[name] for name in _TARGET}
+        own_id = {"_id": {"heartbeat_of": socket.gethostname(), **target}}
+        values = {
+            **OWNER_FILTER,
+            **asdict(heartbeat),
+            **self._common_fields(heartbeat.at),
+            "outcome": "live",
+            "finished_at": heartbeat.at,
+        }
+        with (
+            self._warn_on_failure("heartbeat_write_failed"),
+            map_driver_errors("update", self._collection),
+        ):
+            self._collection.update_one(own_id, {"$set": values}, upsert=True)
+
+    def _common_fields(self, at: datetime) -> dict[str, Any]:
+        return {
+            "settings": self._settings,
+            "host": socket.gethostname(),
+            "expires_at": at + self._retention,
+        }
+
+    def create_expiry_index(self, collection: Collection[Any]) -> None:
+        """Create the index by which documents expire, once. A failure is one warning."""
+        if collection.name in self._have_expiry_index:
+            return
+        with (
+            self._warn_on_failure("expiry_index_failed"),
+            map_driver_errors("createIndex", collection),
+        ):
+            collection.create_index(
+                "expires_at",
+                name="loyalty_expires_at",
+                expireAfterSeconds=0,
+                partialFilterExpression=OWNER_FILTER,
+            )
+            self._have_expiry_index.add(collection.name)
+
+    def _warn_of_other_service(self, collection: Collection[Any]) -> None:
+        """Warn if a service with other settings has recounted since our last record.
+
+        The first recount of a process does not warn: the operator may have changed the settings.
+        """
+        if self._last_id is None:
+            return
+        with map_driver_errors("find", collection):
+            newest = collection.find_one(
+                {**OWNER_FILTER, **_RECOUNTS, **self._target}, sort=[("finished_at", -1)]
+            )
+        if newest is None or newest["_id"] == self._last_id:
+            return
+        differences = {
+            name: value
+            for name, value in newest["settings"].items()
+            if value != self._settings.get(name)
+        }
+        if differences:
+            listed = ", ".join(f"{name}={value!r}" for name, value in differences.items())
+            self._warn_once(
+                "other_service",
+                f"a service on host {newest['host']} counts the same orders for the same users "
+                f"with other settings, and each replaces the points of the other: {listed}",
+            )
 
     @contextmanager
-    def warn_once(self) -> Iterator[None]:
+    def _warn_on_failure(self, event: str) -> Iterator[None]:
         try:
-            # The record is the least of the work: it must not hold up the next recount.
-            with pymongo.timeout(_SECONDS):
+            with pymongo.timeout(_WRITE_TIMEOUT_SECONDS):
                 yield
-        except ServiceError as problem:
-            if not self._warned:
-                log.warning('not_recorded error="%s"', problem)
-            self._warned = True
+        except ServiceError as error:
+            self._warn_once(event, error)
         else:
-            self._warned = False
+            self._warn_once.reset(event)
 
     def check(self) -> str | None:
         """Return why records cannot be read or written, if so.
@@ -102,21 +165,12 @@ class History:
         """
         if self._collection is None:
             return None
-        name = self._collection.full_name
         hint = "RECOUNTS_COLLECTION must name a collection of its own, which need not exist"
         try:
-            with map_driver_errors("find", self._collection):
-                foreign = self._collection.find_one(
-                    {"recorded_by": {"$ne": OWNER_FILTER["recorded_by"]}}
-                )
-            if foreign is not None:
-                raise ConfigurationError(f"{name} holds documents that are not this service's")
-            # The server looks at permissions first, and whether this is a view; then it turns down
-            # an _id that is an array, and an expiry that is negative.
-            with suppress(DatabaseUnavailable), map_driver_errors("insert", self._collection):
-                self._collection.insert_one({"_id": []})
-            with suppress(DatabaseUnavailable), map_driver_errors("createIndex", self._collection):
-                self._collection.create_index("finished_at", expireAfterSeconds=-1)
+            require_own_collection(self._collection)
+            database = self._collection.database
+            wanted = {self._collection.name: ["insert", "createIndex"]}
+            require_privileges(database.client, database.name, wanted)
         except NoPermission as error:
             return str(error)
         except ConfigurationError as error:
@@ -124,45 +178,64 @@ class History:
         return None
 
     def is_empty(self) -> bool:
-        """Return whether there is no record yet; False if there is no telling."""
+        """Return whether the target has no record yet; False if that cannot be read."""
         with suppress(ServiceError):
             return not self.newest(1)
         return False
 
     def newest(self, limit: int, matching: Document | None = None) -> list[Document]:
-        """Return the newest records of recounts first. Raises ServiceError."""
+        """Return the target's records, newest first. Raises ServiceError."""
         if self._collection is None:
             raise ConfigurationError("RECOUNTS_COLLECTION is empty, so no record is kept")
+        query = {**OWNER_FILTER, **self._target, **(matching or _RECOUNTS)}
         with map_driver_errors("find", self._collection):
-            found = self._collection.find({**OWNER_FILTER, **(matching or _RECOUNTS)}, {"_id": 0})
-            return list(found.sort("finished_at", -1).limit(limit))
+            return list(self._collection.find(query).sort("finished_at", -1).limit(limit))
 
-    def newest_success(self) -> Document | None:
-        """Return the newest record of a recount that succeeded or is incomplete, if any."""
-        return next(iter(self.newest(1, _FRESH)), None)
+    def last_success(self) -> Document | None:
+        """Return the newest record of a recount that succeeded. Raises ServiceError."""
+        return next(iter(self.newest(1, _SUCCESSES)), None)
 
     def undone_recounts(self) -> list[ObjectId]:
         """Return the ids of the recounts that were undone; none without records."""
         if self._collection is None:
             return []
+        fields = {"undone_recount": 1}
         with map_driver_errors("find", self._collection):
-            found = self._collection.find(
-                {**OWNER_FILTER, "outcome": "undone"}, {"undone_recount": 1}
-            )
+            found = self._collection.find({**OWNER_FILTER, "outcome": "undone"}, fields)
             return [record["undone_recount"] for record in found]
 
     def age(self, now: datetime) -> timedelta | None:
-        """Return how old the points are that the last success left, None if there was none."""
-        newest = self.newest(1, _FRESH)
-        return now - newest[0]["as_of"] if newest else None
+        """Return the age of the points; None if no recount has succeeded. Raises ServiceError."""
+        record = self.last_success()
+        # The client's clock may be behind the server's.
+        return max(timedelta(0), now - record["as_of"]) if record else None
 
     def heartbeat(self) -> Heartbeat | None:
-        """Return the newest heartbeat, if there has been one. Raises ServiceError."""
+        """Return the newest heartbeat, or None. Raises ServiceError."""
         for found in self.newest(1, {"outcome": "live"}):
             return Heartbeat(**{name: found[name] for name in Heartbeat.__slots__})
         return None
 
 
+def require_own_collection(collection: Collection[Any]) -> None:
+    """Raise ConfigurationError if it is no collection, or holds documents of others."""
+    kind = collection_type(collection.database, collection.name)
+    if kind not in (None, "collection"):
+        raise ConfigurationError(f"{collection.full_name} is a {kind}")
+    with map_driver_errors("find", collection):
+        foreign = collection.find_one({"recorded_by": {"$ne": OWNER_FILTER["recorded_by"]}})
+    if foreign is not None:
+        raise ConfigurationError(
+            f"{collection.full_name} holds documents that are not this service's"
+        )
+
+
 def is_fresh(age: timedelta | None, interval: timedelta) -> bool:
-    """Return whether points of this age are as new as they have to be."""
+    """Return whether points of this age are fresh: at most two intervals old."""
     return age is not None and age <= 2 * interval
+
+
+def recorded_settings(settings: Settings) -> Document:
+    """Return the settings that say what is counted, and where."""
+    values = {name: getattr(settings, name) for name in (*_TARGET, *_COUNTED)}
+    return values | {"order_statuses": list(settings.order_statuses)}

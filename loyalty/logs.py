@@ -1,4 +1,9 @@
-"""Where the log goes and how it looks: for the journal, or for people."""
+"""The log on stderr: lines for the journal, lines for people, or one JSON object a line.
+
+Every line begins with the name of its event, a constant: the first word of the format string, as in
+`log.info("connected host=%s", host)`. Where the format string is built by a function for several
+events, `extra={"event": name}` gives the name. Numbers are also in `extra={"fields": {...}}`.
+"""
 
 from __future__ import annotations
 
@@ -9,50 +14,92 @@ import sys
 import time
 from datetime import UTC, datetime
 
+LOGGER = "loyalty"
+
+log = logging.getLogger(LOGGER)
+
 
 def log_to_stderr() -> None:
-    """Set up logging: for the journal if that is where stderr goes, for people otherwise."""
+    """Set up logging: for the journal if stderr is connected to it, for people otherwise."""
     handler = logging.StreamHandler()
     handler.setFormatter(_formatter("text"))
     # Other libraries only from WARNING on: at DEBUG the driver logs commands and documents.
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
-    logging.getLogger("loyalty").setLevel(logging.INFO)
+    logging.getLogger(LOGGER).setLevel(logging.INFO)
 
 
-def set_log_format(form: str) -> None:
-    """Let the log be lines for people, or (`json`) objects for programs, from now on."""
+def set_log_format(name: str) -> None:
+    """Switch to the log format `name`: `json`, or lines for people."""
     for handler in logging.getLogger().handlers:
-        handler.setFormatter(_formatter(form))
+        handler.setFormatter(_formatter(name))
 
 
-def _formatter(form: str) -> logging.Formatter:
-    is_json, under_journal = form.strip().lower() == "json", _under_journal()
+class WarnOnce:
+    """Log each event as a warning once, and again only after a `reset`."""
+
+    def __init__(self) -> None:
+        self._logged: set[str] = set()
+
+    def __call__(self, event: str, error: object) -> None:
+        if event not in self._logged:
+            self._logged.add(event)
+            log.warning('%s error="%s"', event, error, extra={"event": event})
+
+    def reset(self, event: str) -> None:
+        """Let the next warning of this event be logged: what it warned of works again."""
+        self._logged.discard(event)
+
+
+def escape_control_characters(text: str) -> str:
+    r"""Return `text` with every character that is not printable as an escape, such as `\n`.
+
+    A stored value must not start a line of its own in the log, or control a terminal.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def event_name(record: logging.LogRecord) -> str:
+    """Return the constant name of the event; for other libraries, the name of the logger."""
+    if record.name != LOGGER:
+        return record.name
+    # Not the formatted message, whose first word could be a stored value.
+    return str(getattr(record, "event", "") or str(record.msg).partition(" ")[0])
+
+
+def _formatter(name: str) -> logging.Formatter:
+    is_json, under_journal = name.strip().lower() == "json", _is_under_journal()
     line = "%(message)s" if under_journal else "%(asctime)s %(levelname)s %(message)s"
-    formatter = _JsonFormatter() if is_json else logging.Formatter(line, "%Y-%m-%dT%H:%M:%SZ")
+    formatter = _JsonFormatter() if is_json else _TextFormatter(line, "%Y-%m-%dT%H:%M:%SZ")
     formatter.converter = time.gmtime
     return _JournalFormatter(formatter) if under_journal else formatter
+
+
+class _TextFormatter(logging.Formatter):
+    """One line for each event; only a traceback has lines of its own."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 -- the library's name
+        return escape_control_characters(super().formatMessage(record))
 
 
 class _JsonFormatter(logging.Formatter):
     """One object a line, with the same keys in each."""
 
     def format(self, record: logging.LogRecord) -> str:
-        message = record.getMessage()
-        ours = message.split(maxsplit=1)[0] if record.name == "loyalty" and message else record.name
-        trace = self.formatException(record.exc_info) if record.exc_info else None
         line = {
             "time": f"{datetime.fromtimestamp(record.created, UTC):%Y-%m-%dT%H:%M:%S.%fZ}",
             "level": record.levelname,
-            "event": getattr(record, "event", ours),
-            "message": message,
+            "event": event_name(record),
+            "message": record.getMessage(),
             "fields": getattr(record, "fields", {}),
-            "traceback": trace,
+            "traceback": self.formatException(record.exc_info) if record.exc_info else None,
         }
         return json.dumps(line)
 
 
 class _JournalFormatter(logging.Formatter):
-    """The journal adds the time, and takes each line's priority from its start (sd-daemon(3))."""
+    """The journal adds the time, and reads the priority at the start of a line (sd-daemon(3))."""
 
     def __init__(self, line: logging.Formatter) -> None:
         super().__init__()
@@ -64,9 +111,9 @@ class _JournalFormatter(logging.Formatter):
         return "\n".join(f"<{priority}>{line}" for line in self._line.format(record).splitlines())
 
 
-def _under_journal() -> bool:
+def _is_under_journal() -> bool:
     try:
         stderr = os.fstat(sys.stderr.fileno())
-    except (AttributeError, OSError, ValueError):  # closed, or no file
+    except (AttributeError, OSError, ValueError):  # stderr is closed, or not a file
         return False
     return os.environ.get("JOURNAL_STREAM") == f"{stderr.st_dev}:{stderr.st_ino}"

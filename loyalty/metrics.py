@@ -1,9 +1,9 @@
-"""METRICS_FILE: how recounts go, for node_exporter's textfile collector."""
+"""METRICS_FILE: the metrics of recounts, for node_exporter's textfile collector."""
 
 from __future__ import annotations
 
-import logging
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -12,82 +12,94 @@ from pathlib import Path
 from typing import get_args
 
 from config import Settings
-from loyalty.errors import RecountRefused
-from loyalty.recount.tally import Outcome, Result
+from loyalty.errors import RecountRefused, TooManyFailedUpdates
+from loyalty.logs import WarnOnce
+from loyalty.recount.result import Outcome, Result
+from loyalty.state import ServiceState
 
-log = logging.getLogger("loyalty")
-
-_KEEP_SECONDS = 60.0  # between two writes; after 300 the alert takes the service for dead
+REFRESH_SECONDS = 60.0  # after 300 without a write, the alert says that the service is down
 
 _METRICS = {
     "loyalty_recounts_total": "Recounts by outcome",
-    "loyalty_last_success_timestamp_seconds": "When a recount last succeeded; 0: none has yet",
-    "loyalty_as_of_timestamp_seconds": "The point in time that the points are of",
-    "loyalty_recount_duration_seconds": "How long the last successful recount took",
+    "loyalty_last_success_timestamp_seconds": "When a recount last succeeded; 0: never",
+    "loyalty_as_of_timestamp_seconds": "The point in time that the points were counted at",
+    "loyalty_recount_duration_seconds": "Duration of the last successful recount",
     "loyalty_interval_seconds": "RECOUNT_INTERVAL",
     "loyalty_users": "Users in the last successful recount",
-    "loyalty_changed_users": "Users whose points it had to change",
-    "loyalty_failed_updates": "Users that the server refused to update in it",
-    "loyalty_live": "Whether live updates are at work",
-    "loyalty_live_waiting": "Changed orders and customers still to be counted",
-    "loyalty_live_lag_seconds": "How long the oldest of them has been waiting",
+    "loyalty_changed_users": "Users whose points the last successful recount wrote",
+    "loyalty_failed_updates": "Users that the last recount could not update",
+    "loyalty_orders_of_unknown_customers": "Counted orders whose customer is not a user",
+    "loyalty_orders_without_customer": "Counted orders without a customer id",
+    "loyalty_live": "1 while live updates are active, else 0",
+    "loyalty_live_waiting": "Pending changes: orders and customers to be counted",
+    "loyalty_live_lag_seconds": "Age of the oldest pending change",
 }
-
-_LIVE = ("loyalty_live", "loyalty_live_waiting", "loyalty_live_lag_seconds")
 
 
 class Metrics:
-    """The METRICS_FILE, whole at any time; without one, nothing happens.
+    """Writes METRICS_FILE, always as a whole; without the setting, nothing happens.
 
-    The file itself is what is remembered: so counters and the last success outlive a restart, and
-    runs of `--once` add up.
+    The counters and the last success are read back from the file, so they survive a restart and
+    runs of `--once` add up. Safe to call from several threads.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        state: ServiceState | None = None,
+        *,
+        refresh_seconds: float = REFRESH_SECONDS,
+    ) -> None:
         self._file = Path(settings.metrics_file) if settings.metrics_file else None
-        self._database = settings.database  # tells several shops on one machine apart
-        self._gauges: dict[str, float] = {
-            "loyalty_interval_seconds": settings.recount_interval.total_seconds()
+        labels = {
+            "database": settings.database,
+            "users": settings.users,
+            "orders": settings.orders,
+            "field": settings.points_field,
         }
-        self.not_live()
+        self._labels = ",".join(f'{name}="{_escape(text)}"' for name, text in labels.items())
+        self._interval_seconds = settings.recount_interval.total_seconds()
+        self._state = state or ServiceState()
+        self._refresh_seconds = refresh_seconds
+        self._lock = threading.Lock()
         self._written_at = -inf
-        self._warned = False
+        self._warn_once = WarnOnce()
 
     def refresh_if_due(self) -> None:
-        """Write it if that is long ago, to show that the service is there."""
-        if time.monotonic() - self._written_at >= _KEEP_SECONDS:
-            self._write()
-
-    def live(self, waiting: int, lag: float) -> None:
-        """Write how live updates are doing."""
-        self._gauges |= dict(zip(_LIVE, (1, waiting, lag), strict=True))
-        self._write()
-
-    def not_live(self) -> None:
-        self._gauges |= dict.fromkeys(_LIVE, 0)
+        """Write the file if the last write was long ago: its age shows that the service runs."""
+        if time.monotonic() - self._written_at >= self._refresh_seconds:
+            self.write()
 
     @contextmanager
     def count_failures(self) -> Iterator[None]:
-        """Count a recount that raises; `recounted` counts the others."""
+        """Count a recount that raises; `record_recount` counts the others."""
         try:
             yield
         except Exception as error:
-            self._write("refused" if isinstance(error, RecountRefused) else "failed")
+            updates = {}
+            if isinstance(error, TooManyFailedUpdates):
+                updates["loyalty_failed_updates"] = float(error.number)
+            self.write("refused" if isinstance(error, RecountRefused) else "failed", updates)
             raise
 
     def record_recount(self, result: Result) -> None:
-        self._write(
-            result.outcome,
-            loyalty_last_success_timestamp_seconds=result.finished_at.timestamp(),
-            loyalty_as_of_timestamp_seconds=result.as_of.timestamp(),
-            loyalty_recount_duration_seconds=result.seconds,
-            loyalty_users=result.totals.users,
-            loyalty_changed_users=result.totals.changed,
-            loyalty_failed_updates=result.failed_updates,
-        )
+        """Write the result of a recount that did not raise."""
+        totals = result.totals
+        updates: dict[str, float] = {"loyalty_failed_updates": result.failed_updates}
+        if result.outcome in ("succeeded", "incomplete"):
+            updates |= {
+                "loyalty_last_success_timestamp_seconds": result.finished_at.timestamp(),
+                "loyalty_as_of_timestamp_seconds": result.as_of.timestamp(),
+                "loyalty_recount_duration_seconds": result.seconds,
+                "loyalty_users": totals.users,
+                "loyalty_changed_users": result.written,
+                "loyalty_orders_of_unknown_customers": totals.orders_of_unknown_customers,
+                "loyalty_orders_without_customer": totals.orders_without_customer,
+            }
+        self.write(result.outcome, updates)
 
     def check(self) -> str | None:
-        """Return why the file cannot be written, if so."""
+        """Return why the file cannot be written, or None."""
         try:
             if self._file is not None:
                 tempfile.TemporaryFile(dir=self._file.parent).close()
@@ -95,43 +107,54 @@ class Metrics:
             return f"METRICS_FILE: {self._file} cannot be written: {error.strerror}"
         return None
 
-    def _write(self, outcome: str = "", **updates: float) -> None:
-        """Write it anew. Failing to is a warning, and only the first time."""
+    def write(self, outcome: str = "", updates: Mapping[str, float] | None = None) -> None:
+        """Write all metrics, with one more recount of this outcome. A failure is one warning."""
         if self._file is None:
             return
-        self._written_at = time.monotonic()
-        try:
-            values = self._load()
-            values |= {
-                self._sample(name): value for name, value in {**self._gauges, **updates}.items()
-            }
-            if outcome:
-                values[self._sample("loyalty_recounts_total", outcome)] += 1
-            _replace(self._file, _text(values))
-        except OSError as error:
-            if not self._warned:
-                log.warning('no_metrics error="%s: %s"', self._file, error.strerror)
-            self._warned = True
-        else:
-            self._warned = False
+        with self._lock:
+            self._written_at = time.monotonic()
+            try:
+                values = self._load(self._file)
+                for name, value in {**self._gauges(), **(updates or {})}.items():
+                    values[self._sample(name)] = value
+                if outcome:
+                    values[self._sample("loyalty_recounts_total", outcome)] += 1
+                _replace(self._file, _text(values))
+            except OSError as error:
+                self._warn_once("metrics_write_failed", f"{self._file}: {error.strerror}")
+            else:
+                self._warn_once.reset("metrics_write_failed")
+
+    def _gauges(self) -> dict[str, float]:
+        """Return the metrics that are read from the state of the service."""
+        live = self._state.live
+        return {
+            "loyalty_interval_seconds": self._interval_seconds,
+            "loyalty_live": int(live is not None),
+            "loyalty_live_waiting": live.waiting if live else 0,
+            "loyalty_live_lag_seconds": self._state.live_lag_seconds,
+        }
 
     def _sample(self, name: str, outcome: str = "") -> str:
-        # A name of a database has nothing in it that would have to be escaped.
-        labels = f'database="{self._database}"' + (f',outcome="{outcome}"' if outcome else "")
+        labels = self._labels + (f',outcome="{outcome}"' if outcome else "")
         return f"{name}{{{labels}}}"
 
-    def _load(self) -> dict[str, float]:
-        """Return all samples as they stand in the file, else 0."""
+    def _load(self, file: Path) -> dict[str, float]:
+        """Return all samples with their values in the file; 0 for a sample that it has not."""
         counters, *gauges = _METRICS
         samples = [self._sample(counters, outcome) for outcome in get_args(Outcome)]
         values = dict.fromkeys([*samples, *map(self._sample, gauges)], 0.0)
-        with suppress(OSError, ValueError):  # there is none yet, or it is somebody else's
-            assert self._file is not None
-            for line in self._file.read_text(encoding="utf-8").splitlines():
+        with suppress(OSError, ValueError):  # no file yet, or not one of ours
+            for line in file.read_text(encoding="utf-8").splitlines():
                 sample, _, value = line.rpartition(" ")
                 if sample in values:
                     values[sample] = float(value)
         return values
+
+
+def _escape(text: str) -> str:
+    """Escape a label's value, see Prometheus' exposition formats."""
+    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
 def _text(values: Mapping[str, float]) -> str:
@@ -144,17 +167,10 @@ def _text(values: Mapping[str, float]) -> str:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write a file whole: whoever reads it sees the one before, or this one."""
-    # node_exporter takes no file that ends like this one's name.
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=f"{path.name}.", delete=False, encoding="utf-8"
-    ) as file:
-        new = Path(file.name)
-        try:
-            file.write(text)
-            file.flush()
-            new.chmod(0o644)  # it is for another user to read
-            new.replace(path)
-        except BaseException:
-            new.unlink(missing_ok=True)
-            raise
+    """Replace a file as a whole, so that no reader sees half of it."""
+    # node_exporter ignores the name, as it does not end in .prom. It is fixed: a process that is
+    # killed here leaves one file, which the next write replaces.
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.chmod(0o644)  # node_exporter runs as another user
+    temporary.replace(path)

@@ -1,4 +1,4 @@
-"""What a setting's value must look like: each parser returns it, or raises ValueError."""
+"""Parsers of the values of settings: each returns the value, or raises ValueError."""
 
 from __future__ import annotations
 
@@ -8,9 +8,22 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-_SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+SECONDS_PER_UNIT = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+# One status: in quotes, which are doubled inside it, or plain; then a comma or the end.
+_STATUS = re.compile(r"""\s*(?:(["'])((?:(?!\1).|\1\1)*)\1\s*|([^,]*))(?:,|\Z)""", re.DOTALL)
+_TRUE = ("yes", "true", "on", "1")
+_FALSE = ("no", "false", "off", "0")
 
 Parser = Callable[[str], Any]
+
+
+def none_or(parser: Parser) -> Parser:
+    """Return a parser that takes the word none, which it returns as an empty string."""
+
+    def parse(text: str) -> Any:
+        return "" if text.lower() == "none" else parser(text)
+
+    return parse
 
 
 def collection(text: str) -> str:
@@ -28,13 +41,24 @@ def field(text: str) -> str:
 
 
 def statuses(text: str) -> tuple[str, ...]:
-    parts = (part.strip() for part in text.split(","))
-    # In quotes a status may begin or end with a blank.
-    bare = (part[1:-1] if re.fullmatch(r"'.*'|\".*\"", part) else part for part in parts)
-    found = tuple(dict.fromkeys(filter(None, bare)))
-    if not found:
+    """Parse a list of statuses, which are separated by commas and quoted as in CSV.
+
+    Whitespace around a status does not belong to it, except in quotes, and where the whole value
+    is one status: `.env`, shells and YAML drop the quotes around a value.
+    """
+    found = []
+    for match in _STATUS.finditer(text):
+        quote, quoted, plain = match.groups()
+        if quote:
+            found.append(quoted.replace(quote * 2, quote))
+        elif plain.startswith(("'", '"')):
+            raise ValueError(f"{plain!r} begins with a quote that does not end at a comma")
+        else:
+            is_whole_value = match.start() == 0 and match.end(3) == len(text)
+            found.append(text.strip("\r\n") if is_whole_value else plain.strip())
+    if not any(found):
         raise ValueError("names no status; expected for example Shipped or Shipped,Delivered")
-    return found
+    return tuple(dict.fromkeys(filter(None, found)))
 
 
 def whole_number(low: int, high: int) -> Parser:
@@ -49,7 +73,7 @@ def whole_number(low: int, high: int) -> Parser:
 def duration(longest: timedelta) -> Parser:
     def parse(text: str) -> timedelta:
         match = re.fullmatch(r"([0-9]{1,9})([smhd])", text)
-        seconds = int(match[1]) * _SECONDS[match[2]] if match else 0
+        seconds = int(match[1]) * SECONDS_PER_UNIT[match[2]] if match else 0
         if not 1 <= seconds <= longest.total_seconds():
             raise ValueError(
                 f"{text!r} is not a time from 1s to {longest.days}d, such as 90s, 30m, 2h or 1d"
@@ -60,15 +84,15 @@ def duration(longest: timedelta) -> Parser:
 
 
 def format_duration(time: timedelta) -> str:
-    """Return a time as an operator writes it, see `duration`; what is long is rounded."""
+    """Return a time as `duration` parses it; from 100 units on it is rounded down."""
     seconds = int(time.total_seconds())
-    for unit, size in _SECONDS.items():
+    for unit, size in SECONDS_PER_UNIT.items():
         if seconds >= size and (seconds % size == 0 or seconds >= 100 * size):
             return f"{seconds // size}{unit}"
     return f"{seconds}s"
 
 
-def one_of(*words: str) -> Parser:
+def choice(*words: str) -> Parser:
     def parse(text: str) -> str:
         if found := [word for word in words if word.lower() == text.lower()]:
             return found[0]
@@ -77,12 +101,17 @@ def one_of(*words: str) -> Parser:
     return parse
 
 
-def yes(text: str) -> bool:
-    return bool(one_of("yes", "no")(text) == "yes")
+def boolean(text: str) -> bool:
+    return bool(choice(*_TRUE, *_FALSE)(text) in _TRUE)
 
 
 def metrics_file(text: str) -> str:
-    # node_exporter leaves a file with another ending alone.
-    if text and not (Path(text).is_absolute() and text.endswith(".prom")):
-        raise ValueError(f"{text!r} is not the whole path of a file that ends in .prom")
+    # node_exporter reads only files with this ending.
+    if not (Path(text).is_absolute() and text.endswith(".prom")):
+        raise ValueError(f"{text!r} is not the absolute path of a file that ends in .prom")
     return text
+
+
+def os_error_text(error: OSError | UnicodeDecodeError) -> str:
+    """Return why a file cannot be read, without its name."""
+    return str(error.strerror) if isinstance(error, OSError) else "it is not UTF-8 text"

@@ -51,6 +51,9 @@ class RetryPolicy:
 DAEMON_BACKOFF = RetryPolicy(initial_seconds=10, max_seconds=300)
 """After a recount or a connection that failed; the daemon never gives up."""
 
+BACKOFF_RESET_SECONDS = 60.0
+"""Idle time without a failure after which the daemon's next failure counts as the first."""
+
 COUNT_RETRY = RetryPolicy(timeout_seconds=30, initial_seconds=0.5, max_seconds=8)
 """Within one recount: an election takes about 10 seconds, and may have to be repeated."""
 
@@ -127,3 +130,43 @@ def _delays(
         if failures >= policy.attempts or clock() + delay > deadline:
             return
         yield delay
+
+
+class Backoff:
+    """The pauses of a task that is repeated without end, and that fails now and then.
+
+    Failures count as consecutive until `reset_seconds` pass without one. Neither the pause itself
+    nor the time in which the task works is part of them.
+    """
+
+    def __init__(
+        self,
+        policy: RetryPolicy = DAEMON_BACKOFF,
+        *,
+        reset_seconds: float = BACKOFF_RESET_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+        random: Callable[[], float] = random_module.random,
+    ) -> None:
+        self._policy = policy
+        self._reset_seconds = reset_seconds
+        self._clock = clock
+        self._random = random
+        self.reset()
+
+    def reset(self) -> None:
+        """Let the next failure be the first."""
+        self._failures = 0
+        self._pause = 0.0
+        self._failed_at = -inf
+
+    def record_work(self, seconds: float) -> None:
+        """Note that the task has just worked for so long, without a failure."""
+        self._failed_at += seconds
+
+    def record_failure(self, started: float, *, max_seconds: float = inf) -> float:
+        """Return the seconds to wait after a failure now, of work that started then."""
+        failed_recently = started - self._failed_at < self._pause + self._reset_seconds
+        self._failures = self._failures + 1 if failed_recently else 1
+        self._pause = min(self._policy.delay_seconds(self._failures, self._random), max_seconds)
+        self._failed_at = self._clock()
+        return self._pause

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from loyalty.concurrency import ignore_progress
 from loyalty.mongo import connection as mongo
 from loyalty.recount.counter import Count
 from loyalty.recount.updates import Changes
+from loyalty.retry import Backoff, RetryPolicy
 from loyalty.service import Service
 
 RECONNECT_EVERY = 10
@@ -52,9 +54,10 @@ def clock(file: str) -> None:
 
 def pause(seconds: str) -> None:
     first, *tried = map(float, seconds.split(","))
-    daemon.INITIAL_BACKOFF_SECONDS = first
+    policy = RetryPolicy(initial_seconds=first, max_seconds=300, jitter=0)
+    daemon.Daemon = partial(daemon.Daemon, backoff=Backoff(policy))  # type: ignore[assignment,misc]
     for connect_seconds in tried:
-        mongo._CONNECT_SECONDS = connect_seconds  # type: ignore[assignment]
+        mongo.CONNECT_TIMEOUT_SECONDS = connect_seconds
 
 
 def bugs(listed: str) -> None:

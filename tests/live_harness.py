@@ -1,4 +1,4 @@
-"""A shop, and a service that does live updates for it in the test's own process."""
+"""A shop, and a service in the test's own process that does live updates of it."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from loyalty.service import Service
 from sandbox.mongod import DEADLINE_SECONDS, Deployment
 from sandbox.shop import find_mismatches
 
-QUICK = 0.05  # seconds of live updates
+UPDATE_SECONDS = 0.05
 
 
 @dataclass
 class LiveHarness:
-    """The shop, and the service after its first recount."""
+    """The shop, and the service after its first full recount."""
 
     shop: Database[Any]
     service: Service
 
-    def update(self, seconds: float = QUICK) -> None:
-        """Do live updates for about so long."""
+    def update(self, seconds: float = UPDATE_SECONDS) -> None:
+        """Do live updates for about `seconds`."""
         self.service.run_between(seconds, ignore_progress)
 
-    def update_until(self, ready: Callable[[], object]) -> None:
+    def update_until(self, is_ready: Callable[[], object]) -> None:
         deadline = time.monotonic() + DEADLINE_SECONDS
-        while not ready():
+        while not is_ready():
             assert time.monotonic() < deadline
             self.update()
 
-    def settle(self) -> None:
-        """Do live updates until everyone is right; fail after a while."""
+    def update_until_exact(self) -> None:
+        """Do live updates until all points are exact; fail after a while."""
         deadline = time.monotonic() + DEADLINE_SECONDS
         while find_mismatches(self.shop) and time.monotonic() < deadline:
             self.update()
@@ -50,24 +50,26 @@ class LiveHarness:
 
     @property
     def is_live(self) -> bool:
-        return self.service._live is not None
+        return self.service.updater.is_live
 
 
 @contextmanager
-def live(deployment: Deployment, shop: Database[Any], **values: str) -> Iterator[LiveHarness]:
-    """Let the service connect and recount, and disconnect it at the end."""
-    uri = {"MONGODB_URI": deployment.uri_for(database=shop.name), "LIVE_UPDATES": "yes"}
-    settings = load(uri | values)
-    service = Service(settings, lambda: settings)
+def live_service(
+    deployment: Deployment,
+    shop: Database[Any],
+    service_options: dict[str, Any] | None = None,
+    **values: str,
+) -> Iterator[LiveHarness]:
+    """Let a service with live updates connect and recount; disconnect it at the end."""
+    defaults = {"MONGODB_URI": deployment.uri_for(database=shop.name), "LIVE_UPDATES": "yes"}
+    settings = load(defaults | values)
+    service = Service(settings, lambda: settings, **(service_options or {}))
     try:
         service.connect()
         service.recount(ignore_progress)
         yield LiveHarness(shop, service)
     finally:
-        if service._live:
-            service._live.close()
-        if service._connection:
-            service._connection.client.close()
+        service.disconnect()
 
 
 def make_index(shop: Database[Any]) -> None:

@@ -17,10 +17,10 @@ LAYERS = (
     ("loyalty_microservice",),
     ("loyalty.cli",),
     ("loyalty.commands",),
+    ("loyalty.service",),  # implements the protocol of a job that the daemon defines
     ("loyalty.daemon", "loyalty.systemd"),
-    ("loyalty.service",),
     ("loyalty.live",),
-    ("loyalty.recount", "loyalty.history", "loyalty.metrics"),
+    ("loyalty.recount", "loyalty.history", "loyalty.state", "loyalty.metrics"),
     ("loyalty.mongo",),
     ("loyalty.env_file",),
     ("config",),

@@ -1,245 +1,427 @@
-"""When to run: the schedule, the retries and systemd, without a database."""
+"""The daemon's schedule, backoff and signals, with a fake job; and its reload as a real process."""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import settings_for
+from bson import ObjectId
+from conftest import ROOT, settings_for
+from pymongo.database import Database
 
-import loyalty.daemon as daemon_module
 from loyalty.concurrency import ProgressCallback
-from loyalty.daemon import Daemon
+from loyalty.daemon import Daemon, RecountOutcome
 from loyalty.errors import ConfigurationError, DatabaseUnavailable
+from loyalty.retry import Backoff, RetryPolicy
 from sandbox.mongod import wait_until
+from sandbox.service import Process
 
-Recounting = Callable[[ProgressCallback], str]
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+SHORT_PAUSES = RetryPolicy(initial_seconds=0.02, max_seconds=300, jitter=0)
+DOWN = DatabaseUnavailable("down")
 
 
-class FakeWork:
-    """What the daemon is given to do, made of two functions."""
+class FakeJob:
+    """A job of four functions that records when each is called, as (name, monotonic time)."""
 
-    def __init__(self, recount: Recounting, connect: Callable[[], None]) -> None:
-        self.recount = recount
-        self.connect = connect
+    def __init__(
+        self,
+        recount: Callable[[ProgressCallback], RecountOutcome | None] = lambda _: None,
+        *,
+        connect: Callable[[], None] = lambda: None,
+        reload: Callable[[], None] = lambda: None,
+        run_between: Callable[[float], None] = time.sleep,
+        interval: float = 3600,
+        stall_timeout: float = 60,
+    ) -> None:
+        self.interval = timedelta(seconds=interval)
+        self.stall_timeout = timedelta(seconds=stall_timeout)
+        self.calls: list[tuple[str, float]] = []
+        self.is_over = threading.Event()
+        self._recount, self._connect = recount, connect
+        self._reload, self._run_between = reload, run_between
+
+    def connect(self) -> None:
+        self._record("connect")
+        self._connect()
+
+    def recount(self, on_progress: ProgressCallback) -> RecountOutcome:
+        self._record("recount")
+        return self._recount(on_progress) or RecountOutcome("done")
+
+    def reload(self) -> None:
+        self._record("reload")
+        self._reload()
 
     def run_between(self, seconds: float, on_progress: ProgressCallback) -> None:
-        time.sleep(seconds)
+        self._record("run_between")
+        self._run_between(seconds)
 
+    def count(self, name: str) -> int:
+        return sum(called == name for called, _ in self.calls)
 
-class Over:
-    """What a worker is given that is left behind: to wait for the end of the tests."""
+    @property
+    def steps(self) -> list[str]:
+        """The calls in their order, without `run_between`."""
+        return [name for name, _ in self.calls if name != "run_between"]
 
-    def connect(self) -> None: ...
-
-    def recount(self, on_progress: ProgressCallback) -> str:
-        return ""
-
-    def run_between(self, seconds: float, on_progress: ProgressCallback) -> None:
-        threading.Event().wait()
+    def _record(self, name: str) -> None:
+        if self.is_over.is_set():  # the test has ended, and the daemon has left its worker behind
+            threading.Event().wait()
+        self.calls.append((name, time.monotonic()))
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Short pauses, and the signal handlers as they were."""
-    monkeypatch.setattr(daemon_module, "INITIAL_BACKOFF_SECONDS", 0.02)
-    monkeypatch.setattr(daemon_module, "_TICK", 0.05)
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+def _signal_handlers() -> Iterator[None]:
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
-def make(
-    work: Recounting,
-    connect: Callable[[], None] = lambda: None,
-    *,
-    interval: float = 3600,
-    stall_timeout: float = 60,
-) -> Daemon:
-    return Daemon(
-        FakeWork(work, connect),
-        interval=timedelta(seconds=interval),
-        stall_timeout=timedelta(seconds=stall_timeout),
-    )
+def make(job: FakeJob, policy: RetryPolicy = SHORT_PAUSES, *, reset: float = 60) -> Daemon:
+    return Daemon(job, backoff=Backoff(policy, reset_seconds=reset), tick_seconds=0.05)
 
 
-def run_until(daemon: Daemon, ready: Callable[[], object]) -> None:
-    """Run it in this thread, and SIGTERM it once `ready`."""
+def run(job: FakeJob, script: Callable[[], object], daemon: Daemon | None = None) -> None:
+    """Run the daemon in this thread and `script` in another; then end the daemon with SIGTERM."""
+    errors: list[BaseException] = []
 
-    def stop() -> None:
+    def follow() -> None:
         try:
-            wait_until("ready", ready, 20)
+            script()
+        except BaseException as error:  # noqa: BLE001 -- raised below, in the test's own thread
+            errors.append(error)
         finally:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    stopper = threading.Thread(target=stop)
-    stopper.start()
-    daemon.run()
-    stopper.join()
-    # The worker is left behind, and in here it lives on. Without a schedule it would never rest.
-    daemon._work = Over()
-    daemon.scheduler.clear()
+    thread = threading.Thread(target=follow)
+    thread.start()
+    (daemon or make(job)).run()
+    job.is_over.set()
+    thread.join()
+    if errors:
+        raise errors[0]
 
 
-def test_schedule_is_asked_for_the_two_hours_of_the_default() -> None:
-    settings = settings_for("mongodb://localhost")
-    (job,) = make(lambda _: "", interval=settings.recount_interval.total_seconds()).scheduler.jobs
+def run_until(job: FakeJob, ready: Callable[[], object], daemon: Daemon | None = None) -> None:
+    run(job, lambda: wait_until("the condition", ready, 20), daemon)
+
+
+def raising(*errors: Exception | None) -> Callable[..., None]:
+    """Return a function that raises these errors, one a call (None: no error), and then none."""
+    left = list(errors)
+
+    def step(*_: object) -> None:
+        if left and (error := left.pop(0)):
+            raise error
+
+    return step
+
+
+# Schedule
+
+
+def test_the_default_interval_is_scheduled_as_two_hours() -> None:
+    interval = settings_for("mongodb://localhost").recount_interval.total_seconds()
+    (job,) = make(FakeJob(interval=interval)).scheduler.jobs
     assert (job.interval, job.unit) == (7200, "seconds")
 
 
-def test_it_works_at_once_and_then_not_before_the_interval() -> None:
-    calls: list[float] = []
-
-    def work(on_progress: ProgressCallback) -> str:
-        calls.append(time.monotonic())
-        return "done"
-
-    daemon = make(work)
-    (job,) = daemon.scheduler.jobs
-    run_until(daemon, lambda: calls)
-    assert len(calls) == 1
-    assert job.next_run is not None
-    assert job.last_run is not None
-    assert job.next_run - job.last_run == pytest.approx(
+def test_the_first_recount_is_at_once_and_the_second_after_the_interval() -> None:
+    job = FakeJob()
+    daemon = make(job)
+    run_until(job, lambda: job.count("recount"), daemon)
+    assert job.steps == ["connect", "recount"]
+    (scheduled,) = daemon.scheduler.jobs
+    assert scheduled.next_run is not None
+    assert scheduled.last_run is not None
+    assert scheduled.next_run - scheduled.last_run == pytest.approx(
         timedelta(hours=1), abs=timedelta(seconds=1)
     )
 
 
-def test_what_is_done_meanwhile_is_done_before_it_is_connected_too(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    tries: list[str] = []
-    done_after: list[int] = []
-
-    def connect() -> None:
-        tries.append("")
-        if len(tries) == 1:
-            raise DatabaseUnavailable("gone")
-
-    def run_between(work: FakeWork, seconds: float, on_progress: ProgressCallback) -> None:
-        done_after.append(len(tries))
-        time.sleep(seconds)
-
-    monkeypatch.setattr(FakeWork, "run_between", run_between)
-    run_until(make(lambda _: "", connect), lambda: len(tries) == 2)
-    assert done_after[0] == 1
-
-
-def test_a_failure_is_tried_again_after_pauses_that_double(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(daemon_module, "MAX_BACKOFF_SECONDS", 0.05)
-    outcomes: list[Exception | None] = [
-        DatabaseUnavailable("gone"),
-        ConfigurationError("no permission"),
-        ValueError("a bug"),
-        None,
-    ]
-
-    def work(on_progress: ProgressCallback) -> str:
-        if error := outcomes.pop(0):
-            raise error
-        return "done"
-
-    daemon = make(work)
-    run_until(daemon, lambda: not outcomes)
-    assert caplog.messages[:3] == [
-        'failed error="gone" retry_in=0.02s',
-        'failed error="no permission" retry_in=0.04s',
-        "bug retry_in=0.05s",
-    ]
-    assert [bool(record.exc_info) for record in caplog.records[:3]] == [False, False, True]
-    assert not outcomes
-
-
-def test_pauses_double_also_where_the_work_takes_longer_than_they_do(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(daemon_module, "BACKOFF_RESET_SECONDS", 0.4)
-    recounts: list[int] = []
-    ended: list[bool] = []
-
-    def work(on_progress: ProgressCallback) -> str:
-        recounts.append(len(recounts))
-        time.sleep(0.6)
-        if len(recounts) < 3:
-            raise DatabaseUnavailable("gone")
-        return "done"
-
-    def run_between(seconds: float, on_progress: ProgressCallback) -> None:
-        if len(recounts) == 3 and not ended:  # just after a recount that succeeded
-            ended.append(True)
-            raise DatabaseUnavailable("ended")
-        time.sleep(seconds)
-
-    daemon = make(work)
-    # Not of the class: the workers of earlier tests live on.
-    monkeypatch.setattr(daemon._work, "run_between", run_between)
-    run_until(daemon, lambda: len(recounts) >= 4)
-    assert caplog.messages[:3] == [
-        'failed error="gone" retry_in=0.02s',
-        'failed error="gone" retry_in=0.04s',
-        'failed error="ended" retry_in=0.08s',
-    ]
-
-
-def test_the_database_may_be_down_at_start_but_not_be_forbidden() -> None:
-    problems: list[Exception] = [
-        DatabaseUnavailable("down"),
-        DatabaseUnavailable("down"),
-        ConfigurationError("no"),
-    ]
-
-    def connect() -> None:
-        raise problems.pop(0)
-
-    with pytest.raises(ConfigurationError, match="no"):
-        make(lambda _: pytest.fail("not connected"), connect).run()
-    assert not problems
-
-
-def test_a_pause_is_never_longer_than_the_interval(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(daemon_module, "INITIAL_BACKOFF_SECONDS", 1000.0)
-    calls: list[int] = []
-
-    def work(on_progress: ProgressCallback) -> str:
-        calls.append(1)
-        raise DatabaseUnavailable("gone")
-
-    run_until(make(work, interval=1), lambda: len(calls) >= 2)
-
-
-def test_a_recount_longer_than_the_interval_neither_overlaps_nor_piles_up() -> None:
+def test_recounts_longer_than_the_interval_neither_overlap_nor_accumulate() -> None:
     running = 0
     overlaps: list[int] = []
 
-    def work(on_progress: ProgressCallback) -> str:
+    def recount(_: ProgressCallback) -> None:
         nonlocal running
         running += 1
         overlaps.append(running)
         time.sleep(1.3)
         running -= 1
-        return "done"
 
+    job = FakeJob(recount, interval=1)
     started = time.monotonic()
-    run_until(make(work, interval=1), lambda: len(overlaps) >= 3)
+    run_until(job, lambda: len(overlaps) >= 3)
     assert set(overlaps) == {1}
     assert time.monotonic() - started >= 2 * (1.3 + 1)
 
 
+@pytest.mark.parametrize("seconds", [0.0, 0.3])
+def test_a_recount_can_ask_for_an_earlier_next_recount(seconds: float) -> None:
+    outcomes = [RecountOutcome("refused", retry_after_seconds=seconds), RecountOutcome("done")]
+    job = FakeJob(lambda _: outcomes.pop(0))
+    daemon = make(job)
+    run_until(job, lambda: job.count("recount") == 2, daemon)
+    first, second = (at for name, at in job.calls if name == "recount")
+    assert second - first >= seconds
+    (scheduled,) = daemon.scheduler.jobs  # then the interval applies again
+    assert scheduled.next_run is not None
+    assert scheduled.last_run is not None
+    assert scheduled.next_run - scheduled.last_run > timedelta(minutes=59)
+
+
+def test_a_recount_cannot_ask_for_a_later_next_recount() -> None:
+    job = FakeJob(lambda _: RecountOutcome("refused", retry_after_seconds=1000), interval=1)
+    run_until(job, lambda: job.count("recount") == 2)
+
+
+# Failures and backoff
+
+
+def test_the_job_runs_between_attempts_to_connect() -> None:
+    job = FakeJob(connect=raising(DOWN))
+    run_until(job, lambda: job.count("recount"))
+    names = [name for name, _ in job.calls]
+    assert "run_between" in names[: names.index("connect", 1)]
+
+
+def test_failures_are_retried_after_pauses_that_double(caplog: pytest.LogCaptureFixture) -> None:
+    errors = [DatabaseUnavailable("gone"), ConfigurationError("no permission"), ValueError("bug")]
+    job = FakeJob(raising(*errors))
+    policy = RetryPolicy(initial_seconds=0.02, max_seconds=0.05, jitter=0)
+    run_until(job, lambda: job.count("recount") == 4, make(job, policy))
+    failures = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert [record.getMessage() for record in failures] == [
+        'failed error="gone" retry_in=0.02s',
+        'failed error="no permission" retry_in=0.04s',
+        "internal_error retry_in=0.05s",
+    ]
+    assert [bool(record.exc_info) for record in failures] == [False, False, True]
+    fields = [record.fields for record in failures]  # type: ignore[attr-defined]
+    assert fields[0] == {"error": "gone", "retry_in": 0.02}
+    assert fields[2] == {"error": "ValueError", "retry_in": 0.05}
+
+
+def test_the_time_of_a_recount_does_not_count_as_time_without_a_failure(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    fail = raising(DOWN, DOWN)
+    ended: list[bool] = []
+
+    def recount(_: ProgressCallback) -> None:
+        time.sleep(0.6)
+        fail()
+
+    def run_between(seconds: float) -> None:
+        if job.count("recount") == 3 and not ended:  # just after a recount that succeeded
+            ended.append(True)
+            raise DatabaseUnavailable("ended")
+        time.sleep(seconds)
+
+    job = FakeJob(recount, run_between=run_between)
+    run_until(job, lambda: job.count("recount") >= 4, make(job, reset=0.4))
+    assert caplog.messages[:3] == [
+        'failed error="down" retry_in=0.02s',
+        'failed error="down" retry_in=0.04s',
+        'failed error="ended" retry_in=0.08s',
+    ]
+
+
+def test_a_configuration_error_ends_the_daemon_only_before_the_first_connection() -> None:
+    job = FakeJob(connect=raising(DOWN, DOWN, ConfigurationError("no")))
+    with pytest.raises(ConfigurationError, match="no"):
+        make(job).run()
+    assert job.steps == ["connect"] * 3
+
+
+def test_a_pause_is_never_longer_than_the_interval() -> None:
+    job = FakeJob(raising(DOWN), interval=1)
+    policy = RetryPolicy(initial_seconds=1000, max_seconds=1000)
+    run_until(job, lambda: job.count("recount") == 2, make(job, policy))
+
+
+# Signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_signal_ends_the_daemon_while_a_recount_hangs(
+    number: signal.Signals, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "loyalty")
+    hang = threading.Event()
+    job = FakeJob(lambda _: hang.wait() and None)
+
+    def script() -> None:
+        wait_until("a recount", lambda: job.count("recount"))
+        os.kill(os.getpid(), number)
+
+    run(job, script)
+    assert caplog.messages[-1] == f"stopped signal={number.name}"
+    hang.set()
+
+
+def reload_settings() -> None:
+    os.kill(os.getpid(), signal.SIGHUP)
+
+
+def test_sighup_reloads_the_settings_and_recounts_at_once() -> None:
+    job = FakeJob()
+
+    def script() -> None:
+        wait_until("a recount", lambda: job.count("recount") == 1)
+        reload_settings()
+        wait_until("another recount", lambda: job.count("recount") == 2)
+
+    run(job, script)
+    assert job.steps == ["connect", "recount", "reload", "recount"]
+
+
+def test_sighup_during_a_recount_waits_for_its_end_and_several_count_as_one() -> None:
+    go_on = threading.Event()
+    job = FakeJob(lambda _: go_on.wait(20) and None)
+
+    def script() -> None:
+        wait_until("a recount", lambda: job.count("recount") == 1)
+        for _ in range(3):
+            reload_settings()
+            time.sleep(0.1)
+        assert job.steps == ["connect", "recount"]
+        go_on.set()
+        wait_until("another recount", lambda: job.count("recount") == 2)
+        time.sleep(0.3)
+
+    run(job, script)
+    assert job.steps == ["connect", "recount", "reload", "recount"]
+
+
+def test_sighup_during_a_reload_reloads_once_more() -> None:
+    def reload() -> None:
+        if job.count("reload") == 1:
+            reload_settings()
+            time.sleep(0.3)
+
+    job = FakeJob(reload=reload)
+
+    def script() -> None:
+        wait_until("a recount", lambda: job.count("recount") == 1)
+        reload_settings()
+        wait_until("two reloads", lambda: job.count("reload") == 2)
+        wait_until("another recount", lambda: job.steps[-1] == "recount")
+
+    run(job, script)
+    assert job.steps[:3] == ["connect", "recount", "reload"]
+
+
+@pytest.mark.parametrize("name", ["connect", "recount"])
+def test_sighup_ends_a_pause_and_the_next_pause_is_short_again(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    fail = raising(DOWN, DOWN)
+    steps: dict[str, Any] = {name: fail}
+    job = FakeJob(**steps)
+    policy = RetryPolicy(initial_seconds=1000, max_seconds=3000, jitter=0)
+
+    def script() -> None:
+        for failures in (1, 2):
+            wait_until("a failure", lambda failures=failures: job.count(name) == failures)
+            reload_settings()
+        wait_until("a recount", lambda: job.steps[-1] == "recount" and job.count(name) == 3)
+
+    run(job, script, make(job, policy))
+    failures = [line for line in caplog.messages if line.startswith("failed ")]
+    assert failures == ['failed error="down" retry_in=1e+03s'] * 2
+
+
+def test_settings_that_are_wrong_are_reported_and_change_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    job = FakeJob(reload=raising(ConfigurationError("A: wrong", "B: wrong"), OSError("bug"), DOWN))
+
+    def script() -> None:
+        wait_until("a recount", lambda: job.count("recount") == 1)
+        for reloads in (1, 2, 3):
+            reload_settings()
+            wait_until("a reload", lambda reloads=reloads: job.count("reload") == reloads)
+        time.sleep(0.3)  # six ticks, in which a recount would start
+
+    run(job, script)
+    assert job.steps == ["connect", "recount", "reload", "reload", "reload"]
+    errors = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert [record.getMessage() for record in errors] == [
+        'reload_failed error="A: wrong"',
+        'reload_failed error="B: wrong"',
+        "internal_error during=reload",
+        'reload_failed error="down"',
+    ]
+
+
+def test_a_failed_reload_does_not_end_a_pause() -> None:
+    job = FakeJob(raising(DOWN), reload=raising(ConfigurationError("wrong")))
+
+    def script() -> None:
+        wait_until("a recount", lambda: job.count("recount") == 1)
+        reload_settings()
+        wait_until("a reload", lambda: job.count("reload") == 1)
+        time.sleep(0.3)
+
+    run(job, script, make(job, RetryPolicy(initial_seconds=1000, max_seconds=3000)))
+    assert job.count("recount") == 1
+
+
+def test_a_reload_changes_the_interval_and_the_stall_timeout(
+    systemd: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WATCHDOG_USEC", "100000")
+    hang = threading.Event()
+
+    def reload() -> None:
+        job.interval, job.stall_timeout = timedelta(seconds=1), timedelta(seconds=0.3)
+
+    def recount(_: ProgressCallback) -> None:
+        if job.count("recount") == 4:
+            hang.wait(20)
+
+    job = FakeJob(recount, reload=reload)
+    daemon = make(job)
+
+    def is_not_fed() -> bool:
+        before = systemd().count("WATCHDOG=1")
+        time.sleep(0.5)
+        return job.count("recount") == 4 and systemd().count("WATCHDOG=1") == before
+
+    def script() -> None:
+        wait_until("a recount", lambda: job.count("recount") == 1)
+        reload_settings()
+        wait_until("recounts", lambda: job.count("recount") == 4)
+        wait_until("a watchdog that is not fed", is_not_fed)
+
+    run(job, script, daemon)
+    hang.set()
+    (scheduled,) = daemon.scheduler.jobs
+    assert scheduled.interval == 1
+
+
+# systemd
+
+
 @pytest.fixture
 def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[str]]]:
-    """A socket as systemd's; call it for what has been said so far."""
+    """Listen in place of systemd; call it for the messages so far."""
     address = tmp_path / "notify"
-    said: list[str] = []
+    messages: list[str] = []
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
         receiver.bind(str(address))
         receiver.setblocking(False)
@@ -248,74 +430,189 @@ def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
         def read() -> list[str]:
             while True:
                 try:
-                    said.append(receiver.recv(4096).decode())
+                    messages.append(receiver.recv(4096).decode())
                 except BlockingIOError:
-                    return said
+                    return messages
 
         yield read
 
 
-def test_systemd_hears_ready_once_connected_then_status_and_stopping(
+def test_systemd_is_told_ready_after_connecting_then_the_status_and_stopping(
     systemd: Callable[[], list[str]],
 ) -> None:
-    problems = [DatabaseUnavailable("down")]
-
-    def connect() -> None:
-        if problems:
-            raise problems.pop(0)
-
-    run_until(
-        make(lambda _: "recounted, 3 changed", connect), lambda: "3 changed" in str(systemd())
-    )
-    said = [line for line in systemd() if line != "WATCHDOG=1"]
-    assert said[0].startswith("STATUS=failed: down; next at ")
-    assert said[1] == "READY=1"
-    assert said[-2].startswith("STATUS=recounted, 3 changed; next at ")
-    assert said[-1] == "STOPPING=1"
+    job = FakeJob(lambda _: RecountOutcome("recounted, 3 changed"), connect=raising(DOWN))
+    run_until(job, lambda: "3 changed" in str(systemd()))
+    messages = [message for message in systemd() if message != "WATCHDOG=1"]
+    assert messages[0].startswith("STATUS=failed: down; next at ")
+    assert messages[1] == "READY=1"
+    assert messages[-2].startswith("STATUS=recounted, 3 changed; next at ")
+    assert messages[-1] == "STOPPING=1"
 
 
-def test_the_watchdog_is_fed_while_work_moves_and_let_go_when_it_hangs(
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (None, "reloaded"),
+        (ConfigurationError("wrong"), "reload failed, the old settings are kept; see the log"),
+    ],
+)
+def test_systemd_is_told_when_a_reload_starts_and_ends(
+    systemd: Callable[[], list[str]], error: Exception | None, status: str
+) -> None:
+    job = FakeJob(reload=raising(error))
+    before = time.monotonic_ns() // 1000
+
+    def script() -> None:
+        wait_until("a recount", lambda: "STATUS=done" in str(systemd()))
+        reload_settings()
+        wait_until("its end", lambda: "RELOADING=1" in str(systemd()) and status in str(systemd()))
+
+    run(job, script)
+    messages = [message for message in systemd() if message != "WATCHDOG=1"]
+    (start,) = [n for n, message in enumerate(messages) if message.startswith("RELOADING=1")]
+    at = re.fullmatch(r"RELOADING=1\nMONOTONIC_USEC=(\d+)", messages[start])
+    assert at
+    assert before <= int(at[1]) <= time.monotonic_ns() // 1000
+    assert messages[start + 1] == f"READY=1\nSTATUS={status}"
+
+
+def test_systemd_is_not_told_ready_by_a_reload_before_the_first_connection(
+    systemd: Callable[[], list[str]],
+) -> None:
+    job = FakeJob(connect=raising(DOWN), reload=raising(ConfigurationError("wrong")))
+
+    def script() -> None:
+        wait_until("an attempt", lambda: job.count("connect") == 1)
+        reload_settings()
+        wait_until("a reload", lambda: job.count("reload") == 1)
+        time.sleep(0.2)
+        assert "READY=1" not in str(systemd())
+        assert "RELOADING=1" not in str(systemd())
+
+    run(job, script, make(job, RetryPolicy(initial_seconds=1000, max_seconds=3000)))
+
+
+def test_the_watchdog_is_fed_during_progress_and_not_after_the_stall_timeout(
     systemd: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WATCHDOG_USEC", "100000")
     hang = threading.Event()
     fed: list[int] = []
 
-    def work(on_progress: ProgressCallback) -> str:
-        for _ in range(20):  # long, but it moves
+    def recount(on_progress: ProgressCallback) -> None:
+        for _ in range(20):
             time.sleep(0.05)
             on_progress("")
         fed.append(systemd().count("WATCHDOG=1"))
         hang.wait(20)
-        return "done"
 
-    def let_go() -> bool:
+    def is_not_fed() -> bool:
         if not fed:
             return False
         before = systemd().count("WATCHDOG=1")
         time.sleep(0.5)
         return systemd().count("WATCHDOG=1") == before
 
-    run_until(make(work, stall_timeout=0.4), let_go)
+    job = FakeJob(recount, stall_timeout=0.4)
+    run_until(job, is_not_fed)
     hang.set()
     assert fed[0] >= 3
 
 
-def test_a_watchdog_meant_for_another_process_is_not_fed(
-    systemd: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+# Reload of the real process
+
+
+@pytest.fixture
+def customer(database: Database[Any]) -> ObjectId:
+    """A user with three shipped orders."""
+    user = database.users.insert_one({}).inserted_id
+    database.orders.insert_many([{"customer_id": user, "status": "Shipped"} for _ in range(3)])
+    return ObjectId(user)
+
+
+def points(database: Database[Any], customer: ObjectId) -> Any:
+    user = database.users.find_one({"_id": customer})
+    assert user
+    return user.get("loyalty_points")
+
+
+def write_settings(file: Path, **settings: str) -> None:
+    file.touch(0o600)
+    lines = (f"{name}={value}\n" for name, value in settings.items())
+    file.write_text("".join(lines), encoding="utf-8")
+
+
+def test_the_process_reloads_its_file_of_settings_or_keeps_the_old_ones(
+    service: Callable[..., Process],
+    uri: str,
+    database: Database[Any],
+    customer: ObjectId,
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setenv("WATCHDOG_USEC", "100000")
-    assert daemon_module._watchdog_seconds() == 0.1
-    monkeypatch.setenv("WATCHDOG_PID", "1")
-    assert daemon_module._watchdog_seconds() == float("inf")
+    file = tmp_path / "settings"
+    write_settings(file, MONGODB_URI=uri, POINTS_PER_ORDER="2")
+    daemon = service("--env-file", str(file))
+    daemon.wait_for("outcome=succeeded")
+    assert points(database, customer) == 6
+
+    write_settings(file, MONGODB_URI=uri, POINTS_PER_ORDER="5", BATCH_SIZE="0", COUNT_WORKERS="x")
+    daemon.send(signal.SIGHUP)
+    daemon.wait_for("ERROR reload_failed ", times=2)
+    assert "BATCH_SIZE" in daemon.output
+    assert "COUNT_WORKERS" in daemon.output
+
+    write_settings(file, MONGODB_URI=uri, POINTS_PER_ORDER="5")
+    daemon.send(signal.SIGHUP)
+    daemon.wait_for("outcome=succeeded", times=2)
+    assert points(database, customer) == 15
+    assert daemon.stop() == 0
+    recounts = [line.split()[2] for line in daemon.lines if " recount outcome=" in line]
+    assert len(recounts) == 2, "a failed reload has recounted"
 
 
-def test_nobody_listens_to_notifications(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "nobody"))
-    calls: list[int] = []
+def test_sighup_during_the_start_does_not_end_the_process(
+    service: Callable[..., Process], uri: str, database: Database[Any], customer: ObjectId
+) -> None:
+    daemon = service(MONGODB_URI=uri)
+    status = Path(f"/proc/{daemon.pid}/status")
 
-    def work(on_progress: ProgressCallback) -> str:
-        calls.append(1)
-        return ""
+    def is_blocked() -> bool:
+        mask = int(status.read_text(encoding="ascii").split("SigBlk:")[1].split()[0], 16)
+        return bool(mask & 1 << (signal.SIGHUP - 1))
 
-    run_until(make(work), lambda: calls)
+    wait_until("the entry point", is_blocked)
+    daemon.send(signal.SIGHUP)
+    daemon.wait_for("INFO reloaded")
+    daemon.wait_for("outcome=succeeded")
+    assert points(database, customer) == 3
+    assert daemon.stop() == 0
+
+
+def test_exec_reload_of_the_unit_passes_on_the_new_environment(
+    service: Callable[..., Process],
+    uri: str,
+    database: Database[Any],
+    customer: ObjectId,
+    tmp_path: Path,
+) -> None:
+    """Systemd cannot change the environment of a process that runs."""
+    unit = (ROOT / "deploy/loyalty-microservice.service").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^ExecReload=/bin/sh -c '(.*)'$", unit, re.MULTILINE)
+    directory = {"RUNTIME_DIRECTORY": str(tmp_path)}
+    daemon = service(MONGODB_URI=uri, POINTS_PER_ORDER="2", LOG_LEVEL="DEBUG", **directory)
+    daemon.wait_for("outcome=succeeded")
+    environment = {
+        "MONGODB_URI": uri,
+        "POINTS_PER_ORDER": "5",
+        "MAINPID": str(daemon.pid),
+        "PATH": os.environ["PATH"],
+        **directory,
+    }
+    subprocess.run(
+        ["/bin/sh", "-c", command.replace("$$", "$")], env=environment, umask=0o077, check=True
+    )
+    daemon.wait_for("outcome=succeeded", times=2)
+    assert points(database, customer) == 15
+    (left,) = tmp_path.glob("environment*")
+    assert left.stat().st_mode & 0o777 == 0o600
+    assert daemon.stop() == 0

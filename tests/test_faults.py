@@ -300,7 +300,7 @@ def test_with_all_nodes_frozen_it_stops_at_once_and_one_that_goes_on_recovers(
             server.suspend()
         assert stopped.stop() == 0
         late = service(MONGODB_URI=cluster_harness.uri)
-        late.wait_for("retry_in=10s")
+        late.wait_for("retry_in=1")
         for server in servers:
             server.resume()
     for daemon in (patient, late):
@@ -630,7 +630,7 @@ def test_a_bug_is_logged_with_its_traceback_and_the_daemon_goes_on(
         RECOUNT_INTERVAL="1s",
     )
     daemon.wait_for("outcome=succeeded")
-    assert len(lines_with("bug retry_in=1s", daemon)) == len(bugs)
+    assert len(lines_with("internal_error retry_in=1s", daemon)) == len(bugs)
     assert len(lines_with("Traceback (most recent call last)", daemon)) == len(bugs)
     errors = [record["error"] for record in harness.records]
     assert errors == [*(bug.split(":")[1] for bug in bugs), None]
@@ -675,9 +675,9 @@ def assert_no_secret(text: str) -> None:
         ("percent-encoded", f"mongodb://loyalty:{PASSWORD}@h/shop"),
         ("unknown option", f"mongodb://loyalty:{ENCODED}@h/?retryWritess=true"),
         ("bad value of option", f"mongodb://loyalty:{ENCODED}@h/?timeoutMS=soon"),
-        ("Port must be", f"mongodb://loyalty:{ENCODED}@h:99999"),
-        ("host", f"mongodb://loyalty:{ENCODED}@empty..label"),
-        ("host", f"mongodb://loyalty:{ENCODED}@{'x' * 64}.example"),
+        ("PORT", f"mongodb://loyalty:{ENCODED}@h:99999"),
+        ("HOST", f"mongodb://loyalty:{ENCODED}@empty..label"),
+        ("HOST", f"mongodb://loyalty:{ENCODED}@{'x' * 64}.example"),
         ("tlsCAFile", f"mongodb://loyalty:{ENCODED}@h/?tls=true&tlsCAFile=/none"),
     ],
     ids=["nothing", "scheme", "password", "option", "value", "port"]
@@ -838,7 +838,7 @@ def test_the_role_is_enough_for_everything_but_making_the_index(
     for process in (checked, daemon, status, refused, made):
         assert_no_secret(process.output)
         assert "Traceback" not in process.output
-        assert len(lines_with("WARNING", process)) == len(lines_with("points_taken", process))
+        assert len(lines_with("WARNING", process)) == len(lines_with("points_decrease", process))
 
 
 @pytest.mark.xdist_group("auth")

@@ -25,7 +25,7 @@ from pymongo import MongoClient
 from pymongo.database import Database
 from test_recount import EDGES, ORDERS, USERS
 
-from config import declared
+from config import setting_specs
 from loyalty.errors import DatabaseUnavailable
 from loyalty.history import OWNER_FILTER, History
 from loyalty.mongo import connection as mongo
@@ -72,11 +72,11 @@ def test_a_document_that_is_not_the_services_never_expires(
     assert list(shop.jobs.index_information()) == ["_id_"]
 
     assert command("--once", MONGODB_URI=uri) == 0
-    foreign = {"finished_at": LONG_AGO, "outcome": "succeeded"}  # comes into the records later
-    shop.loyalty_recounts.insert_many([foreign, {**OWNER_FILTER, "finished_at": LONG_AGO}])
-    expired = {**OWNER_FILTER, "finished_at": LONG_AGO}
+    foreign = {"expires_at": LONG_AGO, "outcome": "succeeded"}  # comes into the records later
+    shop.loyalty_recounts.insert_many([foreign, {**OWNER_FILTER, "expires_at": LONG_AGO}])
+    expired = {**OWNER_FILTER, "expires_at": LONG_AGO}
     wait_until("expiry", lambda: not shop.loyalty_recounts.count_documents(expired))
-    assert shop.loyalty_recounts.count_documents({"finished_at": LONG_AGO}) == 1
+    assert shop.loyalty_recounts.count_documents({"expires_at": LONG_AGO}) == 1
     assert shop.loyalty_recounts.count_documents(OWNER_FILTER) == 1
     assert shop.jobs.count_documents({}) == 5
 
@@ -163,13 +163,13 @@ def test_taking_points_in_the_first_recount_or_from_more_than_a_tenth_is_a_warni
     database.users.insert_many([{"_id": n, "loyalty_points": 2} for n in range(100)])
     ship(database, *range(100), *range(97))
     assert command("--once") == 0
-    warning = "WARNING points_taken from {} of the 100 users with points"
-    assert warning.format(3) + ", as this is the first recount" in capsys.readouterr().err
+    warning = 'WARNING points_decrease reason="{} of the 100 users with points would lose some'
+    assert warning.format(3) + " in the first recount" in capsys.readouterr().err
     for n, warned in ((10, False), (11, True)):
         for customer in range(n):
             database.orders.delete_one({"customer_id": customer})
         assert command("--dry-run") == 1
-        assert (f"points from {n} of the 100 users" in capsys.readouterr().out) is warned
+        assert (f"Warning: {n} of the 100 users" in capsys.readouterr().out) is warned
         assert command("--once") == 0
         said = capsys.readouterr().err
         assert (warning.format(n) in said) is warned
@@ -193,10 +193,7 @@ def test_a_user_who_refuses_the_update_makes_a_recount_incomplete_and_no_more(
     daemon = service(MONGODB_URI=uri, RECOUNT_INTERVAL="1s")
     daemon.wait_for("INFO recount outcome=incomplete", times=3)
     assert daemon.stop() == 0
-    assert (
-        "WARNING incomplete 1 of 5 users refused the update, the others are written"
-        in daemon.output
-    )
+    assert "WARNING failed_updates count=1 changed=5 " in daemon.output
     assert "refused: 3; because: code 121" in daemon.output
     assert "retry_in" not in daemon.output
     assert [wrong.user for wrong in find_mismatches(database)] == [3]
@@ -207,7 +204,7 @@ def test_a_user_who_refuses_the_update_makes_a_recount_incomplete_and_no_more(
     assert command("--once") == 1
     said = capsys.readouterr().out
     assert "Recount incomplete in " in said
-    assert re.search(r"^  refused the update +1$", said, re.MULTILINE)
+    assert re.search(r"^  failed updates +1$", said, re.MULTILINE)
     assert command("--once", "--customer", "3") == 1
     assert "WARNING incomplete refused: 3; because: code 121" in capsys.readouterr().err
     database.command("collMod", "users", validator={})
@@ -218,6 +215,7 @@ def test_a_user_who_refuses_the_update_makes_a_recount_incomplete_and_no_more(
 RANGES = {
     "POINTS_PER_ORDER": ("1", "1000000"),
     "RECOUNT_INTERVAL": ("1s", "366d"),
+    "RETENTION": ("1s", "3650d"),
     "COUNT_TIMEOUT": ("1s", "24d"),
     "COUNT_WORKERS": ("1", "16"),
     "MAX_DECREASE_PERCENT": ("0", "100"),
@@ -241,7 +239,7 @@ def test_every_setting_works_at_both_ends_of_its_range(
         told = settings_for(deployment.uri, **values)
         with connect(told, writing=True) as connection:
             create_index(connection.orders, told)
-            run_recount(connection, told, History(connection.recounts))
+            run_recount(connection, told, History(connection.recounts, told))
         names = Names(points=told.points_field)
         assert find_mismatches(shop, ("Shipped",), told.points_per_order, names) == []
     finally:
@@ -263,7 +261,7 @@ def test_a_host_name_that_is_not_known_yet_is_waited_for(
         said = capsys.readouterr().err
         assert "no-such-host.invalid:27017 failed: no such host name, or not yet" in said
     daemon.wait_for("no such host name, or not yet")
-    assert "retry_in=10s" in daemon.output
+    assert "retry_in=1" in daemon.output
     assert daemon.stop() == 0
 
 
@@ -587,8 +585,8 @@ def test_a_stdout_that_is_full_is_said_and_is_no_bug(database: Database[Any], ur
     database.users.insert_one({"_id": 1})
     ran = run_in_shell("--once > /dev/full", MONGODB_URI=uri)
     assert ran.returncode == 1
-    assert "ERROR the results cannot be written: No space left on device" in ran.stderr
-    assert "bug" not in ran.stderr
+    assert 'ERROR results_not_written error="stdout: No space left on device"' in ran.stderr
+    assert "internal_error" not in ran.stderr
     assert "Traceback" not in ran.stderr
     assert find_mismatches(database) == []
 
@@ -600,7 +598,7 @@ def test_a_terminal_that_is_not_utf_8_gets_what_it_can_show(
     ran = run_in_shell("--dry-run", MONGODB_URI=uri, PYTHONIOENCODING="ascii")
     assert ran.returncode == 1
     assert r"'Zo\xeb'" in ran.stdout
-    assert "bug" not in ran.stderr
+    assert "internal_error" not in ran.stderr
 
 
 def test_up_down_and_all_else_add_up(
@@ -610,12 +608,12 @@ def test_up_down_and_all_else_add_up(
     database.users.insert_many([{"_id": n, **p} for n, p in enumerate([*points, {}, {}])])
     ship(database, 0, 2, 4, 4, 5)
     assert command("--dry-run") == 1
-    (line,) = re.findall(r"changed +(.*)", capsys.readouterr().out)
-    assert line == "6 (2 up, 1 down, 1 set to 0, 2 only in type)"
+    (line,) = re.findall(r"changed users +(.*)", capsys.readouterr().out)
+    assert line == "6 (2 increased, 1 decreased, 1 initialized to 0, 2 changed only in type)"
 
 
 def test_the_declared_ranges_are_the_tested_ones() -> None:
-    numbers = {s.name for s in declared().values() if re.fullmatch(r"\d+[a-z]?", s.default)}
+    numbers = {s.name for s in setting_specs().values() if re.fullmatch(r"\d+[a-z]?", s.default)}
     assert numbers <= RANGES.keys()
     assert timedelta(days=24) == settings_for("mongodb://h", COUNT_TIMEOUT="24d").count_timeout
 

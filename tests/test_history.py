@@ -1,35 +1,46 @@
-"""The record of a recount."""
+"""The records of recounts."""
 
 from __future__ import annotations
 
 import random
 import socket
-from datetime import timedelta
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 from conftest import settings_for
 from pymongo.database import Database
 
-from config import VERSION
-from loyalty.errors import ConfigurationError
-from loyalty.history import History
+from config import VERSION, Settings
+from loyalty.errors import ConfigurationError, RecountRefused
+from loyalty.history import Heartbeat, History
 from loyalty.mongo.connection import connect
 from loyalty.recount.runner import run_recount
+from loyalty.recount.tally import Result
 from sandbox.shop import Shop
 
 
-def test_a_record_tells_what_a_recount_did(database: Database[Any], uri: str) -> None:
-    Shop(database, random.Random(5)).fill(100, 1_000, dirty=0.3)
-    settings = settings_for(uri)
+def recount_with(settings: Settings, history: History) -> Result:
     with connect(settings, writing=True) as connection:
-        history = History(connection.recounts)
+        return run_recount(connection, settings, history)
+
+
+def test_a_record_holds_the_result_and_the_settings(database: Database[Any], uri: str) -> None:
+    Shop(database, random.Random(5)).fill(100, 1_000, dirty=0.3)
+    settings = settings_for(uri, RETENTION="30d")
+    with connect(settings, writing=True) as connection:
+        history = History(connection.recounts, settings)
         result = run_recount(connection, settings, history)
         later = result.started_at + timedelta(hours=1)
         assert history.age(later) == later - result.as_of.replace(microsecond=0)
+        assert history.age(result.as_of - timedelta(days=3)) == timedelta(0)
         record = dict(history.newest(1)[0])
+        assert history.last_success() == record
 
     totals = result.totals
+    assert record.pop("_id")
+    assert record.pop("expires_at") - record["finished_at"] == timedelta(days=30)
     for name in ("started_at", "finished_at"):  # the server keeps milliseconds
         assert abs(record.pop(name) - getattr(result, name)) < timedelta(milliseconds=1)
     assert record == {
@@ -50,29 +61,160 @@ def test_a_record_tells_what_a_recount_did(database: Database[Any], uri: str) ->
         "error": None,
         "host": socket.gethostname(),
         "version": VERSION,
+        "settings": {
+            "orders": "orders",
+            "users": "users",
+            "points_field": "loyalty_points",
+            "order_statuses": ["Shipped"],
+            "points_per_order": 1,
+            "status_field": "status",
+            "customer_field": "customer_id",
+        },
     }
     assert all(record[name] > 0 for name in ("counted_orders", "changed", "unknown_customers"))
 
 
+def test_an_index_removes_records_when_they_expire(database: Database[Any], uri: str) -> None:
+    database.users.insert_one({"_id": 1})
+    settings = settings_for(uri)
+    recount_with(settings, History(database.loyalty_recounts, settings))
+    index = database.loyalty_recounts.index_information()["loyalty_expires_at"]
+    assert index["key"] == [("expires_at", 1)]
+    assert index["expireAfterSeconds"] == 0
+    assert index["partialFilterExpression"] == {"recorded_by": "loyalty-microservice"}
+
+
+def test_a_refused_recount_records_that_no_user_was_changed(
+    database: Database[Any], uri: str
+) -> None:
+    database.users.insert_many({"_id": n, "loyalty_points": 3} for n in range(20))
+    settings = settings_for(uri)
+    history = History(database.loyalty_recounts, settings)
+    with pytest.raises(RecountRefused):
+        recount_with(settings, history)
+    (record,) = history.newest(10)
+    assert (record["outcome"], record["changed"]) == ("refused", 0)
+
+
+def test_an_incomplete_recount_records_only_the_users_that_were_written(
+    database: Database[Any], uri: str
+) -> None:
+    database.users.insert_many({"_id": n} for n in range(1_000))
+    database.orders.insert_one({"customer_id": 7, "status": "Shipped"})
+    database.command("collMod", "users", validator={"loyalty_points": {"$ne": 1}})
+    settings = settings_for(uri)
+    history = History(database.loyalty_recounts, settings)
+    recount_with(settings, history)
+    (record,) = history.newest(10)
+    assert (record["changed"], record["failed_updates"]) == (999, 1)
+
+
+def test_a_recount_that_an_error_ended_records_that_the_number_is_not_known(
+    database: Database[Any], uri: str
+) -> None:
+    settings = settings_for(uri)
+    history = History(database.loyalty_recounts, settings)
+    now = datetime.now(UTC)
+    history.write(Result(now, now, outcome="failed", error="the primary was lost"))
+    (record,) = history.newest(10)
+    assert record["changed"] is None
+    assert history.last_success() is None
+
+
 def test_without_a_collection_nothing_is_recorded(database: Database[Any], uri: str) -> None:
     settings = settings_for(uri, RECOUNTS_COLLECTION="")
-    with connect(settings, writing=True) as connection:
-        run_recount(connection, settings, History(connection.recounts))
+    recount_with(settings, History(None, settings))
     assert "loyalty_recounts" not in database.list_collection_names()
 
 
+@pytest.mark.parametrize("setting", ["USERS_COLLECTION", "ORDERS_COLLECTION", "USER_POINTS_FIELD"])
+def test_two_shops_in_one_database_read_only_their_own_records_and_heartbeats(
+    database: Database[Any], uri: str, setting: str
+) -> None:
+    now = datetime.now(UTC).replace(microsecond=0)
+    heartbeat = Heartbeat(
+        live_since=now, last_event=None, last_update=None, customers_updated=1, waiting=0
+    )
+    one, other = (
+        History(database.loyalty_recounts, settings_for(uri, **{setting: name}))
+        for name in ("a", "b")
+    )
+    one.write(Result(now, now))
+    one.write_heartbeat(heartbeat)
+    assert len(one.newest(10)) == 1
+    assert one.age(now) == timedelta(0)
+    assert other.is_empty()
+    assert other.age(now) is None
+    assert other.heartbeat() is None
+    other.write_heartbeat(replace(heartbeat, customers_updated=2))
+    found = [history.heartbeat() for history in (one, other)]
+    assert [beat and beat.customers_updated for beat in found] == [1, 2]
+
+
+OTHER_SETTINGS = [
+    ("ORDER_STATUSES", "Sent", "order_statuses=['Sent']"),
+    ("POINTS_PER_ORDER", "10", "points_per_order=10"),
+    ("ORDER_STATUS_FIELD", "state", "status_field='state'"),
+    ("ORDER_CUSTOMER_FIELD", "buyer", "customer_field='buyer'"),
+]
+
+
+@pytest.mark.parametrize(("setting", "value", "difference"), OTHER_SETTINGS)
+def test_another_service_with_other_settings_is_one_warning_that_names_it(
+    database: Database[Any],
+    uri: str,
+    caplog: pytest.LogCaptureFixture,
+    setting: str,
+    value: str,
+    difference: str,
+) -> None:
+    ours = History(database.loyalty_recounts, settings_for(uri))
+    theirs = History(database.loyalty_recounts, settings_for(uri, **{setting: value}))
+    start = datetime.now(UTC)
+    for n in range(3):
+        at = start + timedelta(seconds=n)
+        theirs.write(Result(at, at))
+        database.loyalty_recounts.update_many(
+            {f"settings.{difference.split('=')[0]}": {"$ne": None}}, {"$set": {"host": "berlin"}}
+        )
+        ours.write(Result(at, at + timedelta(0), seconds=0.5))
+    warnings = [m for m in caplog.messages if m.startswith("other_service") and difference in m]
+    assert len(warnings) == 1
+    assert "on host berlin" in warnings[0]
+
+
+@pytest.mark.parametrize(
+    "interference", ["the same settings", "another target", "earlier settings"]
+)
+def test_records_of_the_same_settings_or_of_another_target_are_no_warning(
+    database: Database[Any], uri: str, caplog: pytest.LogCaptureFixture, interference: str
+) -> None:
+    values = {
+        "the same settings": {},
+        "another target": {"USERS_COLLECTION": "members", "POINTS_PER_ORDER": "5"},
+        "earlier settings": {"POINTS_PER_ORDER": "5"},
+    }[interference]
+    other = History(database.loyalty_recounts, settings_for(uri, **values))
+    ours = History(database.loyalty_recounts, settings_for(uri))
+    now = datetime.now(UTC)
+    other.write(Result(now, now))
+    for n in range(1, 4):
+        at = now + timedelta(seconds=n)
+        ours.write(Result(at, at))
+        if interference != "earlier settings":
+            other.write(Result(at, at, seconds=0.5))
+    assert "other_service" not in caplog.text
+
+
 @pytest.mark.parametrize("foreign", [{"finished_at": 1}, {"recorded_by": "somebody"}])
-def test_a_collection_with_documents_of_others_is_no_place_for_records(
+def test_a_collection_with_foreign_documents_is_not_accepted_for_records(
     database: Database[Any], uri: str, foreign: dict[str, Any]
 ) -> None:
     settings = settings_for(uri)
-    with connect(settings, writing=True) as connection:
-        history = History(connection.recounts)
-        run_recount(connection, settings, history)
-        assert history.check() is None
-        database.loyalty_recounts.insert_one(foreign)
-        with pytest.raises(
-            ConfigurationError, match="loyalty_recounts holds documents that are not"
-        ):
-            history.check()
-        assert len(history.newest(10)) == 1
+    history = History(database.loyalty_recounts, settings)
+    recount_with(settings, history)
+    assert history.check() is None
+    database.loyalty_recounts.insert_one(foreign)
+    with pytest.raises(ConfigurationError, match="loyalty_recounts holds documents that are not"):
+        history.check()
+    assert len(history.newest(10)) == 1

@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 from pymongo import MongoClient
 
-from config import declared
+from config import setting_specs
 from loyalty_microservice import main
 from sandbox.mongod import Deployment
 from sandbox.service import Process, service_environment
@@ -63,7 +63,7 @@ def test_help_explains_every_setting(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         main(["--help"])
     said = capsys.readouterr().out
-    for setting in declared().values():
+    for setting in setting_specs().values():
         (line,) = re.findall(rf"^  {setting.name} .*", said, re.MULTILINE)
         assert setting.help in line
         assert not setting.default or line.endswith(f"(default: {setting.default})")
@@ -75,5 +75,5 @@ def test_the_readmes_table_has_the_settings_that_are_declared_and_their_defaults
     for names, defaults in re.findall(r"^\| (`.*?`) \| (.*?) \|", section, re.MULTILINE):
         found = re.findall(r"`(\w+)`", names), re.findall(r"`(\w+)`", defaults)
         table |= dict(zip_longest(*found, fillvalue=""))
-    wanted = {setting.name: setting.default for setting in declared().values()}
+    wanted = {setting.name: setting.default for setting in setting_specs().values()}
     assert table == wanted | {"MONGODB_DATABASE": "oms_db"}

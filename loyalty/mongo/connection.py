@@ -1,34 +1,54 @@
-"""The connection to MongoDB: made, and proved to allow what the service must do."""
+"""The connection to MongoDB: made, and verified to allow what the service must do."""
 
 from __future__ import annotations
 
+import logging
 import time
-from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, Self
 
 import pymongo
 from bson import ObjectId
 from bson.codec_options import CodecOptions, DatetimeConversion
-from pymongo import MongoClient, WriteConcern
+from pymongo import MongoClient, ReadPreference, WriteConcern
 from pymongo.collection import Collection
-from pymongo.errors import OperationFailure
+from pymongo.read_concern import ReadConcern
 
 from config import Settings
 from loyalty.errors import AuthenticationFailed, ConfigurationError, DatabaseUnavailable
 from loyalty.mongo.driver_errors import map_driver_errors
-from loyalty.mongo.uri import options_of, split_uri
-from loyalty.mongo.values import Document
+from loyalty.mongo.privileges import collection_type, require_privileges
+from loyalty.mongo.uri import parse_options, split_uri
 
-_CONNECT_SECONDS = 5  # one try; then it is logged and tried again
-_MONGODB_5 = 13  # as a wire version; the first with snapshot reads
-_MONGODB_6 = 17  # the first with pre-images
-_LONGEST_SOCKET_TIMEOUT_MS = 999_999_999  # the driver takes no more
+log = logging.getLogger("loyalty")
+
+CONNECT_TIMEOUT_SECONDS = 5.0
+MAX_CLOCK_SKEW_SECONDS = 60
+_WIRE_VERSION_MONGODB_5 = 13  # the first with snapshot reads
+_WIRE_VERSION_MONGODB_6 = 17  # the first with pre-images
+_MAX_SOCKET_TIMEOUT_MS = 999_999_999  # the driver takes no more
+
+# A URI is often shared with other programs, whose options must not weaken what the service relies
+# on: reads from the primary, snapshots, majority writes, and queries as long as COUNT_TIMEOUT.
+OVERRIDDEN_OPTIONS = (
+    "readPreference",
+    "readPreferenceTags",
+    "maxStalenessSeconds",
+    "readConcernLevel",
+    "w",
+    "wTimeoutMS",
+    "journal",
+    "timeoutMS",
+    "socketTimeoutMS",
+    "maxPoolSize",
+    "waitQueueTimeoutMS",
+)
 
 
 @dataclass(frozen=True)
 class Connection:
-    """A client that has proved its access, and the collections of one shop."""
+    """A client, what its server can do, and the collections of one shop."""
 
     client: MongoClient[Any]
     orders: Collection[Any]
@@ -40,9 +60,9 @@ class Connection:
     topology: str
     """replica_set, sharded or standalone."""
     snapshots: bool
-    """Whether the server can read as of one point in time, and has change streams."""
+    """Whether the server has snapshot reads and change streams."""
     pre_images: bool
-    """Whether the server can tell how orders were before a change."""
+    """Whether the server can report orders as they were before a change."""
 
     def __enter__(self) -> Self:
         return self
@@ -59,22 +79,31 @@ class Connection:
 
     @property
     def snapshot_unsupported_reason(self) -> str:
-        """Why the server cannot read as of one point in time; "" if it can."""
+        """Why the server has no snapshot reads; "" if it has."""
         if self.snapshots:
             return ""
         return "a standalone server" if self.topology == "standalone" else "before MongoDB 5.0"
 
 
-def connect(settings: Settings, *, writing: bool) -> Connection:
-    """Connect, and prove that what the service must do is allowed.
+def connect(
+    settings: Settings,
+    *,
+    writing: bool = False,
+    verify: bool = True,
+    timeout_seconds: float | None = None,
+) -> Connection:
+    """Connect, and verify that orders and users can be read and, if `writing`, users updated.
 
-    Raises Misconfigured or Unavailable, within about 5 seconds.
+    Without `verify` only the connection itself is made. Raises ConfigurationError or
+    DatabaseUnavailable, within about `timeout_seconds` (CONNECT_TIMEOUT_SECONDS).
     """
     with map_driver_errors("connect", settings.hosts):
-        client: MongoClient[Any] = MongoClient(settings.mongodb_uri, **_defaults(settings))
+        client: MongoClient[Any] = MongoClient(settings.mongodb_uri, **_client_options(settings))
     try:
-        with pymongo.timeout(_CONNECT_SECONDS):
-            connection = _verify_access(client, settings, writing)
+        with pymongo.timeout(timeout_seconds or CONNECT_TIMEOUT_SECONDS):
+            connection = _inspect_server(client, settings)
+            if verify:
+                _verify_access(connection, settings, writing=writing)
         if writing:
             _wait_for_orphaned_writes(connection)
     except AuthenticationFailed as error:
@@ -83,21 +112,40 @@ def connect(settings: Settings, *, writing: bool) -> Connection:
     except BaseException:
         client.close()
         raise
+    given = parse_options(settings.mongodb_uri)
+    if overridden := [name for name in OVERRIDDEN_OPTIONS if name.lower() in given]:
+        log.info("uri_options_overridden options=%s", ",".join(overridden))
     return connection
+
+
+def _client_options(settings: Settings) -> dict[str, Any]:
+    """Return the options of the client that override those of the URI, or are its defaults."""
+    given = parse_options(settings.mongodb_uri)
+    defaults: dict[str, Any] = {"appname": "loyalty-microservice", "connectTimeoutMS": 10_000}
+    return {
+        **{name: value for name, value in defaults.items() if name.lower() not in given},
+        # The server ends a count at COUNT_TIMEOUT; silence beyond that is a dead connection.
+        "socketTimeoutMS": min(settings.count_ms + 30_000, _MAX_SOCKET_TIMEOUT_MS),
+        "timeoutMS": None,
+        # Every thread has a connection: one that waits for the change stream blocks no other.
+        "maxPoolSize": None,
+        "waitQueueTimeoutMS": None,
+    }
 
 
 def _auth_source_hint(uri: str) -> str:
     _, _, database, _ = split_uri(uri)
-    named = options_of(uri).get("authsource")
+    named = parse_options(uri).get("authsource")
     source = named or database or "admin"
-    why, other = ", as authSource says" * bool(named), "NAME" if source == "admin" else "admin"
+    why = ", as authSource says" if named else ""
+    other = "NAME" if source == "admin" else "admin"
     return (
         f"the user was looked up in the database {source!r}{why}: if it lives in another, say so "
         f"with ?authSource={other}"
     )
 
 
-def _verify_access(client: MongoClient[Any], settings: Settings, writing: bool) -> Connection:
+def _inspect_server(client: MongoClient[Any], settings: Settings) -> Connection:
     with map_driver_errors("connect", settings.hosts):
         hello = client.admin.command("hello")
         version = client.server_info()["version"]
@@ -109,8 +157,12 @@ def _verify_access(client: MongoClient[Any], settings: Settings, writing: bool) 
             f"{settings.hosts} is a secondary: name the replica set, with ?replicaSet={name} and "
             "without directConnection, so that the primary is found"
         )
+    _warn_of_clock_skew(hello.get("localTime"))
     database = client.get_database(
         settings.database,
+        read_preference=ReadPreference.PRIMARY,
+        # The server's default. A count sets "snapshot" itself, and a change stream "majority".
+        read_concern=ReadConcern(),
         # Points that a failover could roll back would be wrong until the next recount.
         write_concern=WriteConcern("majority", wtimeout=60_000),
         codec_options=CodecOptions(
@@ -119,59 +171,76 @@ def _verify_access(client: MongoClient[Any], settings: Settings, writing: bool) 
             unicode_decode_error_handler="replace",  # only for what people read
         ),
     )
-    orders, users = database[settings.orders], database[settings.users]
-    # A ping succeeds without credentials, so access is proved by doing what will be done.
-    for collection in (orders, users):
-        with map_driver_errors("find", collection):
-            collection.find_one({"_id": ObjectId()})  # matches nothing: the id is new
-    if writing:
-        with map_driver_errors("update", users):
-            users.update_one({"_id": ObjectId()}, {"$set": {settings.points_field: 0}})
     sharded = hello.get("msg") == "isdbgrid"
     topology = "sharded" if sharded else "replica_set" if "setName" in hello else "standalone"
     return Connection(
         client=client,
-        orders=orders,
-        users=users,
+        orders=database[settings.orders],
+        users=database[settings.users],
         recounts=database[settings.recounts] if settings.recounts else None,
         changes=database[settings.changes] if settings.changes else None,
         hosts=settings.hosts,
         server_version=version,
         topology=topology,
-        snapshots=topology != "standalone" and hello["maxWireVersion"] >= _MONGODB_5,
-        pre_images=hello["maxWireVersion"] >= _MONGODB_6,
+        snapshots=topology != "standalone" and hello["maxWireVersion"] >= _WIRE_VERSION_MONGODB_5,
+        pre_images=hello["maxWireVersion"] >= _WIRE_VERSION_MONGODB_6,
     )
 
 
-def _wait_for_orphaned_writes(connection: Connection) -> None:
-    """Wait until the server has done the writes that it does for us now, before we have asked.
+def _warn_of_clock_skew(server_time: datetime | None) -> None:
+    """Warn if this clock and the server's differ: ages of points would be wrong by as much."""
+    if server_time is None:
+        return
+    ahead = (datetime.now(UTC) - server_time.replace(tzinfo=UTC)).total_seconds()
+    if abs(ahead) > MAX_CLOCK_SKEW_SECONDS:
+        relation = "ahead of" if ahead > 0 else "behind"
+        log.warning("clock_skew this clock is %d s %s the server's", abs(ahead), relation)
 
-    A service that was killed leaves a few batches on the way; one that landed after our
-    count would put older points back. To see one's own operations takes no permission.
+
+def _verify_access(connection: Connection, settings: Settings, *, writing: bool) -> None:
+    # A ping succeeds without credentials, so access is verified by a query.
+    for collection in (connection.orders, connection.users):
+        with map_driver_errors("find", collection):
+            collection.find_one({"_id": ObjectId()})  # matches nothing: the id is new
+    if writing:
+        users = connection.users
+        kind = collection_type(users.database, users.name)
+        if kind not in (None, "collection"):
+            raise ConfigurationError(f"{users.full_name} is a {kind}, which cannot be updated")
+        require_privileges(connection.client, settings.database, {users.name: ["update"]})
+
+
+def _wait_for_orphaned_writes(connection: Connection) -> None:
+    """Wait until the server has done the updates that it is doing for this service already.
+
+    A service that was killed leaves a few batches behind; one that is written after the new
+    count would put older points back. To see one's own operations takes no privilege on a replica
+    set, but it does on some hosted servers and on mongos.
     """
     client, users = connection.client, connection.users.full_name
+    admin = client.get_database(
+        "admin", read_preference=ReadPreference.PRIMARY, read_concern=ReadConcern("local")
+    )
     ours = {"ns": users, "op": "update", "appName": client.options.pool_options.appname}
-    look: list[Document] = [{"$currentOp": {}}, {"$match": ours}, {"$project": {"opid": 1}}]
-    deadline = time.monotonic() + _CONNECT_SECONDS
-    # A hosted server may not let us look.
-    with map_driver_errors("$currentOp", connection.hosts), suppress(OperationFailure):
-        old = {operation["opid"] for operation in client.admin.aggregate(look)}
-        while old:
+    pipeline: list[dict[str, Any]] = [
+        {"$currentOp": {}},
+        {"$match": ours},
+        {"$project": {"opid": 1}},
+    ]
+
+    def running() -> set[Any]:
+        with map_driver_errors("$currentOp", connection.hosts):
+            return {operation["opid"] for operation in admin.aggregate(pipeline)}
+
+    deadline = time.monotonic() + CONNECT_TIMEOUT_SECONDS
+    try:
+        orphaned = running()
+        while orphaned:
             if time.monotonic() > deadline:
                 raise DatabaseUnavailable(
-                    f"the server still updates {users} for a service that is gone"
+                    f"the server still updates {users} for a service that has ended"
                 )
             time.sleep(0.05)
-            old &= {operation["opid"] for operation in client.admin.aggregate(look)}
-
-
-def _defaults(settings: Settings) -> dict[str, Any]:
-    """Options for the client that the URI does not set itself."""
-    defaults: dict[str, Any] = {
-        "appname": "loyalty-microservice",
-        "connectTimeoutMS": 10_000,
-        # The server ends a count at COUNT_TIMEOUT; silence beyond that is a dead connection.
-        "socketTimeoutMS": min(settings.count_ms + 30_000, _LONGEST_SOCKET_TIMEOUT_MS),
-    }
-    given = options_of(settings.mongodb_uri)
-    return {name: value for name, value in defaults.items() if name.lower() not in given}
+            orphaned &= running()
+    except ConfigurationError as error:
+        log.warning('orphaned_writes_unknown error="%s"', error)

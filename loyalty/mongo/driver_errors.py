@@ -1,13 +1,15 @@
-"""The one place where the driver's errors are sorted.
+"""Maps what the driver raises to the errors of the service.
 
-Whoever asks the driver for something does so inside `with sorted_errors(...)`.
+Every call of the driver is made inside `with map_driver_errors(...)`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 from pymongo import errors as driver
 from pymongo.errors import BulkWriteError, OperationFailure, PyMongoError
@@ -15,25 +17,33 @@ from pymongo.errors import BulkWriteError, OperationFailure, PyMongoError
 from loyalty.errors import (
     AuthenticationFailed,
     BulkUpdateErrors,
+    ClientUnusable,
     ConfigurationError,
     DatabaseUnavailable,
     NoPermission,
     QueryTimeout,
+    ResyncRequired,
     ServiceError,
     SnapshotTooOld,
 )
-from loyalty.mongo.values import Document
+from loyalty.mongo.error_codes import CODES, ErrorClass, classify, describe, is_known
 
-_UNAUTHORIZED = 13
-# A view where a collection is needed, or with a collation of its own; an index over two arrays, or
-# one that is there with other options.
-_FINAL = {166, 167, 171, 85, 86}
-# A stage, an operator, a command or an option that the server does not know, by MongoDB and others.
-_UNSUPPORTED = {40324, 168, 59, 115, 303, 304}
-_BAD_CREDENTIALS = 18
-_ATLAS = 8000  # whatever Atlas itself turns down
-_MAX_TIME_EXPIRED = 50
-_SNAPSHOT_TOO_OLD = 239
+log = logging.getLogger("loyalty")
+
+_MAX_REASON_LENGTH = 300
+
+_ATLAS_ERROR = CODES[ErrorClass.PERMANENT]["AtlasError"]  # any request that Atlas itself rejects
+_SPLIT_HORIZON_CHANGE = CODES[ErrorClass.TRANSIENT]["SplitHorizonChange"]
+_DISTINCT_TOO_LARGE = CODES[ErrorClass.PERMANENT]["Location17217"]
+_SNAPSHOT_TOO_OLD = CODES[ErrorClass.SNAPSHOT_TOO_OLD]["SnapshotTooOld"]
+
+_ERRORS: dict[ErrorClass, type[ServiceError]] = {
+    ErrorClass.PERMANENT: ConfigurationError,
+    ErrorClass.TRANSIENT: DatabaseUnavailable,
+    ErrorClass.SNAPSHOT_TOO_OLD: SnapshotTooOld,
+    ErrorClass.NEW_CLIENT: ClientUnusable,
+    ErrorClass.RESYNC: ResyncRequired,
+}
 
 
 class _Named(Protocol):
@@ -47,10 +57,10 @@ class _Named(Protocol):
 def map_driver_errors(
     action: str, target: _Named | str, *, if_too_slow: str = ""
 ) -> Iterator[None]:
-    """Turn whatever the driver raises inside into a ServiceError.
+    """Turn any error of the driver into a ServiceError.
 
-    `action` is the privilege action, such as "find", and `target` what it is done on.
-    `if_too_slow` says what to do about the server's time limit.
+    `action` is the privilege action, such as "find", and `target` the resource. `if_too_slow` says
+    what to do about the time limit of the query.
     """
     try:
         yield
@@ -60,54 +70,115 @@ def map_driver_errors(
         raise _map(error, f"{action} {preposition} {where}", if_too_slow) from error
 
 
+def permission_error(action: str, *, has_user: bool = True) -> NoPermission:
+    """Return the error for an action, such as "find on shop.orders", that is not allowed."""
+    hint = "grant it to the database user (deploy/mongodb-role.js)"
+    if not has_user:
+        hint += ", or put a user name and password into MONGODB_URI"
+    return NoPermission(f"no permission for {action}: {hint}")
+
+
 def _map(error: PyMongoError | OSError, action: str, if_too_slow: str) -> ServiceError:
     if isinstance(error, BulkWriteError) and error.details["writeErrors"]:
-        failed = error.details["writeErrors"]
-        return BulkUpdateErrors(
-            {e["index"]: f"code {e['code']}" for e in failed}, error.details["nMatched"]
+        return _map_write_errors(error.details, action)
+    if isinstance(error, OperationFailure | driver.NotPrimaryError):
+        details: Mapping[str, Any] = error.details or {}  # type: ignore[assignment]  # or a list
+        # A bulk write whose write concern failed has its text and code in here.
+        for concern_error in details.get("writeConcernErrors", []):
+            details = concern_error
+        return _map_server_error(
+            details, details.get("code", getattr(error, "code", None)), action, if_too_slow
         )
-    if isinstance(error, OperationFailure):
-        return _map_operation_failure(error, action, if_too_slow)
     failed, reason = f"{action} failed", _one_line(str(error))
+    if _is_certificate_error(str(error)):
+        return ConfigurationError(f"{failed}: {reason}")
     if "SSL handshake failed" in reason:
-        return ConfigurationError(f"{failed}: {reason}; does the server expect TLS, as the URI?")
+        # A server without TLS closes the connection, and so does a load balancer without servers.
+        return DatabaseUnavailable(f"{failed}: {reason}; does the server expect TLS, as the URI?")
     if "[Errno -2]" in reason or "[Errno -5]" in reason:  # getaddrinfo's EAI_NONAME, EAI_NODATA
         return DatabaseUnavailable(f"{failed}: no such host name, or not yet")
+    if isinstance(error, driver.NetworkTimeout):  # the driver names the options that set the limit
+        return DatabaseUnavailable(f"{failed}: {str(error)[:_MAX_REASON_LENGTH]}")
+    if isinstance(error, driver.InvalidOperation) and "after close" in reason:
+        return ClientUnusable(f"{failed}: {reason}")
     # An OSError: a certificate file that is missing or no certificate.
-    final = isinstance(error, driver.ConfigurationError | OSError) and not _is_about_dns(error)
-    return (ConfigurationError if final else DatabaseUnavailable)(f"{failed}: {reason}")
+    permanent = isinstance(error, driver.ConfigurationError | OSError) and not _is_dns_error(error)
+    return (ConfigurationError if permanent else DatabaseUnavailable)(f"{failed}: {reason}")
 
 
-def _map_operation_failure(error: OperationFailure, action: str, if_too_slow: str) -> ServiceError:
-    # OperationFailure's own text ends in the whole reply, commands and documents included.
-    details: Document = error.details or {}
-    for concern in details.get("writeConcernErrors", []):  # of a bulk write, whose own has no text
-        details = concern
-    code, reason = error.code, _one_line(str(details.get("errmsg", "no reason given")))
-    code = details.get("code", code)
-    failed = f"{action} failed"
-    if code == _UNAUTHORIZED or (code == _ATLAS and "not allowed to do action" in reason):
-        advice = "grant it to the database user (deploy/mongodb-role.js)"
-        if "requires authentication" in reason:
-            advice += ", or put a user name and password into MONGODB_URI"
-        return NoPermission(f"no permission for {action}: {advice}")
-    if code == _BAD_CREDENTIALS or (code == _ATLAS and "bad auth" in reason):
+def _map_write_errors(details: Mapping[str, Any], action: str) -> ServiceError:
+    """Return BulkUpdateErrors if the documents are the cause of every error.
+
+    Any other error ends the whole batch: it says nothing about a document. An unknown code counts
+    as one of the document's: most such codes are of an index, and the caller has tried twice.
+    """
+    errors: Sequence[Mapping[str, Any]] = details["writeErrors"]
+    for error in errors:
+        error_class = classify(error["code"])
+        if "write results unavailable" in error["errmsg"].lower():  # a mongos lost its shard
+            return DatabaseUnavailable(f"{action} failed: {_one_line(error['errmsg'])}")
+        if is_known(error["code"]) and error_class is not ErrorClass.PERMANENT:
+            return _map_server_error(error, error["code"], action, "")
+    for error in errors:
+        log.debug('update_failed code=%d error="%s"', error["code"], _one_line(error["errmsg"]))
+    codes = {error["index"]: error["code"] for error in errors}
+    names = {code: describe(code) for code in codes.values()}
+    return BulkUpdateErrors(codes, names, details["nMatched"])
+
+
+def _map_server_error(
+    details: Mapping[str, Any], code: int | None, action: str, if_too_slow: str
+) -> ServiceError:
+    # Not str() of the driver's error: it ends with the whole reply, with commands and documents.
+    failed, reason = f"{action} failed", _one_line(str(details.get("errmsg", "no reason given")))
+    error_class = _classify(code, details, reason)
+    if error_class is ErrorClass.PERMISSION:
+        return permission_error(action, has_user="requires authentication" not in reason)
+    if error_class is ErrorClass.AUTHENTICATION:
         return AuthenticationFailed("the server rejects the user name or password in MONGODB_URI")
-    if code == _MAX_TIME_EXPIRED:
+    if error_class is ErrorClass.TIMEOUT:
         return QueryTimeout(f"{action} took too long" + (f": {if_too_slow}" if if_too_slow else ""))
-    if code == _SNAPSHOT_TOO_OLD:
-        return SnapshotTooOld(f"{failed}: {reason} (code {code})")
-    if code in _UNSUPPORTED:
+    if error_class is ErrorClass.UNSUPPORTED:
         return ConfigurationError(f"this server does not support what the service needs: {reason}")
-    sort = ConfigurationError if code in {*_FINAL, _ATLAS} else DatabaseUnavailable
-    return sort(f"{failed}: {reason} (code {code})")
+    message = f"{failed}: {reason} ({describe(code)})"
+    if code == _DISTINCT_TOO_LARGE:
+        message = f"{failed}: the distinct values take more than 16 MB ({describe(code)})"
+    if code == _SNAPSHOT_TOO_OLD:
+        message += (
+            "; if this repeats, raise the server's parameter minSnapshotHistoryWindowInSeconds "
+            "above the time that the count of one partition takes"
+        )
+    return _ERRORS[error_class](message)
 
 
-def _is_about_dns(error: Exception) -> bool:
-    """Whether a mongodb+srv name could not be resolved, which the driver wraps."""
+def _classify(code: int | None, details: Mapping[str, Any], reason: str) -> ErrorClass:
+    """Return the class of an error, also where one code has several meanings."""
+    if code == _ATLAS_ERROR and "not allowed to do action" in reason:
+        return ErrorClass.PERMISSION
+    if code == _ATLAS_ERROR and "bad auth" in reason:
+        return ErrorClass.AUTHENTICATION
+    # Amazon DocumentDB reports an unsupported feature with this code.
+    if code == _SPLIT_HORIZON_CHANGE and details.get("codeName") != "SplitHorizonChange":
+        return ErrorClass.UNSUPPORTED
+    return classify(code)
+
+
+def _is_certificate_error(text: str) -> bool:
+    """Return whether every host has a certificate that does not verify, or is for another name.
+
+    The driver has one error for each host, in one text: the errors themselves are not kept.
+    """
+    text = text.split(", Timeout:")[0]
+    failures = text.count("CERTIFICATE_VERIFY_FAILED")
+    return failures > 0 and failures >= len(re.findall(r":\d+: ", text))
+
+
+def _is_dns_error(error: Exception) -> bool:
+    """Return whether a mongodb+srv name could not be resolved, which the driver wraps."""
     return type(error.__cause__).__module__.startswith("dns.")
 
 
 def _one_line(reason: str) -> str:
     # The driver appends its timeouts and its whole view of the topology.
-    return reason.split(", Timeout:")[0].split(" (configured")[0].replace("\n", " ")[:300]
+    reason = reason.split(", Timeout:")[0].split(" (configured")[0].replace("\n", " ")
+    return reason[:_MAX_REASON_LENGTH]

@@ -1,106 +1,112 @@
-"""What can be wrong with a MongoDB URI, said without showing a credential."""
+"""MongoDB URIs: their parts, and what is wrong with one, without showing a credential."""
 
 from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote_plus
 
 from pymongo import MongoClient
 from pymongo.errors import PyMongoError
-from pymongo.uri_parser import split_options
+from pymongo.uri_parser import parse_userinfo, split_hosts, split_options
 
-_SCHEME = re.compile(r"mongodb(\+srv)?://")
-_LABEL = r"[^\s:/\[\]%.]{1,63}"  # between dots; Python cannot look up others
-_HOST = re.compile(rf"(\[[0-9A-Fa-f:.%]+\]|{_LABEL}(\.{_LABEL})*\.?)(:\d{{1,5}})?|[^:/]+\.sock")
-_NOT_IN_A_NAME = re.compile(r'[/\\. "$*<>:|?\0]')
-_ENCODE = (
-    "user name and password must be percent-encoded "
+from loyalty.parsers import os_error_text
+
+_IPV6 = r"\[[0-9A-Fa-f:.]+(%[^\s\]]+)?\]"  # such as [fe80::1%25eth0]
+_LABEL = r"[^\s:/\[\]%.]{1,63}"  # between dots; longer ones cannot be looked up
+_HOST = re.compile(rf"({_IPV6}|{_LABEL}(\.{_LABEL})*\.?)(:\d{{1,5}})?|[^:/]+\.sock")
+_SYNTAX = (
+    "must be mongodb://USER:PASSWORD@HOST:PORT,HOST:PORT/DATABASE?OPTION=VALUE&OPTION=VALUE, "
+    "where only a HOST is required and a PORT is from 1 to 65535, or mongodb+srv:// with one HOST "
+    "and no PORT; user name and password must be percent-encoded "
     "(/ is %2F, : is %3A, @ is %40, ? is %3F, # is %23, % is %25)"
 )
-_HOSTS = (
-    "the hosts must be host[:port], separated by commas "
-    "(and a user name and password percent-encoded, followed by @)"
-)
-_READ_CONCERNS = ("local", "available", "majority", "linearizable", "snapshot")
 
 
 def split_uri(uri: str) -> tuple[str, str, str, str]:
-    """Split a URI into user information, hosts, database and options, all as written."""
-    rest = _SCHEME.sub("", uri, count=1)
-    base, _, options = rest.partition("?")
+    """Split a URI into user information, hosts, database (decoded) and options."""
+    base, _, options = uri.partition("://")[2].partition("?")
     authority, _, database = base.partition("/")
     userinfo, _, hosts = authority.rpartition("@")
     return userinfo, hosts, unquote_plus(database), options
 
 
-def options_of(uri: str) -> dict[str, str]:
-    """Return the options of a URI, their names in lower case."""
+def parse_options(uri: str) -> dict[str, str]:
+    """Return the options of a URI by their names in lower case."""
     options = split_uri(uri)[3].replace(";", "&")
     return {name.lower(): value for name, value in parse_qsl(options, keep_blank_values=True)}
 
 
 def database_name(text: str) -> str:
-    """Return `text`. Raises ValueError if it can be no database's name."""
-    if len(text.encode()) > 63 or _NOT_IN_A_NAME.search(text):
+    """Return `text`. Raises ValueError if no database can have that name."""
+    if len(text.encode()) > 63 or re.search(r'[/\\. "$*<>:|?\0]', text):
         raise ValueError('must be under 64 bytes, without spaces and / \\ . " $ * < > : | ?')
     return text
 
 
-def uri_faults(uri: str) -> list[str]:
-    """Return what is wrong with a URI.
+def read_uri(given: Mapping[str, str]) -> tuple[str, list[str]]:
+    """Return the URI in MONGODB_URI, or in the file at MONGODB_URI_FILE, and its problems."""
+    uri, file = (given.get(name, "").strip() for name in ("MONGODB_URI", "MONGODB_URI_FILE"))
+    if uri and file:
+        return "", ["MONGODB_URI and MONGODB_URI_FILE: set one of them, not both"]
+    if file:
+        try:
+            uri = Path(file).read_text(encoding="utf-8-sig").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            return "", [f"MONGODB_URI_FILE: {file}: {os_error_text(error)}"]
+        if not uri:
+            return "", [f"MONGODB_URI_FILE: {file} is empty"]
+    if not uri:
+        return "", ["MONGODB_URI: required, for example mongodb://localhost:27017"]
+    return uri, [f"MONGODB_URI: {problem}" for problem in check_uri(uri)]
 
-    The driver's own messages quote what they stumbled over, which after an unescaped `/`, `?` or
-    `@` is the tail of the password. So whatever stands near it is checked here, in words of ours.
+
+def check_uri(uri: str) -> list[str]:
+    """Return a line for each problem of a URI.
+
+    The driver decides, but its messages are not shown: they quote the part that it could not
+    parse, which after an unescaped `/`, `?` or `@` is the end of the password.
     """
-    if not _SCHEME.match(uri):
+    if not uri.startswith(("mongodb://", "mongodb+srv://")):
         return ["must begin with mongodb:// or mongodb+srv://"]
     userinfo, hosts, database, options = split_uri(uri)
-    bad_escape = re.search(r"%(?![0-9A-Fa-f]{2})", userinfo)
-    if "@" in userinfo + database + options or userinfo.count(":") > 1 or bad_escape:
-        return [_ENCODE]
-    if not all(_HOST.fullmatch(host) for host in hosts.split(",")):
-        return [_HOSTS]
-    faults = []
-    try:
-        database_name(database or "oms_db")
-    except ValueError as error:
-        faults.append(f"the database name {error}")
-    for option in filter(None, re.split("[&;]", options)):
-        faults += _option_faults(option)
-    return faults or _driver_faults(uri)
-
-
-def _option_faults(option: str) -> list[str]:
-    name, given, value = option.partition("=")
-    if not given:
-        return ["options must be name=value, separated by &"]
-    if name.lower() == "readconcernlevel" and value not in _READ_CONCERNS:  # the driver takes any
-        return [f"bad value of option {name}"]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # `_driver_faults` makes faults of them
-            split_options(option, warn=False)
-    except (PyMongoError, ValueError, TypeError, OSError) as error:
-        unknown = "Unknown option" in str(error)
-        return [f"{'unknown option' if unknown else 'bad value of option'} {name}"]
+    written = re.split("[&;]", options) if options else []
+    names = {option: option.partition("=")[0] for option in written}
+    bad_options = [option for option in written if not _is_accepted(split_options, option)]
+    if (
+        not all(_HOST.fullmatch(host) for host in hosts.split(","))
+        or not _is_accepted(split_hosts, hosts)
+        or (uri.startswith("mongodb+srv") and re.search(r"[,:]", hosts))
+        or (f"//{userinfo}@" in uri and not _is_accepted(parse_userinfo, userinfo))
+        or not _is_accepted(database_name, database)
+        or "@" in database
+        or (bad_options and "@" in options)  # their names may be the end of a password
+    ):
+        return [_SYNTAX]
+    if bad_options:
+        return [f"unknown option, or bad value of option {names[o]!r}" for o in bad_options]
+    if not _is_accepted(_make_client, uri):
+        return [f"options do not go together, or not with the rest: {', '.join(names.values())}"]
     return []
 
 
-def _driver_faults(uri: str) -> list[str]:
-    """Let the driver judge the whole: how options go together, and files that they name."""
+def _is_accepted(parse: Callable[[str], object], text: str) -> bool:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # such as a compressor whose library is not there
-            MongoClient[dict[str, Any]](uri, connect=False).close()
-    except (PyMongoError, ValueError, TypeError, OSError, UserWarning) as error:
-        reason = str(error)
-        userinfo, _, _, options = split_uri(uri)
-        password = userinfo.partition(":")[2]
-        secrets = {password, unquote_plus(password)}
-        secrets |= {o.partition("=")[2] for o in options.split("&") if "password" in o.lower()}
-        if any(secret and secret in reason for secret in secrets):
-            reason = "the driver rejects it (its reason would show a credential)"
-        return [reason]
-    return []
+            # A compressor that is not installed, or an option that is given twice.
+            warnings.simplefilter("error", UserWarning)
+            parse(text)
+    except (PyMongoError, ValueError, TypeError, OSError, UserWarning):
+        return False
+    return True
+
+
+def _make_client(uri: str) -> None:
+    if options := split_uri(uri)[3]:
+        split_options(options)
+    # A warning about the hosts is information only, such as "connected to a CosmosDB cluster".
+    with warnings.catch_warnings(action="ignore"):
+        MongoClient[dict[str, Any]](uri, connect=False).close()

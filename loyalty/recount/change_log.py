@@ -14,8 +14,10 @@ from typing import Any
 from bson import ObjectId, Timestamp
 from pymongo.collection import Collection
 
-from loyalty.history import OWNER_FILTER
+from loyalty.errors import ConfigurationError
+from loyalty.history import OWNER_FILTER, require_own_collection
 from loyalty.mongo.driver_errors import map_driver_errors
+from loyalty.mongo.privileges import require_privileges
 from loyalty.mongo.values import LENIENT_CODEC, Document
 from loyalty.recount.order_filter import COLLATION
 
@@ -50,6 +52,17 @@ class ChangeLog:
         }
         with map_driver_errors("insert", self.collection):
             self.collection.insert_one(document)
+
+
+def check_change_log(collection: Collection[Any]) -> None:
+    """Raise ConfigurationError if this is not a collection for changes, or one is not allowed."""
+    hint = "CHANGES_COLLECTION must name a collection of its own, or none for no change log"
+    database = collection.database
+    try:
+        require_own_collection(collection)
+        require_privileges(database.client, database.name, {collection.name: ["find", "insert"]})
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{error}: {hint}") from error
 
 
 @dataclass(frozen=True, slots=True)

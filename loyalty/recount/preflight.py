@@ -12,6 +12,7 @@ from loyalty.concurrency import ignore_progress
 from loyalty.errors import DatabaseUnavailable
 from loyalty.history import History
 from loyalty.mongo.connection import Connection, connect
+from loyalty.recount.change_log import check_change_log
 from loyalty.recount.counter import Counter
 from loyalty.recount.index import missing_index_hint
 
@@ -42,7 +43,9 @@ def connect_and_verify(settings: Settings, *, writing: bool, recording: bool = T
                 lambda _: None, [(unused, [unused])]
             )
         if writing and recording:
-            History(connection.recounts).check()
+            History(connection.recounts, settings).check()
+            if connection.changes is not None:
+                check_change_log(connection.changes)
     except BaseException:
         connection.client.close()
         raise

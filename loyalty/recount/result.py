@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import socket
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Literal
 
 from bson import ObjectId, Timestamp
 
-from config import VERSION, Settings
+from config import VERSION
 from loyalty.recount.tally import RECORDED_TOTALS, FailedUpdates, Totals
 
 Outcome = Literal["succeeded", "incomplete", "refused", "failed", "undone"]
@@ -66,27 +65,13 @@ class Result:
         return len(self.failed)
 
 
-def counted_settings(settings: Settings) -> dict[str, Any]:
-    """Return what is counted, and where: services with the same target must agree on it."""
-    return {
-        "orders": settings.orders,
-        "users": settings.users,
-        "status_field": settings.status_field,
-        "customer_field": settings.customer_field,
-        "points_field": settings.points_field,
-        "order_statuses": list(settings.order_statuses),
-        "points_per_order": settings.points_per_order,
-    }
-
-
-def build_record(result: Result, settings: Settings) -> dict[str, Any]:
+def build_record(result: Result) -> dict[str, Any]:
     """Return what is recorded of a recount; the commands print the same as JSON.
 
     `changed` is the number of users that were written.
     """
     return {
         "_id": result.id,
-        "settings": counted_settings(settings),
         "started_at": result.started_at,
         "finished_at": result.finished_at,
         "seconds": result.seconds,
@@ -98,6 +83,5 @@ def build_record(result: Result, settings: Settings) -> dict[str, Any]:
         "changed": result.written,
         "failed_updates": result.failed_updates,
         "error": result.error,
-        "host": socket.gethostname(),
         "version": VERSION,
     }

@@ -82,19 +82,21 @@ def run_recount(
             _count(connection, settings, request, updates, result, on_progress)
             _check(connection, settings, history, request, result)
             if request.write:
-                change_log = _open_change_log(connection, settings, result) if is_recorded else None
-                _write(connection, updates, change_log, result, on_progress)
+                log_changes = None
+                if is_recorded:
+                    log_changes = _open_change_log(connection, settings, history, result)
+                _write(connection, updates, log_changes, result, on_progress)
     except Exception as error:
         result.outcome = "refused" if isinstance(error, RecountRefused) else "failed"
         # The text of an exception that is not ours could contain anything.
         result.error = str(error) if isinstance(error, ServiceError) else type(error).__name__
         result.seconds = time.monotonic() - clock
         if is_recorded:
-            history.write(build_record(result, settings))
+            history.write(build_record(result))
         raise
     result.seconds = time.monotonic() - clock
     if is_recorded:
-        history.write(build_record(result, settings))
+        history.write(build_record(result))
         log_result(result)
     return result
 
@@ -182,17 +184,18 @@ def _check(
 
 def _read_previous(history: History) -> PreviousRecounts:
     with suppress(ServiceError):
-        last = history.newest_success()
+        last = history.last_success()
         counted_orders = last["counted_orders"] if last else None
         return PreviousRecounts(is_first=history.is_empty(), counted_orders=counted_orders)
     return PreviousRecounts()
 
 
 def _open_change_log(
-    connection: Connection, settings: Settings, result: Result
+    connection: Connection, settings: Settings, history: History, result: Result
 ) -> LogChanges | None:
-    if connection.changes is None:
+    if connection.changes is None or not result.totals.changed:
         return None
+    history.create_expiry_index(connection.changes)
     change_log = ChangeLog(
         connection.changes,
         users=settings.users,
@@ -223,10 +226,13 @@ def _write(
     text = (
         f"{result.failed_updates:,} of {result.totals.changed:,} updates failed ({result.failed})"
     )
-    log.warning("failed_updates %s", text)
+    log.warning(
+        'failed_updates count=%d changed=%d errors="%s"',
+        *(result.failed_updates, result.totals.changed, result.failed),
+    )
     log.debug("failed_updates users=%s", ", ".join(result.failed.sample))
     if is_failure(result.failed_updates, result.totals.users):
-        raise TooManyFailedUpdates(text)
+        raise TooManyFailedUpdates(text, result.failed_updates)
 
 
 def log_result(result: Result) -> None:

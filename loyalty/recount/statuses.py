@@ -72,9 +72,15 @@ def check_uncounted(connection: Connection, settings: Settings) -> SafetyReport:
 def count_customer_orders(
     connection: Connection, settings: Settings, customer: Any
 ) -> list[tuple[Any, Any, int]]:
-    """Return all orders of a canonical id: form of the id, status, number. Raises ServiceError."""
+    """Return all orders of a customer: form of the id, status, number. Raises ServiceError.
+
+    `customer` is a canonical id; "" stands for the orders without customer.
+    """
     orders, status = connection.orders, settings.status_field
-    match: dict[str, Any] = {settings.customer_field: {"$in": all_variants(customer)}}
+    variants = all_variants(customer)
+    if customer == "":
+        customer, variants = NO_CUSTOMER, ["", None]
+    match: dict[str, Any] = {settings.customer_field: {"$in": variants}}
     known = [value for value, _ in count_statuses(connection, settings)]
     if len(known) < MAX_STATUSES:
         # Naming every status makes the index's second field usable; null finds missing ones.

@@ -168,7 +168,7 @@ def _write_one_by_one(
         result.written = _bulk_write(users, updates)
     except BulkUpdateErrors as error:
         result.written = error.matched
-        for position, code in error.codes.items():
+        for position, code in error.reasons.items():
             result.add(_failure(code, changes[position]["user"]))
     result.missing = len(changes) - result.written - len(result.failed)
     return result

@@ -1,0 +1,191 @@
+"""The command line: arguments, dispatch, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from config import VERSION, Settings, settings_help
+from loyalty.commands import (
+    changes,
+    check_config,
+    create_index,
+    dry_run,
+    once,
+    status,
+    undo,
+    unknown_customers,
+)
+from loyalty.commands.output import ResultsNotWritten, flush_results
+from loyalty.daemon import Daemon
+from loyalty.env_file import load_settings
+from loyalty.errors import ConfigurationError, Exit, RecountRefused, ServiceError
+from loyalty.logs import log_to_stderr
+from loyalty.service import Service
+from loyalty.systemd import update_environment
+
+log = logging.getLogger("loyalty")
+
+ENV_FILE = Path(__file__).parents[1] / ".env"
+_DESCRIPTION = """\
+Counts the shipped orders of each customer and keeps loyalty_points in the users collection correct.
+Without a command it is a daemon: it recounts at once and then every RECOUNT_INTERVAL."""
+_EPILOG = """\
+exit codes:
+  0   success
+  1   a check found something, or some users could not be updated
+  2   wrong usage
+  65  the safety check refused the recount
+  69  the database is unavailable or too slow, or there is no temporary disk space
+  70  internal error
+  78  a setting, a credential or a permission is wrong
+
+settings, from the environment or from .env; .env.example explains each:
+"""
+
+
+def run_process() -> NoReturn:
+    """Run the command line as this process, and end it."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not every terminal can show every character
+        sys.stdout.reconfigure(errors="backslashreplace")
+    code = main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.shutdown()
+    os._exit(code)  # the driver's exit handler would wait for each server that does not answer
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    args = _parse(argv)
+    log_to_stderr()
+    try:
+        code = _run_command(args)
+        flush_results()
+    except ResultsNotWritten as error:
+        log.error('results_not_written error="%s"', error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return Exit.INTERRUPTED
+    return code
+
+
+def _run_command(args: argparse.Namespace) -> int:
+    """Run the command and return its exit code. Raises ResultsNotWritten and KeyboardInterrupt."""
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            settings = load_settings(args.env_file, ENV_FILE)
+        except ConfigurationError as error:
+            _log_settings_problems(error, args.env_file or ENV_FILE)
+            return error.exit_code
+        log.setLevel(settings.log_level)
+        return int(args.run(args, settings))
+    except ResultsNotWritten:
+        raise
+    except RecountRefused as error:
+        log.error('refused reason="%s"', error)
+        return error.exit_code
+    except ServiceError as error:
+        log.error('failed error="%s"', error)
+        return error.exit_code
+    except Exception:
+        log.exception("internal_error")
+        return Exit.INTERNAL_ERROR
+
+
+def _log_settings_problems(error: ConfigurationError, env_file: Path) -> None:
+    for problem in error.problems:
+        log.error('configuration_problem error="%s"', problem)
+    log.info(
+        "configuration_help settings come from the environment or from %s; .env.example explains "
+        "them; to try the service without a database: make demo",
+        env_file,
+    )
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="loyalty_microservice.py",
+        description=_DESCRIPTION,
+        epilog=_EPILOG + settings_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=_run_daemon)
+    commands = parser.add_mutually_exclusive_group()
+    for flag, run, text in (
+        ("--once", once.run, "make one recount, then exit"),
+        ("--dry-run", dry_run.run, "show what a recount would change; exit 1 if anything"),
+        ("--status", status.run, "show the last recounts; exit 1 if the points are stale"),
+        (
+            "--check-config",
+            check_config.run,
+            "check settings, permissions and data, and count like --dry-run; exit 1 if a problem",
+        ),
+        (
+            "--unknown-customers",
+            unknown_customers.run,
+            "list all customers of counted orders that no user has, as JSON lines",
+        ),
+        ("--create-index", create_index.run, "create the index on orders that recounts use"),
+    ):
+        commands.add_argument(flag, dest="run", action="store_const", const=run, help=text)
+    parser.add_argument(
+        "--undo",
+        metavar="RECOUNT",
+        help="put back the points that a recount changed: an id, or last; with --dry-run, only "
+        "show it; exit 1 if some users keep other points",
+    )
+    commands.add_argument(
+        "--changes", metavar="RECOUNT", help="list the changes of a recount: an id, or last"
+    )
+    parser.add_argument(
+        "--customer",
+        metavar="ID",
+        action="append",
+        default=[],
+        help='recount only this customer, with --once or --dry-run; repeatable; "" shows the '
+        "orders without customer; an id that begins with a hyphen: --customer=-...",
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="override the safety check, with --once"
+    )
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
+    parser.add_argument(
+        "--env-file",
+        metavar="PATH",
+        type=Path,
+        help=f"the file to read settings from, instead of {ENV_FILE.name}",
+    )
+    parser.add_argument("--version", action="version", version=VERSION)
+    args = parser.parse_args(argv)
+    if args.undo is not None:
+        if args.run not in (_run_daemon, dry_run.run) or args.changes is not None or args.customer:
+            parser.error("--undo can only be combined with --dry-run")
+        args.dry_run, args.run = args.run is dry_run.run, undo.run
+    elif args.changes is not None:
+        args.run = changes.run
+    if args.customer and args.run not in (once.run, dry_run.run):
+        parser.error("--customer needs --once or --dry-run")
+    if any("\udc80" <= character <= "\udcff" for character in "".join(args.customer)):
+        parser.error("--customer: the id is not valid in this terminal's encoding")
+    if args.force and (args.run is not once.run or args.customer):
+        parser.error("--force needs --once, without --customer")
+    if args.json and args.run in (_run_daemon, create_index.run, unknown_customers.run):
+        parser.error("--json needs a command that prints results")
+    return args
+
+
+def _run_daemon(args: argparse.Namespace, settings: Settings) -> Exit:
+    def reload_settings() -> Settings:
+        update_environment()
+        return load_settings(args.env_file, ENV_FILE)
+
+    Daemon(Service(settings, reload_settings)).run()
+    return Exit.OK

@@ -1,0 +1,189 @@
+"""`--check-config`: settings, access, collections, index, statuses, and a count like `--dry-run`.
+
+It writes nothing. Everything that it prints is exact.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from config import Settings
+from loyalty.commands.dry_run import dry_run_json, print_unknown_customers, print_warnings
+from loyalty.commands.once import print_totals
+from loyalty.commands.output import (
+    flush_results,
+    format_cell,
+    pluralize,
+    print_json,
+    print_line,
+    print_table,
+)
+from loyalty.errors import ConfigurationError, Exit
+from loyalty.history import History
+from loyalty.live.watcher import keeps_pre_images, live_updates_blocker
+from loyalty.metrics import Metrics
+from loyalty.mongo.connection import Connection
+from loyalty.mongo.driver_errors import map_driver_errors
+from loyalty.mongo.values import Document
+from loyalty.recount.index import array_conditions, inspect_plan
+from loyalty.recount.order_filter import is_counted
+from loyalty.recount.preflight import connect_and_verify
+from loyalty.recount.result import Result
+from loyalty.recount.runner import RecountRequest, run_recount
+from loyalty.recount.safety import (
+    MAX_STATUSES_SHOWN,
+    StatusCounts,
+    check_collections,
+    describe_uncounted,
+    format_status,
+)
+from loyalty.recount.statuses import MAX_STATUSES, count_statuses, find_missing_collections
+
+
+def run(args: argparse.Namespace, settings: Settings) -> Exit:
+    """Check everything and print it. The exit code is FINDINGS if there is a problem.
+
+    1. Connect, which checks the access to orders and users.
+    2. Check the records, live updates, the collections, the index and the statuses.
+    3. Count everything, as `--dry-run` does, unless a collection is missing.
+
+    Raises ServiceError.
+    """
+    unusable: ConfigurationError | None = None
+    with connect_and_verify(settings, writing=True, recording=False) as connection:
+        try:
+            permissions = History(connection.recounts, settings).check()
+        except ConfigurationError as error:  # raised at the end: there may be other problems
+            permissions, unusable = str(error), error
+        blocker = live_updates_blocker(connection, settings) if settings.live_updates else None
+        if not args.json:  # before the queries that read all orders, which take their time
+            _print_settings(settings, connection, permissions)
+            if settings.live_updates:
+                print_live_updates_check(connection, blocker, keeps_pre_images(connection))
+            flush_results()
+        index, found = _describe_index(connection, settings), count_statuses(connection, settings)
+        if not args.json:
+            _print_orders(settings, index, found)
+            flush_results()
+        result, problems = _count_all(connection, settings, found)
+        if not args.json:
+            _print_count(result, problems)
+        elif not unusable:
+            problems += [f"live updates will not work: {blocker}"] if blocker else []
+            details = _details_json(connection, settings, found, result)
+            print_json(
+                {"problems": problems, "permissions": permissions, "index": index, **details}
+            )
+    if unusable:
+        raise unusable
+    return Exit.FINDINGS if problems or permissions or blocker else Exit.OK
+
+
+def _count_all(
+    connection: Connection, settings: Settings, found: StatusCounts
+) -> tuple[Result | None, list[str]]:
+    """Count everything unless a collection is missing; return the result and the problems."""
+    result = None
+    missing = check_collections(*find_missing_collections(connection))
+    problems = [missing] if missing else []
+    if not problems:
+        request = RecountRequest(write=False)
+        result = run_recount(connection, settings, History(None), request)
+    if result is not None and result.refusal:
+        problems.append(f"the safety check would refuse the recount: {result.refusal}")
+    elif found and not any(is_counted(status, settings) for status, _ in found):
+        problems.append(describe_uncounted(found, settings)[0])
+    problems += filter(None, [Metrics(settings).check()])
+    return result, problems
+
+
+def _describe_index(connection: Connection, settings: Settings) -> str:
+    """Return whether the index serves a recount, what to do, and which orders prevent it."""
+    plan, orders = inspect_plan(connection.orders, settings), connection.orders
+    if not plan.advice:
+        return "serves recounts"
+    fields = (settings.status_field, settings.customer_field)
+    arrays = {"$or": [condition for field in fields for condition in array_conditions(field)]}
+    with map_driver_errors("find", orders, if_too_slow="raise COUNT_TIMEOUT"):
+        number = orders.count_documents(arrays, maxTimeMS=settings.count_ms)
+    if not number:
+        return plan.advice
+    have = f"{pluralize(number, 'order')} {'has' if number == 1 else 'have'}"
+    return f"{plan.advice}; {have} an array in {' or '.join(fields)}: correct them first"
+
+
+def _print_settings(settings: Settings, connection: Connection, permissions: str | None) -> None:
+    """Print the settings, without credentials, and what the server allows."""
+    reason = connection.snapshot_unsupported_reason
+    print_table(
+        ("hosts", settings.hosts),
+        ("server", f"{connection.server_version}, {connection.topology.replace('_', ' ')}"),
+        ("one snapshot", f"no: {reason}" if reason else "yes"),
+        *((name, format_cell(value)) for name, value in settings.to_dict().items()),
+        ("permissions", permissions or "sufficient"),
+    )
+
+
+def print_live_updates_check(
+    connection: Connection, blocker: str | None, pre_images: bool | None
+) -> None:
+    """Print whether live updates will work, and which changes they will see at once."""
+    orders = connection.orders
+    command = f"db.runCommand({{collMod: '{orders.name}', changeStreamPreAndPostImages: "
+    texts = {
+        True: "on",
+        False: "off: deleted orders, and orders that get another customer, wait for the next full "
+        f"recount; to switch them on: {command}{{enabled: true}}}})",
+        None: "unknown: to read the option takes the permission listCollections",
+    }
+    if not connection.pre_images:
+        texts[False] = "none before MongoDB 6.0: deleted orders wait for the next full recount"
+    print_table(
+        ("live updates", f"will NOT work: {blocker}" if blocker else "will work"),
+        ("pre-images", texts[pre_images]),
+    )
+
+
+def _print_orders(settings: Settings, index: str, found: StatusCounts) -> None:
+    """Print the index, and the number of orders by status, the most frequent first."""
+    names = {status for status, _ in found if isinstance(status, str)}
+    absent = [(status, 0) for status in settings.order_statuses if status not in names]
+    shown = [*found[:MAX_STATUSES_SHOWN], *absent]
+    shown += [row for row in found[MAX_STATUSES_SHOWN:] if is_counted(row[0], settings)]
+    rows = []
+    for status, number in shown:
+        counted = ", counted" if is_counted(status, settings) else ""
+        rows.append((f"  {format_status(status)}", f"{number:,}{counted}"))
+    if hidden := len(found) + len(absent) - len(shown):
+        at_least = "at least " if len(found) == MAX_STATUSES else ""
+        rows.append((f"  {at_least}{hidden:,} other statuses", ""))
+    index_name = f"index {settings.status_field}, {settings.customer_field}"
+    print_table((index_name, index), ("orders by status", ""), *rows)
+
+
+def _print_count(result: Result | None, problems: Sequence[str]) -> None:
+    if result is not None:
+        print_line("Full count, nothing is written")
+        print_totals(result, details=True)
+        print_unknown_customers(result)
+        print_warnings(result)
+    for problem in problems:
+        print_line(f"PROBLEM: {problem}")
+
+
+def _details_json(
+    connection: Connection, settings: Settings, found: StatusCounts, result: Result | None
+) -> Document:
+    return {
+        "hosts": settings.hosts,
+        "server": connection.server_version,
+        "topology": connection.topology,
+        "snapshot_unsupported_reason": connection.snapshot_unsupported_reason or None,
+        "settings": settings.to_dict(),
+        "statuses": [
+            {"status": format_status(s), "orders": n, "counted": is_counted(s, settings)}
+            for s, n in found
+        ],
+        "dry_run": dry_run_json(result) if result else None,
+    }

@@ -1,0 +1,18 @@
+"""`--create-index`: create the index on orders that recounts use."""
+
+from __future__ import annotations
+
+import argparse
+
+from config import Settings
+from loyalty.commands.output import print_line
+from loyalty.errors import Exit
+from loyalty.mongo.connection import connect
+from loyalty.recount.index import create_index
+
+
+def run(args: argparse.Namespace, settings: Settings) -> Exit:
+    with connect(settings, writing=False) as connection:
+        name = create_index(connection.orders, settings)
+        print_line(f"{connection.orders.full_name} has the index {name}")
+    return Exit.OK

@@ -1,0 +1,85 @@
+"""`--dry-run`: what a recount would change. It writes nothing."""
+
+from __future__ import annotations
+
+import argparse
+
+from config import Settings
+from loyalty.commands import customer
+from loyalty.commands.once import print_totals, result_json
+from loyalty.commands.output import print_json, print_line, print_table
+from loyalty.errors import Exit
+from loyalty.history import History
+from loyalty.mongo.values import Document
+from loyalty.recount.preflight import connect_and_verify
+from loyalty.recount.result import Result
+from loyalty.recount.runner import RecountRequest, run_recount
+
+
+def run(args: argparse.Namespace, settings: Settings) -> Exit:
+    if args.customer:
+        return customer.run(args, settings, write=False)
+    with connect_and_verify(settings, writing=False) as connection:
+        result = run_recount(connection, settings, History(None), RecountRequest(write=False))
+    if args.json:
+        print_json(dry_run_json(result))
+    else:
+        _print_result(result)
+    return Exit.FINDINGS if result.totals.changed or result.refusal else Exit.OK
+
+
+def _print_result(result: Result) -> None:
+    print_line("Dry run: nothing is written")
+    print_totals(result, details=True)
+    print_unknown_customers(result)
+    if largest := sorted(result.totals.largest, reverse=True):
+        print_line("Largest changes")
+        print_table(("user", "from", "to"), *((c.user, c.before, f"{c.after:,}") for c in largest))
+    print_warnings(result)
+    if result.refusal:
+        print_line(f"The safety check would refuse this recount: {result.refusal}")
+
+
+def print_unknown_customers(result: Result) -> None:
+    """Print the unknown customers by kind, each kind with those that have most orders."""
+    kinds = sorted(result.totals.unknown_by_kind.items(), key=lambda item: -item[1].orders)
+    if not kinds:
+        return
+    print_line("Unknown customers: their orders earn nothing")
+    rows = [("kind", "customers", "orders", "largest")]
+    for kind, unknown in kinds:
+        largest = ", ".join(f"{text} ({n:,})" for n, text in sorted(unknown.largest, reverse=True))
+        rows.append((kind, f"{unknown.customers:,}", f"{unknown.orders:,}", largest))
+    print_table(*rows)
+
+
+def print_warnings(result: Result) -> None:
+    for warning in result.warnings:
+        print_line(f"Warning: {warning}")
+
+
+def dry_run_json(result: Result) -> Document:
+    """Return what a recount would change; it has no outcome."""
+    unused = ("outcome", "error", "failed_updates")
+    totals = result.totals
+    return {
+        **{name: value for name, value in result_json(result).items() if name not in unused},
+        "refusal": result.refusal,
+        "warnings": result.warnings,
+        "unknown_customers_by_kind": [
+            {
+                "kind": kind,
+                "customers": unknown.customers,
+                "orders": unknown.orders,
+                "largest": [
+                    {"customer": text, "orders": orders}
+                    for orders, text in sorted(unknown.largest, reverse=True)
+                ],
+            }
+            for kind, unknown in totals.unknown_by_kind.items()
+        ],
+        "largest_changes": [
+            {"user": c.user, "from": c.before, "to": c.after}
+            for c in sorted(totals.largest, reverse=True)
+        ],
+    }

@@ -1,0 +1,75 @@
+"""`--once`: one recount, and what it counted."""
+
+from __future__ import annotations
+
+import argparse
+
+from config import Settings
+from loyalty.commands import customer
+from loyalty.commands.output import format_cell, pluralize, print_json, print_line, print_table
+from loyalty.errors import Exit
+from loyalty.history import History
+from loyalty.metrics import Metrics
+from loyalty.mongo.values import Document
+from loyalty.recount.preflight import connect_and_verify
+from loyalty.recount.result import Result, build_record
+from loyalty.recount.runner import RecountRequest, run_recount
+from loyalty.recount.tally import Totals
+
+
+def run(args: argparse.Namespace, settings: Settings) -> Exit:
+    if args.customer:
+        return customer.run(args, settings, write=True)
+    metrics = Metrics(settings)
+    with metrics.count_failures(), connect_and_verify(settings, writing=True) as connection:
+        history = History(connection.recounts, settings)
+        result = run_recount(connection, settings, history, RecountRequest(force=args.force))
+    metrics.record_recount(result)
+    if args.json:
+        print_json(result_json(result))
+    else:
+        print_line(f"Recount {result.outcome} in {result.seconds:.1f} s")
+        print_totals(result)
+    return Exit.OK if result.outcome == "succeeded" else Exit.FINDINGS
+
+
+def result_json(result: Result) -> Document:
+    """Return the record of a recount and the number of users."""
+    return {**build_record(result), "users": result.totals.users}
+
+
+def print_totals(result: Result, *, details: bool = False) -> None:
+    """Print what a recount counted; `details` adds ids of unknown customers."""
+    totals = result.totals
+    unknown = f"{totals.unknown_customers:,}"
+    if totals.unknown_customers:
+        unknown += f" with {pluralize(totals.orders_of_unknown_customers, 'order')}"
+    rows = [
+        ("users", f"{totals.users:,}"),
+        ("users with points", f"{totals.users_with_points_before:,} before"),
+        ("counted orders", f"{totals.counted_orders:,}"),
+        ("changed users", _describe_changes(totals)),
+        ("unknown customers", unknown),
+        ("orders without customer", f"{totals.orders_without_customer:,}"),
+        ("as of", f"{format_cell(result.as_of)} UTC ({_describe_snapshot(result)})"),
+    ]
+    if result.failed_updates:
+        rows.append(("failed updates", f"{result.failed_updates:,}"))
+    print_table(*(row for row in rows if details or row[0] != "users with points"))
+
+
+def _describe_changes(totals: Totals) -> str:
+    kinds = {
+        "increased": totals.increased,
+        "decreased": totals.decreased,
+        "initialized to 0": totals.initialized_to_zero,
+    }
+    kinds["changed only in type"] = totals.changed - sum(kinds.values())
+    always = ("increased", "decreased")
+    parts = [f"{n:,} {kind}" for kind, n in kinds.items() if n or kind in always]
+    return f"{totals.changed:,} ({', '.join(parts)})"
+
+
+def _describe_snapshot(result: Result) -> str:
+    # On an idle server the snapshot may be some seconds older than the start of the recount.
+    return "exact: one snapshot" if result.count.exact else "not exact: no single snapshot"

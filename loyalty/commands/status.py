@@ -1,0 +1,133 @@
+"""`--status`: the last recounts, live updates, and how old the points are."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from itertools import takewhile
+
+from config import Settings
+from loyalty.commands.output import format_cell, pluralize, print_json, print_line, print_table
+from loyalty.errors import Exit
+from loyalty.history import Heartbeat, History, is_fresh
+from loyalty.mongo.connection import connect
+from loyalty.mongo.values import Document
+from loyalty.parsers import format_duration
+
+log = logging.getLogger("loyalty")
+
+MAX_RECORDS = 10
+MAX_CLOCK_SKEW = timedelta(seconds=10)
+_SUCCEEDED = ("succeeded", "incomplete")
+
+
+def run(args: argparse.Namespace, settings: Settings) -> Exit:
+    with connect(settings, writing=False) as connection:
+        history, now = History(connection.recounts, settings), datetime.now(UTC)
+        records, heartbeat = history.newest(MAX_RECORDS), history.heartbeat()
+        age = _nonnegative(history.age(now))
+    if args.json:
+        print_json(_status_json(records, heartbeat, age, now, settings))
+    else:
+        _print_records(records)
+        _print_live_updates(heartbeat, now, wanted=settings.live_updates)
+        _print_last_outcome(records)
+        _print_age(records, age, settings.recount_interval)
+    return Exit.OK if is_fresh(age, settings.recount_interval) else Exit.FINDINGS
+
+
+def _nonnegative(age: timedelta | None) -> timedelta | None:
+    """Return the age, or 0 where this machine's clock is behind the server's."""
+    if age is not None and age < -MAX_CLOCK_SKEW:
+        behind = format_duration(-age)
+        log.warning('clock_behind error="this clock is %s behind the database server\'s"', behind)
+    return age and max(age, timedelta(0))
+
+
+def _print_records(records: Sequence[Document]) -> None:
+    """Print one line for each record, the newest first."""
+    if not records:
+        return
+    columns = {
+        "finished (UTC)": "finished_at",
+        "outcome": "outcome",
+        "users written": "changed",
+        "failed updates": "failed_updates",
+        "counted orders": "counted_orders",
+        "as of (UTC)": "as_of",
+        "exact": "exact",
+        "host": "host",
+        "recount": "_id",
+        "error": "error",
+    }
+    rows = ([format_cell(record.get(name)) for name in columns.values()] for record in records)
+    print_table(list(columns), *rows)
+    print_line("  As of: the time of the snapshot; on an idle server, seconds before the start.")
+
+
+def _print_last_outcome(records: Sequence[Document]) -> None:
+    """Print how the last recounts ended, unless the last one succeeded."""
+    if not records or (last := records[0])["outcome"] == "succeeded":
+        return
+    if last["outcome"] == "incomplete":
+        failed = pluralize(last["failed_updates"], "failed update")
+        print_line(f"The last recount was incomplete: {failed}")
+        return
+    number = len(list(takewhile(lambda record: record["outcome"] not in _SUCCEEDED, records)))
+    verb = {"refused": "was refused by the safety check", "failed": "failed"}
+    ended = verb.get(last["outcome"], f"was {last['outcome']}")
+    if number > 1:
+        number_text = f"{number} or more" if number == MAX_RECORDS else str(number)
+        print_line(f"The last {number_text} recounts did not succeed")
+    print_line(f"The last recount {ended}" + (f": {last['error']}" if last["error"] else ""))
+
+
+def _print_age(records: Sequence[Document], age: timedelta | None, interval: timedelta) -> None:
+    """Print how old the points are, and whether that is fresh."""
+    if age is None:
+        print_line("No recount has succeeded yet")
+        return
+    limit = f"{format_duration(2 * interval)} (twice RECOUNT_INTERVAL)"
+    verdict = f"fresh, not older than {limit}"
+    if not is_fresh(age, interval):
+        verdict = f"STALE, older than {limit}"
+    elif records[0]["outcome"] not in _SUCCEEDED:
+        verdict = f"still {verdict}, from an earlier recount"
+    whole_seconds = timedelta(seconds=int(age.total_seconds()))
+    print_line(f"The points are {format_duration(whole_seconds)} old: {verdict}")
+
+
+def _print_live_updates(heartbeat: Heartbeat | None, now: datetime, *, wanted: bool) -> None:
+    """Print whether live updates are running; nothing if they are neither running nor wanted."""
+    if heartbeat is not None and heartbeat.is_alive(now):
+        print_line(
+            f"Live updates: running since {format_cell(heartbeat.live_since)} UTC, "
+            f"{pluralize(heartbeat.customers_updated, 'update')}, "
+            f"{pluralize(heartbeat.waiting, 'pending change')}"
+        )
+    elif wanted:
+        last = "there is no heartbeat"
+        if heartbeat is not None:
+            last = f"the last heartbeat was {format_duration(now - heartbeat.at)} ago"
+        print_line(f"Live updates: NOT running, {last}")
+
+
+def _status_json(
+    records: Sequence[Document],
+    heartbeat: Heartbeat | None,
+    age: timedelta | None,
+    now: datetime,
+    settings: Settings,
+) -> Document:
+    return {
+        "fresh": is_fresh(age, settings.recount_interval),
+        "age_seconds": age,
+        "interval_seconds": settings.recount_interval,
+        "live_updates": settings.live_updates,
+        "heartbeat": heartbeat
+        and {**dataclasses.asdict(heartbeat), "alive": heartbeat.is_alive(now)},
+        "recounts": [{n: v for n, v in r.items() if n != "recorded_by"} for r in records],
+    }

@@ -1,0 +1,27 @@
+"""`--unknown-customers`: every unknown customer with counted orders, as JSON lines."""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import closing
+
+from config import Settings
+from loyalty.commands.output import print_json
+from loyalty.errors import Exit
+from loyalty.history import History
+from loyalty.recount.look_alikes import UnknownCustomerList
+from loyalty.recount.preflight import connect_and_verify
+from loyalty.recount.runner import RecountRequest, run_recount
+
+
+def run(args: argparse.Namespace, settings: Settings) -> Exit:
+    """Count, write nothing, and print `{customer, orders, kind}` for each unknown customer."""
+    with (
+        closing(UnknownCustomerList()) as unknown,
+        connect_and_verify(settings, writing=False) as connection,
+    ):
+        request = RecountRequest(write=False, unknown=unknown)
+        run_recount(connection, settings, History(None), request)
+        for row in unknown:
+            print_json(row)
+    return Exit.OK

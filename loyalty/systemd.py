@@ -1,0 +1,76 @@
+"""The service's side of systemd's protocols: notifications, the watchdog and the environment."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from contextlib import suppress
+from math import inf
+from pathlib import Path
+
+RELOADED_ENVIRONMENT = "environment"
+"""A file in the runtime directory, see `update_environment` and ExecReload= of the unit."""
+# systemd sets these for the main process only, or with another value for each process.
+_OF_THE_MAIN_PROCESS = {
+    "JOURNAL_STREAM",
+    "NOTIFY_SOCKET",
+    "SYSTEMD_EXEC_PID",
+    "WATCHDOG_PID",
+    "WATCHDOG_USEC",
+}
+
+
+def notify(*assignments: str) -> None:
+    """Send assignments such as "READY=1" in one message, see sd_notify(3).
+
+    Without systemd, or when it does not listen, nothing happens.
+    """
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    if address.startswith("@"):  # only there does it stand for the null byte of an abstract socket
+        address = "\0" + address[1:]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender, suppress(OSError):
+        sender.sendto("\n".join(assignments).encode(), address)
+
+
+def notify_reloading() -> None:
+    """Report that a reload starts; "READY=1" reports its end.
+
+    Type=notify-reload needs the time, to know that this answers its latest SIGHUP.
+    """
+    notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+
+
+def watchdog_seconds() -> float:
+    """Return the time within which systemd expects "WATCHDOG=1", see sd_watchdog_enabled(3).
+
+    Infinite without a watchdog, and if the watchdog is meant for another process.
+    """
+    if os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
+        return inf
+    return int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6 or inf
+
+
+def update_environment() -> None:
+    """Let this process have the environment that `systemctl reload` found.
+
+    systemd reads EnvironmentFile= again for each command of a unit, but cannot change the
+    environment of a process that runs. So ExecReload= of the unit leaves its own environment in
+    the runtime directory, with a null byte after each variable. Nothing changes if there has been
+    no `systemctl reload`.
+    """
+    directory = os.environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]
+    if not directory:
+        return
+    try:
+        content = Path(directory, RELOADED_ENVIRONMENT).read_bytes()
+    except FileNotFoundError:
+        return
+    found = dict(line.split("=", 1) for line in os.fsdecode(content).split("\0") if "=" in line)
+    for name in (os.environ.keys() | found.keys()) - _OF_THE_MAIN_PROCESS:
+        if name in found:
+            os.environ[name] = found[name]
+        else:
+            del os.environ[name]

@@ -1,0 +1,262 @@
+"""The connection: options of the URI, access, privileges, and orphaned writes."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import time_machine
+from conftest import Command, settings_for
+from pymongo import ReadPreference
+from pymongo.database import Database
+
+from loyalty.errors import DatabaseUnavailable, NoPermission
+from loyalty.history import History
+from loyalty.mongo import connection as mongo
+from loyalty.mongo.connection import connect
+from loyalty.mongo.privileges import collection_type, missing_privileges
+from loyalty.recount.runner import RecountRequest, connect_and_verify, run_recount
+from sandbox.faults import failing
+from sandbox.mongod import Deployment, wait_until
+
+PASSWORD = "a-password"
+
+OPTIONS = [
+    "readConcernLevel=local",
+    "readConcernLevel=available",
+    "readConcernLevel=majority",
+    "readConcernLevel=linearizable",
+    "readConcernLevel=snapshot",
+    "readPreference=primaryPreferred",
+    "readPreference=secondary",
+    "readPreference=secondaryPreferred&maxStalenessSeconds=90",
+    "readPreference=nearest&readPreferenceTags=region:north",
+    "w=0",
+    "w=1&journal=false",
+    "w=2",
+    "w=majority&wTimeoutMS=1",
+    "retryWrites=false",
+    "retryReads=false",
+    "maxPoolSize=1",
+    "maxPoolSize=1&waitQueueTimeoutMS=1",
+    "minPoolSize=3&maxPoolSize=3&maxConnecting=1",
+    "maxIdleTimeMS=1",
+    "timeoutMS=1",
+    "socketTimeoutMS=1",
+    "uuidRepresentation=standard",
+    "unicode_decode_error_handler=strict",
+    "compressors=zlib",
+    "heartbeatFrequencyMS=600000",
+    "serverMonitoringMode=poll",
+    "appName=shop",
+]
+
+
+def with_options(uri: str, options: str) -> str:
+    return f"{uri}&{options}" if "?" in uri else f"{uri}?{options}"
+
+
+@pytest.fixture
+def shop(database: Database[Any]) -> Database[Any]:
+    database.users.insert_many({"_id": n} for n in range(50))
+    database.orders.insert_many({"customer_id": n, "status": "Shipped"} for n in range(50))
+    return database
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_no_option_of_the_uri_weakens_a_recount(
+    shop: Database[Any], uri: str, options: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "loyalty")
+    settings = settings_for(with_options(uri, options), BATCH_SIZE="5")
+    with connect_and_verify(settings, writing=True) as connection:
+        for collection in (connection.orders, connection.users, connection.recounts):
+            assert collection is not None
+            assert collection.read_preference == ReadPreference.PRIMARY
+            assert collection.read_concern.level is None
+            assert collection.write_concern.document == {"w": "majority", "wtimeout": 60_000}
+        with connection.orders.watch(max_await_time_ms=1) as stream:
+            assert stream.try_next() is None
+        result = run_recount(
+            connection, settings, History(connection.recounts), RecountRequest(force=True)
+        )
+    assert result.exact
+    assert shop.users.count_documents({"loyalty_points": 1}) == 50
+    assert shop.loyalty_recounts.count_documents({"outcome": "succeeded"}) == 1
+    name = options.partition("=")[0]
+    overridden = name in mongo.OVERRIDDEN_OPTIONS
+    assert (f"uri_options_overridden options={name}" in "".join(caplog.messages)) is overridden
+
+
+@pytest.mark.parametrize("options", [o for o in OPTIONS if o.startswith(("read", "time", "max"))])
+def test_no_option_of_the_uri_hides_the_writes_of_a_service_that_was_killed(
+    shop: Database[Any], uri: str, options: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mongo, "CONNECT_TIMEOUT_SECONDS", 1.0)
+    settings = settings_for(with_options(uri, options))
+    with connect(settings, writing=True) as killed, shop.client.start_session() as session:
+        with session.start_transaction():
+            # A lock holds up the update, as a busy server would.
+            shop.users.update_one({"_id": 1}, {"$set": {"busy": True}}, session=session)
+            change: dict[str, Any] = {"$set": {"loyalty_points": 7}}
+            update = threading.Thread(target=killed.users.update_one, args=({"_id": 1}, change))
+            update.start()
+            wait_until("the update to wait for the lock", lambda: has_conflicts(shop))
+            with pytest.raises(DatabaseUnavailable, match="still updates"):
+                connect(settings, writing=True, timeout_seconds=5)
+            session.abort_transaction()
+        update.join()
+        connect(settings, writing=True).client.close()
+    assert shop.users.find_one({"_id": 1}) == {"_id": 1, "loyalty_points": 7}
+
+
+def has_conflicts(shop: Database[Any]) -> bool:
+    operations = shop.client.admin.aggregate([{"$currentOp": {}}])
+    return any(o.get("writeConflicts") for o in operations if o.get("ns") == shop.users.full_name)
+
+
+@pytest.mark.parametrize(
+    ("ahead_seconds", "said"), [(-7200, "s behind the server's"), (7200, "s ahead of the server's")]
+)
+def test_a_clock_that_differs_from_the_servers_is_warned_of(
+    uri: str, ahead_seconds: int, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    connect(settings_for(uri)).client.close()
+    assert "clock_skew" not in "".join(caplog.messages)
+    with time_machine.travel(time.time() + ahead_seconds):
+        connect(settings_for(uri)).client.close()
+    (warning,) = [message for message in caplog.messages if message.startswith("clock_skew")]
+    assert said in warning
+
+
+# Access.
+
+
+@pytest.fixture
+def allow(authenticating: Deployment) -> Iterator[Callable[..., str]]:
+    """Make a user with these privileges on `limited`, and return the URI with its login."""
+    with authenticating.client() as client:
+        client.limited.users.insert_one({"_id": 1})
+        client.limited.orders.insert_one({"customer_id": 1, "status": "Shipped"})
+
+        def make(*privileges: tuple[dict[str, Any], list[str]]) -> str:
+            entries = [{"resource": resource, "actions": done} for resource, done in privileges]
+            client.admin.command("createRole", "limited", privileges=entries, roles=[])
+            client.admin.command("createUser", "limited", pwd=PASSWORD, roles=["limited"])
+            return authenticating.uri_for("limited", PASSWORD, "limited")
+
+        yield make
+        client.admin.command("dropUser", "limited")
+        client.admin.command("dropRole", "limited")
+        client.drop_database("limited")
+
+
+def on(collection: str, database: str = "limited") -> dict[str, Any]:
+    return {"db": database, "collection": collection}
+
+
+WANTED = {"users": ["find", "update"], "loyalty_recounts": ["insert"]}
+NONE_ALLOWED = [
+    "find on limited.users",
+    "update on limited.users",
+    "insert on limited.loyalty_recounts",
+]
+
+
+@pytest.mark.xdist_group("auth")
+@pytest.mark.parametrize(
+    ("privileges", "missing"),
+    [
+        ([(on("users"), ["find"])], NONE_ALLOWED[1:]),
+        ([(on("users"), ["find", "update"]), (on("other"), ["insert"])], NONE_ALLOWED[2:]),
+        ([(on(""), ["find", "update", "insert"])], []),
+        ([(on("", ""), ["find", "update"])], NONE_ALLOWED[2:]),
+        ([(on("users", ""), ["update"])], [NONE_ALLOWED[0], NONE_ALLOWED[2]]),
+        ([(on("users", "another"), ["find", "update"])], NONE_ALLOWED),
+        ([({"anyResource": True}, ["update", "insert"])], NONE_ALLOWED[:1]),
+        ([({"cluster": True}, ["inprog"])], NONE_ALLOWED),
+    ],
+)
+def test_missing_privileges_are_those_that_no_role_allows(
+    allow: Callable[..., str], privileges: Any, missing: list[str]
+) -> None:
+    with connect(settings_for(allow(*privileges)), verify=False) as connection:
+        found = missing_privileges(connection.client, "limited", WANTED)
+    assert found is not None
+    assert [str(privilege) for privilege in found] == missing
+
+
+def test_privileges_are_unknown_where_nobody_logs_in(uri: str) -> None:
+    with connect(settings_for(uri)) as connection:
+        assert missing_privileges(connection.client, "any", WANTED) is None
+
+
+def test_privileges_are_unknown_where_the_server_does_not_list_them(
+    deployment: Deployment, uri: str
+) -> None:
+    with (
+        failing(deployment.primary(), "connectionStatus", 1, errorCode=59),
+        connect(settings_for(uri)) as connection,
+    ):
+        assert missing_privileges(connection.client, "any", WANTED) is None
+
+
+@pytest.mark.xdist_group("auth")
+def test_a_missing_update_is_found_without_an_update(allow: Callable[..., str]) -> None:
+    uri = allow((on("users"), ["find"]), (on("orders"), ["find"]))
+    connect(settings_for(uri)).client.close()
+    with pytest.raises(NoPermission, match=r"no permission for update on limited\.users"):
+        connect(settings_for(uri), writing=True)
+
+
+@pytest.mark.xdist_group("auth")
+def test_a_monitoring_user_needs_nothing_but_find_on_the_records(
+    allow: Callable[..., str],
+    authenticating: Deployment,
+    command: Command,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert command("--once", MONGODB_URI=authenticating.uri, MONGODB_DATABASE="limited") == 0
+    uri = allow((on("loyalty_recounts"), ["find"]))
+    assert command("--status", MONGODB_URI=uri) == 0
+    assert "succeeded" in capsys.readouterr().out
+    assert command("--dry-run", MONGODB_URI=uri) == 78
+
+
+@pytest.mark.xdist_group("auth")
+def test_the_type_of_a_collection_needs_no_privilege_but_to_find_in_it(
+    allow: Callable[..., str],
+) -> None:
+    uri = allow((on("users"), ["find"]))
+    with connect(settings_for(uri), verify=False) as connection:
+        database = connection.users.database
+        assert collection_type(database, "users") == "collection"
+        assert collection_type(database, "orders") is None
+        assert collection_type(database, "missing") is None
+
+
+def test_views_and_time_series_are_told_from_collections(shop: Database[Any]) -> None:
+    shop.create_collection("seen", viewOn="users", pipeline=[])
+    shop.create_collection("measured", timeseries={"timeField": "at"})
+    found = {name: collection_type(shop, name) for name in ("users", "seen", "measured", "none")}
+    assert found == {"users": "collection", "seen": "view", "measured": "timeseries", "none": None}
+
+
+@pytest.mark.parametrize("kind", ["view", "timeseries"])
+def test_users_and_records_must_be_collections(
+    shop: Database[Any], command: Command, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    options: dict[str, Any] = {"viewOn": "users", "pipeline": []}
+    if kind == "timeseries":
+        options = {"timeseries": {"timeField": "at"}}
+    shop.create_collection("other", **options)
+    assert command("--once", USERS_COLLECTION="other") == 78
+    assert f"other is a {kind}, which cannot be updated" in capsys.readouterr().err
+    for flag in ("--once", "--check-config"):
+        assert command(flag, RECOUNTS_COLLECTION="other") == 78
+        assert f"other is a {kind}: RECOUNTS_COLLECTION must" in capsys.readouterr().err
+    assert shop.users.count_documents({"loyalty_points": {"$exists": True}}) == 0

@@ -1,0 +1,55 @@
+"""`--create-index`: creates the index, and nothing else is needed for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from conftest import Command
+from pymongo.database import Database
+from small_shop import fill
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def shop(database: Database[Any]) -> Database[Any]:
+    return fill(database)
+
+
+def test_a_large_collection_without_the_index_is_a_warning_until_it_is_created(
+    shop: Database[Any], command: Command, capsys: Capture
+) -> None:
+    assert command("--once") == 0
+    assert "--create-index" not in capsys.readouterr().err  # a small collection needs none
+    shop.orders.insert_many([{} for _ in range(100_001)])
+    assert command("--once") == 0
+    said = capsys.readouterr().err
+    (warning,) = (line for line in said.splitlines() if "--create-index" in line)
+    assert " WARNING " in warning
+    assert command("--create-index") == 0
+    assert capsys.readouterr().out == f"{shop.name}.orders has the index status_1_customer_id_1\n"
+    assert command("--create-index") == 0
+    capsys.readouterr()
+    assert command("--once") == 0
+    assert "--create-index" not in capsys.readouterr().err
+
+
+def test_a_missing_collection_gets_no_index(
+    shop: Database[Any], command: Command, capsys: Capture
+) -> None:
+    assert command("--create-index", ORDERS_COLLECTION="Orders") == 78
+    assert f"there is no collection {shop.name}.Orders" in capsys.readouterr().err
+    assert set(shop.list_collection_names()) == {"orders", "users"}
+
+
+@pytest.mark.parametrize("field", ["customer_id", "customer_id.ref"])
+def test_an_order_with_arrays_in_both_fields_is_named(
+    shop: Database[Any], command: Command, capsys: Capture, field: str
+) -> None:
+    order = {"status": ["x"], "customer_id": [{"ref": 2}]}
+    inserted = shop.orders.insert_one(order).inserted_id
+    assert command("--create-index", ORDER_CUSTOMER_FIELD=field) == 78
+    said = capsys.readouterr().err
+    assert f"while an order holds arrays in both status and {field}" in said
+    assert f"such as the order with _id {inserted}" in said

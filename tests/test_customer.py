@@ -1,0 +1,131 @@
+"""`--customer`: every form of an id is found, and the orders are explained."""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from typing import Any
+
+import pytest
+from bson import Binary, ObjectId
+from bson.binary import UuidRepresentation
+from conftest import Command
+from pymongo.database import Database
+from small_shop import ADA, fill
+
+from sandbox.shop import disagreements
+
+Capture = pytest.CaptureFixture[str]
+UUID = uuid.UUID("00112233-4455-6677-8899-aabbccddeeff")
+
+
+@pytest.fixture
+def shop(database: Database[Any]) -> Database[Any]:
+    return fill(database)
+
+
+def test_one_customer_is_shown_and_written_and_no_other(
+    shop: Database[Any], command: Command, capsys: Capture
+) -> None:
+    assert command("--dry-run", "--customer", str(ADA)) == 1
+    assert shop.users.find_one({"_id": ADA}) == {"_id": ADA, "name": "Ada"}
+    assert command("--once", "--customer", str(ADA).upper(), "--customer", "nobody") == 1
+    out = capsys.readouterr().out
+    assert f"{str(ADA).upper()}\n  customer_id " in out
+    assert "  66abcdefabcdefabcdefabcd  none  3\n" in out
+    assert "nobody\n  no orders\n  no user has this id" in out
+    assert {u["_id"]: u["loyalty_points"] for u in shop.users.find()} == {ADA: 3, "bob": 9}
+    assert command("--once", "--customer", str(ADA)) == 0
+    assert "  66abcdefabcdefabcdefabcd  3     3\n" in capsys.readouterr().out
+    assert command("--dry-run", "--customer", str(ADA)) == 0
+    assert "loyalty_recounts" not in shop.list_collection_names()
+
+
+@pytest.mark.parametrize(
+    ("argument", "stored"),
+    [
+        ("7", 7),
+        ("-7", -7),
+        ("7", 7.0),
+        ("7", "7"),
+        ("1.5", 1.5),
+        ("1234567890123456789", 1234567890123456789),
+        (str(2**63 - 1), 2**63 - 1),
+        (str(-(2**63)), -(2**63)),
+        ("9" * 19, "9" * 19),
+        ("9" * 40, "9" * 40),
+        ("-abc", "-abc"),
+        ("--once", "--once"),
+        ("$$ROOT", "$$ROOT"),
+        (" ", " "),
+        (str(UUID), str(UUID)),
+        *((str(UUID), Binary.from_uuid(UUID, form)) for form in (3, 4, 5, 6)),
+        (str(UUID).upper(), Binary.from_uuid(UUID, UuidRepresentation.STANDARD)),
+        ("66ABCDEFabcdefabcdefabcd", ObjectId("66abcdefabcdefabcdefabcd")),
+        ("66abcdefabcdefabcdefabcd", "66ABCDEFabcdefabcdefabcd"),
+    ],
+    ids=str,
+)
+def test_an_id_is_found_whatever_its_type(
+    database: Database[Any], command: Command, capsys: Capture, argument: str, stored: Any
+) -> None:
+    database.users.insert_one({"_id": stored})
+    database.orders.insert_many([{"customer_id": stored, "status": "Shipped"} for _ in range(2)])
+    assert command("--once", f"--customer={argument}", "--json") == 0
+    (found,) = json.loads(capsys.readouterr().out)["customers"]
+    assert found["customer"] == argument
+    assert [(row["orders"], row["points"], row["why"]) for row in found["orders"]] == [(2, 2, "")]
+    assert [change["to"] for change in found["users"]] == [2]
+    assert disagreements(database) == []
+
+
+def test_an_empty_id_shows_the_orders_without_customer(
+    shop: Database[Any], command: Command, capsys: Capture
+) -> None:
+    shop.orders.insert_many(
+        [{"customer_id": c, "status": s} for c in ("", None) for s in ("Shipped", "Paid")]
+    )
+    shop.orders.insert_one({"status": "Shipped"})
+    assert command("--dry-run", "--customer", "", "--json") == 1
+    (found,) = json.loads(capsys.readouterr().out)["customers"]
+    shipped = [row for row in found["orders"] if row["status"] == "Shipped"]
+    assert sum(row["orders"] for row in shipped) == 4
+    assert {row["why"] for row in shipped} == {"an order without customer"}
+    assert {row["points"] for row in found["orders"]} == {0}
+    assert command("--dry-run", "--customer", "") == 1
+    out = capsys.readouterr().out
+    assert out.startswith('""\n')
+    assert re.search(r"^  '' +Shipped +1 +0 +an order without customer$", out, re.MULTILINE)
+    assert re.search(r"^  none +Shipped +\d +0 +an order without customer$", out, re.MULTILINE)
+
+
+def test_a_user_whose_id_is_empty_gets_no_points_from_orders_without_customer(
+    shop: Database[Any], command: Command, capsys: Capture
+) -> None:
+    shop.users.insert_one({"_id": "", "loyalty_points": 0})
+    shop.orders.insert_one({"customer_id": "", "status": "Shipped"})
+    assert command("--once", "--customer", "") == 0
+    assert "  ''    0     0\n" in capsys.readouterr().out
+    assert shop.users.find_one({"_id": ""}) == {"_id": "", "loyalty_points": 0}
+
+
+def test_orders_that_earn_nothing_are_explained(
+    shop: Database[Any], command: Command, capsys: Capture
+) -> None:
+    shop.orders.insert_many(
+        [{"customer_id": "bob", "status": s} for s in ("Ship\nped", "\x1b[31mred", 3, ["Shipped"])]
+    )
+    assert command("--dry-run", "--customer", "bob", "--customer", "stranger") == 1
+    out = capsys.readouterr().out
+    for status in (r"'Ship\nped'", r"'\x1b[31mred'", "3", "['Shipped']"):
+        assert re.search(
+            rf"^  'bob' +{re.escape(status)} +1 +0 +only Shipped counts$", out, re.MULTILINE
+        )
+    assert re.search(
+        "^  'stranger' +Shipped +1 +0 +no user has the _id 'stranger'$", out, re.MULTILINE
+    )
+    assert command("--dry-run", "--customer", "bob", ORDER_STATUSES="Shipped,Sent") == 1
+    assert "only Shipped and Sent count\n" in capsys.readouterr().out
+    assert command("--once", "--customer", "x\n\x1b[2J") == 1
+    assert capsys.readouterr().out.startswith("x\\n\\x1b[2J\n")

@@ -1,0 +1,60 @@
+"""`--dry-run`: what it prints; it writes nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from conftest import Command
+from pymongo.database import Database
+from small_shop import fill
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def shop(database: Database[Any]) -> Database[Any]:
+    return fill(database)
+
+
+def test_a_dry_run_shows_the_largest_changes_and_writes_nothing(
+    shop: Database[Any], command: Command, capsys: Capture
+) -> None:
+    before = list(shop.users.find())
+    assert command("--dry-run") == 1
+    out = capsys.readouterr().out
+    assert "1 with 1 order, such as 'stranger'\n" in out
+    assert "  'bob'                     9     0\n" in out
+    assert "  66abcdefabcdefabcdefabcd  none  3\n" in out
+    assert out.index("bob") < out.index("66abc")
+    assert list(shop.users.find()) == before
+    assert set(shop.list_collection_names()) == {"orders", "users"}
+    assert command("--once") == 0
+    capsys.readouterr()
+    assert command("--dry-run") == 0
+    assert "Largest" not in capsys.readouterr().out
+
+
+def test_a_dry_run_says_that_the_safety_check_would_refuse(
+    shop: Database[Any], command: Command, capsys: Capture
+) -> None:
+    shop.users.insert_many([{"_id": n, "loyalty_points": 1} for n in range(20)])
+    assert command("--dry-run") == 1
+    out = capsys.readouterr().out
+    assert "\nThe safety check would refuse this recount: 21 of the 21 users with points" in out
+    assert "\n  users with points        21 before\n" in out
+
+
+def test_a_stored_value_with_control_characters_is_escaped_on_stdout_and_in_the_log(
+    shop: Database[Any], command: Command, capsys: Capture
+) -> None:
+    shop.users.insert_one({"_id": "x\x1b[2J\ny", "loyalty_points": "\u202e9\n"})
+    shop.orders.insert_one({"customer_id": "gone\r\x1b]0;", "status": "Shipped"})
+    assert command("--dry-run", LOG_LEVEL="DEBUG") == 1
+    said = capsys.readouterr()
+    assert r"'x\x1b[2J\ny'" in said.out
+    assert r"'gone\r\x1b]0;'" in said.out
+    assert command("--once", LOG_LEVEL="DEBUG") == 0
+    said_once = capsys.readouterr()
+    for text in (said.out, said.err, said_once.out, said_once.err):
+        assert all(character.isprintable() for character in text.replace("\n", ""))

@@ -1,0 +1,191 @@
+"""JSON for programs: the results on stdout and the log, as the documents show them."""
+
+from __future__ import annotations
+
+import json
+import re
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bson import ObjectId
+from conftest import ROOT, Command
+from pymongo.database import Database
+
+from loyalty import concurrency
+from loyalty.commands import once
+from loyalty.history import Heartbeat, History
+from loyalty_microservice import main
+
+PAGE = ROOT / "docs/json-and-metrics.md"
+DOCUMENT = (PAGE if PAGE.exists() else ROOT / "README.md").read_text()
+ADA = ObjectId("66abcdefabcdefabcdefabcd")
+Capture = pytest.CaptureFixture[str]
+Shop = Database[Any]
+
+
+@pytest.fixture
+def shop(database: Shop) -> Shop:
+    """Ada has 2 shipped orders and no points; Bob has 3 points; one customer is unknown."""
+    database.users.insert_many([{"_id": ADA}, {"_id": "bob", "loyalty_points": 3}])
+    orders = [(str(ADA), "Shipped"), (ADA, "Shipped"), ("stranger", "Shipped"), (ADA, "Pending")]
+    database.orders.insert_many([{"customer_id": c, "status": s} for c, s in orders])
+    return database
+
+
+def shape(value: Any) -> Any:
+    """Return the keys and types of a document; of a list, those of its first element."""
+    match value:
+        case dict():
+            return {name: shape(inner) for name, inner in value.items()}
+        case list():
+            return [shape(inner) for inner in value[:1]]
+        case str() if re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", value):
+            return "time"
+    return type(value).__name__
+
+
+def example(call: str) -> Any:
+    """Return the documented example of what a call prints."""
+    found = re.search(rf"`{call}`.*?```json\n(.*?)```", DOCUMENT, re.DOTALL)
+    assert found, call
+    return json.loads(found[1])
+
+
+def test_every_document_has_the_keys_and_types_of_the_documented_example(
+    shop: Shop, command: Command, capsys: Capture
+) -> None:
+    def printed(code: int, *arguments: str, **settings: str) -> Any:
+        assert command("--json", *arguments, **settings) == code
+        return json.loads(capsys.readouterr().out)
+
+    check = printed(0, "--check-config", ORDER_STATUSES="Shipped,Sent")
+    assert shape(check) == shape(example("--check-config --json"))
+    assert check["settings"]["ORDER_STATUSES"] == ["Shipped", "Sent"]
+    assert check["statuses"][0] == {"status": "Shipped", "orders": 3, "counted": True}
+    assert "mongodb://" not in str(check)
+    dry = printed(1, "--dry-run")
+    assert shape(dry) == shape(example("--dry-run --json"))
+    assert dry["largest_changes"] == [
+        {"user": "'bob'", "from": "3", "to": 0},
+        {"user": str(ADA), "from": "none", "to": 2},
+    ]
+    assert shape(dry) == shape(check["dry_run"])
+    one = printed(0, "--once", "--customer", str(ADA))
+    assert shape(one) == shape(example("--once --customer ID --json"))
+    unknown = printed(1, "--dry-run", "--customer", "nobody")
+    assert unknown == {"customers": [{"customer": "nobody", "orders": [], "users": []}]}
+    result = printed(0, "--once")
+    assert shape(result) == shape(example("--once --json"))
+    assert (result["outcome"], result["users"], result["changed"]) == ("succeeded", 2, 1)
+    assert "stranger" not in str(result)  # an id may be an e-mail address
+    now = datetime.now(UTC)
+    assert abs(datetime.fromisoformat(result["finished_at"]) - now) < timedelta(minutes=1)
+    status = printed(0, "--status")
+    assert shape(status) == shape(example("--status --json"))
+    assert {**status["recounts"][0], "users": 2} == {**result, "seconds": pytest.approx(0, abs=60)}
+
+
+def test_check_config_lists_every_problem(shop: Shop, command: Command, capsys: Capture) -> None:
+    shop.users.insert_many([{"_id": n, "loyalty_points": 1} for n in range(20)])
+    assert command("--check-config", "--json", METRICS_FILE="/nowhere/loyalty.prom") == 1
+    found = json.loads(capsys.readouterr().out)
+    refusal, metrics = found["problems"]
+    assert refusal.startswith("the safety check would refuse the recount: 21 of the 21 users")
+    assert metrics.startswith("METRICS_FILE: /nowhere/loyalty.prom cannot be written")
+    assert found["dry_run"]["refusal"] in refusal
+    assert command("--check-config", "--json", USERS_COLLECTION="clients") == 1
+    found = json.loads(capsys.readouterr().out)
+    assert (len(found["problems"]), found["dry_run"]) == (1, None)
+    shop.jobs.insert_one({})
+    assert command("--check-config", "--json", RECOUNTS_COLLECTION="jobs") == 78
+    assert capsys.readouterr().out == ""
+
+
+def test_the_heartbeat_of_live_updates_has_the_documented_keys(
+    shop: Shop, command: Command, capsys: Capture
+) -> None:
+    now = datetime.now(UTC)
+    heartbeat = Heartbeat(
+        live_since=now, last_event=None, last_update=now, customers_updated=1, waiting=2
+    )
+    History(shop.loyalty_recounts).write_heartbeat(heartbeat)
+    assert command("--status", "--json") == 1  # no full recount has succeeded
+    found = json.loads(capsys.readouterr().out)["heartbeat"]
+    (keys,) = re.findall(r"`heartbeat`, once live updates have been\s+at work: (.*?)\)", DOCUMENT)
+    assert set(re.findall(r"`(\w+)`", keys)) == found.keys()
+    assert (found["alive"], found["waiting"], found["last_event"]) == (True, 2, None)
+
+
+def test_exit_codes_are_the_same_with_json_and_errors_print_no_document(
+    shop: Shop, command: Command, capsys: Capture
+) -> None:
+    assert command("--status", "--json") == 1
+    status = json.loads(capsys.readouterr().out)
+    assert (status["fresh"], status["age_seconds"], status["recounts"]) == (False, None, [])
+    shop.users.insert_many([{"_id": n, "loyalty_points": 1} for n in range(20)])
+    assert command("--once", "--json") == 65
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "would lose some" in said.err
+    for arguments in ([], ["--create-index"]):
+        with pytest.raises(SystemExit) as caught:
+            main(["--json", *arguments])
+        assert caught.value.code == 2
+
+
+def test_the_log_as_json_has_the_same_events_as_the_text(
+    shop: Shop, command: Command, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    def text_events() -> list[str]:
+        lines = capsys.readouterr().err.splitlines()
+        return [line.split()[2] for line in lines if re.match(r"\d{4}-", line)]
+
+    def json_lines() -> list[dict[str, Any]]:
+        return [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+
+    monkeypatch.setattr(concurrency, "REPORT_SECONDS", 0)
+    before = list(shop.users.find())
+    lines = []
+    for arguments, code, values in (
+        (["--once"], 0, {}),
+        (["--once"], 65, {"ORDER_STATUSES": "shipped"}),
+        (["--once"], 78, {"BATCH_SIZE": "x"}),
+        (["--status"], 78, {"RECOUNTS_COLLECTION": ""}),
+    ):
+        assert command(*arguments, **values) == code
+        events = text_events()
+        shop.loyalty_recounts.drop()
+        for user in before:
+            shop.users.replace_one({"_id": user["_id"]}, user)
+        assert command(*arguments, LOG_FORMAT="json", **values) == code
+        lines += (found := json_lines())
+        assert [line["event"] for line in found] == events
+    events = [line["event"] for line in lines]
+    assert events[:4] == ["connected", "points_decrease", "writing", "recount"]
+    assert events[4:] == [
+        *("connected", "refused", "configuration_problem", "configuration_help", "failed")
+    ]
+    assert lines[2]["fields"].keys() == {"done", "total", "rate"}
+    assert lines[3]["fields"]["changed"] == 2
+    monkeypatch.setattr(once, "run_recount", fail)
+    assert command("--once", LOG_FORMAT="json") == 70
+    *_, last = json_lines()
+    assert (last["level"], last["event"]) == ("ERROR", "internal_error")
+    assert last["traceback"].endswith("ZeroDivisionError")
+    (documented,) = re.findall(r"```json\n(\{\"time.*\})\n```", DOCUMENT)
+    assert {tuple(line) for line in [*lines, last]} == {tuple(json.loads(documented))}
+    assert json.loads(documented)["event"] in events
+
+
+def test_a_stored_value_cannot_break_a_json_line(
+    shop: Shop, command: Command, capsys: Capture, tmp_path: Path
+) -> None:
+    shop.orders.insert_one({"status": '\n\x1b[31m{"event": 1}', "customer_id": "x\ny"})
+    assert command("--once", LOG_FORMAT="json", LOG_LEVEL="DEBUG") == 0
+    for line in capsys.readouterr().err.splitlines():
+        assert json.loads(line).keys() >= {"event", "message"}

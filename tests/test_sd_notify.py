@@ -1,0 +1,108 @@
+"""systemd's protocols, with a socket and files in place of systemd."""
+
+from __future__ import annotations
+
+import os
+import socket
+from math import inf
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from loyalty import systemd
+
+
+@pytest.mark.parametrize("name", ["notify", "loyalty@books", "@"])
+def test_a_notification_reaches_a_socket_whose_path_contains_an_at_sign(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _assert_received(str(tmp_path / name), str(tmp_path / name), monkeypatch)
+
+
+@pytest.mark.parametrize("suffix", ["", "@books"])
+def test_a_leading_at_sign_is_an_abstract_socket(
+    suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"loyalty-{uuid4().hex}{suffix}"
+    _assert_received(f"\0{name}", f"@{name}", monkeypatch)
+
+
+def _assert_received(address: str, variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", variable)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
+        receiver.bind(address)
+        receiver.settimeout(10)
+        systemd.notify("READY=1", "STATUS=connected")
+        assert receiver.recv(4096) == b"READY=1\nSTATUS=connected"
+
+
+@pytest.mark.parametrize("address", ["", "/nowhere/notify", "@no-such-socket", "x" * 200])
+def test_a_notification_without_a_listener_is_dropped(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", address)
+    systemd.notify("READY=1")
+
+
+@pytest.mark.parametrize(
+    ("environment", "seconds"),
+    [
+        ({}, inf),
+        ({"WATCHDOG_USEC": "0"}, inf),
+        ({"WATCHDOG_USEC": "100000"}, 0.1),
+        ({"WATCHDOG_USEC": "100000", "WATCHDOG_PID": str(os.getpid())}, 0.1),
+        ({"WATCHDOG_USEC": "100000", "WATCHDOG_PID": "1"}, inf),
+    ],
+)
+def test_the_watchdog_is_only_for_the_process_it_names(
+    environment: dict[str, str], seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WATCHDOG_USEC", "WATCHDOG_PID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert systemd.watchdog_seconds() == seconds
+
+
+@pytest.fixture
+def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """An environment as systemd makes it, in place of this process's own."""
+    environment = {
+        "MONGODB_URI": "old",
+        "GONE": "old",
+        "NOTIFY_SOCKET": "/run/notify",
+        "JOURNAL_STREAM": "8:1",
+        "RUNTIME_DIRECTORY": f"{tmp_path}:/run/other",
+    }
+    monkeypatch.setattr(os, "environ", environment)
+    return environment
+
+
+def test_a_reload_takes_the_environment_that_systemctl_reload_left(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    value = "a=b\nc $x %n 'q' \\"
+    found = {"MONGODB_URI": value, "NEW": "", "JOURNAL_STREAM": "8:2"}
+    found["RUNTIME_DIRECTORY"] = environment["RUNTIME_DIRECTORY"]
+    content = "".join(f"{name}={text}\0" for name, text in found.items())
+    (tmp_path / "environment").write_text(content, encoding="utf-8")
+    systemd.update_environment()
+    assert environment == {
+        "MONGODB_URI": value,
+        "NEW": "",
+        "NOTIFY_SOCKET": "/run/notify",
+        "JOURNAL_STREAM": "8:1",
+        "RUNTIME_DIRECTORY": f"{tmp_path}:/run/other",
+    }
+
+
+@pytest.mark.parametrize("has_directory", [True, False])
+def test_without_systemctl_reload_the_environment_stays(
+    environment: dict[str, str], has_directory: bool
+) -> None:
+    if not has_directory:
+        del environment["RUNTIME_DIRECTORY"]
+    before = dict(environment)
+    systemd.update_environment()
+    assert environment == before

@@ -1,0 +1,149 @@
+"""`--status`: the records, how the last recounts ended, and whether the points are fresh."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from conftest import Command
+from pymongo.database import Database
+from small_shop import fill
+
+from loyalty.history import Heartbeat, History
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def shop(database: Database[Any]) -> Database[Any]:
+    return fill(database)
+
+
+def rows(out: str) -> list[list[str]]:
+    """Return the cells of the table of records, which has a header."""
+    table = [line for line in out.splitlines() if line.startswith("  ") and "As of" not in line]
+    return [re.split(r"  +", line.strip()) for line in table]
+
+
+def make_older(shop: Database[Any], by: timedelta) -> None:
+    for record in shop.loyalty_recounts.find({"as_of": {"$exists": True}}):
+        older = {name: record[name] - by for name in ("as_of", "finished_at", "started_at")}
+        shop.loyalty_recounts.update_one({"_id": record["_id"]}, {"$set": older})
+
+
+def test_without_a_record_the_points_are_not_fresh(
+    shop: Database[Any], command: Command, capsys: Capture
+) -> None:
+    assert command("--status") == 1
+    assert capsys.readouterr().out == "No recount has succeeded yet\n"
+    assert command("--status", RECOUNTS_COLLECTION="") == 78
+    assert "no record is kept" in capsys.readouterr().err
+
+
+def test_a_recount_that_succeeded_is_one_row_and_the_points_are_fresh(
+    shop: Database[Any], command: Command, capsys: Capture
+) -> None:
+    assert command("--once") == 0
+    capsys.readouterr()
+    assert command("--status") == 0
+    out = capsys.readouterr().out
+    header, row = rows(out)
+    assert header[1:5] == ["outcome", "users written", "failed updates", "counted orders"]
+    assert row[1:5] == ["succeeded", "2", "0", "5"]
+    assert row[6:] == ["yes", socket.gethostname()]
+    assert re.search(
+        r"^The points are \ds old: fresh, not older than 4h \(twice", out, re.MULTILINE
+    )
+    assert "The last recount" not in out
+    make_older(shop, timedelta(hours=5))
+    assert command("--status") == 1
+    assert re.search(r"The points are \w+ old: STALE, older than 4h \(", capsys.readouterr().out)
+
+
+def test_refused_recounts_have_written_no_user_and_the_last_one_is_explained(
+    shop: Database[Any], command: Command, capsys: Capture
+) -> None:
+    assert command("--once") == 0
+    shop.users.insert_many([{"_id": n, "loyalty_points": 1} for n in range(20)])
+    for _ in range(2):
+        assert command("--once") == 65
+    capsys.readouterr()
+    assert command("--status") == 0
+    out = capsys.readouterr().out
+    assert [row[1:3] for row in rows(out)[1:]] == [["refused", "0"]] * 2 + [["succeeded", "2"]]
+    assert "The last 2 recounts did not succeed\n" in out
+    reason = r"The last recount was refused by the safety check: 20 of the \d+ users with points"
+    assert re.search(reason, out)
+    assert " old: still fresh, not older than 4h" in out
+    assert out.rstrip().endswith("from an earlier recount")
+
+
+def test_an_incomplete_recount_shows_users_written_and_failed_updates(
+    shop: Database[Any], command: Command, capsys: Capture
+) -> None:
+    assert command("--once") == 0
+    incomplete = {"outcome": "incomplete", "changed": 40, "failed_updates": 2}
+    shop.loyalty_recounts.update_one({}, {"$set": incomplete})
+    capsys.readouterr()
+    assert command("--status") == 0
+    out = capsys.readouterr().out
+    assert rows(out)[1][1:4] == ["incomplete", "38", "2"]
+    assert "The last recount was incomplete: 2 failed updates\n" in out
+
+
+@pytest.mark.parametrize(("changed", "written"), [(0, "0"), (9, "unknown")])
+def test_a_failed_recount_may_have_written_some_users(
+    shop: Database[Any], command: Command, capsys: Capture, changed: int, written: str
+) -> None:
+    assert command("--once") == 0
+    failed = {"outcome": "failed", "changed": changed, "error": "no \x1b[31mprimary\nx"}
+    shop.loyalty_recounts.update_one({}, {"$set": failed})
+    capsys.readouterr()
+    assert command("--status") == 1
+    out = capsys.readouterr().out
+    assert rows(out)[1][1:3] == ["failed", written]
+    assert "\nThe last recount failed: no \\x1b[31mprimary\\nx\n" in out
+    assert out.endswith("No recount has succeeded yet\n")
+
+
+def test_a_clock_behind_the_servers_is_a_warning_and_the_age_is_0(
+    shop: Database[Any], command: Command, capsys: Capture
+) -> None:
+    assert command("--once") == 0
+    make_older(shop, timedelta(days=-3))
+    capsys.readouterr()
+    assert command("--status") == 0
+    said = capsys.readouterr()
+    assert "The points are 0s old: fresh" in said.out
+    assert "WARNING clock_behind " in said.err
+    assert command("--status", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["age_seconds"] == 0
+
+
+def test_live_updates_are_running_while_their_heartbeat_is_recent(
+    shop: Database[Any], command: Command, capsys: Capture
+) -> None:
+    assert command("--once") == 0
+    capsys.readouterr()
+    assert command("--status") == 0
+    assert "Live updates" not in capsys.readouterr().out
+    assert command("--status", LIVE_UPDATES="yes") == 0
+    assert "Live updates: NOT running, there is no heartbeat" in capsys.readouterr().out
+    now = datetime.now(UTC)
+    beat = Heartbeat(
+        live_since=now, last_event=None, last_update=now, customers_updated=1, waiting=2
+    )
+    History(shop.loyalty_recounts).write_heartbeat(beat)
+    assert command("--status") == 0
+    out = capsys.readouterr().out
+    assert re.search("Live updates: running since .* UTC, 1 update, 2 pending changes\n", out)
+    shop.loyalty_recounts.update_one(
+        {"outcome": "live"}, {"$set": {"at": now - timedelta(minutes=5)}}
+    )
+    assert command("--status", LIVE_UPDATES="yes") == 0
+    out = capsys.readouterr().out
+    assert re.search("Live updates: NOT running, the last heartbeat was (5m|30.s) ago", out)

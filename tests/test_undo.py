@@ -1,0 +1,287 @@
+"""Undo: every user is bit for bit as before the recount, or is listed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+from uuid import uuid4
+
+import bson
+import pytest
+from bson import Decimal128, Int64, ObjectId
+from bson.raw_bson import RawBSONDocument
+from conftest import examples, settings_for
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from config import Settings
+from loyalty.concurrency import ignore_progress
+from loyalty.errors import RecountNotFound
+from loyalty.history import History
+from loyalty.mongo.connection import Connection, connect
+from loyalty.recount.change_log import find_user_changes
+from loyalty.recount.runner import RecountRequest, run_recount
+from loyalty.recount.undo import MISSING, NotRestored, UndoResult, resolve_recount, undo_recount
+from sandbox.mongod import Deployment
+
+Document = dict[str, Any]
+FIELDS = ["loyalty_points", "loyalty.points", "a.b.points"]
+
+POINTS = st.sampled_from(
+    [MISSING, None, 0, 1, 2, 3, 7, -1, Int64(3), 2.0, 1.5, float("nan"), "2", "x", True]
+    + [Decimal128("2"), Decimal128("2.00"), [1], {}, {"tier": "gold"}, b"x", ObjectId("5" * 24)]
+)
+
+
+def user_with(path: str, value: Any, number: int, parents: int) -> Document:
+    """Return a user with `value` at `path`; without it, with so many of the documents around it."""
+    user: Document = {"_id": number, "name": "ada"}
+    *outer, last = path.split(".")
+    inner = user
+    for name in outer if value is not MISSING else outer[:parents]:
+        inner = inner.setdefault(name, {"other": 1} if number % 2 else {})
+    if value is not MISSING:
+        inner[last] = value
+    user["tail"] = number
+    return user
+
+
+@pytest.fixture(params=FIELDS)
+def shop(deployment: Deployment, request: pytest.FixtureRequest) -> Iterator[Any]:
+    told = settings_for(
+        deployment.uri_for(database=f"undo_{uuid4().hex[:12]}"),
+        USER_POINTS_FIELD=request.param,
+        BATCH_SIZE="3",
+    )
+    with connect(told, writing=True) as connection:
+        yield connection, told
+        connection.client.drop_database(connection.users.database.name)
+
+
+def empty(connection: Connection) -> None:
+    for name in ("users", "orders", "loyalty_recounts", "loyalty_changes"):
+        connection.users.database[name].delete_many({})
+
+
+def read_users(connection: Connection) -> dict[Any, bytes]:
+    raw = connection.users.with_options(codec_options=bson.CodecOptions(RawBSONDocument))
+    return {user["_id"]: bytes(user.raw) for user in raw.find()}
+
+
+def recount(connection: Connection, told: Settings) -> ObjectId:
+    history = History(connection.recounts)
+    return run_recount(connection, told, history, RecountRequest(force=True)).id
+
+
+def undo(
+    connection: Connection, told: Settings, recount_id: Any = "last", *, write: bool = True
+) -> tuple[UndoResult, list[NotRestored]]:
+    logged = resolve_recount(connection, told, History(connection.recounts), str(recount_id))
+    listed: list[NotRestored] = []
+    result = undo_recount(
+        connection, logged, write=write, on_not_restored=listed.append, on_progress=ignore_progress
+    )
+    return result, listed
+
+
+def ship(connection: Connection, *customers: Any) -> None:
+    if customers:
+        connection.orders.insert_many([{"customer_id": c, "status": "Shipped"} for c in customers])
+
+
+@settings(
+    max_examples=examples(12, 200),
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(
+    points=st.lists(st.tuples(POINTS, st.integers(0, 2)), min_size=1, max_size=10),
+    first=st.lists(st.integers(0, 9), max_size=15),
+    second=st.lists(st.integers(0, 9), max_size=15),
+    interference=st.dictionaries(st.integers(0, 9), st.sampled_from(["delete", 77, "points"])),
+)
+def test_after_an_undo_every_user_is_bit_for_bit_as_before_or_is_listed(
+    shop: tuple[Connection, Settings],
+    points: list[tuple[Any, int]],
+    first: list[int],
+    second: list[int],
+    interference: dict[int, Any],
+) -> None:
+    connection, told = shop
+    for collection in (
+        connection.users,
+        connection.orders,
+        connection.recounts,
+        connection.changes,
+    ):
+        assert collection is not None
+        collection.delete_many({})
+    connection.users.insert_many(
+        [user_with(told.points_field, value, n, p) for n, (value, p) in enumerate(points)]
+    )
+    ship(connection, *first)
+    recount(connection, told)
+    before = read_users(connection)
+    ship(connection, *second)
+    last = recount(connection, told)
+    written = read_users(connection)
+    changed = {own for own in before if before[own] != written[own]}
+    if not changed:
+        return
+
+    for own, kind in interference.items():
+        if kind == "delete":
+            connection.users.delete_one({"_id": own})
+        else:
+            connection.users.update_one({"_id": own}, {"$set": {told.points_field: kind}})
+    disturbed = read_users(connection)
+    planned, planned_list = undo(connection, told, last, write=False)
+    assert read_users(connection) == disturbed
+    result, listed = undo(connection, told, last)
+
+    assert (planned.restored, len(planned_list)) == (result.restored, len(listed))
+    after = read_users(connection)
+    not_restored = {user.user for user in listed}
+    for own in changed:
+        if own in interference:
+            assert own in not_restored
+            assert after.get(own) == disturbed.get(own)
+        else:
+            assert own not in not_restored
+            assert after[own] == before[own]
+    assert result.restored == len(changed - set(interference))
+    for own in before.keys() - changed:
+        assert after.get(own) == disturbed.get(own)
+    # Once more changes nothing.
+    assert undo(connection, told, last)[0].restored == 0
+    assert read_users(connection) == after
+
+
+@settings(
+    max_examples=examples(12, 200),
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(points=st.lists(st.tuples(POINTS, st.integers(0, 2)), min_size=1, max_size=10))
+def test_the_first_recount_of_a_shop_can_be_undone_whatever_its_points_were(
+    shop: tuple[Connection, Settings], points: list[tuple[Any, int]]
+) -> None:
+    connection, told = shop
+    for collection in (
+        connection.users,
+        connection.orders,
+        connection.recounts,
+        connection.changes,
+    ):
+        assert collection is not None
+        collection.delete_many({})
+    connection.users.insert_many(
+        [user_with(told.points_field, value, n, p) for n, (value, p) in enumerate(points)]
+    )
+    ship(connection, *range(0, len(points), 2))
+    before = read_users(connection)
+    last = recount(connection, told)
+    if read_users(connection) != before:
+        undo(connection, told, last)
+    assert read_users(connection) == before
+
+
+@pytest.mark.parametrize("shop", ["loyalty.points"], indirect=True)
+def test_a_document_that_the_update_created_is_removed_unless_it_was_extended(
+    shop: tuple[Connection, Settings],
+) -> None:
+    connection, told = shop
+    connection.users.insert_many([{"_id": 1}, {"_id": 2}])
+    ship(connection, 1, 2)
+    recount(connection, told)
+    connection.users.update_one({"_id": 2}, {"$set": {"loyalty.tier": "gold"}})
+    undo(connection, told)
+    assert list(connection.users.find()) == [{"_id": 1}, {"_id": 2, "loyalty": {"tier": "gold"}}]
+
+
+@pytest.mark.parametrize("shop", ["loyalty_points"], indirect=True)
+def test_last_is_the_newest_recount_that_changed_something_and_is_not_undone(
+    shop: tuple[Connection, Settings],
+) -> None:
+    connection, told = shop
+    history = History(connection.recounts)
+    connection.users.insert_one({"_id": 1})
+    ids = []
+    for _ in range(2):
+        ship(connection, 1)
+        ids.append(recount(connection, told))
+    recount(connection, told)  # changes nothing, so there is nothing to undo
+    assert resolve_recount(connection, told, history, "last").id == ids[1]
+    assert connection.recounts is not None
+    connection.recounts.insert_one(
+        {"recorded_by": "loyalty-microservice", "outcome": "undone", "undone_recount": ids[1]}
+    )
+    assert resolve_recount(connection, told, history, "last").id == ids[0]
+    assert resolve_recount(connection, told, history, str(ids[1])).id == ids[1]
+
+
+@pytest.mark.parametrize("shop", ["loyalty_points"], indirect=True)
+@pytest.mark.parametrize("text", ["last", "first", "5" * 24, ""])
+def test_a_recount_that_is_not_in_the_change_log_is_named(
+    shop: tuple[Connection, Settings], text: str
+) -> None:
+    connection, told = shop
+    with pytest.raises(
+        RecountNotFound,
+        match={"last": "could be undone", "first": "neither", "": "neither"}.get(text, text),
+    ):
+        resolve_recount(connection, told, History(connection.recounts), text)
+
+
+@pytest.mark.parametrize("shop", ["loyalty_points"], indirect=True)
+def test_a_recount_into_the_wrong_field_is_undone_in_that_field(
+    shop: tuple[Connection, Settings], deployment: Deployment
+) -> None:
+    connection, right = shop
+    wrong = settings_for(deployment.uri, USER_POINTS_FIELD="age")
+    connection.users.insert_many([{"_id": n, "age": 40 + n} for n in range(5)])
+    ship(connection, 1, 2)
+    before = read_users(connection)
+    mistake = recount(connection, wrong)
+    recount(connection, right)
+    right_points = {user["_id"]: user["loyalty_points"] for user in connection.users.find()}
+    undo(connection, right, mistake)
+    assert {user["_id"]: user["age"] for user in connection.users.find()} == {
+        n: 40 + n for n in range(5)
+    }
+    assert {u["_id"]: u["loyalty_points"] for u in connection.users.find()} == right_points
+    undo(connection, right)
+    assert read_users(connection) == before
+
+
+@pytest.mark.parametrize("shop", ["loyalty_points"], indirect=True)
+def test_a_user_whose_restoring_fails_is_listed_and_all_others_are_restored(
+    shop: tuple[Connection, Settings],
+) -> None:
+    connection, told = shop
+    connection.users.insert_many([{"_id": n, "loyalty_points": 9} for n in range(8)])
+    recount(connection, told)
+    rule = {"$or": [{"_id": {"$ne": 3}}, {"loyalty_points": {"$lt": 9}}]}
+    connection.users.database.command("collMod", "users", validator=rule)
+    result, listed = undo(connection, told)
+    assert [(user.user, user.found) for user in listed] == [(3, 0)]
+    assert result.restored == 7
+    assert connection.users.count_documents({"loyalty_points": 9}) == 7
+
+
+@pytest.mark.parametrize("shop", ["loyalty_points"], indirect=True)
+def test_the_changes_of_one_user_are_found_with_their_recounts(
+    shop: tuple[Connection, Settings],
+) -> None:
+    connection, told = shop
+    connection.users.insert_many([{"_id": n} for n in range(7)])
+    ids: list[ObjectId] = []
+    for _ in range(3):
+        ship(connection, 4)
+        ids.append(recount(connection, told))
+    assert connection.changes is not None
+    target = {"users": "users", "points_field": "loyalty_points"}
+    found = find_user_changes(connection.changes, target, [4])
+    assert [(row["recount"], row["change"]) for row in found] == [
+        (ids[2], {"user": 4, "before": 2, "after": 3}),
+        (ids[1], {"user": 4, "before": 1, "after": 2}),
+        (ids[0], {"user": 4, "after": 1}),
+    ]
