@@ -1,6 +1,6 @@
-"""Writers that never rest, each a process of its own.
+"""Processes that write orders without a pause, while a test recounts.
 
-A module of its own, as all of it is imported by each of them.
+Each process imports this module, so that it holds nothing else.
 """
 
 from __future__ import annotations
@@ -19,36 +19,37 @@ from pymongo.client_session import ClientSession
 USERS, ORDERS = 2_000, 40_000
 STATUSES = {"move": ["Shipped", "Delivered"], "change": ["Shipped", "Delivered", "Returned"]}
 ID_SECONDS = 1_700_000_000
-PATIENCE = 120.0
+START_OR_STOP_SECONDS = 120.0
 
 
 def object_id(number: int) -> ObjectId:
-    """Make the id of a user, so that the writers know it without reading."""
+    """Return the id of a user, which the writers know without reading it."""
     return ObjectId(f"{ID_SECONDS + number:08x}{number:016x}")
 
 
-def any_write(rng: random.Random, number: int) -> Any:
-    """Return one of all the things that happen to an order, sometimes under odd forms of an id."""
+def choose_write(rng: random.Random, number: int, upper_case: float) -> Any:
+    """Return a random write to an order; a share of `upper_case` has an upper-case customer id."""
     customer = str(object_id(rng.randrange(USERS)))
-    if rng.random() < 0.02:
+    if rng.random() < upper_case:
         customer = customer.upper()
-    status, own = rng.choice(STATUSES["change"]), {"_id": number}
+    status, order_id = rng.choice(STATUSES["change"]), {"_id": number}
     order = {"customer_id": customer, "status": status}
     return rng.choice(
         [
-            UpdateOne(own, {"$set": {"status": status}}),
-            UpdateOne(own, {"$set": {"customer_id": customer}}),
-            ReplaceOne(own, order, upsert=True),
-            DeleteOne(own),
+            UpdateOne(order_id, {"$set": {"status": status}}),
+            UpdateOne(order_id, {"$set": {"customer_id": customer}}),
+            ReplaceOne(order_id, order, upsert=True),
+            DeleteOne(order_id),
         ]
     )
 
 
-def write_forever(kind: str, uri: str, seed: int, at_work: Semaphore, stop: Event) -> None:
-    """Be one of the writers, with w=1: as fast as the server allows.
+def write_until(stop: Event, kind: str, uri: str, seed: int, started: Semaphore) -> None:
+    """Write with w=1, as fast as the server allows, until `stop` is set.
 
-    Who moves orders between the two counted statuses, or swaps the customers of two orders,
-    changes nobody's count.
+    `move` changes orders between the two counted statuses, and `swap` swaps the customers of two
+    orders: neither changes the points of a user. `change` also uses another status. `all` makes
+    writes of every type, and `all_upper` some of them with upper-case customer ids.
     """
     rng = random.Random(seed)
     with MongoClient[Any](uri, w=1) as client, client.start_session() as session:
@@ -67,8 +68,10 @@ def write_forever(kind: str, uri: str, seed: int, at_work: Semaphore, stop: Even
                 session.with_transaction(swap)
                 return
             chosen = rng.sample(range(ORDERS), 100)
-            if kind == "all":
-                orders.bulk_write([any_write(rng, n) for n in chosen], ordered=False)
+            if kind.startswith("all"):
+                upper_case = 0.02 if kind == "all_upper" else 0
+                writes = [choose_write(rng, n, upper_case) for n in chosen]
+                orders.bulk_write(writes, ordered=False)
                 return
             updates = [
                 UpdateOne({"_id": n}, {"$set": {"status": rng.choice(STATUSES[kind])}})
@@ -77,27 +80,27 @@ def write_forever(kind: str, uri: str, seed: int, at_work: Semaphore, stop: Even
             orders.bulk_write(updates, ordered=False)
 
         write()
-        at_work.release()
+        started.release()
         while not stop.is_set():
             write()
 
 
 @contextmanager
 def writers(uri: str, *kinds: str) -> Iterator[None]:
-    """Let one writer of each kind write, all of them from the beginning of the block to its end."""
+    """Run one writer of each kind; all of them write from the start of the block to its end."""
     context = multiprocessing.get_context("spawn")
-    at_work, stop = context.Semaphore(0), context.Event()
+    started, stop = context.Semaphore(0), context.Event()
     running = [
-        context.Process(target=write_forever, args=(kind, uri, n, at_work, stop), daemon=True)
+        context.Process(target=write_until, args=(stop, kind, uri, n, started), daemon=True)
         for n, kind in enumerate(kinds)
     ]
     for process in running:
         process.start()
     try:
-        assert all(at_work.acquire(timeout=PATIENCE) for _ in running)
+        assert all(started.acquire(timeout=START_OR_STOP_SECONDS) for _ in running)
         yield
     finally:
         stop.set()
         for process in running:
-            process.join(PATIENCE)
+            process.join(START_OR_STOP_SECONDS)
     assert all(process.exitcode == 0 for process in running)

@@ -33,7 +33,7 @@ from loyalty.recount.safety import PreviousRecounts, check_totals, is_failure
 from loyalty.recount.statuses import check_uncounted
 from loyalty.recount.tally import RECORDED_TOTALS, Tally, Totals
 from loyalty.recount.updates import LogChanges, PendingUpdates
-from loyalty.retry import COUNT_RETRY, Retry, retry
+from loyalty.retry import COUNT_RETRY, Retry, RetryPolicy, retry
 
 log = logging.getLogger("loyalty")
 
@@ -51,6 +51,7 @@ class RecountRequest:
     unknown: UnknownCustomerList | None = None
     """Collects all unknown customers, if it is given."""
     find_boundaries: Boundaries = partition_boundaries
+    retry_policy: RetryPolicy = COUNT_RETRY
 
 
 FULL_RECOUNT = RecountRequest()
@@ -146,7 +147,7 @@ def _count(
 
     try:
         # The driver does not retry a cursor that was lost with its primary.
-        retry(count, COUNT_RETRY, on=is_retryable, on_retry=report_retry)
+        retry(count, request.retry_policy, on=is_retryable, on_retry=report_retry)
     except SnapshotTooOld as error:
         if request.customers is not None:
             raise  # live updates must not write anything older than `not_before`

@@ -88,7 +88,8 @@ class PendingUpdates:
             if user.created_path:
                 change["created"] = user.created_path
         is_small = isinstance(user.id, ObjectId) and isinstance(user.points, int | float | None)
-        size = _OBJECT_ID_BYTES if is_small else self._measure(change)
+        created_bytes = len(user.created_path or "")
+        size = _OBJECT_ID_BYTES + created_bytes if is_small else self._measure(change)
         if size is None:
             return
         self._batch.append(change)

@@ -1,0 +1,371 @@
+"""One count on a real server: each customer once, at one cluster time, whatever happens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from bson import Binary, ObjectId
+from conftest import MEMORY, settings_for
+from pymongo import MongoClient
+from pymongo.errors import OperationFailure
+
+from loyalty.concurrency import ignore_progress
+from loyalty.history import History
+from loyalty.mongo.connection import Connection, connect
+from loyalty.recount.counter import Counter
+from loyalty.recount.customer_ids import indexable_variants
+from loyalty.recount.index import create_index
+from loyalty.recount.pipeline import NonCanonicalIdFound
+from loyalty.recount.result import CountResult
+from loyalty.recount.runner import RecountRequest, run_recount
+from loyalty.recount.snapshot import pin_cluster_time
+from loyalty.recount.tally import CustomerCount, UpToDate
+from sandbox.mongod import Deployment, wait_until
+from sandbox.shop import find_mismatches
+
+ADA, BOB, EVE = (ObjectId(f"{digit}{'ab' * 11}{digit}") for digit in "abc")
+MIXED_ADA = str(ADA)[:9].upper() + str(ADA)[9:]
+SETTINGS = settings_for("mongodb://unused/")
+
+Row = CustomerCount | UpToDate
+
+
+@pytest.fixture
+def connection(deployment: Deployment) -> Iterator[Connection]:
+    """A shop with the index, one order of no status, and no user."""
+    settings = settings_for(deployment.uri_for(database=f"shop_{uuid4().hex[:12]}"))
+    with connect(settings, writing=True) as connection:
+        connection.orders.insert_one({})
+        create_index(connection.orders, settings)
+        yield connection
+        connection.client.drop_database(connection.users.database.name)
+
+
+def ship(connection: Connection, *customers: Any) -> None:
+    connection.orders.insert_many([{"customer_id": c, "status": "Shipped"} for c in customers])
+
+
+def count_all(
+    connection: Connection, cuts: Sequence[Any] = (), *, single_query: bool = False
+) -> tuple[list[Row], CountResult]:
+    rows: list[Row] = []
+    counter = Counter(
+        connection, SETTINGS, ignore_progress, find_boundaries=lambda _: list(cuts)
+    )
+    return rows, counter.count_all(rows.append, single_query=single_query)
+
+
+def recount(connection: Connection, cuts: Sequence[Any] = (), **values: str) -> Any:
+    settings = settings_for("mongodb://unused/", **values)
+    request = RecountRequest(force=True, find_boundaries=lambda _: list(cuts))
+    return run_recount(connection, settings, History(None), request)
+
+
+CUTS: list[list[Any]] = [[], [ADA, BOB, EVE], [str(ADA).upper(), "a", "b", "c", EVE]]
+CUT_NAMES = ["one partition", "object ids", "upper-case and short strings"]
+
+
+@pytest.mark.parametrize("cuts", CUTS, ids=CUT_NAMES)
+def test_each_customer_has_one_row_with_the_orders_of_both_canonical_forms(
+    connection: Connection, cuts: list[Any]
+) -> None:
+    up_to_date = {"_id": BOB, "loyalty_points": 1}
+    connection.users.insert_many([{"_id": ADA}, up_to_date, {"_id": EVE}, {"_id": str(EVE)}])
+    ship(connection, ADA, str(ADA), str(ADA), str(BOB), "ada")
+    rows, result = count_all(connection, cuts)
+    found = [row for row in rows if isinstance(row, CustomerCount)]
+    assert sorted((str(row.customer), row.orders, len(row.users)) for row in found) == [
+        (str(ADA), 3, 1),
+        ("ada", 1, 0),
+        (str(EVE), 0, 2),
+    ]
+    rest = [row for row in rows if isinstance(row, UpToDate)]
+    assert sum(row.users for row in rest) == sum(row.users_with_points for row in rest) == 1
+    assert sum(row.orders for row in rest) == 1
+    assert result.exact
+    assert result.has_customer_index
+    assert not result.has_mixed_case_ids
+
+
+@pytest.mark.parametrize("workers", ["1", "4"])
+@pytest.mark.parametrize("cuts", CUTS, ids=CUT_NAMES)
+@pytest.mark.parametrize("form", [str(ADA).upper(), MIXED_ADA], ids=["upper", "mixed"])
+@pytest.mark.parametrize("is_user", [False, True], ids=["order", "user"])
+def test_a_non_canonical_id_makes_the_count_start_over_with_a_single_exact_query(
+    connection: Connection,
+    cuts: list[Any],
+    workers: str,
+    form: str,
+    is_user: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    connection.users.insert_many(
+        [{"_id": form if is_user else ADA}, {"_id": BOB, "loyalty_points": 1}, {"_id": EVE}]
+    )
+    ship(connection, ADA, str(ADA), ADA if is_user else form, str(BOB), "nobody")
+    with caplog.at_level("INFO", "loyalty"):
+        result = recount(connection, cuts, COUNT_WORKERS=workers)
+    assert caplog.text.count("single_query_count") == 1
+    assert find_mismatches(connection.users.database) == []
+    assert (result.totals.users, result.totals.counted_orders) == (3, 5)
+    assert (result.totals.changed, result.totals.unknown_customers) == (2, 1)
+    assert result.count.exact
+    assert result.count.has_mixed_case_ids is (form == MIXED_ADA)
+
+
+@pytest.mark.parametrize("cuts", CUTS, ids=CUT_NAMES)
+def test_users_who_seem_up_to_date_until_the_other_form_is_read_are_counted_once(
+    connection: Connection, cuts: list[Any]
+) -> None:
+    two = [{"_id": user_id, "loyalty_points": 2} for user_id in (ADA, str(ADA).upper())]
+    connection.users.insert_many([*two, {"_id": BOB, "loyalty_points": 1}])
+    ship(connection, ADA, str(ADA), str(BOB), str(BOB).upper())
+    totals = recount(connection, cuts).totals
+    assert (totals.users, totals.counted_orders, totals.changed) == (3, 4, 1)
+    assert (totals.users_with_points_before, totals.users_with_points_after) == (3, 3)
+    assert find_mismatches(connection.users.database) == []
+
+
+def test_a_partition_with_a_non_canonical_id_is_not_counted(connection: Connection) -> None:
+    ship(connection, str(ADA).upper())
+    with pytest.raises(NonCanonicalIdFound):
+        count_all(connection, [BOB])
+
+
+@pytest.mark.parametrize(
+    ("customer", "status"),
+    [
+        ("5" * 24, "Shipped"),  # only digits have no case
+        ("G" * 24, "Shipped"),  # no hex digits
+        ("AB", "Shipped"),
+        (str(ADA).upper(), "Paid"),  # not counted
+    ],
+)
+def test_no_other_id_makes_the_count_start_over(
+    connection: Connection, customer: str, status: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    connection.orders.insert_one({"customer_id": customer, "status": status})
+    connection.users.insert_one({"_id": customer if status == "Shipped" else 1})
+    with caplog.at_level("INFO", "loyalty"):
+        result = recount(connection, [BOB])
+    assert "single_query_count" not in caplog.text
+    assert find_mismatches(connection.users.database) == []
+    assert not result.count.has_mixed_case_ids
+
+
+def test_mixed_case_ids_of_orders_that_are_not_counted_are_not_reported(
+    connection: Connection,
+) -> None:
+    connection.orders.insert_one({"customer_id": MIXED_ADA, "status": "Paid"})
+    connection.users.insert_one({"_id": str(ADA).upper()})
+    assert not recount(connection).count.has_mixed_case_ids
+    ship(connection, MIXED_ADA)
+    assert recount(connection).count.has_mixed_case_ids
+
+
+@pytest.mark.parametrize("subtype", [3, 4])
+@pytest.mark.parametrize("length", [16, 36, 0])
+def test_a_binary_of_any_length_is_an_id_like_any_other(
+    connection: Connection, subtype: int, length: int
+) -> None:
+    user_id, other = Binary(b"7" * length, subtype), Binary(b"8" * 36, subtype)
+    points = Binary(b"9" * 36, subtype)
+    connection.users.insert_many([{"_id": user_id, "loyalty_points": points}, {"_id": 1}])
+    ship(connection, user_id, user_id, 1, other)
+    for cuts in ([], [user_id, other]):
+        result = recount(connection, cuts)
+        assert find_mismatches(connection.users.database) == []
+        assert (result.totals.users, result.totals.counted_orders) == (2, 4)
+        assert (result.totals.unknown_customers, result.failed_updates) == (1, 0)
+
+
+def test_a_customer_id_that_is_an_array_is_counted_once(connection: Connection) -> None:
+    """A multikey index leads one order into several partitions, so it is not used for them."""
+    ship(connection, ["a", 5, ADA], [], str(ADA))
+    connection.orders.insert_one({"customer_id": str(ADA), "status": ["Shipped"]})
+    connection.users.insert_one({"_id": ADA})
+    result = recount(connection)
+    assert (result.totals.counted_orders, result.totals.unknown_customers) == (3, 1)
+    assert result.totals.orders_without_customer == 1
+    assert not result.count.has_customer_index
+    assert find_mismatches(connection.users.database) == []
+
+
+@pytest.mark.parametrize(
+    "options", [{"hidden": True}, {"partialFilterExpression": {"status": "Shipped"}}]
+)
+def test_without_a_usable_index_one_query_counts_everybody(
+    connection: Connection, options: dict[str, Any]
+) -> None:
+    connection.users.insert_one({"_id": ADA})
+    ship(connection, ADA, str(ADA).upper())
+    connection.orders.drop_indexes()
+    connection.orders.create_index([("status", 1), ("customer_id", 1)], **options)
+    # The partial index holds fewer orders than these statuses have.
+    result = recount(connection, [ADA, BOB], ORDER_STATUSES="Shipped,Sent")
+    assert not result.count.has_customer_index
+    assert result.count.exact
+    assert find_mismatches(connection.users.database) == []
+
+
+def test_some_customers_have_a_row_each_also_if_they_are_up_to_date(
+    connection: Connection,
+) -> None:
+    connection.users.insert_many([{"_id": ADA, "loyalty_points": 2}, {"_id": BOB}, {"_id": 5}])
+    ship(connection, str(ADA), str(ADA).upper(), BOB, 5, "unknown", "other")
+    rows: list[Row] = []
+    customers = [(c, indexable_variants(c)) for c in (ADA, 5, "unknown", EVE)]
+    result = Counter(connection, SETTINGS, ignore_progress).count_customers(rows.append, customers)
+    found = {row.customer: (row.orders, len(row.users)) for row in rows if hasattr(row, "customer")}
+    assert found == {ADA: (2, 1), 5: (1, 1), "unknown": (1, 0)}
+    assert len(rows) == 3
+    assert result.exact
+
+
+def test_a_customer_in_a_later_chunk_of_ids_is_counted(connection: Connection) -> None:
+    connection.users.insert_many([{"_id": n} for n in range(5_000)])
+    ship(connection, 0, 4_999)
+    rows: list[Row] = []
+    customers = [(n, [n]) for n in range(5_000)]
+    Counter(connection, SETTINGS, ignore_progress).count_customers(rows.append, customers)
+    assert len(rows) == 5_000
+    assert sum(row.orders for row in rows) == 2
+
+
+def test_a_count_longer_than_the_servers_snapshots_continues_at_a_new_time(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    window = ["--setParameter", "minSnapshotHistoryWindowInSeconds=0"]
+    with Deployment(options=window, parent=MEMORY) as deployment, deployment.client() as client:
+        settings = settings_for(deployment.uri, COUNT_WORKERS="1")
+        shop = client.oms_db
+        shop.users.insert_many([{"_id": n} for n in range(40)])
+        shop.orders.insert_many([{"customer_id": n % 40, "status": "Shipped"} for n in range(400)])
+        calls = 0
+
+        def discard_now_and_then(_: str) -> None:
+            nonlocal calls
+            calls += 1
+            if calls in (4, 12):  # of two for each of the 12 partitions
+                discard_snapshots(client)
+
+        with connect(settings, writing=True) as connection:
+            create_index(connection.orders, settings)
+            request = RecountRequest(find_boundaries=lambda _: list(range(4, 40, 4)))
+            before = datetime.now(UTC)
+            result = run_recount(
+                connection, settings, History(None), request, discard_now_and_then
+            )
+        assert find_mismatches(shop) == []
+        assert not result.count.exact
+        assert result.count.cluster_time is None
+        assert result.count.oldest_snapshot is not None
+        assert result.as_of == result.count.oldest_snapshot.as_datetime()
+        assert (before - result.as_of).total_seconds() < 5
+        assert result.totals.counted_orders == 400
+        assert "snapshot_restarted done=" in caplog.text
+        assert "count_retry" not in caplog.text
+
+
+def discard_snapshots(client: MongoClient[Any]) -> None:
+    """Write until the oldest snapshot that the server keeps is a new one."""
+    before = client.admin.command("hello")["$clusterTime"]["clusterTime"]
+
+    def is_too_old() -> bool:
+        client.other.writes.insert_one({})
+        concern = {"level": "snapshot", "atClusterTime": before}
+        read = {"find": "users", "singleBatch": True, "limit": 1, "readConcern": concern}
+        try:
+            client.oms_db.command(read)
+        except OperationFailure as error:
+            return error.code == 239
+        return False
+
+    wait_until("a snapshot that is too old", is_too_old)
+
+
+class SnapshotIgnoringUsers:
+    """The users of a server that ignores read concerns, as some compatible servers do."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._users = connection.users
+        self.name, self.full_name = self._users.name, self._users.full_name
+        self.find_one = self._users.find_one
+        self.database = self
+
+    def command(self, command: dict[str, Any]) -> Any:
+        del command["readConcern"]
+        return self._users.database.command(command)
+
+
+def test_a_server_that_ignores_the_read_concern_has_no_snapshots(connection: Connection) -> None:
+    users: Any = SnapshotIgnoringUsers(connection)
+    server = replace(connection, users=users)
+    assert pin_cluster_time(server) is not None  # no users: they are empty at any time
+    connection.users.insert_one({})
+    assert pin_cluster_time(server) is None
+    assert pin_cluster_time(connection) is not None
+
+
+def test_a_count_reads_at_the_wanted_cluster_time_or_later(connection: Connection) -> None:
+    connection.users.insert_one({"_id": 1})
+    earlier = pin_cluster_time(connection)
+    ship(connection, 1)
+    later = pin_cluster_time(connection)
+    assert earlier is not None
+    assert later is not None
+    assert later > earlier
+    for wanted in (earlier, later):
+        pinned = pin_cluster_time(connection, wanted)
+        assert pinned is not None
+        assert pinned >= later
+
+
+def test_a_count_without_snapshots_is_as_of_its_start(connection: Connection) -> None:
+    started_at = datetime(2026, 1, 2, tzinfo=UTC)
+    for server, use_snapshot in ((connection, False), (replace(connection, snapshots=False), True)):
+        counter = Counter(
+            server, SETTINGS, ignore_progress, started_at=started_at, use_snapshot=use_snapshot
+        )
+        result = counter.count_all(lambda _: None)
+        assert not result.exact
+        assert result.as_of == started_at
+        assert (result.cluster_time, result.oldest_snapshot) == (None, None)
+
+
+def test_a_field_of_a_user_of_any_name_and_type_does_not_disturb_the_count(
+    connection: Connection,
+) -> None:
+    fields = ("user", "users", "customer", "orders", "points", "up_to_date", "number")
+    values: tuple[Any, ...] = ([], [1], {"_id": 7}, "text")
+    connection.users.insert_many(
+        {"_id": ObjectId(), **dict.fromkeys(fields, value)} for value in values
+    )
+    ship(connection, *(str(user["_id"]) for user in connection.users.find()))
+    recount(connection)
+    assert [user["loyalty_points"] for user in connection.users.find()] == [1] * len(values)
+
+
+def once(action: Callable[[], None]) -> Callable[[str], None]:
+    """Return a progress callback that does something at its first call."""
+    actions = [action]
+    return lambda _: actions.pop()() if actions else None
+
+
+def test_a_first_counted_order_that_comes_after_the_count_is_no_reason_to_refuse(
+    connection: Connection,
+) -> None:
+    connection.users.insert_one({"_id": ADA})
+    result = run_recount(
+        connection,
+        SETTINGS,
+        History(None),
+        on_progress=once(lambda: ship(connection, ADA)),
+    )
+    assert result.refusal is None
+    assert result.totals.counted_orders == 0
