@@ -91,8 +91,8 @@ def _collections(connection: Connection, settings: Settings, found: PreflightRep
 
 def _index(connection: Connection, settings: Settings, found: PreflightReport) -> None:
     plan, orders = inspect_plan(connection.orders, settings), connection.orders
-    found.index = plan.advice or "there, and all that a recount reads"
-    if not plan.advice:
+    found.index = plan.hint or "there, and all that a recount reads"
+    if not plan.hint:
         return
     names = f"{settings.status_field} or {settings.customer_field}"
     users_with_points_after = {
@@ -101,7 +101,7 @@ def _index(connection: Connection, settings: Settings, found: PreflightReport) -
     with map_driver_errors("count", orders):
         n = orders.count_documents(users_with_points_after, maxTimeMS=settings.count_ms)
     if n:
-        state = "there, but" if plan.multikey else "not there, and would be"
+        state = "there, but" if plan.index_name else "not there, and would be"
         hold = "1 order holds" if n == 1 else f"{n:,} orders hold"
         why = f"{hold} an array in {names}, so that every order is fetched"
         found.index = f"{state} of little use: {why}"
@@ -179,7 +179,7 @@ def _points(connection: Connection, settings: Settings, found: PreflightReport) 
     count = Count(connection, settings, datetime.now(UTC))
     if not found.sampled:
         rows = count.count_all(single_query=True)
-    elif inspect_plan(connection.orders, settings).ranges:
+    elif inspect_plan(connection.orders, settings).supports_partitions:
         rows = count.count_customers(_some_customers(connection, settings), include_up_to_date=True)
     else:
         return  # each customer would be a look at all orders

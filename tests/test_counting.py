@@ -194,12 +194,12 @@ def test_an_index_that_a_count_cannot_go_by_is_none(
     connection: Connection, options: dict[str, Any]
 ) -> None:
     settings = settings_for("mongodb://x/")
-    assert inspect_plan(connection.orders, settings).ranges
+    assert inspect_plan(connection.orders, settings).supports_partitions
     connection.orders.drop_indexes()
     connection.orders.create_index([("status", 1), ("customer_id", 1)], **options)
     asked = settings_for("mongodb://x/", ORDER_STATUSES="Shipped,Sent")  # more than is in it
-    assert not inspect_plan(connection.orders, asked).ranges
-    assert "none that serves a recount" in inspect_plan(connection.orders, asked).advice
+    assert not inspect_plan(connection.orders, asked).supports_partitions
+    assert "none that serves a recount" in inspect_plan(connection.orders, asked).hint
 
 
 def test_a_users_own_field_of_any_name_and_kind_is_no_obstacle(connection: Connection) -> None:

@@ -238,7 +238,7 @@ def test_a_user_who_refuses_a_live_update_is_said_and_not_called_updated(
 def test_a_large_collection_without_the_index_is_not_updated_live_but_warned_of_once(
     small: Stage, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(index, "_LARGE", 2)
+    monkeypatch.setattr(index, "LARGE_COLLECTION_ORDERS", 2)
     small.service._stop_watching()
     small.shop.orders.drop_indexes()
     for _ in range(2):
@@ -514,7 +514,7 @@ def test_check_config_says_whether_it_will_work_and_whether_pre_images_are_on(
     small.shop.command("collMod", "orders", changeStreamPreAndPostImages={"enabled": True})
     command("--check-config", LIVE_UPDATES="yes")
     assert re.search("pre-images +on\n", capsys.readouterr().out)
-    monkeypatch.setattr(index, "_LARGE", 2)
+    monkeypatch.setattr(index, "LARGE_COLLECTION_ORDERS", 2)
     small.shop.orders.drop_indexes()
     assert command("--check-config", LIVE_UPDATES="yes") == 1
     assert "will NOT work: each update would read all orders" in capsys.readouterr().out

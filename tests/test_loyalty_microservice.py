@@ -205,7 +205,7 @@ def test_create_index_makes_the_index_that_the_warning_asks_for(
 ) -> None:
     assert command("--once") == 0
     assert "no_index" not in capsys.readouterr().err  # a small collection needs none
-    monkeypatch.setattr(index, "_LARGE", 3)
+    monkeypatch.setattr(index, "LARGE_COLLECTION_ORDERS", 3)
     assert command("--once") == 0
     assert "WARNING no_index" in (said := capsys.readouterr().err)
     assert "--create-index" in said

@@ -320,7 +320,7 @@ def test_users_that_the_server_refuses_are_named_and_all_others_written(
     assert result.outcome == "incomplete"
     assert result.totals.changed == 10
     assert re.search("refused: (3, 8|8, 3);", str(result.refusing))
-    assert "code 121, Document failed validation (2 times)" in str(result.refusing)
+    assert "code 121, DocumentValidationFailure (2 times)" in str(result.refusing)
     stored = {u["_id"]: u.get("loyalty_points") for u in shop.users.find()}
     assert stored == {n: None if n in (3, 8) else 1 for n in range(10)}
     shop.command("collMod", "users", validator={})
@@ -444,10 +444,10 @@ def test_with_the_index_a_range_of_any_kind_fetches_no_order_and_needs_no_disk(
         connection.orders.insert_many(
             [nested({status: "Shipped", customer: own}) for own in ALL_KINDS for _ in range(3)]
         )
-        assert not inspect_plan(connection.orders, settings).ranges
+        assert not inspect_plan(connection.orders, settings).supports_partitions
         create_index(connection.orders, settings)
         assert inspect_plan(connection.orders, settings) == Plan(
-            ranges=True, arrays=False, needs_fetch=False
+            supports_partitions=True, status_is_multikey=False, needs_fetch=False
         )
         cut = ranges(edges(connection.users, 40))
         assert len(cut) > 10

@@ -92,8 +92,8 @@ class Count:
         self.exact = self.cluster_time is not None
         # After that: no array has been in an index at the pinned time if none has been by now.
         self._plan = inspect_plan(self._connection.orders, self._settings)
-        self.has_customer_index = self._plan.ranges
-        if self._plan.ranges and not single_query:
+        self.has_customer_index = self._plan.supports_partitions
+        if self._plan.supports_partitions and not single_query:
             yield from self._in_ranges(ranges(self._edges()))
         else:
             self.knows_odd_forms = False
@@ -208,11 +208,11 @@ class Count:
             snapshot = {"level": "snapshot", "atClusterTime": self.cluster_time}
             concern = {"readConcern": snapshot}
         advice = "raise COUNT_TIMEOUT"
-        if not self._plan.ranges:
+        if not self._plan.supports_partitions:
             advice += ", or make the index with --create-index"
         with map_driver_errors("find", orders, if_too_slow=advice):
             answers = orders.aggregate_raw_batches(
-                pipeline(self._settings, scope, arrays=self._plan.arrays),
+                pipeline(self._settings, scope, arrays=self._plan.status_is_multikey),
                 allowDiskUse=True,
                 batchSize=ROWS_PER_BATCH,
                 collation=COLLATION,

@@ -1,91 +1,156 @@
-"""The index on orders that makes a count fetch no order: what its plan tells, and making it."""
+"""The index on orders with which a count fetches no order: what a plan tells, and creating it."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pymongo.collection import Collection
+from pymongo.errors import NetworkTimeout
 
 from config import Settings
-from loyalty.errors import ConfigurationError, ServiceError
+from loyalty.errors import ConfigurationError, DatabaseUnavailable, ServiceError
 from loyalty.mongo.driver_errors import map_driver_errors
+from loyalty.mongo.error_codes import CODES, ErrorClass
+from loyalty.mongo.privileges import collection_type
 from loyalty.recount.customer_ids import Document, format_value
 
-COLLATION = {"locale": "simple"}  # whatever the collections' own: exactly `Shipped`
+log = logging.getLogger("loyalty")
 
-_PARALLEL_ARRAYS = 171
-_LARGE = 100_000  # orders that are slow to read without an index
+COLLATION = {"locale": "simple"}
+"""Overrides a collection's own collation: only exactly `Shipped` is `Shipped`."""
+
+LARGE_COLLECTION_ORDERS = 100_000
+"""A count of fewer orders is fast without an index."""
+
+_NO_INDEX = "none that serves a recount: create it with --create-index"
+_SECOND_NAME = "loyalty_counts"  # where another index has the default name
+_USER_KEY = "_id"
+
+_CONFLICTS = CODES[ErrorClass.PERMANENT]
+_UNBOUNDED = (["[MinKey, MaxKey]"], ["[MaxKey, MinKey]"])
+# No id begins with U+0000: of the indexes that the server tries, the right one is the first to find
+# nothing there, and so its plan is explained.
+_EMPTY_RANGE = {"$gt": "", "$lt": "\x01"}
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How the server would read the orders of one range."""
+    """How the server reads the orders of one partition. The default is the worst case."""
 
-    ranges: bool = False
-    """Whether an index leads to the orders of a range; without, each would read all of them."""
-    arrays: bool = True
-    """Whether a status may be an array, so that each has to be looked at."""
+    supports_partitions: bool = False
+    """Whether indexes lead to the orders and users of a partition, and to no others."""
+    status_is_multikey: bool = True
+    """Whether a status may be an array, so that each must be checked."""
     needs_fetch: bool = True
-    """Whether orders are fetched, and not only the index read."""
-    multikey: bool = False
-    """Whether the index is there, but some order has held an array in one of its fields."""
-
-    @property
-    def advice(self) -> str:
-        """What to do about the index; "" if nothing."""
-        if self.ranges and not self.arrays:
-            return "there; orders are fetched all the same" if self.needs_fetch else ""
-        if self.multikey:
-            return (
-                "there, but not used, as if an order had once held an array: drop it, and make it "
-                "again with --create-index"
-            )
-        return "none that serves a recount: make it with --create-index"
+    """Whether orders are fetched as well as the index."""
+    hint: str = field(default=_NO_INDEX, compare=False)
+    """What to do about the index; "" if nothing."""
+    index_name: str = field(default="", compare=False)
+    """The index with the right keys; "" if there is none."""
 
 
 def index_keys(settings: Settings) -> list[tuple[str, int]]:
-    """Return the keys of the index."""
+    """Return the keys of the index: fields with fixed values first, the customer last."""
     return [(settings.status_field, 1), (settings.customer_field, 1)]
 
 
 def inspect_plan(orders: Collection[Any], settings: Settings) -> Plan:
-    """Ask the server how it would read a range; the worst case where it does not say.
+    """Ask the server how it would read a partition; the worst case where it does not answer."""
+    try:
+        plan = _inspect_orders(orders, settings)
+        users = orders.database[settings.users]
+        if not plan.supports_partitions or _can_look_up(users):
+            return plan
+    except ServiceError:  # the count itself reports what is wrong
+        return Plan()
+    hint = (
+        f"not used: with the collation of {users.full_name}, each partition would read all users, "
+        "so one query counts everybody"
+    )
+    return replace(plan, supports_partitions=False, hint=hint)
 
-    An index knows of each of its fields whether any order has ever held an array there.
+
+def _inspect_orders(orders: Collection[Any], settings: Settings) -> Plan:
+    """Judge an index by its key pattern, its bounds and its multikey paths, never by its name."""
+    keys = [name for name, _ in index_keys(settings)]
+    customer = settings.customer_field
+    counted = {settings.status_field: {"$in": list(settings.order_statuses)}}
+    stages = _explain(orders, {**counted, customer: _EMPTY_RANGE}, customer)
+    scans = _index_scans(stages)
+    if not scans or not all(_is_bounded(scan, keys) for scan in scans):
+        return Plan(hint=_missing_hint(orders))
+    name = str(scans[0]["indexName"])
+    # Once more for all customers: on a sharded cluster the first plan may be that of one shard. A
+    # partial index that lacks some customers is bounded no more.
+    stages += _explain(orders, counted, customer, name)
+    scans = _index_scans(stages)
+    if not scans or not all(_is_bounded(scan, keys[:-1], of=len(keys)) for scan in scans):
+        return Plan(hint=_missing_hint(orders))
+    # An index knows of each of its fields whether any order has ever held an array there.
+    multikey = [
+        key for key in keys if any(scan.get("multiKeyPaths", {}).get(key) != [] for scan in scans)
+    ]
+    names = {stage["stage"] for stage in stages}
+    hint = ""
+    if multikey:
+        hint = (
+            f"{name} is multikey: an order holds, or once held, an array in "
+            f"{' and '.join(multikey)}. Correct such orders, drop the index, and create it again "
+            "with --create-index"
+        )
+    elif "FETCH" in names:
+        hint = "there; orders are fetched all the same"
+        if "SHARDING_FILTER" in names:
+            hint += ", because the index lacks the shard key"
+    return Plan(
+        supports_partitions=customer not in multikey,
+        status_is_multikey=any(key != customer for key in multikey),
+        needs_fetch="FETCH" in names,
+        hint=hint,
+        index_name=name,
+    )
+
+
+def _is_bounded(scan: Document, fields: list[str], of: int = 0) -> bool:
+    """Return whether an index begins with these fields, in any order, each with bounds.
+
+    `of`: it may begin with that many fields, these among them.
     """
-    wanted = {
-        settings.status_field: {"$in": list(settings.order_statuses)},
-        settings.customer_field: {"$gte": ""},
-    }
-    group = {"_id": f"${settings.customer_field}", "orders": {"$sum": 1}}
-    asked = {
-        "aggregate": orders.name,
-        "pipeline": [{"$match": wanted}, {"$group": group}],
+    pattern, bounds = scan["keyPattern"], scan["indexBounds"]
+    first = list(pattern)[: of or len(fields)]
+    return set(fields) <= set(first) and all(
+        pattern[name] in (1, -1) and bounds[name] not in _UNBOUNDED for name in fields
+    )
+
+
+def _can_look_up(users: Collection[Any]) -> bool:
+    """Return whether an index leads to the users of a partition, whatever their collation."""
+    stages = _explain(users, {_USER_KEY: _EMPTY_RANGE}, _USER_KEY)
+    return all(stage["stage"] != "COLLSCAN" for stage in stages) and all(
+        scan["indexBounds"].get(_USER_KEY) not in _UNBOUNDED for scan in _index_scans(stages)
+    )
+
+
+def _explain(
+    collection: Collection[Any], query: Document, group_by: str, index_name: str = ""
+) -> list[Document]:
+    """Return every stage of the plan for a query that is grouped by one of its fields."""
+    group = {"_id": f"${group_by}", "count": {"$sum": 1}}
+    command: dict[str, Any] = {
+        "aggregate": collection.name,
+        "pipeline": [{"$match": query}, {"$group": group}],
         "cursor": {},
         "collation": COLLATION,
     }
-    try:
-        with map_driver_errors("find", orders):
-            reply = orders.database.command("explain", asked, verbosity="queryPlanner")
-    except ServiceError:  # the count itself will say what is wrong
-        return Plan()
-    change_stream_pipeline = list(_stages(reply))
-    scans = [
-        stage.get("multiKeyPaths", {})
-        for stage in change_stream_pipeline
-        if stage["stage"] == "IXSCAN"
-    ]
-    if not scans or any(stage["stage"] == "COLLSCAN" for stage in change_stream_pipeline):
-        return Plan()
-    return Plan(
-        ranges=all(scan.get(settings.customer_field) == [] for scan in scans),
-        arrays=any(scan.get(settings.status_field) != [] for scan in scans),
-        needs_fetch=any(stage["stage"] == "FETCH" for stage in change_stream_pipeline),
-        multikey=any(any(scan.values()) for scan in scans if settings.customer_field in scan),
-    )
+    if index_name:
+        command["hint"] = index_name
+    with map_driver_errors("find", collection):
+        reply = collection.database.command("explain", command, verbosity="queryPlanner")
+    return list(_stages(reply))
 
 
 def _stages(plan: Any) -> Iterator[Document]:
@@ -101,38 +166,89 @@ def _stages(plan: Any) -> Iterator[Document]:
             yield from _stages(part)
 
 
+def _index_scans(stages: list[Document]) -> list[Document]:
+    """Return the index scans of a plan; none if it also reads a whole collection."""
+    if any(stage["stage"] == "COLLSCAN" for stage in stages):
+        return []
+    return [stage for stage in stages if stage["stage"] == "IXSCAN"]
+
+
+def _missing_hint(orders: Collection[Any]) -> str:
+    if collection_type(orders.database, orders.name) == "view":
+        return f"{orders.full_name} is a view: create the index on the collection that it reads"
+    return _NO_INDEX
+
+
 def missing_index_hint(orders: Collection[Any], settings: Settings) -> str:
-    """Return what to do where `orders` is large and no index leads to a customer's; else ""."""
+    """Return what to do where `orders` is large and partitions are not supported; else ""."""
     with suppress(ServiceError), map_driver_errors("count", orders):
-        if orders.estimated_document_count() > _LARGE:
+        if orders.estimated_document_count() > LARGE_COLLECTION_ORDERS:
             plan = inspect_plan(orders, settings)
-            return "" if plan.ranges else plan.advice
+            return "" if plan.supports_partitions else plan.hint
     return ""
 
 
 def create_index(orders: Collection[Any], settings: Settings) -> str:
-    """Make the index, if it is not there, and return its name. Raises ServiceError."""
-    with map_driver_errors("find", orders):
-        there = orders.database.list_collection_names(authorizedCollections=True)
-    if orders.name not in there:
+    """Create the index unless an equal one serves, and return its name. Raises ServiceError."""
+    kind = collection_type(orders.database, orders.name)
+    if kind is None:
         raise ConfigurationError(f"there is no collection {orders.full_name} to make an index on")
+    if kind == "view":
+        raise ConfigurationError(_missing_hint(orders))
+    plan = _inspect_orders(orders, settings)
+    if not plan.index_name:
+        name = _create(orders, settings)
+        plan = _inspect_orders(orders, settings)
+        if not plan.index_name:  # to create an index that is there, and hidden, succeeds
+            raise ConfigurationError(
+                f"the index {name} is there, but the server does not use it. If it is hidden: "
+                f"db.{orders.name}.unhideIndex({name!r})"
+            )
+    if not plan.supports_partitions:
+        raise ConfigurationError(plan.hint)
+    return plan.index_name
+
+
+def _create(orders: Collection[Any], settings: Settings) -> str:
     try:
-        with map_driver_errors("createIndex", orders):
-            return orders.create_index(index_keys(settings), collation=COLLATION)
+        return _wait_for_build(orders, settings)
     except ServiceError as error:
-        if getattr(error.__cause__, "code", None) != _PARALLEL_ARRAYS:
-            raise
-        both = {"$and": [{"$or": array_conditions(field)} for field, _ in index_keys(settings)]}
-        with map_driver_errors("find", orders):
-            found = [format_value(order["_id"]) for order in orders.find(both, {"_id": 1}).limit(5)]
-        names = f"{settings.status_field} and {settings.customer_field}"
-        raise ConfigurationError(
-            f"no index can be made on {orders.full_name} while an order holds arrays in both "
-            f"{names}, such as the order with _id {', '.join(found)}"
-        ) from error
+        code = getattr(error.__cause__, "code", None)
+        if code == _CONFLICTS["IndexKeySpecsConflict"]:  # a partial one, or of another collation
+            return _wait_for_build(orders, settings, name=_SECOND_NAME)
+        if code == _CONFLICTS["IndexOptionsConflict"]:
+            raise ConfigurationError(
+                f"{error}. If that index is hidden, unhide it: db.{orders.name}.unhideIndex(name)"
+            ) from error
+        if code == _CONFLICTS["CannotIndexParallelArrays"]:
+            raise ConfigurationError(_parallel_arrays_hint(orders, settings)) from error
+        raise
+
+
+def _wait_for_build(orders: Collection[Any], settings: Settings, **options: Any) -> str:
+    while True:
+        try:
+            with map_driver_errors("createIndex", orders):
+                return orders.create_index(index_keys(settings), collation=COLLATION, **options)
+        except DatabaseUnavailable as error:
+            if not isinstance(error.__cause__, NetworkTimeout):
+                raise
+            # The server goes on; the same command again waits for the build that is in progress.
+            log.info("index_build_in_progress collection=%s", orders.full_name)
+
+
+def _parallel_arrays_hint(orders: Collection[Any], settings: Settings) -> str:
+    both = {"$and": [{"$or": array_conditions(name)} for name, _ in index_keys(settings)]}
+    with map_driver_errors("find", orders):
+        found = [format_value(order["_id"]) for order in orders.find(both, {"_id": 1}).limit(5)]
+    return (
+        f"no index can be made on {orders.full_name} while an order holds arrays in both "
+        f"{settings.status_field} and {settings.customer_field}, such as the order with _id "
+        + ", ".join(found)
+    )
 
 
 def array_conditions(field: str) -> list[Document]:
-    """Return conditions, one of which is true of a document with an array in `field`, or above."""
+    """Return conditions, one of which is true if `field`, or a field above it, is an array."""
     parts = field.split(".")
     return [{".".join(parts[:n]): {"$type": "array"}} for n in range(1, len(parts) + 1)]
