@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -30,11 +31,10 @@ _NO_INDEX = "none that serves a recount: create it with --create-index"
 _SECOND_NAME = "loyalty_counts"  # where another index has the default name
 _USER_KEY = "_id"
 
-_CONFLICTS = CODES[ErrorClass.PERMANENT]
+_CODES = CODES[ErrorClass.PERMANENT]
 _UNBOUNDED = (["[MinKey, MaxKey]"], ["[MaxKey, MinKey]"])
-# No id begins with U+0000: of the indexes that the server tries, the right one is the first to find
-# nothing there, and so its plan is explained.
 _EMPTY_RANGE = {"$gt": "", "$lt": "\x01"}
+_ALL_BUT_ONE = {"$ne": "\x01"}  # with bounds, and on every shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,26 +75,30 @@ def inspect_plan(orders: Collection[Any], settings: Settings) -> Plan:
 
 
 def _inspect_orders(orders: Collection[Any], settings: Settings) -> Plan:
-    """Judge an index by its key pattern, its bounds and its multikey paths, never by its name."""
+    """Judge indexes by their key patterns, bounds and multikey paths, never by their names."""
     keys = [name for name, _ in index_keys(settings)]
     customer = settings.customer_field
     counted = {settings.status_field: {"$in": list(settings.order_statuses)}}
-    stages = _explain(orders, {**counted, customer: _EMPTY_RANGE}, customer)
-    scans = _index_scans(stages)
-    if not scans or not all(_is_bounded(scan, keys) for scan in scans):
-        return Plan(hint=_missing_hint(orders))
-    name = str(scans[0]["indexName"])
-    # Once more for all customers: on a sharded cluster the first plan may be that of one shard. A
-    # partial index that lacks some customers is bounded no more.
-    stages += _explain(orders, counted, customer, name)
-    scans = _index_scans(stages)
-    if not scans or not all(_is_bounded(scan, keys[:-1], of=len(keys)) for scan in scans):
-        return Plan(hint=_missing_hint(orders))
+    # Rejected plans included: of an empty range, several indexes are equally good.
+    candidates = _explain(orders, {**counted, customer: _EMPTY_RANGE}, customer)
+    names = [str(scan["indexName"]) for scan in _scans(candidates) if _is_bounded(scan, keys)]
+    for name in dict.fromkeys(names):
+        # Once more for all customers, as the first plan may be that of one shard. A partial index
+        # that lacks some of the customers has no bounds here.
+        stages = _explain(orders, {**counted, customer: _ALL_BUT_ONE}, customer, name)
+        if all(_is_bounded(scan, keys) for scan in _scans(stages)):
+            return _describe(name, stages, keys)
+    if collection_type(orders.database, orders.name) == "view":
+        return Plan(hint=_view_hint(orders))
+    return Plan()
+
+
+def _describe(name: str, stages: list[Document], keys: list[str]) -> Plan:
+    """Return the plan with an index of the right keys."""
     # An index knows of each of its fields whether any order has ever held an array there.
-    multikey = [
-        key for key in keys if any(scan.get("multiKeyPaths", {}).get(key) != [] for scan in scans)
-    ]
-    names = {stage["stage"] for stage in stages}
+    paths = [scan.get("multiKeyPaths", {}) for scan in _scans(stages)]
+    multikey = [key for key in keys if not paths or any(path.get(key) != [] for path in paths)]
+    kinds = {stage["stage"] for stage in stages}
     hint = ""
     if multikey:
         hint = (
@@ -102,27 +106,22 @@ def _inspect_orders(orders: Collection[Any], settings: Settings) -> Plan:
             f"{' and '.join(multikey)}. Correct such orders, drop the index, and create it again "
             "with --create-index"
         )
-    elif "FETCH" in names:
-        hint = "there; orders are fetched all the same"
-        if "SHARDING_FILTER" in names:
-            hint += ", because the index lacks the shard key"
+    elif "FETCH" in kinds:
+        why = ", because the index lacks the shard key" if "SHARDING_FILTER" in kinds else ""
+        hint = f"there; orders are fetched all the same{why}"
     return Plan(
-        supports_partitions=customer not in multikey,
-        status_is_multikey=any(key != customer for key in multikey),
-        needs_fetch="FETCH" in names,
+        supports_partitions=keys[-1] not in multikey,
+        status_is_multikey=multikey not in ([], keys[-1:]),
+        needs_fetch=bool(multikey) or "FETCH" in kinds,
         hint=hint,
         index_name=name,
     )
 
 
-def _is_bounded(scan: Document, fields: list[str], of: int = 0) -> bool:
-    """Return whether an index begins with these fields, in any order, each with bounds.
-
-    `of`: it may begin with that many fields, these among them.
-    """
+def _is_bounded(scan: Document, fields: list[str]) -> bool:
+    """Return whether an index begins with these fields, in any order, each with bounds."""
     pattern, bounds = scan["keyPattern"], scan["indexBounds"]
-    first = list(pattern)[: of or len(fields)]
-    return set(fields) <= set(first) and all(
+    return set(list(pattern)[: len(fields)]) == set(fields) and all(
         pattern[name] in (1, -1) and bounds[name] not in _UNBOUNDED for name in fields
     )
 
@@ -131,7 +130,7 @@ def _can_look_up(users: Collection[Any]) -> bool:
     """Return whether an index leads to the users of a partition, whatever their collation."""
     stages = _explain(users, {_USER_KEY: _EMPTY_RANGE}, _USER_KEY)
     return all(stage["stage"] != "COLLSCAN" for stage in stages) and all(
-        scan["indexBounds"].get(_USER_KEY) not in _UNBOUNDED for scan in _index_scans(stages)
+        scan["indexBounds"].get(_USER_KEY) not in _UNBOUNDED for scan in _scans(stages)
     )
 
 
@@ -158,25 +157,19 @@ def _stages(plan: Any) -> Iterator[Document]:
     if isinstance(plan, dict):
         if isinstance(plan.get("stage"), str):
             yield plan
-        for name, part in plan.items():
-            if name != "rejectedPlans":
-                yield from _stages(part)
+        for part in plan.values():
+            yield from _stages(part)
     elif isinstance(plan, list):
         for part in plan:
             yield from _stages(part)
 
 
-def _index_scans(stages: list[Document]) -> list[Document]:
-    """Return the index scans of a plan; none if it also reads a whole collection."""
-    if any(stage["stage"] == "COLLSCAN" for stage in stages):
-        return []
+def _scans(stages: list[Document]) -> list[Document]:
     return [stage for stage in stages if stage["stage"] == "IXSCAN"]
 
 
-def _missing_hint(orders: Collection[Any]) -> str:
-    if collection_type(orders.database, orders.name) == "view":
-        return f"{orders.full_name} is a view: create the index on the collection that it reads"
-    return _NO_INDEX
+def _view_hint(orders: Collection[Any]) -> str:
+    return f"{orders.full_name} is a view: create the index on the collection that it reads"
 
 
 def missing_index_hint(orders: Collection[Any], settings: Settings) -> str:
@@ -194,7 +187,7 @@ def create_index(orders: Collection[Any], settings: Settings) -> str:
     if kind is None:
         raise ConfigurationError(f"there is no collection {orders.full_name} to make an index on")
     if kind == "view":
-        raise ConfigurationError(_missing_hint(orders))
+        raise ConfigurationError(_view_hint(orders))
     plan = _inspect_orders(orders, settings)
     if not plan.index_name:
         name = _create(orders, settings)
@@ -214,13 +207,13 @@ def _create(orders: Collection[Any], settings: Settings) -> str:
         return _wait_for_build(orders, settings)
     except ServiceError as error:
         code = getattr(error.__cause__, "code", None)
-        if code == _CONFLICTS["IndexKeySpecsConflict"]:  # a partial one, or of another collation
+        if code == _CODES["IndexKeySpecsConflict"]:  # a partial one, or of another collation
             return _wait_for_build(orders, settings, name=_SECOND_NAME)
-        if code == _CONFLICTS["IndexOptionsConflict"]:
-            raise ConfigurationError(
-                f"{error}. If that index is hidden, unhide it: db.{orders.name}.unhideIndex(name)"
-            ) from error
-        if code == _CONFLICTS["CannotIndexParallelArrays"]:
+        # Where the same index has another name it is hidden, or still being built.
+        other = re.search(r"already exists with a different name: (.+) \(code", str(error))
+        if code == _CODES["IndexOptionsConflict"] and other:
+            return _wait_for_build(orders, settings, name=other[1])
+        if code == _CODES["CannotIndexParallelArrays"]:
             raise ConfigurationError(_parallel_arrays_hint(orders, settings)) from error
         raise
 
