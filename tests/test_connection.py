@@ -119,6 +119,26 @@ def has_conflicts(shop: Database[Any]) -> bool:
     return any(o.get("writeConflicts") for o in operations if o.get("ns") == shop.users.full_name)
 
 
+@pytest.mark.parametrize("code", [13, 8000, 59])
+def test_orphaned_writes_that_cannot_be_seen_are_one_warning(
+    uri: str, deployment: Deployment, caplog: pytest.LogCaptureFixture, code: int
+) -> None:
+    with failing(deployment.primary(), "aggregate", 1, errorCode=code):
+        connect(settings_for(uri), writing=True).client.close()
+    (warning,) = caplog.messages
+    assert warning.startswith("orphaned_writes_unknown")
+
+
+def test_a_transient_error_while_looking_for_orphaned_writes_is_not_ignored(
+    uri: str, deployment: Deployment
+) -> None:
+    with (
+        failing(deployment.primary(), "aggregate", 9, errorCode=11600),
+        pytest.raises(DatabaseUnavailable),
+    ):
+        connect(settings_for(uri), writing=True)
+
+
 @pytest.mark.parametrize(
     ("ahead_seconds", "said"), [(-7200, "s behind the server's"), (7200, "s ahead of the server's")]
 )

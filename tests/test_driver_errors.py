@@ -34,7 +34,8 @@ from loyalty.errors import (
 from loyalty.mongo.connection import connect
 from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.error_codes import CODES
-from sandbox.mongod import Deployment
+from loyalty.recount.counter import pin_cluster_time
+from sandbox.mongod import Deployment, wait_until
 
 
 def mapped(error: Exception) -> ServiceError:
@@ -100,8 +101,29 @@ def test_a_changed_split_horizon_is_not_taken_for_a_missing_feature() -> None:
     assert type(error) is DatabaseUnavailable
 
 
-def test_a_snapshot_that_is_too_old_names_the_parameter_of_the_server() -> None:
-    assert "minSnapshotHistoryWindowInSeconds" in str(mapped(failure(239, "Snapshot too old")))
+def test_a_snapshot_that_is_too_old_names_the_parameter_of_the_server(
+    deployment: Deployment, database: Database[Any]
+) -> None:
+    parameter = "minSnapshotHistoryWindowInSeconds"
+    admin = database.client.admin
+    before = admin.command({"getParameter": 1, parameter: 1})[parameter]
+    admin.command({"setParameter": 1, parameter: 0})
+    try:
+        with connect(settings_for(deployment.uri_for(database=database.name))) as connection:
+            database.users.insert_one({})
+            at = pin_cluster_time(connection)
+            read = {"level": "snapshot", "atClusterTime": at}
+
+            def is_too_old() -> bool:
+                database.users.insert_one({})
+                with map_driver_errors("find", connection.users):
+                    connection.users.database.command("find", "users", readConcern=read)
+                return False
+
+            with pytest.raises(SnapshotTooOld, match=parameter):
+                wait_until("the snapshot to be too old", is_too_old)
+    finally:
+        admin.command({"setParameter": 1, parameter: before})
 
 
 def test_a_large_distinct_is_said_plainly() -> None:

@@ -120,9 +120,9 @@ def _describe(name: str, stages: list[Document], keys: list[str]) -> Plan:
 
 def _is_bounded(scan: Document, fields: list[str]) -> bool:
     """Return whether an index begins with these fields, in any order, each with bounds."""
-    pattern, bounds = scan["keyPattern"], scan["indexBounds"]
+    pattern = scan.get("keyPattern", {})  # not every server that speaks the protocol has it
     return set(list(pattern)[: len(fields)]) == set(fields) and all(
-        pattern[name] in (1, -1) and bounds[name] not in _UNBOUNDED for name in fields
+        pattern[name] in (1, -1) and scan["indexBounds"][name] not in _UNBOUNDED for name in fields
     )
 
 
@@ -130,7 +130,7 @@ def _can_look_up(users: Collection[Any]) -> bool:
     """Return whether an index leads to the users of a partition, whatever their collation."""
     stages = _explain(users, {_USER_KEY: _EMPTY_RANGE}, _USER_KEY)
     return all(stage["stage"] != "COLLSCAN" for stage in stages) and all(
-        scan["indexBounds"].get(_USER_KEY) not in _UNBOUNDED for scan in _scans(stages)
+        scan.get("indexBounds", {}).get(_USER_KEY) not in _UNBOUNDED for scan in _scans(stages)
     )
 
 
