@@ -14,7 +14,7 @@ from bson import ObjectId, Timestamp
 from config import Settings
 from loyalty import report
 from loyalty.concurrency import ProgressCallback
-from loyalty.errors import ConfigurationError, DatabaseUnavailable, RecountRefused
+from loyalty.errors import ClientUnusable, ConfigurationError, DatabaseUnavailable, RecountRefused
 from loyalty.history import HEARTBEAT, History
 from loyalty.live.events import PendingChanges
 from loyalty.live.watcher import ChangeStreamWatcher, open_watcher
@@ -74,7 +74,7 @@ class Service:
         except RecountRefused as error:  # to try again soon would not help; the next is on schedule
             log.error("refused %s", error)
             return f"refused: {error}"
-        except ConfigurationError:
+        except (ClientUnusable, ConfigurationError):
             if self._connection is not None:
                 self._connection.client.close()
                 self._connection = None
