@@ -55,6 +55,10 @@ OPTIONS = [
     "heartbeatFrequencyMS=600000",
     "serverMonitoringMode=poll",
     "appName=shop",
+    "directConnection=true",
+    "serverSelectionTimeoutMS=1",
+    "connectTimeoutMS=1000",
+    "localThresholdMS=0",
 ]
 
 
@@ -273,6 +277,14 @@ def test_a_monitoring_user_needs_nothing_but_find_on_the_records(
     assert command("--status", MONGODB_URI=uri) == 0
     assert "succeeded" in capsys.readouterr().out
     assert command("--dry-run", MONGODB_URI=uri) == 78
+
+
+@pytest.mark.xdist_group("auth")
+def test_to_create_the_index_needs_no_privilege_on_users(
+    allow: Callable[..., str], command: Command
+) -> None:
+    uri = allow((on("orders"), ["find", "createIndex"]))
+    assert command("--create-index", MONGODB_URI=uri) == 0
 
 
 @pytest.mark.xdist_group("auth")

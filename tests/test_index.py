@@ -97,6 +97,13 @@ def test_any_other_index_is_none_and_a_second_one_is_created(
         assert len(orders.index_information()) == 3
 
 
+def test_a_partial_index_serves_only_the_statuses_that_it_holds(orders: Collection[Any]) -> None:
+    orders.create_index(KEYS, partialFilterExpression={"status": "Shipped"})
+    more = settings_for("mongodb://x/", ORDER_STATUSES="Shipped,Sent")
+    assert inspect_plan(orders, SETTINGS) == GOOD
+    assert not inspect_plan(orders, more).supports_partitions
+
+
 def test_a_good_index_is_found_beside_worse_ones(orders: Collection[Any]) -> None:
     orders.create_index([("status", 1), ("created", 1), ("customer_id", 1)])
     orders.create_index([("customer_id", 1)])
