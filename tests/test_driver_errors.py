@@ -204,6 +204,14 @@ def test_failed_updates_are_reported_by_code_without_the_document(
     assert "unknown" in str(mapped(write_errors((999_999, "of an index"))))
 
 
+def test_a_server_without_retryable_writes_names_the_option() -> None:
+    # As the driver raises it: with a text of its own, and the server's reply without one.
+    reply = {"writeErrors": [{"index": 0, "code": 20, "errmsg": "Transaction numbers are …"}]}
+    error = mapped(OperationFailure("does not support retryable writes", 20, reply))
+    assert isinstance(error, ConfigurationError)
+    assert "retryWrites=false" in str(error)
+
+
 def test_a_write_concern_that_times_out_is_transient() -> None:
     concern = {"code": 64, "errmsg": "waiting for replication timed out"}
     error = mapped(BulkWriteError({"writeErrors": [], "writeConcernErrors": [concern]}))

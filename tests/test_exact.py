@@ -365,10 +365,10 @@ def test_a_count_that_fails_again_and_again_ends_with_exit_69(
     deployment: Deployment, failing: Callable[..., None], service: Callable[..., Process]
 ) -> None:
     failing(99, failCommands=["aggregate"], errorCode=239, appName="loyalty-microservice")
-    once = service("--once", MONGODB_URI=deployment.uri)
+    once = service("--dry-run", MONGODB_URI=deployment.uri)
     assert once.wait() == 69
     assert sum("counting_again" in line for line in once.lines) == 2
-    assert "(code 239)" in once.output
+    assert "(code 239, SnapshotTooOld)" in once.output
     assert "Traceback" not in once.output
 
 
@@ -376,7 +376,7 @@ def test_a_count_beyond_the_timeout_says_what_to_do(
     deployment: Deployment, failing: Callable[..., None], service: Callable[..., Process]
 ) -> None:
     failing(99, failCommands=["aggregate"], errorCode=50, appName="loyalty-microservice")
-    once = service("--once", MONGODB_URI=deployment.uri)
+    once = service("--dry-run", MONGODB_URI=deployment.uri)
     assert once.wait() == 69
     assert "raise COUNT_TIMEOUT" in once.output
     assert "counting_again" not in once.output

@@ -21,7 +21,7 @@ from pymongo import MongoClient
 from pymongo.database import Database
 
 from loyalty import service
-from loyalty.errors import DatabaseUnavailable
+from loyalty.errors import DatabaseUnavailable, ResyncRequired
 from loyalty.history import HEARTBEAT, Heartbeat, History
 from loyalty.live import events
 from loyalty.live.watcher import ChangeStreamWatcher
@@ -347,7 +347,7 @@ def test_a_stream_whose_history_is_lost_is_a_full_recount_and_another_stream(
 ) -> None:
     with (
         faults.failing(deployment.servers[0], "getMore", 1, errorCode=code),
-        pytest.raises(DatabaseUnavailable, match=f"code {code}"),
+        pytest.raises(ResyncRequired, match=f"code {code}"),
     ):
         small.update_until(lambda: False)
     small.shop.orders.insert_one(ship(IDS[0]))
@@ -377,7 +377,7 @@ def test_an_oplog_that_loses_history_is_a_full_recount_and_another_stream() -> N
                     return not oplog.find_one({"o._id": last})
 
                 wait_until("a lost order", lost)
-            with pytest.raises(DatabaseUnavailable, match=r"code (286|136)"):
+            with pytest.raises(ResyncRequired, match=r"code (286|136)"):
                 stage.update_until(lambda: False)
             stage.recount()
             assert disagreements(shop) == []
