@@ -15,6 +15,7 @@ from loyalty.concurrency import ProgressCallback
 from loyalty.daemon import RecountOutcome
 from loyalty.errors import (
     AuthenticationFailed,
+    ClientUnusable,
     ConfigurationError,
     DatabaseUnavailable,
     RecountRefused,
@@ -129,7 +130,7 @@ class Service:
         except RecountRefused as error:
             log.error('refused reason="%s"', error)
             return RecountOutcome(f"refused: {error}", REFUSED_RETRY_SECONDS)
-        except ConfigurationError:
+        except (ClientUnusable, ConfigurationError):
             self.disconnect()
             raise
         self.state.result = result

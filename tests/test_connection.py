@@ -14,12 +14,14 @@ from conftest import Command, settings_for
 from pymongo import ReadPreference
 from pymongo.database import Database
 
-from loyalty.errors import DatabaseUnavailable, NoPermission
+from loyalty.concurrency import ignore_progress
+from loyalty.errors import ClientUnusable, DatabaseUnavailable, NoPermission
 from loyalty.history import History
 from loyalty.mongo import connection as mongo
 from loyalty.mongo.connection import connect
 from loyalty.mongo.privileges import collection_type, missing_privileges
 from loyalty.recount.runner import RecountRequest, connect_and_verify, run_recount
+from loyalty.service import Service
 from sandbox.faults import failing
 from sandbox.mongod import Deployment, wait_until
 
@@ -53,6 +55,10 @@ OPTIONS = [
     "heartbeatFrequencyMS=600000",
     "serverMonitoringMode=poll",
     "appName=shop",
+    "directConnection=true",
+    "serverSelectionTimeoutMS=1",
+    "connectTimeoutMS=1000",
+    "localThresholdMS=0",
 ]
 
 
@@ -117,6 +123,52 @@ def test_no_option_of_the_uri_hides_the_writes_of_a_service_that_was_killed(
 def has_conflicts(shop: Database[Any]) -> bool:
     operations = shop.client.admin.aggregate([{"$currentOp": {}}])
     return any(o.get("writeConflicts") for o in operations if o.get("ns") == shop.users.full_name)
+
+
+@pytest.mark.parametrize("code", [204, 205, 211])
+def test_a_client_that_a_restore_made_unusable_is_replaced(
+    shop: Database[Any],
+    uri: str,
+    deployment: Deployment,
+    caplog: pytest.LogCaptureFixture,
+    code: int,
+) -> None:
+    caplog.set_level(logging.INFO, "loyalty")
+    settings = settings_for(uri)
+    service = Service(settings, lambda: settings)
+    service.connect()
+
+    def fail() -> None:
+        with failing(deployment.primary(), "aggregate", 99, errorCode=code):
+            service.recount(ignore_progress)
+
+    with pytest.raises(ClientUnusable):
+        fail()
+    service.recount(ignore_progress)
+    with pytest.raises(ClientUnusable):  # which also closes the second client
+        fail()
+    assert sum(message.startswith("connected ") for message in caplog.messages) == 2
+    assert shop.users.count_documents({"loyalty_points": 1}) == 50
+
+
+@pytest.mark.parametrize("code", [13, 8000, 59])
+def test_orphaned_writes_that_cannot_be_seen_are_one_warning(
+    uri: str, deployment: Deployment, caplog: pytest.LogCaptureFixture, code: int
+) -> None:
+    with failing(deployment.primary(), "aggregate", 1, errorCode=code):
+        connect(settings_for(uri), writing=True).client.close()
+    (warning,) = caplog.messages
+    assert warning.startswith("orphaned_writes_unknown")
+
+
+def test_a_transient_error_while_looking_for_orphaned_writes_is_not_ignored(
+    uri: str, deployment: Deployment
+) -> None:
+    with (
+        failing(deployment.primary(), "aggregate", 9, errorCode=11600),
+        pytest.raises(DatabaseUnavailable),
+    ):
+        connect(settings_for(uri), writing=True)
 
 
 @pytest.mark.parametrize(
@@ -227,6 +279,14 @@ def test_a_monitoring_user_needs_nothing_but_find_on_the_records(
     assert command("--status", MONGODB_URI=uri) == 0
     assert "succeeded" in capsys.readouterr().out
     assert command("--dry-run", MONGODB_URI=uri) == 78
+
+
+@pytest.mark.xdist_group("auth")
+def test_to_create_the_index_needs_no_privilege_on_users(
+    allow: Callable[..., str], command: Command
+) -> None:
+    uri = allow((on("orders"), ["find", "createIndex"]))
+    assert command("--create-index", MONGODB_URI=uri) == 0
 
 
 @pytest.mark.xdist_group("auth")

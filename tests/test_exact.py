@@ -66,11 +66,7 @@ def busy(deployment: Deployment, client: MongoClient[Any]) -> Iterator[tuple[Con
 
 
 def recount(
-    connection: Connection,
-    settings: Settings,
-    *,
-    write: bool = True,
-    cuts: list[Any] | None = None,
+    connection: Connection, settings: Settings, *, write: bool = True, cuts: list[Any] | None = None
 ) -> Result:
     find_boundaries = partition_boundaries if cuts is None else lambda _: cuts
     request = RecountRequest(write=write, force=True, find_boundaries=find_boundaries)
@@ -128,7 +124,9 @@ def test_without_a_snapshot_a_recount_beside_busy_writers_sees_false_changes(
     """An index scan misses an order that moves meanwhile, or sees it twice."""
     connection, settings = busy
     with writers(settings.mongodb_uri, *["move"] * 4):
-        done, found = count_false_changes(replace(connection, snapshots=False), settings, recounts=1_000)
+        done, found = count_false_changes(
+            replace(connection, snapshots=False), settings, recounts=1_000
+        )
     print(f"{done} recounts, {found} false changes")
     assert found > 0
 

@@ -108,7 +108,7 @@ def connect(
             _wait_for_orphaned_writes(connection)
     except AuthenticationFailed as error:
         client.close()
-        raise ConfigurationError(f"{error}; {_auth_source_hint(settings.mongodb_uri)}") from error
+        raise AuthenticationFailed(f"{error}; {_auth_source_hint(settings.mongodb_uri)}") from error
     except BaseException:
         client.close()
         raise
