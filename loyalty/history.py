@@ -16,12 +16,13 @@ from typing import Any
 import pymongo
 from pymongo.collection import Collection
 
-from config import VERSION, Settings
+from config import Settings
 from loyalty.errors import ConfigurationError, DatabaseUnavailable, NoPermission, ServiceError
 from loyalty.logs import WarnOnce
 from loyalty.mongo.driver_errors import map_driver_errors
+from loyalty.record import TARGET_SETTINGS, record_of, recorded_settings
 from loyalty.recount.customer_ids import Document
-from loyalty.recount.tally import COUNTS, Result
+from loyalty.recount.tally import Result
 
 HEARTBEAT_INTERVAL = timedelta(seconds=10)
 
@@ -32,9 +33,6 @@ OWNER_FILTER = {"recorded_by": "loyalty-microservice"}
 
 _RECOUNTS = {"outcome": {"$ne": "live"}}
 _SUCCESSES = {"outcome": {"$in": ["succeeded", "incomplete"]}}
-
-_TARGET = ("orders", "users", "points_field")
-_COUNTED = ("order_statuses", "points_per_order", "status_field", "customer_field")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +61,7 @@ class History:
         self._collection = collection
         self._settings = recorded_settings(settings) if settings else {}
         self._retention = settings.retention if settings else timedelta(0)
-        self._target = {f"settings.{name}": self._settings.get(name) for name in _TARGET}
+        self._target = {f"settings.{name}": self._settings.get(name) for name in TARGET_SETTINGS}
         self._has_expiry_index = False
         self._last_id: Any = None
         self._warn_once = WarnOnce()
@@ -74,7 +72,8 @@ class History:
             return
         record = OWNER_FILTER | record_of(result) | self._common_fields(result.finished_at)
         with self._warn_on_failure("record_write_failed"):
-            self._warn_of_other_service(self._collection)
+            with suppress(ServiceError):
+                self._warn_of_other_service(self._collection)
             with map_driver_errors("insert", self._collection):
                 self._last_id = self._collection.insert_one(record).inserted_id
         if not self._has_expiry_index:
@@ -85,7 +84,7 @@ class History:
         """Replace this host's heartbeat for the target. A failure is one warning."""
         if self._collection is None:
             return
-        target = {name: self._settings[name] for name in _TARGET}
+        target = {name: self._settings[name] for name in TARGET_SETTINGS}
         own_id = {"_id": {"heartbeat_of": socket.gethostname(), **target}}
         values = {
             **OWNER_FILTER,
@@ -215,36 +214,3 @@ class History:
 def is_fresh(age: timedelta | None, interval: timedelta) -> bool:
     """Return whether points of this age are fresh: at most two intervals old."""
     return age is not None and age <= 2 * interval
-
-
-def recorded_settings(settings: Settings) -> Document:
-    """Return the settings that say what is counted, and where."""
-    values = {name: getattr(settings, name) for name in (*_TARGET, *_COUNTED)}
-    return values | {"order_statuses": list(settings.order_statuses)}
-
-
-def record_of(result: Result) -> dict[str, Any]:
-    """Return the fields of a record that describe the recount; `--json` prints the same."""
-    counts = {name: getattr(result.totals, name) for name in COUNTS}
-    return {
-        "started_at": result.started_at,
-        "finished_at": result.finished_at,
-        "seconds": result.seconds,
-        "as_of": result.as_of,
-        "cluster_time": result.cluster_time if result.exact else None,
-        "exact": result.exact,
-        "outcome": result.outcome,
-        **counts,
-        "changed": _written(result),
-        "failed_updates": result.failed_updates,
-        "error": result.error,
-        "host": socket.gethostname(),
-        "version": VERSION,
-    }
-
-
-def _written(result: Result) -> int | None:
-    """Return how many users were written; None if an error ended the recount: not known then."""
-    if result.outcome == "refused":
-        return 0
-    return None if result.error else result.totals.changed - result.failed_updates

@@ -11,8 +11,9 @@ from bson import Timestamp
 
 from config import Settings
 from loyalty.examine import PreflightReport
-from loyalty.history import Heartbeat, is_fresh, record_of
+from loyalty.history import Heartbeat, is_fresh
 from loyalty.mongo.connection import Connection
+from loyalty.record import record_of
 from loyalty.recount.customer_ids import Document
 from loyalty.recount.statuses import OrderBreakdown, is_counted, shown_status
 from loyalty.recount.tally import Change, Result
