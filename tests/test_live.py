@@ -267,6 +267,57 @@ def test_without_the_index_a_large_shop_has_no_live_updates_and_one_warning(
         assert harness.is_live
 
 
+def test_live_updates_stop_when_the_index_is_dropped_and_are_back_with_it(
+    deployment: Deployment, small_shop: Database[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    small_shop.orders.insert_many({"status": "Paid"} for _ in range(100_001))
+    options = {"heartbeat_interval": timedelta(0)}
+    with live_service(deployment, small_shop, options) as harness:
+        harness.update()
+        assert harness.is_live
+        small_shop.orders.drop_indexes()
+        small_shop.orders.insert_one(shipped(IDS[0]))
+        harness.update_until(lambda: not harness.is_live)
+        assert points(small_shop) == [2, 1, 1]
+        warnings = [m for m in caplog.messages if m.startswith("live_updates_unavailable")]
+        assert len(warnings) == 1
+        assert "--create-index" in warnings[0]
+        make_index(small_shop)
+        harness.recount()
+        assert harness.is_live
+
+
+def test_each_opening_of_the_stream_warns_that_pre_images_are_off(
+    deployment: Deployment, small_shop: Database[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    def warnings() -> int:
+        return sum(message.startswith("pre_images_off") for message in caplog.messages)
+
+    small_shop.command("collMod", "orders", changeStreamPreAndPostImages={"enabled": True})
+    with live_service(deployment, small_shop) as harness:
+        assert warnings() == 0
+        orders = list(small_shop.orders.find())
+        small_shop.orders.drop()
+        small_shop.orders.insert_many(orders)  # as a restore does: without the option
+        harness.update_until(lambda: warnings() == 1)
+        harness.update_until_exact()
+
+
+@pytest.mark.parametrize(("connections", "is_live"), [(1, False), (2, True)])
+def test_live_updates_need_a_pool_of_two_connections(
+    deployment: Deployment, small_shop: Database[Any], connections: int, *, is_live: bool
+) -> None:
+    uri = deployment.uri_for(database=small_shop.name)
+    uri += f"{'&' if '?' in uri else '?'}maxPoolSize={connections}"
+    with live_service(deployment, small_shop, MONGODB_URI=uri) as harness:
+        small_shop.orders.insert_one(shipped(IDS[0]))
+        small_shop.orders.update_one({"customer_id": str(IDS[1])}, {"$set": {"status": "Paid"}})
+        if not is_live:
+            harness.recount()
+        harness.update_until_exact()
+        assert harness.is_live == is_live
+
+
 # --- ids in upper and mixed case
 
 
@@ -463,7 +514,8 @@ def test_a_stream_that_cannot_be_resumed_is_a_resync_and_not_an_error(
         small.update_until(lambda: f"(code {code})" in caplog.text)
     (line,) = [m for m in caplog.messages if m.startswith("resync ")]
     assert f"(code {code})" in line
-    assert not [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")]
+    serious = [r.getMessage() for r in caplog.records if r.levelname in ("WARNING", "ERROR")]
+    assert [message.split()[0] for message in serious] == ["pre_images_off"]
     small.recount()
     small.shop.orders.insert_one(shipped(IDS[1]))
     small.update_until_exact()
