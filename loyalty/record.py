@@ -10,7 +10,7 @@ from loyalty.recount.customer_ids import Document
 from loyalty.recount.tally import COUNTS, Result
 
 TARGET_SETTINGS = ("orders", "users", "points_field")
-"""What tells two shops in one database apart."""
+"""The settings that tell two shops in one database apart."""
 _COUNTED = ("order_statuses", "points_per_order", "status_field", "customer_field")
 
 

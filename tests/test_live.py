@@ -38,7 +38,7 @@ MIXED_CASE = str(IDS[1])[:9].upper() + str(IDS[1])[9:]
 
 
 def customer_ids() -> st.SearchStrategy[Any]:
-    hex_ids = st.sampled_from([v for own in IDS for v in (own, str(own), str(own).upper())])
+    hex_ids = st.sampled_from([v for i in IDS for v in (i, str(i), str(i).upper())])
     others = [None, "", 5, 5.0, "5", "ada", {"a": 1}, [1], {"$gt": 1}, Regex("^b")]
     return st.one_of(hex_ids, hex_ids, st.sampled_from(others))
 
