@@ -34,9 +34,6 @@ OWNER_FILTER = {"recorded_by": "loyalty-microservice"}
 _RECOUNTS = {"outcome": {"$ne": "live"}}
 _SUCCESSES = {"outcome": {"$in": ["succeeded", "incomplete"]}}
 
-_TARGET = ("orders", "users", "points_field")
-_COUNTED = ("order_statuses", "points_per_order", "status_field", "customer_field")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heartbeat:
@@ -75,7 +72,8 @@ class History:
             return
         record = {**OWNER_FILTER, **record, **self._common_fields(record["finished_at"])}
         with self._warn_on_failure("record_write_failed"):
-            self._warn_of_other_service(self._collection)
+            with suppress(ServiceError):
+                self._warn_of_other_service(self._collection)
             with map_driver_errors("insert", self._collection):
                 self._last_id = self._collection.insert_one(record).inserted_id
         self.create_expiry_index(self._collection)
@@ -84,7 +82,7 @@ class History:
         """Replace this host's heartbeat for the target. A failure is one warning."""
         if self._collection is None:
             return
-        target = {name: self._settings[name] for name in _TARGET}
+        target = {name: self._settings[name] for name in TARGET_SETTINGS}
         own_id = {"_id": {"heartbeat_of": socket.gethostname(), **target}}
         values = {
             **OWNER_FILTER,
