@@ -16,8 +16,8 @@ from config import VERSION, Settings
 from loyalty.errors import ConfigurationError, RecountRefused
 from loyalty.history import Heartbeat, History
 from loyalty.mongo.connection import connect
+from loyalty.recount.result import Result
 from loyalty.recount.runner import run_recount
-from loyalty.recount.tally import Result
 from sandbox.shop import Shop
 
 
@@ -47,7 +47,7 @@ def test_a_record_holds_the_result_and_the_settings(database: Database[Any], uri
         "recorded_by": "loyalty-microservice",
         "seconds": result.seconds,
         "as_of": result.as_of,
-        "cluster_time": result.cluster_time,
+        "cluster_time": result.count.cluster_time,
         "exact": True,
         "outcome": "succeeded",
         "counted_orders": totals.counted_orders,
