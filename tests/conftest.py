@@ -13,6 +13,7 @@ from pymongo import MongoClient
 from pymongo.database import Database
 
 from config import Settings, load
+from loyalty.cli import main
 from sandbox import faults
 from sandbox.mongod import Deployment
 from sandbox.service import Process
