@@ -16,11 +16,7 @@ from pymongo.collection import Collection
 from loyalty.errors import DatabaseUnavailable, RecountRefused
 from loyalty.history import OWNER_FILTER, History
 from loyalty.mongo.connection import Connection, connect
-from loyalty.recount.change_log import (
-    find_changes,
-    find_recount,
-    find_user_changes,
-)
+from loyalty.recount.change_log import find_changes, find_recount, find_user_changes
 from loyalty.recount.result import Result
 from loyalty.recount.runner import FULL_RECOUNT, RecountRequest, run_recount
 from sandbox import faults

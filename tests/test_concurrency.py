@@ -62,9 +62,7 @@ def test_no_call_is_running_after_the_block() -> None:
     assert finished == [1]
 
 
-def test_progress_is_reported_to_the_log_and_the_callback(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_progress_is_reported_to_the_log_and_the_callback(caplog: pytest.LogCaptureFixture) -> None:
     texts: list[str] = []
     progress = Progress("counting", 1_200, texts.append, report_seconds=0)
     with caplog.at_level("INFO", "loyalty"):

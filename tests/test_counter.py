@@ -54,9 +54,7 @@ def count_all(
     connection: Connection, cuts: Sequence[Any] = (), *, single_query: bool = False
 ) -> tuple[list[Row], CountResult]:
     rows: list[Row] = []
-    counter = Counter(
-        connection, SETTINGS, ignore_progress, find_boundaries=lambda _: list(cuts)
-    )
+    counter = Counter(connection, SETTINGS, ignore_progress, find_boundaries=lambda _: list(cuts))
     return rows, counter.count_all(rows.append, single_query=single_query)
 
 
@@ -213,15 +211,15 @@ def test_without_a_usable_index_one_query_counts_everybody(
     assert find_mismatches(connection.users.database) == []
 
 
-def test_some_customers_have_a_row_each_also_if_they_are_up_to_date(
-    connection: Connection,
-) -> None:
+def test_some_customers_have_a_row_each_also_if_they_are_up_to_date(connection: Connection) -> None:
     connection.users.insert_many([{"_id": ADA, "loyalty_points": 2}, {"_id": BOB}, {"_id": 5}])
     ship(connection, str(ADA), str(ADA).upper(), BOB, 5, "unknown", "other")
     rows: list[Row] = []
     customers = [(c, indexable_variants(c)) for c in (ADA, 5, "unknown", EVE)]
     result = Counter(connection, SETTINGS, ignore_progress).count_customers(rows.append, customers)
-    found = {row.customer: (row.orders, len(row.users)) for row in rows if hasattr(row, "customer")}
+    found = {
+        row.customer: (row.orders, len(row.users)) for row in rows if isinstance(row, CustomerCount)
+    }
     assert found == {ADA: (2, 1), 5: (1, 1), "unknown": (1, 0)}
     assert len(rows) == 3
     assert result.exact
@@ -258,9 +256,7 @@ def test_a_count_longer_than_the_servers_snapshots_continues_at_a_new_time(
             create_index(connection.orders, settings)
             request = RecountRequest(find_boundaries=lambda _: list(range(4, 40, 4)))
             before = datetime.now(UTC)
-            result = run_recount(
-                connection, settings, History(None), request, discard_now_and_then
-            )
+            result = run_recount(connection, settings, History(None), request, discard_now_and_then)
         assert find_mismatches(shop) == []
         assert not result.count.exact
         assert result.count.cluster_time is None
@@ -362,10 +358,7 @@ def test_a_first_counted_order_that_comes_after_the_count_is_no_reason_to_refuse
 ) -> None:
     connection.users.insert_one({"_id": ADA})
     result = run_recount(
-        connection,
-        SETTINGS,
-        History(None),
-        on_progress=once(lambda: ship(connection, ADA)),
+        connection, SETTINGS, History(None), on_progress=once(lambda: ship(connection, ADA))
     )
     assert result.refusal is None
     assert result.totals.counted_orders == 0

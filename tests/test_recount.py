@@ -80,11 +80,7 @@ def read_users(connection: Connection) -> list[Document]:
     cuts=[],
     workers="1",
 )
-@given(
-    shop=SHOPS,
-    cuts=st.lists(BOUNDARIES, max_size=8),
-    workers=st.sampled_from(["1", "2", "4"]),
-)
+@given(shop=SHOPS, cuts=st.lists(BOUNDARIES, max_size=8), workers=st.sampled_from(["1", "2", "4"]))
 def test_after_a_recount_every_user_has_the_points_that_plain_python_counts(
     connection: Connection,
     shop: tuple[list[Document], list[Document], list[Document]],
@@ -174,9 +170,7 @@ def check(connection: Connection, cuts: list[Any], **values: str) -> None:
 
 def raw_document(**fields: bytes) -> RawBSONDocument:
     """Return a document of BSON values that Python cannot hold: type byte, then the value."""
-    body = b"".join(
-        value[:1] + name.encode() + b"\0" + value[1:] for name, value in fields.items()
-    )
+    body = b"".join(value[:1] + name.encode() + b"\0" + value[1:] for name, value in fields.items())
     return RawBSONDocument((len(body) + 5).to_bytes(4, "little") + body + b"\0")
 
 
@@ -334,9 +328,7 @@ def test_without_temporary_disk_space_nothing_is_written(
     assert connection.users.count_documents({"loyalty_points": {"$exists": True}}) == 0
 
 
-def test_changes_larger_than_the_memory_of_a_spool_are_all_written(
-    connection: Connection,
-) -> None:
+def test_changes_larger_than_the_memory_of_a_spool_are_all_written(connection: Connection) -> None:
     connection.users.insert_many([{"_id": f"{n:0100000}"} for n in range(60)])
     connection.orders.insert_one({"customer_id": f"{7:0100000}", "status": "Shipped"})
     assert run(connection).changed == 60

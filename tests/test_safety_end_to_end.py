@@ -41,10 +41,7 @@ def drop_orders(shop: Database[Any]) -> None:
 
 @pytest.mark.parametrize("mistake", [rename_status, empty_orders, drop_orders])
 def test_a_mistake_that_takes_points_from_all_users_is_refused_and_writes_nothing(
-    database: Database[Any],
-    command: Command,
-    mistake: Callable[[Any], None],
-    capsys: Capture,
+    database: Database[Any], command: Command, mistake: Callable[[Any], None], capsys: Capture
 ) -> None:
     fill(database, 30, 2)
     assert command("--once") == 0
@@ -238,7 +235,9 @@ def test_no_counted_order_is_a_warning_that_lists_the_statuses_that_exist(
     ship(database, 1, 1, status="Sent")
     ship(database, 1, status=None)
     assert command("--once", ORDER_STATUSES="Shipped,Done") == 0
-    warning = "WARNING safety_warning no order has status Shipped or Done; found: Sent (2), none (1)"
+    warning = (
+        "WARNING safety_warning no order has status Shipped or Done; found: Sent (2), none (1)"
+    )
     assert warning in capsys.readouterr().err
     assert find_mismatches(database) == []
 

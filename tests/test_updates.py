@@ -108,7 +108,9 @@ class RejectingUsers:
         if rest := updates[1:]:
             matched = self._users.bulk_write(rest, **options).matched_count
         error = {"index": 0, "code": self._code, "errmsg": "the shard has no primary"}
-        raise BulkWriteError({"writeErrors": [error], "writeConcernErrors": [], "nMatched": matched})
+        raise BulkWriteError(
+            {"writeErrors": [error], "writeConcernErrors": [], "nMatched": matched}
+        )
 
 
 @pytest.mark.parametrize("code", TRANSIENT_CODES, ids=TRANSIENT_CODES.values())
@@ -152,18 +154,14 @@ class ForgetfulUsers:
         return self._users.bulk_write(updates, **options)
 
 
-def test_users_that_an_update_does_not_find_are_written_one_by_one(
-    connection: Connection,
-) -> None:
+def test_users_that_an_update_does_not_find_are_written_one_by_one(connection: Connection) -> None:
     """A chunk migration can hide users from an update that goes to several shards."""
     updates = write_points(ForgetfulUsers(connection), range(10), batch_size=10)
     assert (updates.result.written, updates.result.missing) == (10, 0)
     assert find_mismatches(connection.users.database) == []
 
 
-def test_a_user_who_is_deleted_after_the_count_is_no_failed_update(
-    connection: Connection,
-) -> None:
+def test_a_user_who_is_deleted_after_the_count_is_no_failed_update(connection: Connection) -> None:
     def delete_user(_: str) -> None:
         connection.users.delete_one({"_id": 3})
 
@@ -204,9 +202,7 @@ def test_no_text_of_the_server_about_a_failed_update_is_kept(
     assert "+49 30" not in caplog.text + str(result.failed)
 
 
-def test_a_batch_is_ended_before_it_is_too_large_for_one_command(
-    connection: Connection,
-) -> None:
+def test_a_batch_is_ended_before_it_is_too_large_for_one_command(connection: Connection) -> None:
     ids = [f"{n:0900000}" for n in range(40)]
     connection.users.insert_many([{"_id": user_id} for user_id in ids])
     updates = write_points(connection.users, ids, batch_size=100_000)
