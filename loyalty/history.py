@@ -34,6 +34,9 @@ OWNER_FILTER = {"recorded_by": "loyalty-microservice"}
 _RECOUNTS = {"outcome": {"$ne": "live"}}
 _SUCCESSES = {"outcome": {"$in": ["succeeded", "incomplete"]}}
 
+_TARGET = ("orders", "users", "points_field")
+_COUNTED = ("order_statuses", "points_per_order", "status_field", "customer_field")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heartbeat:
@@ -82,7 +85,7 @@ class History:
         """Replace this host's heartbeat for the target. A failure is one warning."""
         if self._collection is None:
             return
-        target = {name: self._settings[name] for name in TARGET_SETTINGS}
+        target = {name: self._settings[name] for name in _TARGET}
         own_id = {"_id": {"heartbeat_of": socket.gethostname(), **target}}
         values = {
             **OWNER_FILTER,

@@ -441,7 +441,7 @@ def test_a_status_renamed_in_small_batches_stops_live_updates_until_the_next_rec
         assert "paused for the second time" in caplog.text
         assert not harness.is_live
         assert harness.recount().startswith("refused")
-        assert points(database).count_points(1) > 0.5 * users
+        assert points(database).count(1) > 0.5 * users
 
 
 def test_users_who_gain_points_do_not_make_up_for_users_who_lose_them(
