@@ -17,7 +17,7 @@ from conftest import ROOT, Command
 from pymongo.database import Database
 from small_shop import fill
 
-from config import declared
+from config import setting_specs
 from loyalty.commands import once
 from loyalty_microservice import main
 from sandbox.mongod import Deployment, wait_until
@@ -248,7 +248,7 @@ def test_help_says_what_each_option_is(capsys: pytest.CaptureFixture[str]) -> No
     text = " ".join(capsys.readouterr().out.split())
     assert "--customer=-..." in text
     assert "override the safety check" in text
-    for setting in declared().values():
+    for setting in setting_specs().values():
         assert setting.name in text
 
 

@@ -20,9 +20,10 @@ from loyalty.history import History
 from loyalty.mongo import connection as mongo
 from loyalty.mongo.connection import connect
 from loyalty.mongo.privileges import collection_type, missing_privileges
-from loyalty.recount.runner import RecountRequest, connect_and_verify, run_recount
+from loyalty.recount.preflight import connect_and_verify
+from loyalty.recount.runner import RecountRequest, run_recount
 from loyalty.service import Service
-from sandbox.faults import failing
+from sandbox.faults import fail_command
 from sandbox.mongod import Deployment, wait_until
 
 PASSWORD = "a-password"
@@ -88,9 +89,9 @@ def test_no_option_of_the_uri_weakens_a_recount(
         with connection.orders.watch(max_await_time_ms=1) as stream:
             assert stream.try_next() is None
         result = run_recount(
-            connection, settings, History(connection.recounts), RecountRequest(force=True)
+            connection, settings, History(connection.recounts, settings), RecountRequest(force=True)
         )
-    assert result.exact
+    assert result.count.exact
     assert shop.users.count_documents({"loyalty_points": 1}) == 50
     assert shop.loyalty_recounts.count_documents({"outcome": "succeeded"}) == 1
     name = options.partition("=")[0]
@@ -139,7 +140,7 @@ def test_a_client_that_a_restore_made_unusable_is_replaced(
     service.connect()
 
     def fail() -> None:
-        with failing(deployment.primary(), "aggregate", 99, errorCode=code):
+        with fail_command(deployment.primary(), "aggregate", 99, errorCode=code):
             service.recount(ignore_progress)
 
     with pytest.raises(ClientUnusable):
@@ -155,7 +156,7 @@ def test_a_client_that_a_restore_made_unusable_is_replaced(
 def test_orphaned_writes_that_cannot_be_seen_are_one_warning(
     uri: str, deployment: Deployment, caplog: pytest.LogCaptureFixture, code: int
 ) -> None:
-    with failing(deployment.primary(), "aggregate", 1, errorCode=code):
+    with fail_command(deployment.primary(), "aggregate", 1, errorCode=code):
         connect(settings_for(uri), writing=True).client.close()
     (warning,) = caplog.messages
     assert warning.startswith("orphaned_writes_unknown")
@@ -165,7 +166,7 @@ def test_a_transient_error_while_looking_for_orphaned_writes_is_not_ignored(
     uri: str, deployment: Deployment
 ) -> None:
     with (
-        failing(deployment.primary(), "aggregate", 9, errorCode=11600),
+        fail_command(deployment.primary(), "aggregate", 9, errorCode=11600),
         pytest.raises(DatabaseUnavailable),
     ):
         connect(settings_for(uri), writing=True)
@@ -251,7 +252,7 @@ def test_privileges_are_unknown_where_the_server_does_not_list_them(
     deployment: Deployment, uri: str
 ) -> None:
     with (
-        failing(deployment.primary(), "connectionStatus", 1, errorCode=59),
+        fail_command(deployment.primary(), "connectionStatus", 1, errorCode=59),
         connect(settings_for(uri)) as connection,
     ):
         assert missing_privileges(connection.client, "any", WANTED) is None

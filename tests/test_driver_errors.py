@@ -34,7 +34,7 @@ from loyalty.errors import (
 from loyalty.mongo.connection import connect
 from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.error_codes import CODES
-from loyalty.recount.counter import pin_cluster_time
+from loyalty.recount.snapshot import pin_cluster_time
 from sandbox.mongod import Deployment, wait_until
 
 

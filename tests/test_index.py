@@ -15,7 +15,8 @@ from pymongo import MongoClient
 from pymongo.collection import Collection
 from pymongo.database import Database
 
-from loyalty.recount.index import COLLATION, Plan, inspect_plan
+from loyalty.recount.index import Plan, inspect_plan
+from loyalty.recount.order_filter import COLLATION
 from sandbox.faults import SERVICE
 from sandbox.mongod import Deployment, wait_until
 from sandbox.service import Process
