@@ -17,7 +17,7 @@ from live_harness import live_service, make_index
 from pymongo import MongoClient
 from pymongo.collection import Collection
 from pymongo.database import Database
-from test_faults import LiveHarness, assert_ends_well, lines_with, role, start_harness
+from test_faults import FaultHarness, assert_ends_well, lines_with, role, start_harness
 
 from sandbox import faults
 from sandbox.faults import COUNTING, WRITING, FaultPoint
@@ -62,7 +62,7 @@ def normalize_ids(shop: Database[Any]) -> None:
     )
 
 
-def ship_all(harness: LiveHarness) -> None:
+def ship_all(harness: FaultHarness) -> None:
     """Ship all paid orders, without a cursor that a failpoint could block."""
     harness.shop.orders.update_many({"status": "Paid"}, {"$set": {"status": "Shipped"}})
 
@@ -91,7 +91,7 @@ def test_when_the_primary_is_killed_live_updates_continue_with_the_next(
 
 
 @pytest.fixture
-def harness(deployment: Deployment) -> Iterator[LiveHarness]:
+def harness(deployment: Deployment) -> Iterator[FaultHarness]:
     with start_harness(deployment, users=500, orders=2000) as harness:
         normalize_ids(harness.database)
         make_index(harness.database)
@@ -100,7 +100,7 @@ def harness(deployment: Deployment) -> Iterator[LiveHarness]:
 
 @pytest.mark.parametrize("point", [WAITING, COUNTING, UPDATING], ids=str)
 def test_sigterm_ends_live_updates_within_two_seconds(
-    harness: LiveHarness, start: Start, point: FaultPoint
+    harness: FaultHarness, start: Start, point: FaultPoint
 ) -> None:
     daemon = start(harness.uri)
     with faults.pause_at(harness.deployment.servers[0], harness.database.name, point) as reached:
@@ -111,7 +111,7 @@ def test_sigterm_ends_live_updates_within_two_seconds(
 
 @pytest.mark.size(1, deep=10)
 def test_when_one_of_two_services_is_killed_all_points_become_exact(
-    harness: LiveHarness, start: Start, size: int
+    harness: FaultHarness, start: Start, size: int
 ) -> None:
     with ExitStack() as stack:
         # So many orders are returned in a few seconds that the safety check would pause updates.
