@@ -69,14 +69,14 @@ def read_users(connection: Connection) -> dict[Any, bytes]:
 
 
 def recount(connection: Connection, told: Settings) -> ObjectId:
-    history = History(connection.recounts)
+    history = History(connection.recounts, told)
     return run_recount(connection, told, history, RecountRequest(force=True)).id
 
 
 def undo(
     connection: Connection, told: Settings, recount_id: Any = "last", *, write: bool = True
 ) -> tuple[UndoResult, list[NotRestored]]:
-    logged = resolve_recount(connection, told, History(connection.recounts), str(recount_id))
+    logged = resolve_recount(connection, told, History(connection.recounts, told), str(recount_id))
     listed: list[NotRestored] = []
     result = undo_recount(
         connection, logged, write=write, on_not_restored=listed.append, on_progress=ignore_progress
@@ -202,7 +202,7 @@ def test_last_is_the_newest_recount_that_changed_something_and_is_not_undone(
     shop: tuple[Connection, Settings],
 ) -> None:
     connection, told = shop
-    history = History(connection.recounts)
+    history = History(connection.recounts, told)
     connection.users.insert_one({"_id": 1})
     ids = []
     for _ in range(2):
@@ -228,7 +228,7 @@ def test_a_recount_that_is_not_in_the_change_log_is_named(
         RecountNotFound,
         match={"last": "could be undone", "first": "neither", "": "neither"}.get(text, text),
     ):
-        resolve_recount(connection, told, History(connection.recounts), text)
+        resolve_recount(connection, told, History(connection.recounts, told), text)
 
 
 @pytest.mark.parametrize("shop", ["loyalty_points"], indirect=True)

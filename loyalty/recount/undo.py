@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,7 +110,7 @@ def undo_recount(
         for result, not_restored in results:
             total.restored += result.restored
             total.unchanged += result.unchanged
-            total.not_restored += len(not_restored)
+            total.not_restored += result.not_restored
             for user in not_restored:
                 on_not_restored(user)
             on_progress("")
@@ -121,47 +120,42 @@ def undo_recount(
 def _undo_batch(
     users: Collection[Any], points_field: str, changes: Sequence[Document], *, write: bool
 ) -> tuple[UndoResult, list[NotRestored]]:
-    result, not_restored = UndoResult(), []
-    pending = []
+    # The filters match only users who still have the points of the recount.
+    restored = _write(users, points_field, changes) if write else 0
+    if restored == len(changes):
+        return UndoResult(restored), []
+    has_old_points, not_restored = 0, []
     for change, found, is_deleted in _read_points(users, points_field, changes):
-        if is_integer(found) and found == change["after"]:
-            pending.append(change)
-        elif not is_deleted and _is_same(found, change.get("before", MISSING)):
-            result.unchanged += 1
+        before = change.get("before", MISSING)
+        if not is_deleted and _is_same(found, before):
+            has_old_points += 1
+        elif not write and is_integer(found) and found == change["after"]:
+            restored += 1
         else:
-            not_restored.append(_describe(change, found, is_deleted=is_deleted))
-    if not write:
-        result.restored = len(pending)
-        return result, not_restored
-    _write(users, points_field, pending)
-    # The filters match only users who still have the points of the recount: read what came of it.
-    for change, found, is_deleted in _read_points(users, points_field, pending):
-        if not is_deleted and _is_same(found, change.get("before", MISSING)):
-            result.restored += 1
-        else:
-            not_restored.append(_describe(change, found, is_deleted=is_deleted))
-    return result, not_restored
+            user = NotRestored(change["user"], before, change["after"], found, is_deleted)
+            not_restored.append(user)
+    return UndoResult(
+        restored, len(not_restored), has_old_points - (restored if write else 0)
+    ), not_restored
 
 
-def _write(users: Collection[Any], points_field: str, changes: Sequence[Document]) -> None:
-    if not changes:
-        return
+def _write(users: Collection[Any], points_field: str, changes: Sequence[Document]) -> int:
+    """Restore users, and return how many were matched. Raises ServiceError."""
 
-    def write(updates: Sequence[UpdateMany]) -> None:
+    def write(updates: Sequence[UpdateMany]) -> int:
         with map_driver_errors("update", users):
-            users.bulk_write(updates, ordered=False)
+            return users.bulk_write(updates, ordered=False).matched_count
 
+    updates = _build_updates(points_field, changes)
     try:
-        retry(
-            lambda: write(_build_updates(points_field, changes)),
-            COUNT_RETRY,
-            on=DatabaseUnavailable,
-        )
-    except BulkUpdateErrors:
-        # An UpdateMany stops at the first user whose update fails. The caller lists those users.
-        each = [update for c in changes for update in _build_updates(points_field, [c])]
-        with suppress(BulkUpdateErrors):
-            write(each)
+        return retry(lambda: write(updates), COUNT_RETRY, on=DatabaseUnavailable)
+    except BulkUpdateErrors as error:
+        matched = error.matched
+    # An UpdateMany stops at the first user whose update fails. The caller lists those users.
+    try:
+        return matched + write([u for c in changes for u in _build_updates(points_field, [c])])
+    except BulkUpdateErrors as error:
+        return matched + error.matched
 
 
 def _read_points(
@@ -210,8 +204,3 @@ def _is_same(found: Any, before: Any) -> bool:
     if found is MISSING or before is MISSING:
         return found is before
     return bson.encode({"": found}) == bson.encode({"": before})
-
-
-def _describe(change: Document, found: Any, *, is_deleted: bool) -> NotRestored:
-    before = change.get("before", MISSING)
-    return NotRestored(change["user"], before, change["after"], found, is_deleted)
