@@ -13,7 +13,7 @@ from pymongo import MongoClient
 from pymongo.database import Database
 
 from config import Settings, load
-from loyalty import cli
+from loyalty.cli import main
 from sandbox import faults
 from sandbox.mongod import Deployment
 from sandbox.service import Process
@@ -134,7 +134,7 @@ def command(uri: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Comman
         file.touch(mode=0o600)
         settings = {"MONGODB_URI": uri, **values}
         file.write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
-        return cli.main(["--env-file", str(file), *arguments])
+        return main(["--env-file", str(file), *arguments])
 
     return run
 

@@ -45,7 +45,7 @@ def recount(
     connection: Connection, request: RecountRequest = FULL_RECOUNT, **values: str
 ) -> Result:
     settings = settings_for("mongodb://unused/", **values)
-    return run_recount(connection, settings, History(connection.recounts), request)
+    return run_recount(connection, settings, History(connection.recounts, settings), request)
 
 
 def log_collection(connection: Connection) -> Collection[Any]:

@@ -101,9 +101,8 @@ def test_no_option_of_the_uri_weakens_a_recount(
 
 @pytest.mark.parametrize("options", [o for o in OPTIONS if o.startswith(("read", "time", "max"))])
 def test_no_option_of_the_uri_hides_the_writes_of_a_service_that_was_killed(
-    shop: Database[Any], uri: str, options: str, monkeypatch: pytest.MonkeyPatch
+    shop: Database[Any], uri: str, options: str
 ) -> None:
-    monkeypatch.setattr(mongo, "CONNECT_TIMEOUT_SECONDS", 1.0)
     settings = settings_for(with_options(uri, options))
     with connect(settings, writing=True) as killed, shop.client.start_session() as session:
         with session.start_transaction():
@@ -114,7 +113,7 @@ def test_no_option_of_the_uri_hides_the_writes_of_a_service_that_was_killed(
             update.start()
             wait_until("the update to wait for the lock", lambda: has_conflicts(shop))
             with pytest.raises(DatabaseUnavailable, match="still updates"):
-                connect(settings, writing=True, timeout_seconds=5)
+                connect(settings, writing=True, timeout_seconds=1)
             session.abort_transaction()
         update.join()
         connect(settings, writing=True).client.close()

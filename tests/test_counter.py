@@ -217,7 +217,9 @@ def test_some_customers_have_a_row_each_also_if_they_are_up_to_date(connection: 
     rows: list[Row] = []
     customers = [(c, indexable_variants(c)) for c in (ADA, 5, "unknown", EVE)]
     result = Counter(connection, SETTINGS, ignore_progress).count_customers(rows.append, customers)
-    found = {row.customer: (row.orders, len(row.users)) for row in rows if hasattr(row, "customer")}
+    found = {
+        row.customer: (row.orders, len(row.users)) for row in rows if isinstance(row, CustomerCount)
+    }
     assert found == {ADA: (2, 1), 5: (1, 1), "unknown": (1, 0)}
     assert len(rows) == 3
     assert result.exact

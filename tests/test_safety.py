@@ -70,7 +70,9 @@ def test_a_recount_is_refused_if_too_large_a_share_of_the_holders_would_lose_poi
     if is_refused:
         assert f"{losing} of the {holders:,} users with points would lose some" in refusal
         assert f"MAX_DECREASE_PERCENT={percent}" in refusal
-        assert refusal.endswith("--once --force")
+        assert refusal.endswith(
+            "right? If this is intended, let one recount through with --once --force"
+        )
 
 
 @pytest.mark.parametrize(

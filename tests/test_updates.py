@@ -79,7 +79,7 @@ def test_a_transient_error_that_stays_ends_the_recount_and_is_no_failed_update(
     connection: Connection, deployment: Deployment, code: int
 ) -> None:
     settings = settings_for("mongodb://unused/")
-    history = History(connection.recounts)
+    history = History(connection.recounts, settings_for("mongodb://unused/"))
     with (
         faults.fail_command(deployment.servers[0], "update", 99, errorCode=code),
         pytest.raises(DatabaseUnavailable),
@@ -179,7 +179,7 @@ def test_a_recount_fails_if_more_than_one_percent_of_the_updates_fail_and_writes
     connection.users.insert_many([{"_id": n} for n in range(10, users)])
     rule = {"$or": [{"loyalty_points": {"$exists": False}}, {"_id": {"$gte": failing}}]}
     connection.users.database.command("collMod", "users", validator=rule)
-    history = History(connection.recounts)
+    history = History(connection.recounts, settings_for("mongodb://unused/"))
     with pytest.raises(TooManyFailedUpdates, match=f"{failing} of {users:,} updates failed"):
         run_recount(connection, settings_for("mongodb://unused/"), history)
     assert len(find_mismatches(connection.users.database)) == failing

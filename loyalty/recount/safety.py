@@ -46,7 +46,10 @@ class SafetyReport:
 
     @property
     def refusal(self) -> str | None:
-        return f"{'; '.join(self.refusals)}. {_FORCE}" if self.refusals else None
+        if not self.refusals:
+            return None
+        text = "; ".join(self.refusals)
+        return f"{text}{'' if text.endswith('?') else '.'} {_FORCE}"
 
 
 @dataclass(frozen=True, slots=True)
