@@ -35,7 +35,7 @@ from pymongo import MongoClient
 from pymongo.database import Database
 
 import loyalty_microservice
-from loyalty.history import OWNER_FILTER, RETENTION, History
+from loyalty.history import OWNER_FILTER, History
 from loyalty.mongo.connection import connect
 from loyalty.recount import counter as count_failures
 from loyalty.recount.counter import Count
@@ -130,9 +130,9 @@ def keep_expiring(harness: FaultHarness) -> None:
     To make it takes every node: with one of them dead, each test would wait for it in vain.
     """
     harness.database["loyalty_recounts"].create_index(
-        "finished_at",
-        name="loyalty_records_expire",
-        expireAfterSeconds=int(RETENTION.total_seconds()),
+        "expires_at",
+        name="loyalty_expires_at",
+        expireAfterSeconds=0,
         partialFilterExpression=OWNER_FILTER,
     )
 

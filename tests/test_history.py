@@ -22,7 +22,12 @@ from sandbox.shop import Shop
 
 
 def recount_with(settings: Settings, history: History) -> Result:
+    """Do a recount of the test's shop, which gets a user and an order if it has none."""
     with connect(settings, writing=True) as connection:
+        if connection.users.find_one() is None:
+            connection.users.insert_one({"_id": 1})
+        if connection.orders.find_one() is None:
+            connection.orders.insert_one({"customer_id": 1, "status": "Shipped"})
         return run_recount(connection, settings, history)
 
 
@@ -79,7 +84,6 @@ def test_a_record_holds_the_result_and_the_settings(database: Database[Any], uri
 
 
 def test_an_index_removes_records_when_they_expire(database: Database[Any], uri: str) -> None:
-    database.users.insert_one({"_id": 1})
     settings = settings_for(uri)
     recount_with(settings, History(database.loyalty_recounts, settings))
     index = database.loyalty_recounts.index_information()["loyalty_expires_at"]

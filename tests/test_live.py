@@ -303,19 +303,17 @@ def test_each_opening_of_the_stream_warns_that_pre_images_are_off(
         harness.update_until_exact()
 
 
-@pytest.mark.parametrize(("connections", "is_live"), [(1, False), (2, True)])
-def test_live_updates_need_a_pool_of_two_connections(
-    deployment: Deployment, small_shop: Database[Any], connections: int, *, is_live: bool
+@pytest.mark.parametrize("connections", [1, 2])
+def test_live_updates_work_whatever_pool_size_the_uri_names(
+    deployment: Deployment, small_shop: Database[Any], connections: int
 ) -> None:
     uri = deployment.uri_for(database=small_shop.name)
     uri += f"{'&' if '?' in uri else '?'}maxPoolSize={connections}"
     with live_service(deployment, small_shop, MONGODB_URI=uri) as harness:
         small_shop.orders.insert_one(shipped(IDS[0]))
         small_shop.orders.update_one({"customer_id": str(IDS[1])}, {"$set": {"status": "Paid"}})
-        if not is_live:
-            harness.recount()
         harness.update_until_exact()
-        assert harness.is_live == is_live
+        assert harness.is_live
 
 
 # --- ids in upper and mixed case
@@ -511,9 +509,9 @@ def test_a_stream_that_cannot_be_resumed_is_a_resync_and_not_an_error(
     small: LiveHarness, deployment: Deployment, caplog: pytest.LogCaptureFixture, code: int
 ) -> None:
     with faults.fail_command(deployment.servers[0], "getMore", 1, errorCode=code):
-        small.update_until(lambda: f"(code {code})" in caplog.text)
+        small.update_until(lambda: f"(code {code}" in caplog.text)
     (line,) = [m for m in caplog.messages if m.startswith("resync ")]
-    assert f"(code {code})" in line
+    assert f"(code {code}" in line
     serious = [r.getMessage() for r in caplog.records if r.levelname in ("WARNING", "ERROR")]
     assert [message.split()[0] for message in serious] == ["pre_images_off"]
     small.recount()
@@ -524,12 +522,14 @@ def test_a_stream_that_cannot_be_resumed_is_a_resync_and_not_an_error(
 def test_a_second_resync_within_seconds_is_an_error_so_that_the_daemon_waits(
     small: LiveHarness, caplog: pytest.LogCaptureFixture
 ) -> None:
-    small.shop.orders.drop()
+    def replace_orders() -> None:
+        small.shop.new.insert_many([shipped(user_id) for user_id in IDS[:2]])
+        small.shop.new.rename("orders", dropTarget=True)
+
+    replace_orders()
     small.update_until(lambda: "resync reason=" in caplog.text)
-    assert points(small.shop) == [0, 0, 0]
-    small.shop.orders.insert_one(shipped(IDS[0]))
-    small.update_until_exact()
-    small.shop.orders.drop()
+    assert points(small.shop) == [1, 1, 0]
+    replace_orders()
     with pytest.raises(DatabaseUnavailable, match="again within 10 s"):
         small.update_until(lambda: False)
     assert not small.is_live
@@ -558,7 +558,7 @@ def test_after_the_oplog_has_lost_history_a_resync_makes_the_points_exact(
 
                 wait_until("a lost order", is_lost)
             harness.update_until(lambda: "resync reason=" in caplog.text)
-            assert re.search(r"resync reason=.*\(code (286|136)\)", caplog.text)
+            assert re.search(r"resync reason=.*\(code (286|136)", caplog.text)
             assert find_mismatches(shop) == []
             shop.orders.insert_one(shipped(IDS[0]))
             harness.update_until_exact()

@@ -162,6 +162,7 @@ def test_counters_and_the_last_success_survive_the_process(
 def test_live_updates_are_in_the_metrics_while_they_are_active(
     deployment: Deployment, database: Shop, tmp_path: Path
 ) -> None:
+    database.users.insert_one({"_id": 1})
     make_index(database)
     file = tmp_path / "loyalty.prom"
     with live_service(deployment, database, METRICS_FILE=str(file)) as harness:
