@@ -159,7 +159,7 @@ def name_on_server(client: MongoClient[Any], code: int) -> str:
 
 def write_errors(*errors: tuple[int, str]) -> BulkWriteError:
     entries = [{"index": n, "code": c, "errmsg": text} for n, (c, text) in enumerate(errors)]
-    return BulkWriteError({"writeErrors": entries, "writeConcernErrors": []})
+    return BulkWriteError({"writeErrors": entries, "writeConcernErrors": [], "nMatched": 0})
 
 
 INVALID = (121, "Document failed validation: {email: 'ada@example.com'}")

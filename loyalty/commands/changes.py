@@ -17,7 +17,7 @@ from loyalty.recount.undo import change_log_collection, resolve_recount
 def run(args: argparse.Namespace, settings: Settings) -> Exit:
     """Print each logged change, in the order of writing; as JSON, one object a line."""
     number = 0
-    with connect(settings, writing=False) as connection:
+    with connect(settings, verify=False) as connection:
         history = History(connection.recounts, settings)
         recount = resolve_recount(connection, settings, history, args.changes)
         if not args.json:

@@ -12,7 +12,7 @@ from loyalty.recount.index import create_index
 
 
 def run(args: argparse.Namespace, settings: Settings) -> Exit:
-    with connect(settings, writing=False) as connection:
+    with connect(settings, verify=False) as connection:
         name = create_index(connection.orders, settings)
         print_line(f"{connection.orders.full_name} has the index {name}")
     return Exit.OK

@@ -25,7 +25,7 @@ _SUCCEEDED = ("succeeded", "incomplete")
 
 
 def run(args: argparse.Namespace, settings: Settings) -> Exit:
-    with connect(settings, writing=False) as connection:
+    with connect(settings, verify=False) as connection:
         history, now = History(connection.recounts, settings), datetime.now(UTC)
         records, heartbeat = history.newest(MAX_RECORDS), history.heartbeat()
         age = _nonnegative(history.age(now))
