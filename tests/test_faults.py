@@ -35,7 +35,7 @@ from pymongo import MongoClient
 from pymongo.database import Database
 
 import loyalty_microservice
-from loyalty.history import OWNER_FILTER, RETENTION, History
+from loyalty.history import History
 from loyalty.mongo.connection import connect
 from loyalty.recount.counter import ROWS_PER_BATCH
 from loyalty.recount.index import create_index
@@ -114,24 +114,21 @@ def cluster_harness(three_node_cluster: Deployment) -> Iterator[FaultHarness]:
     """A shop on three nodes, which are all well again afterwards."""
     try:
         with start_harness(three_node_cluster) as harness:
-            create_expiry_index(harness)
+            create_expiry_indexes(harness)
             yield harness
             faults.recover(three_node_cluster)
     finally:
         faults.recover(three_node_cluster)
 
 
-def create_expiry_index(harness: FaultHarness) -> None:
-    """Make the index of the records as an earlier service has.
+def create_expiry_indexes(harness: FaultHarness) -> None:
+    """Create the indexes by which documents expire, as an earlier service has.
 
-    To make it takes every node: with one of them dead, each test would wait for it in vain.
+    This needs every server: with a dead one, each test would wait for it in vain.
     """
-    harness.database["loyalty_recounts"].create_index(
-        "finished_at",
-        name="loyalty_records_expire",
-        expireAfterSeconds=int(RETENTION.total_seconds()),
-        partialFilterExpression=OWNER_FILTER,
-    )
+    history = History(None, settings_for(harness.uri))
+    for name in ("loyalty_recounts", "loyalty_changes"):
+        history.create_expiry_index(harness.database[name])
 
 
 def prepare(harness: FaultHarness, point: FaultPoint) -> None:
@@ -814,8 +811,8 @@ def test_the_role_allows_everything_but_creating_the_index(
     daemon.wait_for("outcome=succeeded")
     assert daemon.stop() == 0
     secured.assert_exact()
-    expiry = secured.database["loyalty_recounts"].index_information()["loyalty_records_expire"]
-    assert expiry["expireAfterSeconds"] == 90 * 24 * 3600
+    expiry = secured.database["loyalty_recounts"].index_information()["loyalty_expires_at"]
+    assert expiry["expireAfterSeconds"] == 0
     status = run("--status")
     assert status.wait() == 0
     refused = run("--create-index")
