@@ -220,10 +220,10 @@ def test_a_recount_with_a_fault_between_two_partitions_is_exact(
     users = [
         user["_id"] for user in cluster_harness.shop.users.find({"_id": {"$type": "objectId"}})
     ]
-    cuts, calls = sorted(users)[:: len(users) // 8], itertools.count(1)
+    cuts, calls = sorted(users)[:: len(users) // 30], itertools.count(1)
 
     def disturb(_: str) -> None:
-        if next(calls) == 5:
+        if next(calls) == 3:  # far more partitions follow than are counted before their turn
             fault(cluster_harness)
 
     # Arrays would prevent the partitions.
@@ -611,7 +611,7 @@ def test_recounts_longer_than_the_interval_neither_overlap_nor_pile_up(
 def test_an_internal_error_is_logged_with_its_traceback_and_the_daemon_continues(
     harness: FaultHarness, service: Start, tmp_path: Path
 ) -> None:
-    bugs = ["1:KeyError", "2:MemoryError", "1:RecursionError", "2:ValueError"]
+    bugs = ["1:KeyError", "1:RecursionError", "2:MemoryError"]  # the last while it writes
     daemon = service(
         *("bugs", ",".join(bugs)), program=LAUNCHER, MONGODB_URI=harness.uri, RECOUNT_INTERVAL="1s"
     )
