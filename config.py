@@ -50,107 +50,77 @@ class Settings:
         "MONGODB_URI",
         "",
         str,
-        "the server, required; or MONGODB_URI_FILE, a file that holds it",
+        "server, required; or MONGODB_URI_FILE, a file with the URI",
         is_secret=True,
     )
     database: str = setting(
-        "MONGODB_DATABASE", "", database_name, "the database; else that of the URI, else oms_db"
+        "MONGODB_DATABASE", "", database_name, "database; else that of the URI, else oms_db"
     )
-    orders: str = setting("ORDERS_COLLECTION", "orders", collection, "the collection of orders")
-    users: str = setting("USERS_COLLECTION", "users", collection, "the collection of users")
+    orders: str = setting("ORDERS_COLLECTION", "orders", collection, "collection of orders")
+    users: str = setting("USERS_COLLECTION", "users", collection, "collection of users")
     recounts: str = setting(
         "RECOUNTS_COLLECTION",
         "loyalty_recounts",
         none_or(collection),
-        "the collection of records; or none",
+        "collection of records, or none",
     )
     changes: str = setting(
         "CHANGES_COLLECTION",
         "loyalty_changes",
         none_or(collection),
-        "the collection of changes, for undo; or none",
+        "collection of changes, which undo needs, or none",
     )
     retention: timedelta = setting(
-        "RETENTION",
-        "90d",
-        duration(timedelta(days=3650)),
-        "how long records and changes are kept, 1s to 3650d",
+        "RETENTION", "90d", duration(max_days=3650), "lifetime of records and changes, 1s to 3650d"
     )
     order_statuses: tuple[str, ...] = setting(
-        "ORDER_STATUSES", "Shipped", statuses, "the statuses that earn points, separated by commas"
+        "ORDER_STATUSES", "Shipped", statuses, "statuses that earn points, separated by commas"
     )
     points_per_order: int = setting(
-        "POINTS_PER_ORDER",
-        "1",
-        whole_number(1, 1_000_000),
-        "the points that an order earns, 1 to 1,000,000",
+        "POINTS_PER_ORDER", "1", whole_number(1, 1_000_000), "points for one order, 1 to 1,000,000"
     )
     status_field: str = setting(
-        "ORDER_STATUS_FIELD", "status", field, "the field of an order with its status; may be a.b"
+        "ORDER_STATUS_FIELD", "status", field, "field of an order's status, such as a or a.b"
     )
     customer_field: str = setting(
-        "ORDER_CUSTOMER_FIELD",
-        "customer_id",
-        field,
-        "the field of an order with its customer; may be a.b",
+        "ORDER_CUSTOMER_FIELD", "customer_id", field, "field of an order's customer"
     )
     points_field: str = setting(
-        "USER_POINTS_FIELD",
-        "loyalty_points",
-        field,
-        "the field of a user with the points; may be a.b",
+        "USER_POINTS_FIELD", "loyalty_points", field, "field of a user's points"
     )
     recount_interval: timedelta = setting(
-        "RECOUNT_INTERVAL",
-        "2h",
-        duration(timedelta(days=366)),
-        "the time between recounts, such as 90s, 30m, 2h or 1d, to 366d",
+        "RECOUNT_INTERVAL", "2h", duration(max_days=366), "time between recounts, 1s to 366d"
     )
     live_updates: bool = setting(
-        "LIVE_UPDATES",
-        "no",
-        boolean,
-        "whether points follow each order, yes or no; on a replica set",
+        "LIVE_UPDATES", "no", boolean, "live updates of points, yes or no; on a replica set"
     )
     # The server takes maxTimeMS as a 32-bit number, which ends after 24 days.
     count_timeout: timedelta = setting(
-        "COUNT_TIMEOUT",
-        "10m",
-        duration(timedelta(days=24)),
-        "the time limit of one aggregation, 1s to 24d",
+        "COUNT_TIMEOUT", "10m", duration(max_days=24), "time limit of one aggregation, 1s to 24d"
     )
     count_workers: int = setting(
-        "COUNT_WORKERS",
-        "2",
-        whole_number(1, 16),
-        "the number of aggregations at the same time, 1 to 16",
+        "COUNT_WORKERS", "2", whole_number(1, 16), "aggregations at the same time, 1 to 16"
     )
     max_decrease_percent: int = setting(
         "MAX_DECREASE_PERCENT",
         "90",
         whole_number(0, 100),
-        "the percentage of users who may lose points, 0 to 100",
+        "percentage of users who may lose points, 0 to 100",
     )
     batch_size: int = setting(
-        "BATCH_SIZE",
-        "1000",
-        whole_number(1, 100_000),
-        "the number of users in one write, 1 to 100,000",
+        "BATCH_SIZE", "1000", whole_number(1, 100_000), "users in one write, 1 to 100,000"
     )
     log_level: str = setting(
         "LOG_LEVEL",
         "INFO",
         choice("DEBUG", "INFO", "WARNING", "ERROR"),
-        "the lowest level that is logged: DEBUG, INFO, WARNING, ERROR",
+        "lowest level that is logged: DEBUG, INFO, WARNING, ERROR",
     )
     log_format: str = setting(
-        "LOG_FORMAT", "text", choice("text", "json"), "the format of log lines, text or json"
+        "LOG_FORMAT", "text", choice("text", "json"), "format of log lines, text or json"
     )
     metrics_file: str = setting(
-        "METRICS_FILE",
-        "none",
-        none_or(metrics_file),
-        "the file for node_exporter, an absolute path *.prom; or none",
+        "METRICS_FILE", "none", none_or(metrics_file), "file for node_exporter, /*.prom, or none"
     )
 
     @property
@@ -189,15 +159,15 @@ def load(values: Mapping[str, str], problems: Iterable[str] = ()) -> Settings:
     Raises ConfigurationError with all problems at once, those that were known before included.
     """
     problems = list(problems)
-    given = {name: value for name, value in values.items() if value.strip()}
-    uri, uri_problems = read_uri(given)
-    given["MONGODB_URI"] = uri
+    nonempty = {name: value for name, value in values.items() if value.strip()}
+    uri, uri_problems = read_uri(nonempty)
+    nonempty["MONGODB_URI"] = uri
     in_uri = "" if uri_problems else split_uri(uri)[2]
-    given["MONGODB_DATABASE"] = given.get("MONGODB_DATABASE") or in_uri or "oms_db"
+    nonempty["MONGODB_DATABASE"] = nonempty.get("MONGODB_DATABASE") or in_uri or "oms_db"
     problems += uri_problems
     parsed: dict[str, Any] = {}
     for attribute, spec in setting_specs().items():
-        text = given.get(spec.name, spec.default)
+        text = nonempty.get(spec.name, spec.default)
         try:
             # Whitespace at the ends may belong to a status.
             parsed[attribute] = spec.parse(text if spec.parse is statuses else text.strip())

@@ -24,8 +24,8 @@ NAMES = {
     SERVICE: "this service",
     ONE_WORKER: "this service, `COUNT_WORKERS=1`",
     "merge": "aggregate, `$merge`",
-    "bulk": "aggregate, `bulk_write` everyone",
-    "loop": "find, count in Python, `update_one` each",
+    "bulk": "aggregate, `bulk_write` of all users",
+    "loop": "find, count in Python, `update_one` of each user",
 }
 
 

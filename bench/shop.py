@@ -17,16 +17,17 @@ from pymongo.collection import Collection
 from pymongo.database import Database
 
 from config import load
-from loyalty.recount.index import COLLATION, index_keys
-from loyalty.recount.partitions import edges, ranges
-from loyalty.recount.pipeline import Scope, pipeline
+from loyalty.recount.index import index_keys
+from loyalty.recount.order_filter import COLLATION
+from loyalty.recount.partitions import partition_boundaries, partitions
+from loyalty.recount.pipeline import Scope, build_pipeline
 from sandbox.mongod import Deployment
 from sandbox.shop import STATUSES, Document
 
 DATABASE = "oms_db"
 STATES = {
     "first": "first fill: no user has points yet",
-    "quiet": "quiet pass: all points are right",
+    "quiet": "quiet pass: all points are correct",
     "ordinary": "ordinary pass: 0.1 % of the customers changed",
 }
 _BATCH = 5_000
@@ -117,8 +118,8 @@ class Shop:
         """Return the stages of a quiet pass by the server's explain, summed over all partitions."""
         self.restore("quiet")
         stages: list[StageProfile] = []
-        for part in ranges(edges(self._database.users)):
-            found = self._explain(Scope(part, apart=part.is_string_partition))
+        for part in partitions(partition_boundaries(self._database.users)):
+            found = self._explain(Scope(part))
             if len(found) > len(stages):  # a partition of strings has the most stages
                 found, stages = stages, found
             stages = [
@@ -130,7 +131,7 @@ class Shop:
     def _explain(self, scope: Scope) -> list[StageProfile]:
         command: Document = {
             "aggregate": "orders",
-            "pipeline": pipeline(self._settings, scope, arrays=False),
+            "pipeline": build_pipeline(self._settings, scope, status_may_be_array=False),
             "cursor": {},
             "allowDiskUse": True,
             "collation": COLLATION,

@@ -1,29 +1,31 @@
 # Included by the Makefile.
 #
-#   sudo make install                     also upgrades: settings stay, then systemctl restart
-#   sudo make uninstall [PURGE=1]         settings stay, unless PURGE=1
-#   make install DESTDIR=/tmp/package     into a folder of its own, as packagers do
+#   sudo make install                     install or upgrade; keeps the settings
+#   sudo make uninstall [PURGE=1]         PURGE=1 removes the settings as well
+#   make install DESTDIR=/tmp/package     install below another directory, to build a package
 
 PREFIX ?= /opt/loyalty-microservice
 SYSCONFDIR ?= /etc/loyalty-microservice
-# Where systemd looks for what an administrator installed. Not /usr/lib, which is the package
-# manager's, and not /etc/systemd/system: an upgrade would overwrite `systemctl edit --full` there.
+# systemd's directory for units that an administrator installs. /usr/lib belongs to the package
+# manager; in /etc/systemd/system an upgrade would overwrite the result of `systemctl edit --full`.
 UNITDIR ?= /usr/local/lib/systemd/system
-# Not just python3: that may be somebody's own below /home, where the service cannot see it.
+# An absolute path: the first python3 in PATH may be below /home, which the service cannot read.
 INSTALL_PYTHON ?= /usr/bin/python3
 DESTDIR ?=
 PURGE ?=
 
 unit := loyalty-microservice.service
-# The same unit for several shops: @books has its settings in books.env.
-shops := loyalty-microservice@.service
-looks := loyalty-microservice-status@.timer loyalty-microservice-status@.service \
+# The same unit as a template, for several shops: @books reads its settings from books.env.
+template := loyalty-microservice@.service
+checks := loyalty-microservice-status@.timer loyalty-microservice-status@.service \
   loyalty-microservice-alert@.service
-units := $(unit) $(shops) $(looks)
+units := $(unit) $(template) $(checks)
+# Its presence in PREFIX shows that `make install` created the directory, and may delete in it.
+marker := .installed-by-make
 running := $(unit) 'loyalty-microservice@*.service' 'loyalty-microservice-status@*.timer'
 prefix = $(DESTDIR)$(PREFIX)
 settings = $(DESTDIR)$(SYSCONFDIR)/loyalty.env
-# Speak to systemd only where one runs, and where we install for this very machine.
+# Call systemctl only if systemd runs, and if this machine is the one that is installed to.
 systemctl = $(if $(DESTDIR),:,test ! -d /run/systemd/system || systemctl)
 
 .PHONY: install uninstall test-systemd test-container check-prefix
@@ -32,16 +34,18 @@ check-prefix:
 	@test ! '$(prefix)' -ef . || { echo 'PREFIX=$(PREFIX): these are the sources'; exit 1; }
 	@case '$(PREFIX)' in \
 	  /home/*|/root/*|/run/user/*|/tmp/*|/var/tmp/*) \
-	    echo 'PREFIX=$(PREFIX): the service does not see what is there (ProtectHome, PrivateTmp)'; exit 1;; \
+	    echo 'PREFIX=$(PREFIX): the service cannot read it (ProtectHome, PrivateTmp)'; exit 1;; \
 	  *[!A-Za-z0-9/._-]*|[!/]*|/|'') \
 	    echo 'PREFIX=$(PREFIX): must be an absolute path of letters, digits and / . _ -'; exit 1;; \
 	esac
+	@test -z "$$(ls -A '$(prefix)' 2>/dev/null)" || test -e '$(prefix)/$(marker)' || \
+	  { echo 'PREFIX=$(PREFIX): is not empty, and make install did not create it'; exit 1; }
 
-# Whatever the umask: the service runs as a user that owns none of this, and has to read it.
+# umask: the service runs as a user that does not own these files, and must be able to read them.
 install: check-prefix ## install or upgrade the systemd service, as root
-	umask 022 && mkdir -p '$(prefix)' '$(DESTDIR)$(UNITDIR)'
-# The new environment is made beside the old one, so that a failure leaves the old one at work.
-# Its scripts (pip, activate) hold the path they were made at and would not run from the other.
+	umask 022 && mkdir -p '$(prefix)' '$(DESTDIR)$(UNITDIR)' && touch '$(prefix)/$(marker)'
+# The new environment replaces the old one only when it is complete: if pip fails, the old version
+# still works. The scripts (pip, activate) contain the temporary path and would not work.
 	rm -rf '$(prefix)/venv.new'
 	umask 022 && '$(INSTALL_PYTHON)' -m venv '$(prefix)/venv.new'
 	umask 022 && '$(prefix)/venv.new/bin/python' -m pip install --quiet \
@@ -53,21 +57,22 @@ install: check-prefix ## install or upgrade the systemd service, as root
 	install -m 0644 *.py requirements.txt '$(prefix)'
 	find loyalty -name '*.py' -exec install -D -m 0644 {} '$(prefix)/{}' \;
 	find '$(prefix)/loyalty' -type d -exec chmod 0755 {} +
-	set -e; for unit in $(unit) $(looks); do \
+	set -e; for unit in $(unit) $(checks); do \
 	  sed 's#/opt/loyalty-microservice#$(PREFIX)#g; s#/etc/loyalty-microservice#$(SYSCONFDIR)#g' \
 	    "deploy/$$unit" > "$(DESTDIR)$(UNITDIR)/$$unit"; done
 	sed 's#loyalty\.env#%i.env#; s#^Description=.*#& (%i)#; s#^SyslogIdentifier=.*#&@%i#' \
-	  '$(DESTDIR)$(UNITDIR)/$(unit)' > '$(DESTDIR)$(UNITDIR)/$(shops)'
+	  '$(DESTDIR)$(UNITDIR)/$(unit)' > '$(DESTDIR)$(UNITDIR)/$(template)'
 	chmod 0644 $(units:%='$(DESTDIR)$(UNITDIR)/%')
 	test -d '$(dir $(settings))' || install -d -m 0700 '$(dir $(settings))'
 	test -e '$(settings)' || install -m 0600 deploy/loyalty.env '$(settings)'
 	$(systemctl) daemon-reload
 	@echo
-	@echo 'Installed. The settings are in $(SYSCONFDIR)/loyalty.env; MONGODB_URI is required. Then'
-	@echo '  first time: systemctl enable --now loyalty-microservice'
-	@echo '  an upgrade: systemctl restart loyalty-microservice'
+	@echo 'Installed. The settings are in $(SYSCONFDIR)/loyalty.env; MONGODB_URI is required. Next:'
+	@echo '  first installation: systemctl enable --now loyalty-microservice'
+	@echo '  upgrade:            systemctl restart loyalty-microservice'
+	@echo '  changed settings:   systemctl reload loyalty-microservice'
 
-uninstall: check-prefix ## remove the service; with PURGE=1 its settings too
+uninstall: check-prefix ## remove the service; with PURGE=1 its settings as well
 	test ! -e '$(DESTDIR)$(UNITDIR)/$(unit)' || \
 	  { $(systemctl) stop $(running) && \
 	    $(systemctl) disable $(filter-out %-alert@.service %-status@.service,$(units)); }
@@ -76,7 +81,8 @@ uninstall: check-prefix ## remove the service; with PURGE=1 its settings too
 	  test ! -d "$$folder" || rmdir --ignore-fail-on-non-empty "$$folder"; done
 	rm -rf '$(prefix)/venv' '$(prefix)/venv.new' '$(prefix)/__pycache__' '$(prefix)/loyalty'
 	rm -f '$(prefix)/'*.py '$(prefix)/requirements.txt'
-	test ! -d '$(prefix)' || rmdir --ignore-fail-on-non-empty '$(prefix)'
+# The marker stays while there are other files, so that uninstall and install work again.
+	test "$$(ls -A '$(prefix)' 2>/dev/null)" != '$(marker)' || rm -r '$(prefix)'
 ifeq ($(PURGE),1)
 	rm -f '$(dir $(settings))'*.env
 	test ! -d '$(dir $(settings))' || rmdir --ignore-fail-on-non-empty '$(dir $(settings))'
@@ -84,14 +90,14 @@ ifeq ($(PURGE),1)
 endif
 	$(systemctl) daemon-reload
 ifneq ($(PURGE),1)
-	@test ! -e '$(settings)' || echo 'The settings stay in $(SYSCONFDIR); PURGE=1 removes them too.'
+	@test ! -e '$(settings)' || echo 'The settings are still in $(SYSCONFDIR); PURGE=1 removes them.'
 endif
 
-# Root is needed, and what it writes here stays root's: so no caches beside the sources.
-test-systemd: $(STAMP) ## the tests that want a machine: a real systemd, a full disk; as root
+# These run as root. No caches: they would be files of root among the sources.
+test-systemd: $(STAMP) ## the tests that need root: a real systemd, a full disk
 	$(RUN) -B -m pytest -p no:cacheprovider -m machine deploy/test_systemd.py tests $(ARGS)
 
-test-container: $(STAMP) $(VENV)/deploy-tools ## build the image and try it with podman, as root
+test-container: $(STAMP) $(VENV)/deploy-tools ## build the image and test it with podman, as root
 	$(RUN) -B -m pytest -p no:cacheprovider deploy/test_container.py deploy/test_files.py $(ARGS)
 
 $(VENV)/deploy-tools: $(STAMP) deploy/requirements-test.txt

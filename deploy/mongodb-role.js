@@ -1,31 +1,37 @@
-// Makes the role and the user of the Loyalty Microservice, with just the privileges that it needs:
+// Creates the role and the user of the Loyalty Microservice, with only the privileges that it needs:
 //
 //   mongosh "mongodb://admin@db1.example.com/?replicaSet=rs0" deploy/mongodb-role.js
 //
-// Edit the names below where your shop's are others, as in MONGODB_DATABASE and *_COLLECTION; names
-// of fields do not matter here. It asks for the new user's password. Run it again after a change:
-// the role is replaced, and a user that is there keeps its password. The service then connects with
-// mongodb://loyalty:PASSWORD@db1.example.com/?replicaSet=rs0 (both live in the database `admin`).
-// In Atlas, which does not let this run, make a custom role with the same privileges.
+// First edit the names below to match MONGODB_DATABASE and the *_COLLECTION settings. Field names do
+// not matter here. The script asks for the password of a new user. Run it again after a change: it
+// replaces the privileges of the role, and an existing user keeps its password. The service then
+// connects with mongodb://loyalty:PASSWORD@db1.example.com/?replicaSet=rs0 (the role and the user are
+// in the database `admin`). Atlas does not allow this script: create a custom role with the same
+// privileges there. docs/connections.md says which command needs which privilege.
 
-// What to edit:
+// Names to edit:
 const database = "oms_db";
 const orders = "orders";
 const users = "users";
 const recounts = "loyalty_recounts";
+const changes = "loyalty_changes";
 const user = "loyalty";
 const role = "loyaltyMicroservice";
 
 const privileges = [
   { resource: { db: database, collection: orders }, actions: ["find"] },
-  // For --create-index; the service itself does without.
+  // For --create-index only; the service itself does not need it.
   // { resource: { db: database, collection: orders }, actions: ["createIndex"] },
-  // For LIVE_UPDATES=yes: the change stream, and the heartbeat among the records.
+  // For LIVE_UPDATES=yes: the change stream, and the heartbeat in the collection of records.
   // { resource: { db: database, collection: orders }, actions: ["changeStream"] },
   // { resource: { db: database, collection: recounts }, actions: ["update"] },
   { resource: { db: database, collection: users }, actions: ["find", "update"] },
-  // createIndex is for the index that lets a record expire after 90 days.
+  // createIndex is for the indexes that let records and changes expire after RETENTION.
   { resource: { db: database, collection: recounts }, actions: ["find", "insert", "createIndex"] },
+  // find is for --changes, --customer and --undo.
+  { resource: { db: database, collection: changes }, actions: ["find", "insert", "createIndex"] },
+  // Optional: shows whether pre-images are on, see docs/live-updates.md.
+  { resource: { db: database, collection: "" }, actions: ["listCollections"] },
 ];
 
 const admin = db.getSiblingDB("admin");

@@ -1,8 +1,8 @@
 """The image, built and run with podman: `sudo make test-container`. Not part of `make test`.
 
-No registry is asked: the base image is the small Debian with its own Python (3.11), under the name
-that the Dockerfile wants. Podman keeps everything in memory, in namespaces of its own, so that
-nothing is left behind, however the run ends.
+No registry is used: the base image is a small Debian with Python 3.11, with the name of the base
+image in the Dockerfile. Podman stores everything in memory, in its own namespaces, so that nothing
+remains after the run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from config import VERSION
 from deploy import debian
 from sandbox.mongod import Deployment, bind_to_parent, wait_until
 
-# The first run makes the small Debian, however slow the network is.
+# The first run downloads the small Debian, and the network can be slow.
 pytestmark = pytest.mark.timeout(1200)
 
 README = (debian.TOP / "deploy/README.md").read_text(encoding="utf-8")
@@ -35,7 +35,7 @@ FROM scratch
 COPY . /
 RUN python3 -m venv /usr/local && printf '[global]\nno-index=1\nfind-links=/wheels\n' >/etc/pip.conf
 """
-# What works without a systemd and with few rights: here root may not raise a limit.
+# Works without systemd and with few privileges: root may not raise a limit on the test machine.
 CONTAINERS_CONF = """
 [engine]
 runtime = "runc"
@@ -82,7 +82,7 @@ class Podman:
 @pytest.fixture(scope="session")
 def podman() -> Iterator[Podman]:
     if os.geteuid() != 0:
-        pytest.exit("containers need root here: sudo make test-container", 1)
+        pytest.exit("containers need root: sudo make test-container", 1)
     script = "mount -t tmpfs none /run && mount -t tmpfs none /var/lib && echo && sleep infinity"
     unshare = ["/usr/bin/unshare", "--mount", "--pid", "--mount-proc", "--fork", "--kill-child"]
     with (
@@ -92,7 +92,7 @@ def podman() -> Iterator[Podman]:
             bind_to_parent([*unshare, "sh", "-c", script]),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is for us, not for it
+            start_new_session=True,  # Ctrl-C ends the test run, which then ends this process
         ) as process,
     ):
         try:
@@ -108,7 +108,7 @@ def podman() -> Iterator[Podman]:
 
 @pytest.fixture(scope="session")
 def commands(podman: Podman, tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
-    """Build the image as the README says; return the documented commands, without `docker`."""
+    """Build the image with the documented command; return both commands, without `docker`."""
     (documented,) = re.findall(r"```sh\n(docker build .*?)```", README, re.DOTALL)
     lines = documented.replace("\\\n", "").splitlines()
     build, run = ([*shlex.split(line)[1:]] for line in lines)
@@ -116,13 +116,30 @@ def commands(podman: Podman, tmp_path_factory: pytest.TempPathFactory) -> list[l
     base = tmp_path_factory.mktemp("base") / "Dockerfile"
     base.write_text(BASE, encoding="ascii")
     name = "docker.io/library/python:3.13-slim"
-    # A bridge would stay on this machine.
-    ours = ["--pull=never", "--network=host"]
-    podman.run("build", *ours, f"--file={base}", f"--tag={name}", str(root))
-    # In Docker's own format, the only one that knows a HEALTHCHECK.
-    ours += ["--format=docker", f"--volume={debian.wheels(root)}:/wheels:ro"]
-    podman.run(build[0], *ours, *build[1:])
+    # A network bridge would remain on this machine.
+    options = ["--pull=never", "--network=host"]
+    podman.run("build", *options, f"--file={base}", f"--tag={name}", str(root))
+    # Docker's format is the only one with a HEALTHCHECK.
+    options += ["--format=docker", f"--volume={debian.wheels(root)}:/wheels:ro"]
+    with _bytecode_in_the_sources():
+        podman.run(build[0], *options, *build[1:])
     return [build, run]
+
+
+@contextmanager
+def _bytecode_in_the_sources() -> Iterator[None]:
+    """Put a file into loyalty/__pycache__, as a run of the service does."""
+    folder = debian.TOP / "loyalty/__pycache__"
+    created = not folder.exists()
+    folder.mkdir(exist_ok=True)
+    file = folder / "old.cpython-311.pyc"
+    file.touch()
+    try:
+        yield
+    finally:
+        file.unlink()
+        if created:
+            folder.rmdir()
 
 
 @pytest.fixture(scope="session")
@@ -150,7 +167,7 @@ def loyalty(
     database: Database[dict[str, Any]],
     tmp_path: Path,
 ) -> Iterator[Podman]:
-    """A container, started as the README says, that has recounted once."""
+    """A container that was started with the documented command and has recounted once."""
     settings = tmp_path / "loyalty.env"
     settings.write_text(f"MONGODB_URI={shop.uri}\n", encoding="ascii")
     database.users.update_many({}, {"$unset": {"loyalty_points": ""}})
@@ -164,14 +181,14 @@ def loyalty(
 def _container(podman: Podman, documented: list[str], settings: Path) -> Iterator[None]:
     run, *words = (str(settings) if word == "loyalty.env" else word for word in documented)
     try:
-        # Docker leaves no more places to write to than are asked for.
+        # Docker makes no other folders writable than the command names.
         podman.run(run, "--network=host", "--read-only-tmpfs=false", *words)
         yield
     finally:
         podman.run("rm", "--force", "--time=0", "loyalty")
 
 
-def test_it_counts_as_a_user_without_rights_on_files_that_it_cannot_change(
+def test_it_recounts_as_an_unprivileged_user_on_a_read_only_file_system(
     loyalty: Podman, database: Database[dict[str, Any]]
 ) -> None:
     assert database.users.count_documents({"loyalty_points": 3}) == 100
@@ -187,13 +204,20 @@ def test_it_counts_as_a_user_without_rights_on_files_that_it_cannot_change(
         assert "Read-only file system" in touched.stderr
 
 
-def test_the_health_check_looks_at_how_fresh_the_points_are(
+def test_the_image_has_the_modules_of_the_product_and_no_other_files(loyalty: Podman) -> None:
+    listed = loyalty.run("exec", "loyalty", "find", "/app", "-type", "f").splitlines()
+    modules = {*debian.TOP.glob("*.py"), *debian.TOP.glob("loyalty/**/*.py")}
+    expected = {f"/app/{path.relative_to(debian.TOP)}" for path in modules}
+    assert set(listed) == expected | {"/app/requirements.txt"}
+
+
+def test_the_health_check_fails_when_the_points_are_stale(
     loyalty: Podman, database: Database[dict[str, Any]]
 ) -> None:
     assert loyalty.call("healthcheck", "run", "loyalty").returncode == 0
     long_ago = datetime.now(UTC) - timedelta(hours=5)
     database.loyalty_recounts.update_many({}, {"$set": {"as_of": long_ago}})
-    # podman itself calls everything healthy in the first minutes, as --start-period says.
+    # podman reports every container as healthy during --start-period.
     kind, *command = json.loads(loyalty.run("inspect", "--format", HEALTH_CHECK, "loyalty"))
     assert kind == "CMD"
     assert loyalty.call("exec", "loyalty", *command).returncode == 1
@@ -206,36 +230,36 @@ def test_stop_takes_less_than_two_seconds_and_exits_with_0(loyalty: Podman) -> N
     assert loyalty.state("State.ExitCode") == "0"
 
 
-def test_a_sigkill_is_answered_with_a_restart(loyalty: Podman, database: Any) -> None:
+def test_after_a_sigkill_the_container_is_restarted(loyalty: Podman, database: Any) -> None:
     loyalty.inside("kill", "-KILL", loyalty.state("State.Pid"))
     wait_until("a second record", lambda: database.loyalty_recounts.count_documents({}) == 2)
     assert loyalty.state("RestartCount") == "1"
 
 
-def test_a_database_that_is_away_uses_up_no_try(
+def test_an_unavailable_database_causes_no_restart(
     podman: Podman, commands: list[list[str]], tmp_path: Path
 ) -> None:
     settings = tmp_path / "loyalty.env"
-    nobody = "mongodb://127.0.0.1:1/?serverSelectionTimeoutMS=200"
-    settings.write_text(f"MONGODB_URI={nobody}\n", encoding="ascii")
+    unavailable = "mongodb://127.0.0.1:1/?serverSelectionTimeoutMS=200"
+    settings.write_text(f"MONGODB_URI={unavailable}\n", encoding="ascii")
     with _container(podman, commands[1], settings):
         wait_until("the failure", lambda: "retry_in=" in podman.call("logs", "loyalty").stderr)
         assert podman.state("State.Status") == "running"
         assert podman.state("RestartCount") == "0"
 
 
-def test_the_tries_end_where_the_settings_are_wrong(
+def test_with_wrong_settings_the_restarts_end(
     podman: Podman, commands: list[list[str]], tmp_path: Path
 ) -> None:
     settings = tmp_path / "loyalty.env"
     settings.touch()
     with _container(podman, commands[1], settings):
-        wait_until("the last try", lambda: podman.state("RestartCount") == "10")
+        wait_until("the last restart", lambda: podman.state("RestartCount") == "10")
         wait_until("its end", lambda: podman.state("State.Status") == "exited")
         assert podman.state("State.ExitCode") == "78"
 
 
-def test_options_can_be_added_and_the_uri_can_be_a_file(
+def test_options_are_appended_and_the_uri_can_be_a_file(
     podman: Podman, shop: Deployment, database: Database[dict[str, Any]], tmp_path: Path
 ) -> None:
     once = ("run", "--rm", "--network=host")

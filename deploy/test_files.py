@@ -1,7 +1,11 @@
-"""What other people's tools say about the files here; part of `make test-container`."""
+"""The files of this folder, checked by Kubernetes' schemas, podman-compose and promtool.
+
+Part of `make test-container`.
+"""
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -13,11 +17,12 @@ from deploy import debian
 
 DEPLOY = debian.TOP / "deploy"
 BIN = Path(sys.executable).parent
-# The oldest whose schema knows that a rule on exit codes alone is enough, and the newest.
+# The oldest whose schema allows a rule on exit codes alone, and the newest.
 KUBERNETES = ("1.29.0", "1.37.0")
 
 
-def _says(*command: str) -> str:
+def _output(*command: str) -> str:
+    """Run a command that must succeed, and return its output."""
     done = subprocess.run(
         command,
         cwd=DEPLOY,
@@ -32,19 +37,40 @@ def _says(*command: str) -> str:
 
 @pytest.mark.parametrize("version", KUBERNETES)
 @pytest.mark.parametrize("file", ["cronjob.yaml", "deployment.yaml"])
-def test_kubernetes_own_schema_allows_it(file: str, version: str) -> None:
+def test_the_kubernetes_schema_allows_the_file(file: str, version: str) -> None:
     tool = str(BIN / "kubernetes-validate")
-    assert "passed" in _says(tool, "--strict", "--kubernetes-version", version, file)
+    assert "passed" in _output(tool, "--strict", "--kubernetes-version", version, file)
 
 
-def test_compose_reads_its_file_and_locks_the_service_up_as_the_readme_does() -> None:
-    understood = _says(str(BIN / "podman-compose"), "--file", "compose.yml", "config")
+def test_compose_has_the_restrictions_of_the_documented_command() -> None:
+    parsed = _output(str(BIN / "podman-compose"), "--file", "compose.yml", "config")
     for line in ("read_only: true", "- no-new-privileges", "- ALL", "restart: on-failure:10"):
-        assert f" {line}\n" in understood
+        assert f" {line}\n" in parsed
 
 
-def test_the_alerts_go_off_when_they_should() -> None:
+@pytest.fixture
+def promtool() -> str:
     tool = shutil.which("promtool")
     assert tool, "promtool is missing: apt-get install prometheus"
-    assert "3 rules found" in _says(tool, "check", "rules", "alerts.yml")
-    assert "SUCCESS" in _says(tool, "test", "rules", "alerts_test.yml")
+    return tool
+
+
+def test_the_alert_rules_pass_their_tests(promtool: str) -> None:
+    assert "4 rules found" in _output(promtool, "check", "rules", "alerts.yml")
+    assert "SUCCESS" in _output(promtool, "test", "rules", "alerts_test.yml")
+
+
+def test_the_documented_alerts_are_those_of_the_rules() -> None:
+    readme = (DEPLOY / "README.md").read_text(encoding="utf-8")
+    rules = (DEPLOY / "alerts.yml").read_text(encoding="utf-8")
+    documented = re.findall(r"^\| `(Loyalty\w+)` \|", readme, re.MULTILINE)
+    assert documented == re.findall(r"- alert: (\w+)", rules)
+
+
+def test_prometheus_accepts_the_documented_configuration(promtool: str, tmp_path: Path) -> None:
+    readme = (DEPLOY / "README.md").read_text(encoding="utf-8")
+    (documented,) = re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL)
+    (tmp_path / "prometheus.yml").write_text(documented, encoding="utf-8")
+    shutil.copy(DEPLOY / "alerts.yml", tmp_path / "loyalty.yml")
+    config = str(tmp_path / "prometheus.yml")
+    assert "1 rule files found" in _output(promtool, "check", "config", config)

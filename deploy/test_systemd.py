@@ -1,8 +1,8 @@
 """The units under a real systemd: `sudo make test-systemd`. Not part of `make test`.
 
-A small Debian is booted with systemd-nspawn, in memory over a cached root folder, so that every
-run begins with a new machine and nothing has to be cleaned up. It shares the network of this one,
-where a real MongoDB with authentication runs, and sees the sources read-only in /src.
+systemd-nspawn boots a small Debian from a cached root directory, with an overlay in memory: each
+run starts with a new machine and leaves nothing behind. The machine uses the network of the host,
+where a real MongoDB with authentication runs. The sources are mounted read-only at /src.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from sandbox.mongod import Deployment, bind_to_parent
 
 T = TypeVar("T")
 
-# The first run makes the root folder, however slow the network is.
+# The first run makes the root directory, which takes minutes with a slow network.
 pytestmark = [pytest.mark.machine, pytest.mark.timeout(1200)]
 
 TOP = debian.TOP
@@ -43,11 +43,11 @@ UNIT = "loyalty-microservice.service"
 SETTINGS = Path("/etc/loyalty-microservice/loyalty.env")
 BOOKS = SETTINGS.with_name("books.env")  # of a second shop
 DROP_INS = Path(f"/etc/systemd/system/{UNIT}.d")
-# Instead of the unit's 30 s and 5 s, which would only make the tests slow.
-WATCHDOG = 3
-QUICKER = {"WatchdogSec": WATCHDOG, "RestartSec": 1}
+# In place of the unit's 30 s and 5 s, to make the tests faster.
+WATCHDOG_SECONDS = 3
+SHORT_TIMES = {"WatchdogSec": WATCHDOG_SECONDS, "RestartSec": 1}
 
-# Every kind of character that some shell, unit or URI stumbles over; the token is what is sought.
+# All characters that are special in a shell, a unit or a URI. Tests search outputs for the token.
 TOKEN = secrets.token_hex(8)
 PASSWORD = f"{TOKEN}/%n$HOME${{X}}#@:?'\"\\"
 
@@ -56,7 +56,7 @@ PASSWORD = f"{TOKEN}/%n$HOME${{X}}#@:?'\"\\"
 
 
 class Machine:
-    """A booted Debian; `leader` is its process 1, as this machine sees it."""
+    """A booted Debian; `leader` is the host's number of its process 1."""
 
     def __init__(self, leader: int) -> None:
         self.leader = leader
@@ -82,7 +82,7 @@ class Machine:
         )
 
     def path(self, inside: Path) -> Path:
-        """Return where this machine sees a file of that one."""
+        """Return the path on the host of a file in the machine."""
         return Path(f"/proc/{self.leader}/root", *inside.parts[1:])
 
     def write(self, inside: Path, text: str) -> None:
@@ -95,7 +95,7 @@ class Machine:
         return self.run("systemctl", *arguments)
 
     def make(self, *arguments: str, source: str = "/src") -> str:
-        # No index but the wheels from the cache: the machine needs no network for them.
+        # pip installs the cached wheels: the machine needs no network.
         pip = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "/wheels", "PIP_NO_CACHE_DIR": "1"}
         return self.run("make", "--directory", source, *arguments, **pip)
 
@@ -110,10 +110,10 @@ class Machine:
         return self.run("journalctl", "--no-pager", f"--unit={UNIT}", *arguments)
 
     def main_process(self) -> int:
-        """Return the service's process, by the number that it has on this machine."""
+        """Return the host's number of the service's main process."""
         inside = int(self.show("MainPID"))
         for status in Path("/proc").glob("[0-9]*/status"):
-            with suppress(OSError):  # it has just ended
+            with suppress(OSError):  # the process has just ended
                 numbers = _field(status.read_text(), "NSpid")
                 if len(numbers) > 1 and int(numbers[-1]) == inside:
                     outside = int(numbers[0])
@@ -141,7 +141,7 @@ def _wait_for(what: str, ready: Callable[[], T], seconds: float = 30.0) -> T:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _alone() -> Iterator[None]:
+def _exclusive_use() -> Iterator[None]:
     if os.geteuid() != 0:
         pytest.exit("booting a systemd needs root: sudo make test-systemd", 1)
     with debian.alone({"systemd-nspawn": "systemd-container"}):
@@ -149,7 +149,7 @@ def _alone() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def machine(_alone: None) -> Iterator[Machine]:
+def machine(_exclusive_use: None) -> Iterator[Machine]:
     root = debian.root_folder()
     command = ["systemd-nspawn", f"--directory={root}", "--volatile=overlay", "--boot"]
     command += ["--machine=loyalty-test", "--register=no", "--resolv-conf=off", "--quiet"]
@@ -159,19 +159,19 @@ def machine(_alone: None) -> Iterator[Machine]:
         f"--bind-ro={debian.wheels(root)}:/wheels",
     ]
     if not Path("/run/systemd/system").exists():
-        command.append("--keep-unit")  # there is no systemd to make a scope for it
+        command.append("--keep-unit")  # no systemd on the host could create a scope
     nspawn = _which(command[0])
     with (
         tempfile.TemporaryFile() as console,
-        # With --keep-unit, systemd-nspawn leaves these behind.
+        # With --keep-unit, systemd-nspawn does not remove these.
         debian.no_empty_groups("payload", "supervisor"),
         subprocess.Popen(
-            # On SIGTERM it shuts the machine down, so that nothing stays when we are killed.
+            # On SIGTERM systemd-nspawn shuts the machine down, also when the tests are killed.
             bind_to_parent([nspawn, *command[1:]], signal.SIGTERM),
             stdin=subprocess.DEVNULL,
             stdout=console,
             stderr=console,
-            start_new_session=True,  # Ctrl-C is for us, not for it
+            start_new_session=True,  # Ctrl-C is for the tests only
         ) as process,
     ):
         leader = 0
@@ -183,7 +183,7 @@ def machine(_alone: None) -> Iterator[Machine]:
             _wait_for("the end of booting", lambda: _is_up(booted), seconds=60)
             yield booted
         finally:
-            # The kernel then ends everything in it, and systemd-nspawn tidies up after itself.
+            # The kernel then ends all its processes, and systemd-nspawn cleans up.
             if leader:
                 os.kill(leader, signal.SIGKILL)
             else:
@@ -215,7 +215,7 @@ def _is_up(machine: Machine) -> bool:
 
 
 class Shop:
-    """The database, and the points as plain Python counts them."""
+    """The database, and the points that plain Python counts."""
 
     def __init__(self, deployment: Deployment) -> None:
         self.server = deployment.servers[0]
@@ -225,14 +225,14 @@ class Shop:
         self._random = random.Random(5)
         self.customers = [ObjectId() for _ in range(200)]
         self.database.users.insert_many([{"_id": _id} for _id in self.customers])
-        self.sell(2000)
+        self.add_orders(2000)
 
     def uri(self, password: str = PASSWORD) -> str:
-        # A lost server is noticed at once, not after 30 s, which would only make the tests slow.
+        # In place of the default of 30 s, to notice a lost server sooner.
         return self.deployment.uri_for("loyalty", password) + "&serverSelectionTimeoutMS=200"
 
-    def sell(self, orders: int = 50) -> None:
-        """Insert orders in the forms and states that are seen in the wild."""
+    def add_orders(self, orders: int = 50) -> None:
+        """Insert orders with the forms of ids and the statuses that real shops have."""
         pick = self._random.choice
         self.database.orders.insert_many(
             [
@@ -258,7 +258,7 @@ class Shop:
 
     def wait_until_exact(self) -> None:
         counted = self.counted()
-        _wait_for("the right points", lambda: self.stored() == counted)
+        _wait_for("exact points", lambda: self.stored() == counted)
 
     def last_record(self) -> dict[str, Any]:
         record = self.database.loyalty_recounts.find_one(sort=[("finished_at", -1)])
@@ -267,7 +267,7 @@ class Shop:
 
 
 @pytest.fixture(scope="session")
-def shop(_alone: None) -> Iterator[Shop]:
+def shop(_exclusive_use: None) -> Iterator[Shop]:
     with Deployment(auth=True) as deployment:
         shop = Shop(deployment)
         roles = [{"role": "readWrite", "db": "oms_db"}]
@@ -287,7 +287,7 @@ def files_before(machine: Machine) -> set[str]:
 
 
 def _files(machine: Machine) -> set[str]:
-    # systemd keeps its own stamps; the logs of before stay, as they should.
+    # systemd has time stamps of its own, and logs stay after an uninstallation.
     own = ["-path", "/var/lib/systemd", "-o", "-path", "/var/log"]
     find = ["find", "/", "-xdev", "(", *own, ")", "-prune", "-o", "-print"]
     return set(machine.run(*find).splitlines())
@@ -295,12 +295,12 @@ def _files(machine: Machine) -> set[str]:
 
 @pytest.fixture(scope="session")
 def installed(machine: Machine, shop: Shop, files_before: set[str]) -> str:
-    """Install it as the README says; return what was printed."""
+    """Install it as the README describes; return the output."""
     printed = machine.make("install")
     assert machine.path(SETTINGS).read_text() == (TOP / "deploy/loyalty.env").read_text()
     unit = (TOP / "deploy" / UNIT).read_text(encoding="utf-8")
-    assert all(f"\n{name}=" in unit for name in QUICKER)
-    lines = (f"{name}={seconds}" for name, seconds in QUICKER.items())
+    assert all(f"\n{name}=" in unit for name in SHORT_TIMES)
+    lines = (f"{name}={seconds}" for name, seconds in SHORT_TIMES.items())
     machine.write(DROP_INS / "test.conf", "\n".join(["[Service]", *lines, ""]))
     machine.write(SETTINGS, _settings(shop))
     machine.systemctl("daemon-reload")
@@ -314,7 +314,7 @@ def _settings(shop: Shop, *more: str) -> str:
 
 @pytest.fixture
 def service(machine: Machine, shop: Shop, installed: str) -> Machine:
-    """The machine with the service running, whatever the test before has done."""
+    """The machine with a running service, whatever state the previous test left."""
     if not shop.server.is_alive:
         shop.server.restart()
         shop.deployment.primary()
@@ -326,7 +326,7 @@ def service(machine: Machine, shop: Shop, installed: str) -> Machine:
     return machine
 
 
-def test_two_commands_install_it_and_it_is_ready_enabled_and_exact(
+def test_two_commands_install_and_start_the_service(
     service: Machine, shop: Shop, installed: str
 ) -> None:
     assert "systemctl enable --now" in installed
@@ -339,7 +339,7 @@ def test_two_commands_install_it_and_it_is_ready_enabled_and_exact(
     assert shop.last_record()["exact"] is True
 
 
-def test_it_runs_as_a_user_of_its_own_without_any_privilege(service: Machine) -> None:
+def test_the_service_runs_as_a_dynamic_user_without_privileges(service: Machine) -> None:
     status = Path(f"/proc/{service.main_process()}/status").read_text()
     user = int(_field(status, "Uid")[0])
     assert 61184 <= user <= 65519, "not one of systemd's dynamic users"
@@ -348,28 +348,74 @@ def test_it_runs_as_a_user_of_its_own_without_any_privilege(service: Machine) ->
     assert _field(status, "Seccomp") == ["2"]
 
 
-def test_systemd_has_nothing_to_say_about_the_installed_unit(service: Machine) -> None:
+def test_systemd_verifies_the_installed_unit_without_warnings(service: Machine) -> None:
     assert service.run("systemd-analyze", "verify", UNIT) == ""
     unit = f"/usr/local/lib/systemd/system/{UNIT}"
     score = "--threshold=13"  # tenths; the exit code says whether it is more
     service.run("systemd-analyze", "security", "--offline=true", "--no-pager", score, unit)
 
 
-def test_status_shows_the_last_recount_and_the_next(service: Machine, shop: Shop) -> None:
+def test_systemctl_status_shows_the_last_and_the_next_recount(service: Machine, shop: Shop) -> None:
     time_pattern = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC"
     pattern = rf"recounted as of {time_pattern}, [\d,]+ changed; next at {time_pattern}"
     assert re.fullmatch(pattern, service.show("StatusText"))
     assert re.search(rf'Status: "{pattern}"', service.systemctl("status", UNIT))
 
 
-def test_the_operators_commands_work_beside_it(service: Machine) -> None:
+def test_commands_work_while_the_service_runs(service: Machine) -> None:
     folder = "/opt/loyalty-microservice"
     command = [f"{folder}/venv/bin/python", f"{folder}/loyalty_microservice.py"]
     command += ["--env-file", str(SETTINGS)]
     service.run(*command, "--check-config")
-    # RECOUNT_INTERVAL is a second here, and a status must not be older than two of them.
+    # RECOUNT_INTERVAL is 1 s here, and points older than two intervals are stale.
     fresh = service.run(*command, "--status", RECOUNT_INTERVAL="2h")
     assert "succeeded" in fresh
+
+
+def test_reload_reads_the_changed_settings_without_a_restart(service: Machine, shop: Shop) -> None:
+    process = service.show("MainPID")
+    changed = _settings(shop, "POINTS_PER_ORDER=3").replace("INTERVAL=1s", "INTERVAL=2h")
+    tripled = {customer: 3 * points for customer, points in shop.counted().items()}
+    service.write(SETTINGS, changed)
+    service.systemctl("reload", UNIT)
+    _wait_for("three points for each order", lambda: shop.stored() == tripled)
+    environment = service.path(Path("/run/loyalty-microservice/environment"))
+    assert environment.stat().st_mode & 0o777 == 0o600
+
+    service.write(SETTINGS, changed.replace("=3", "=many"))
+    service.systemctl("reload", UNIT)
+    _wait_for("the error", lambda: "reload_failed" in service.journal("--priority=err"))
+    _wait_for("the state", lambda: service.state() == "active (running)")
+    assert "reload failed, the old settings are kept" in service.show("StatusText")
+    assert shop.stored() == tripled
+    assert service.show("MainPID") == process
+
+    # Without this setting the safety check refuses to take points from all users.
+    service.write(SETTINGS, _settings(shop, "MAX_DECREASE_PERCENT=100"))
+    service.systemctl("reload", UNIT)
+    shop.wait_until_exact()
+    shop.add_orders()
+    shop.wait_until_exact()  # the interval is a second again
+    assert service.show("MainPID") == process
+    service.systemctl("stop", UNIT)
+    assert not environment.exists()
+
+
+def test_type_notify_reload_waits_for_the_end_of_the_reload(service: Machine, shop: Shop) -> None:
+    if int(service.systemctl("--version").split()[1]) < 253:
+        pytest.skip("systemd before 253 does not have Type=notify-reload")
+    drop_in = DROP_INS / "reload.conf"
+    service.write(drop_in, "[Service]\nType=notify-reload\n")
+    try:
+        service.systemctl("daemon-reload")
+        service.systemctl("restart", UNIT)
+        service.systemctl("reload", UNIT)
+        assert service.state() == "active (running)"
+        assert "reloaded" in service.journal("--output=cat")
+    finally:
+        service.path(drop_in).unlink()
+        service.systemctl("daemon-reload")
+        service.systemctl("restart", UNIT)
 
 
 def test_stop_takes_less_than_two_seconds(service: Machine) -> None:
@@ -381,11 +427,11 @@ def test_stop_takes_less_than_two_seconds(service: Machine) -> None:
     assert service.show("ExecMainStatus") == "0"
 
 
-def test_after_sigkill_it_is_restarted_and_exact(service: Machine, shop: Shop) -> None:
+def test_a_killed_service_is_restarted_and_exact(service: Machine, shop: Shop) -> None:
     restarts = int(service.show("NRestarts"))
     before = service.main_process()
     os.kill(before, signal.SIGKILL)
-    shop.sell()
+    shop.add_orders()
     _wait_for("a restart", lambda: int(service.show("NRestarts")) == restarts + 1)
     _wait_for("the unit", lambda: service.state() == "active (running)")
     assert service.main_process() != before
@@ -396,8 +442,8 @@ def test_the_watchdog_restarts_a_process_that_hangs(service: Machine, shop: Shop
     restarts = int(service.show("NRestarts"))
     before = service.main_process()
     os.kill(before, signal.SIGSTOP)
-    shop.sell()
-    _wait_for("the watchdog", lambda: service.show("Result") == "watchdog", WATCHDOG + 10)
+    shop.add_orders()
+    _wait_for("the watchdog", lambda: service.show("Result") == "watchdog", WATCHDOG_SECONDS + 10)
     _wait_for("a restart", lambda: int(service.show("NRestarts")) == restarts + 1)
     _wait_for("the unit", lambda: service.state() == "active (running)")
     assert not Path(f"/proc/{before}").exists()
@@ -405,34 +451,36 @@ def test_the_watchdog_restarts_a_process_that_hangs(service: Machine, shop: Shop
     shop.wait_until_exact()
 
 
-def test_the_watchdog_is_patient_with_a_slow_database(service: Machine, shop: Shop) -> None:
+def test_the_watchdog_does_not_restart_a_service_that_waits_for_the_database(
+    service: Machine, shop: Shop
+) -> None:
     restarts, process = service.show("NRestarts"), service.show("MainPID")
     shop.server.suspend()
     try:
-        # Not a sleep for luck: to survive this time is what is tested.
-        time.sleep(WATCHDOG + 1.5)
+        # The test is that the service survives this time.
+        time.sleep(WATCHDOG_SECONDS + 1.5)
         assert (service.show("NRestarts"), service.show("MainPID")) == (restarts, process)
     finally:
         shop.server.resume()
-    shop.sell()
+    shop.add_orders()
     shop.wait_until_exact()
     assert service.show("MainPID") == process
 
 
-def test_a_lost_database_is_waited_for(service: Machine, shop: Shop) -> None:
+def test_the_service_waits_for_a_lost_database(service: Machine, shop: Shop) -> None:
     restarts, process = service.show("NRestarts"), service.show("MainPID")
     shop.server.kill()
     _wait_for("the failure", lambda: service.show("StatusText").startswith("failed: "))
     assert service.state() == "active (running)"
     shop.server.start()
     shop.deployment.primary()
-    shop.sell()
+    shop.add_orders()
     shop.wait_until_exact()
     _wait_for("the status", lambda: service.show("StatusText").startswith("recounted "))
     assert (service.show("NRestarts"), service.show("MainPID")) == (restarts, process)
 
 
-def test_started_without_a_database_it_waits_and_then_becomes_ready(
+def test_a_service_that_starts_without_a_database_becomes_ready_later(
     service: Machine, shop: Shop
 ) -> None:
     service.systemctl("stop", UNIT)
@@ -443,13 +491,13 @@ def test_started_without_a_database_it_waits_and_then_becomes_ready(
     process = service.show("MainPID")
     shop.server.start()
     shop.deployment.primary()
-    shop.sell()
+    shop.add_orders()
     _wait_for("the unit", lambda: service.state() == "active (running)")
     shop.wait_until_exact()
     assert service.show("MainPID") == process
 
 
-def test_a_wrong_password_fails_with_78_and_is_not_tried_again(
+def test_a_wrong_password_ends_the_service_with_78_and_no_restart(
     service: Machine, shop: Shop
 ) -> None:
     service.systemctl("stop", UNIT)
@@ -462,7 +510,9 @@ def test_a_wrong_password_fails_with_78_and_is_not_tried_again(
     assert "rejects the user name or password" in service.journal("--lines=5", "--priority=err")
 
 
-def test_missing_settings_fail_with_78_and_say_what_is_wanted(service: Machine) -> None:
+def test_missing_settings_end_the_service_with_78_and_name_the_required_ones(
+    service: Machine,
+) -> None:
     service.systemctl("stop", UNIT)
     service.path(SETTINGS).unlink()
     assert service.call("systemctl", "start", UNIT).returncode
@@ -472,7 +522,7 @@ def test_missing_settings_fail_with_78_and_say_what_is_wanted(service: Machine) 
     service.write(SETTINGS, "")
 
 
-def test_the_secret_can_be_a_credential(service: Machine, shop: Shop) -> None:
+def test_the_uri_can_be_a_systemd_credential(service: Machine, shop: Shop) -> None:
     secret = SETTINGS.with_name("mongodb-uri")
     service.write(secret, shop.uri() + "\n")
     service.write(SETTINGS, "RECOUNT_INTERVAL=1s\n")
@@ -481,7 +531,7 @@ def test_the_secret_can_be_a_credential(service: Machine, shop: Shop) -> None:
     try:
         service.systemctl("daemon-reload")
         service.systemctl("restart", UNIT)
-        shop.sell()
+        shop.add_orders()
         shop.wait_until_exact()
         environment = Path(f"/proc/{service.main_process()}/environ").read_text()
         assert "MONGODB_URI_FILE=" in environment
@@ -492,13 +542,13 @@ def test_the_secret_can_be_a_credential(service: Machine, shop: Shop) -> None:
         service.systemctl("daemon-reload")
 
 
-def test_an_upgrade_and_going_back_keep_the_settings(service: Machine, shop: Shop) -> None:
+def test_an_upgrade_and_a_downgrade_keep_the_settings(service: Machine, shop: Shop) -> None:
     def install(source: str, version: str) -> None:
         service.make("install", source=source)
         assert service.path(SETTINGS).read_text() == _settings(shop)
         assert service.state() == "active (running)"
         service.systemctl("restart", UNIT)
-        shop.sell()
+        shop.add_orders()
         shop.wait_until_exact()
         _wait_for(version, lambda: shop.last_record()["version"] == version)
 
@@ -510,33 +560,35 @@ def test_an_upgrade_and_going_back_keep_the_settings(service: Machine, shop: Sho
     install("/src", VERSION)
 
 
-def test_every_line_of_a_traceback_is_an_error_and_nothing_else_is(service: Machine) -> None:
-    recount = service.path(Path("/opt/loyalty-microservice/loyalty/recount.py"))
-    good = recount.read_text()
-    bug = "def _bug(*_: object) -> None:\n    raise RuntimeError('one\\ntwo')\n"
-    recount.write_text(f"{good}\n\n{bug}\n\nRecount.refusal = _bug\n")
+def test_all_lines_of_a_traceback_have_the_priority_of_an_error(service: Machine) -> None:
+    module = service.path(Path("/opt/loyalty-microservice/loyalty/service.py"))
+    original = module.read_text()
+    failing = "def _fail(*_: object) -> None:\n    raise RuntimeError('one\\ntwo')\n"
+    module.write_text(f"{original}\n\n{failing}\n\nService.recount = _fail\n")
     try:
         service.systemctl("restart", UNIT)
-        _wait_for("the bug", lambda: service.show("StatusText").startswith("failed: a bug"))
+        _wait_for("the error", lambda: service.show("StatusText").startswith("failed: internal"))
     finally:
-        recount.write_text(good)
+        module.write_text(original)
     this_run = f"_SYSTEMD_INVOCATION_ID={service.show('InvocationID')}"
     command = ["journalctl", "--no-pager", "--output=cat", this_run]
     errors = service.run(*command, "--priority=err").splitlines()
-    assert [line for line in errors if line.startswith("bug ")]
+    assert [line for line in errors if line.startswith("internal_error ")]
     assert {"Traceback (most recent call last):", "RuntimeError: one", "two"} <= set(errors)
     assert not [line for line in errors if line.startswith("connected ")]
     assert [line for line in service.run(*command).splitlines() if line.startswith("connected ")]
     service.systemctl("restart", UNIT)
 
 
-def test_the_journal_has_no_timestamps_and_no_raw_priorities_of_ours(service: Machine) -> None:
+def test_journal_lines_start_with_neither_a_time_nor_a_priority(service: Machine) -> None:
     lines = service.journal("--output=cat", "--identifier=loyalty-microservice").splitlines()
     assert [line for line in lines if line.startswith("recount outcome=succeeded ")]
     assert not [line for line in lines if re.match(r"<\d>|\d{4}-\d\d-\d\dT", line)]
 
 
-def test_metrics_are_written_for_others_to_read_while_it_runs(service: Machine, shop: Shop) -> None:
+def test_other_users_can_read_the_metrics_while_the_service_runs(
+    service: Machine, shop: Shop
+) -> None:
     file = Path("/run/loyalty-microservice/loyalty.prom")
     service.write(SETTINGS, _settings(shop, f"METRICS_FILE={file}"))
     service.systemctl("restart", UNIT)
@@ -547,14 +599,14 @@ def test_metrics_are_written_for_others_to_read_while_it_runs(service: Machine, 
         return int(found[1]) if found else 0
 
     _wait_for("metrics", lambda: service.path(file).exists() and recounts() > 1)
-    assert "no_metrics" not in service.journal("--output=cat")
+    assert "metrics_write_failed" not in service.journal("--output=cat")
     service.systemctl("stop", UNIT)
     assert not service.path(file).exists()
 
 
 @pytest.fixture(scope="session")
 def books(machine: Machine, shop: Shop, installed: str) -> Database[dict[str, Any]]:
-    """A second shop on the same server, with a service of its own."""
+    """A second shop on the same server, with its own service."""
     books: Database[dict[str, Any]] = shop.client["books_db"]
     customer = books.users.insert_one({}).inserted_id
     books.orders.insert_many([{"customer_id": customer, "status": "Shipped"} for _ in range(3)])
@@ -570,7 +622,7 @@ def _books_settings(shop: Shop) -> str:
     return f"MONGODB_URI={shop.uri()}\nMONGODB_DATABASE=books_db\n"
 
 
-def test_a_second_shop_has_the_same_unit_with_settings_of_its_own(
+def test_a_second_shop_uses_the_same_unit_with_its_own_settings(
     service: Machine, books: Database[dict[str, Any]]
 ) -> None:
     def record_recount() -> bool:
@@ -597,35 +649,35 @@ def _alerts(machine: Machine) -> list[str]:
     return machine.run(*command).splitlines()
 
 
-def test_a_timer_looks_at_the_points_and_stale_ones_alert(
+def test_the_timer_checks_the_points_and_stale_points_cause_an_alert(
     service: Machine, books: Database[dict[str, Any]]
 ) -> None:
-    look, alert = "loyalty-microservice-status@books", "loyalty-microservice-alert@"
-    wanted = f"{look} has failed; see: systemctl status {look}"
-    quicker = ("OnActiveSec=", "OnActiveSec=1s", "OnUnitActiveSec=5s", "AccuracySec=1ms")
+    check, alert = "loyalty-microservice-status@books", "loyalty-microservice-alert@"
+    wanted = f"{check} has failed; see: systemctl status {check}"
+    timer_lines = ("OnActiveSec=", "OnActiveSec=1s", "OnUnitActiveSec=5s", "AccuracySec=1ms")
     (documented,) = re.findall(r"```ini\n(\[Service\]\nExecStart=.* mail .*\n)```", README)
     drop_ins = {
-        Path(f"/etc/systemd/system/{look}.timer.d"): "\n".join(["[Timer]", *quicker, ""]),
+        Path(f"/etc/systemd/system/{check}.timer.d"): "\n".join(["[Timer]", *timer_lines, ""]),
         Path(f"/etc/systemd/system/{alert}.service.d"): documented,
     }
     for folder, text in drop_ins.items():
         service.write(folder / "test.conf", text)
     mail = service.path(Path("/root/mail"))
-    said = ("journalctl", "--no-pager", "--output=cat", f"--unit={look}")
+    journal = ("journalctl", "--no-pager", "--output=cat", f"--unit={check}")
     try:
-        with _stand_in(
+        with _fake_command(
             service, Path("/usr/local/bin/mail"), 'echo "$@" >/root/mail; cat >>/root/mail'
         ):
             service.systemctl("daemon-reload")
-            service.systemctl("enable", "--now", f"{look}.timer")
-            _wait_for("two looks", lambda: service.run(*said).count(" old: fresh, ") >= 2, 60)
+            service.systemctl("enable", "--now", f"{check}.timer")
+            _wait_for("two checks", lambda: service.run(*journal).count(" old: fresh, ") >= 2, 60)
             assert wanted not in _alerts(service)
             long_ago = datetime.now(UTC) - timedelta(hours=5)
             books.loyalty_recounts.update_many({}, {"$set": {"as_of": long_ago}})
             _wait_for("an alert", lambda: wanted in _alerts(service), 60)
             _wait_for("the mail", lambda: mail.exists() and " old: STALE, " in mail.read_text())
-            assert mail.read_text().startswith(f"-s {look} has failed on ")
-            service.systemctl("stop", f"{look}.timer", f"{look}.service")
+            assert mail.read_text().startswith(f"-s {check} has failed on ")
+            service.systemctl("stop", f"{check}.timer", f"{check}.service")
             _wait_for("the last alert", lambda: not _active(service, f"{alert}*"))
     finally:
         mail.unlink(missing_ok=True)
@@ -637,7 +689,7 @@ def _active(machine: Machine, pattern: str) -> str:
     return machine.systemctl("list-units", "--no-legend", "--state=activating", pattern)
 
 
-def test_a_service_that_gives_up_alerts(
+def test_a_service_that_ends_with_78_causes_an_alert(
     service: Machine, shop: Shop, books: Database[dict[str, Any]]
 ) -> None:
     service.write(BOOKS, "MONGODB_URI=nonsense\n")
@@ -651,8 +703,8 @@ def test_a_service_that_gives_up_alerts(
 
 
 @contextmanager
-def _stand_in(machine: Machine, command: Path, script: str) -> Iterator[None]:
-    """Put a shell script in the place of a command that the machine does not have."""
+def _fake_command(machine: Machine, command: Path, script: str) -> Iterator[None]:
+    """Install a shell script as a command that the machine does not have."""
     machine.write(command, f"#!/bin/sh\n{script}\n")
     machine.path(command).chmod(0o755)
     try:
@@ -661,18 +713,18 @@ def _stand_in(machine: Machine, command: Path, script: str) -> Iterator[None]:
         machine.path(command).unlink()
 
 
-def test_cron_recounts_and_mails_only_when_something_is_wrong(service: Machine, shop: Shop) -> None:
+def test_cron_recounts_and_sends_mail_only_after_an_error(service: Machine, shop: Shop) -> None:
     (documented,) = re.findall(r"```text\n(MAILTO=.*?)```", README, re.DOTALL)
     line = "0 */2 * * * root "
     assert line in documented
-    # What cron does with the documented line, but when it starts and not on the hour.
+    # cron runs the documented line also when it starts, not only every two hours.
     crontab, stamp = Path("/etc/cron.d/loyalty-microservice"), Path("/run/crond.reboot")
     mail = service.path(Path("/root/mail"))
     service.systemctl("stop", UNIT)
     service.write(crontab, documented + documented.replace(line, "@reboot root "))
     try:
-        with _stand_in(service, Path("/usr/sbin/sendmail"), "cat >>/root/mail"):
-            shop.sell()
+        with _fake_command(service, Path("/usr/sbin/sendmail"), "cat >>/root/mail"):
+            shop.add_orders()
             service.path(stamp).unlink(missing_ok=True)
             service.systemctl("restart", "cron")
             shop.wait_until_exact()
@@ -691,9 +743,7 @@ def test_cron_recounts_and_mails_only_when_something_is_wrong(service: Machine, 
         service.systemctl("restart", "cron")
 
 
-def test_the_secret_is_in_no_property_no_log_and_no_process_list(
-    service: Machine, shop: Shop
-) -> None:
+def test_the_password_is_in_no_property_log_or_process_list(service: Machine, shop: Shop) -> None:
     places = {
         "show": service.systemctl("show", UNIT),
         "status": service.systemctl("status", "--lines=1000", UNIT),
@@ -706,7 +756,7 @@ def test_the_secret_is_in_no_property_no_log_and_no_process_list(
     assert "rejects the user name or password" in places["journal"]
     assert "loyalty_microservice.py" in places["processes"]
     assert [place for place, text in places.items() if TOKEN in text] == []
-    # The search would find it: root, and nobody else, can see the environment of the process.
+    # The search can find the token: only root can read the environment of the process.
     assert TOKEN in Path(f"/proc/{service.main_process()}/environ").read_text()
 
 
@@ -716,7 +766,7 @@ def _command_lines() -> Iterator[str]:
             yield process.read_text(errors="replace")
 
 
-def test_uninstall_leaves_the_settings_and_purge_leaves_nothing(
+def test_uninstall_keeps_the_settings_and_purge_removes_everything(
     service: Machine, shop: Shop, books: Database[dict[str, Any]], files_before: set[str]
 ) -> None:
     program = "/opt/loyalty-microservice/loyalty_microservice.py"

@@ -126,7 +126,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         (
             "--check-config",
             check_config.run,
-            "check settings, permissions and data, and count like --dry-run; exit 1 if a problem",
+            "check settings, permissions and data, with a full count; exit 1 if there is a problem",
         ),
         (
             "--unknown-customers",

@@ -36,12 +36,13 @@ def load_settings(
     Raises ConfigurationError with all problems.
     """
     file = path or default_path
-    given = {name: value for name, value in environment.items() if value.strip()}
-    set_log_format(given.get("LOG_FORMAT", ""))
+    from_environment = {name: value for name, value in environment.items() if value.strip()}
+    set_log_format(from_environment.get("LOG_FORMAT", ""))
     in_file, problems = read_env_file(file) if path or file.exists() else ({}, [])
-    values = in_file | given
-    if any(name in given for name in _URI_NAMES):  # either of them replaces both in the file
-        values |= {name: given.get(name, "") for name in _URI_NAMES}
+    values = in_file | from_environment
+    # A URI in the environment replaces both variables in the file.
+    if any(name in from_environment for name in _URI_NAMES):
+        values |= {name: from_environment.get(name, "") for name in _URI_NAMES}
     misspelt, similar = _unknown_settings(in_file, values)
     try:
         settings = load(values, problems + misspelt)
@@ -65,7 +66,7 @@ def read_env_file(path: Path) -> tuple[dict[str, str], list[str]]:
     """
     # python-dotenv's own loader only warns about a bad line; its parser tells which one it is.
     try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
+        with path.open(encoding="utf-8", newline="") as stream:
             lines = list(parse_stream(stream))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path}: cannot be read: {os_error_text(error)}") from None

@@ -34,8 +34,9 @@ OWNER_FILTER = {"recorded_by": "loyalty-microservice"}
 _RECOUNTS = {"outcome": {"$ne": "live"}}
 _SUCCESSES = {"outcome": {"$in": ["succeeded", "incomplete"]}}
 
-_TARGET = ("orders", "users", "points_field")
-_COUNTED = ("order_statuses", "points_per_order", "status_field", "customer_field")
+TARGET_SETTINGS = ("orders", "users", "points_field")
+"""The settings that tell two shops in one database apart."""
+_COUNTED_SETTINGS = ("order_statuses", "points_per_order", "status_field", "customer_field")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +65,7 @@ class History:
         self._collection = collection
         self._settings = recorded_settings(settings) if settings else {}
         self._retention = settings.retention if settings else timedelta(0)
-        self._target = {f"settings.{name}": self._settings.get(name) for name in _TARGET}
+        self._target = {f"settings.{name}": self._settings.get(name) for name in TARGET_SETTINGS}
         self._have_expiry_index: set[str] = set()
         self._last_id: Any = None
         self._warn_once = WarnOnce()
@@ -75,7 +76,8 @@ class History:
             return
         record = {**OWNER_FILTER, **record, **self._common_fields(record["finished_at"])}
         with self._warn_on_failure("record_write_failed"):
-            self._warn_of_other_service(self._collection)
+            with suppress(ServiceError):
+                self._warn_of_other_service(self._collection)
             with map_driver_errors("insert", self._collection):
                 self._last_id = self._collection.insert_one(record).inserted_id
         self.create_expiry_index(self._collection)
@@ -84,7 +86,7 @@ class History:
         """Replace this host's heartbeat for the target. A failure is one warning."""
         if self._collection is None:
             return
-        target = {name: self._settings[name] for name in _TARGET}
+        target = {name: self._settings[name] for name in TARGET_SETTINGS}
         own_id = {"_id": {"heartbeat_of": socket.gethostname(), **target}}
         values = {
             **OWNER_FILTER,
@@ -237,5 +239,5 @@ def is_fresh(age: timedelta | None, interval: timedelta) -> bool:
 
 def recorded_settings(settings: Settings) -> Document:
     """Return the settings that say what is counted, and where."""
-    values = {name: getattr(settings, name) for name in (*_TARGET, *_COUNTED)}
+    values = {name: getattr(settings, name) for name in (*TARGET_SETTINGS, *_COUNTED_SETTINGS)}
     return values | {"order_statuses": list(settings.order_statuses)}

@@ -70,13 +70,13 @@ def whole_number(low: int, high: int) -> Parser:
     return parse
 
 
-def duration(longest: timedelta) -> Parser:
+def duration(*, max_days: int) -> Parser:
     def parse(text: str) -> timedelta:
         match = re.fullmatch(r"([0-9]{1,9})([smhd])", text)
         seconds = int(match[1]) * SECONDS_PER_UNIT[match[2]] if match else 0
-        if not 1 <= seconds <= longest.total_seconds():
+        if not 1 <= seconds <= max_days * SECONDS_PER_UNIT["d"]:
             raise ValueError(
-                f"{text!r} is not a time from 1s to {longest.days}d, such as 90s, 30m, 2h or 1d"
+                f"{text!r} is not a time from 1s to {max_days}d, such as 90s, 30m, 2h or 1d"
             )
         return timedelta(seconds=seconds)
 

@@ -15,6 +15,7 @@ from loyalty.concurrency import ProgressCallback
 from loyalty.daemon import RecountOutcome
 from loyalty.errors import (
     AuthenticationFailed,
+    ClientUnusable,
     ConfigurationError,
     DatabaseUnavailable,
     RecountRefused,
@@ -129,7 +130,7 @@ class Service:
         except RecountRefused as error:
             log.error('refused reason="%s"', error)
             return RecountOutcome(f"refused: {error}", REFUSED_RETRY_SECONDS)
-        except ConfigurationError:
+        except (ClientUnusable, ConfigurationError):
             self.disconnect()
             raise
         self.state.result = result
@@ -150,11 +151,10 @@ class Service:
         try:
             with self._stop_live_updates_on_error():
                 self.updater.update(self._connection, seconds, on_progress)
+                self._read_live_state()
+                self._report_if_due(self._connection, on_progress)
         except ResyncRequired as reason:
             self._resync(reason, on_progress)
-            return
-        self._read_live_state()
-        self._report_if_due(on_progress)
 
     def _resync(self, reason: ResyncRequired, on_progress: ProgressCallback) -> None:
         is_repeated = time.monotonic() - self._resync_at < MIN_RESYNC_INTERVAL_SECONDS
@@ -181,12 +181,13 @@ class Service:
         self.state.live = self.updater.heartbeat()
         self.state.live_lag_seconds = self.updater.lag_seconds() if self.state.live else 0.0
 
-    def _report_if_due(self, on_progress: ProgressCallback) -> None:
+    def _report_if_due(self, connection: Connection, on_progress: ProgressCallback) -> None:
         """Report the progress of live updates: in the heartbeat, the metrics and to systemd."""
         now = time.monotonic()
         if self.state.live is None or now - self._heartbeat_at < self._heartbeat_seconds:
             return
         self._heartbeat_at = now
+        self.updater.check_index(connection)
         self._history.write_heartbeat(self.state.live)
         self.metrics.write()
         on_progress(self.state.status)

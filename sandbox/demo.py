@@ -109,7 +109,7 @@ class Demo:
             self._screen.show_progress("  Filling the shop ...")
             shop = Shop(database, random.Random())
             shop.fill()
-            say("  shop      1,000 customers, 10,000 orders, 3 % of them dirty on purpose")
+            say("  shop      1,000 customers, 10,000 orders, 3 % of them with unusual values")
             log = deployment.folder / "service.log"
             uri, interval = deployment.uri, f"{INTERVAL.seconds}s"
             with Process(log=log, MONGODB_URI=uri, RECOUNT_INTERVAL=interval) as service:
@@ -120,9 +120,9 @@ class Demo:
                 say(f"\nLIVE_UPDATES=yes, process {service.pid}: points within milliseconds", BOLD)
                 self._show_live_updates(database, service)
                 self._stop(service)
-        say("The database and its folder are gone.\n")
+        say("The database and its folder are removed.\n")
         if self.failures:
-            say("A CHECK FAILED, see above.", RED)
+            say("A CHECK FAILED; the output above says which.", RED)
             return 1
         say("With your own database:", BOLD)
         say("  cp .env.example .env                                # put your MONGODB_URI there")
@@ -219,9 +219,7 @@ class Demo:
             )
             self._interrupt.sleep(0.2)
         last_write = datetime.now(UTC)
-        self._screen.print(
-            f"\nThe shop has shipped {shipped} orders; {returned} were returned.", DIM
-        )
+        self._screen.print(f"\nThe shop shipped {shipped} orders; {returned} were returned.", DIM)
         self._screen.show_progress("Waiting for the recount ...")
         return last_write
 
@@ -230,9 +228,7 @@ class Demo:
     ) -> None:
         screen = self._screen
         up, down = record["increased"], record["decreased"]
-        initialized = (
-            record["changed"] - up - down
-        )  # users without orders whose points were no number
+        initialized = record["changed"] - up - down  # users without orders and without points
         screen.print(
             f"\nRecount {number}: {record['changed']:,} of {len(after):,} customers changed: "
             f"{up:,} up, {down:,} down" + (f", {initialized:,} set to 0" if initialized else ""),

@@ -238,7 +238,7 @@ def count_points(
 ) -> dict[Any, int]:
     """Return the correct points of every user, by the `canonical_key` of its `_id`.
 
-    Orders must not change meanwhile.
+    No order may change while it counts.
     """
     found: Counter[Any] = Counter()
     for order in _read(database, names.orders, [names.status, names.customer]):

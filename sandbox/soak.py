@@ -23,18 +23,19 @@ from sandbox.mongod import Deployment, SandboxError, Server, wait_until
 from sandbox.service import Process
 from sandbox.shop import Shop, canonical_key, count_points, find_mismatches
 
-RECOVERY_SECONDS = 120.0  # the limit for a recount to succeed after a fault, and for wrong points
+RECOVERY_SECONDS = 120.0  # the limit from a fault to a successful recount, and for wrong points
 SAMPLE_SIZE = 100  # users that are compared every few seconds
 DATABASE = "oms_db"
-# Counted in the log for the report: a name, and the text of its lines.
-LOG_EVENTS = {
-    "successful recounts": "outcome=succeeded",
-    "failed": " failed error=",
-    "count_retry": "counting_again",
-    "record_write_failed": "not_recorded",
-    "live": " live since=",
-    "live_updates_stopped": "live_ended",
-}
+# The report says how often the log has them.
+LOG_EVENTS = (
+    "recount outcome=succeeded",
+    "failed",
+    "count_retry",
+    "snapshot_restarted",
+    "record_write_failed",
+    "live_updates_started",
+    "live_updates_stopped",
+)
 ERROR_CODES = {
     "Interrupted": 11601,
     "ShutdownInProgress": 91,
@@ -278,10 +279,10 @@ class Soak:
             mean = sum(seconds) / len(seconds)
             print(f"{name:32} {len(seconds):5} {mean:6.1f} {max(seconds):6.1f}")
         print(f"{'all':32} {sum(len(seconds) for _, seconds in rows):5}")
-        print("; ".join(f"{event}: {log.count(text)}" for event, text in LOG_EVENTS.items()))
+        print("; ".join(f"{event}: {log.count(f' {event} ')}" for event in LOG_EVENTS))
         share = 100 * self.correct_comparisons / max(self.comparisons, 1)
         print(
-            f"{self.comparisons:,} comparisons of one user meanwhile: {share:.0f} % were correct; "
+            f"{self.comparisons:,} comparisons of one user: {share:.0f} % were correct; "
             f"the longest time with wrong points: {self.max_wrong_seconds:.0f} s"
         )
         for problem in self.problems:

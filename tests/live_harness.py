@@ -46,7 +46,7 @@ class LiveHarness:
         assert find_mismatches(self.shop) == []
 
     def recount(self) -> str:
-        return self.service.recount(ignore_progress)
+        return self.service.recount(ignore_progress).status
 
     @property
     def is_live(self) -> bool:

@@ -151,7 +151,7 @@ def test_orders_with_arrays_that_make_the_index_useless_are_counted(
 def test_a_count_that_takes_too_long_ends_with_69_after_the_settings_are_printed(
     shop: Database[Any], check: Check, deployment: Deployment
 ) -> None:
-    with faults.failing(deployment.servers[0], "aggregate", 9, errorCode=50):
+    with faults.fail_command(deployment.servers[0], "aggregate", 9, errorCode=50):
         code, out, err = check()
     assert code == 69
     assert cell("permissions", out) == "sufficient"
@@ -197,9 +197,9 @@ PASSWORD = "s3cr/et"
 
 
 @pytest.fixture
-def limited(authenticating: Deployment) -> Iterator[Callable[..., str]]:
+def limited(authenticated_deployment: Deployment) -> Iterator[Callable[..., str]]:
     """Create a database user with some actions on some collections; return its URI."""
-    with authenticating.client() as client:
+    with authenticated_deployment.client() as client:
         client.examined.users.insert_one({"_id": 1})
         client.examined.orders.insert_one({"customer_id": 1, "status": "Shipped"})
 
@@ -210,7 +210,7 @@ def limited(authenticating: Deployment) -> Iterator[Callable[..., str]]:
             ]
             client.admin.command("createRole", "limited", privileges=privileges, roles=[])
             client.admin.command("createUser", "limited", pwd=PASSWORD, roles=["limited"])
-            return authenticating.uri_for("limited", PASSWORD, "examined")
+            return authenticated_deployment.uri_for("limited", PASSWORD, "examined")
 
         yield allow
         client.admin.command("dropUser", "limited")
@@ -220,7 +220,7 @@ def limited(authenticating: Deployment) -> Iterator[Callable[..., str]]:
 
 @pytest.mark.xdist_group("auth")
 def test_a_missing_permission_on_the_records_is_found_and_no_other_is_needed(
-    limited: Callable[..., str], check: Check, authenticating: Deployment
+    limited: Callable[..., str], check: Check, authenticated_deployment: Deployment
 ) -> None:
     uri = limited(orders=["find"], users=["find", "update"], loyalty_recounts=["find", "insert"])
     code, out, err = check(MONGODB_URI=uri)
@@ -230,7 +230,7 @@ def test_a_missing_permission_on_the_records_is_found_and_no_other_is_needed(
     assert cell("users", out) == "1"
     assert "PROBLEM" not in out
     assert "WARNING" not in err
-    with authenticating.client() as client:
+    with authenticated_deployment.client() as client:
         assert set(client.examined.list_collection_names()) == {"orders", "users"}
 
 

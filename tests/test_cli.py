@@ -17,12 +17,12 @@ from conftest import ROOT, Command
 from pymongo.database import Database
 from small_shop import fill
 
-from config import declared
+from config import setting_specs
 from loyalty.commands import once
 from loyalty_microservice import main
 from sandbox.mongod import Deployment, wait_until
-from sandbox.service import Process, environment
-from sandbox.shop import count, disagreements
+from sandbox.service import Process, service_environment
+from sandbox.shop import count_points, find_mismatches
 
 Start = Callable[..., Process]
 
@@ -37,7 +37,7 @@ def test_the_daemon_recounts_at_once_and_after_every_interval_until_it_is_stoppe
 ) -> None:
     daemon = service(MONGODB_URI=uri, RECOUNT_INTERVAL="2s")
     daemon.wait_for("outcome=succeeded")
-    assert disagreements(shop) == []
+    assert find_mismatches(shop) == []
     connected, taken, first = daemon.lines[:3]
     host = uri.split("//")[1].split("/")[0]
     assert f"INFO connected host={host} database={shop.name} " in connected
@@ -51,8 +51,8 @@ def test_the_daemon_recounts_at_once_and_after_every_interval_until_it_is_stoppe
     assert "stranger" not in daemon.output  # it may be an e-mail address
 
     shop.orders.update_many({"status": "Pending"}, {"$set": {"status": "Shipped"}})
-    assert disagreements(shop)
-    wait_until("the next recount", lambda: not disagreements(shop))
+    assert find_mismatches(shop)
+    wait_until("the next recount", lambda: not find_mismatches(shop))
     daemon.wait_for("changed=1 increased=1")
     assert daemon.stop() == 0
     assert daemon.lines[-1].endswith("INFO stopped signal=SIGTERM")
@@ -65,7 +65,7 @@ def test_the_daemon_recounts_at_once_and_after_every_interval_until_it_is_stoppe
 def test_ctrl_c_stops_the_daemon_and_a_second_one_changes_nothing(uri: str, service: Start) -> None:
     daemon = service(MONGODB_URI=uri)
     daemon.wait_for("outcome=succeeded")
-    daemon.send(signal.SIGINT)
+    daemon.send_signal(signal.SIGINT)
     assert daemon.stop(signal.SIGINT) == 0
 
 
@@ -89,14 +89,14 @@ def test_the_environment_overrides_the_env_file(
     file.touch(mode=0o600)
     file.write_text(f"MONGODB_URI={uri}\nORDER_STATUSES=Pending\nPOINTS_PER_ORDER=2\n")
     assert service("--once", "--env-file", str(file), ORDER_STATUSES="Shipped").wait() == 0
-    assert disagreements(shop, ("Shipped",), 2) == []
+    assert find_mismatches(shop, ("Shipped",), 2) == []
     # a URI, or the file of one, in the environment replaces either in the file
     uri_file = tmp_path / "uri"
     uri_file.write_text(uri)
     file.write_text("MONGODB_URI=mongodb://127.0.0.1:1\n")
     once = service("--once", "--env-file", str(file), MONGODB_URI_FILE=str(uri_file))
     assert once.wait() == 0
-    assert disagreements(shop) == []
+    assert find_mismatches(shop) == []
 
 
 def test_the_env_file_beside_the_program_is_read_from_any_working_directory(
@@ -109,7 +109,7 @@ def test_the_env_file_beside_the_program_is_read_from_any_working_directory(
     (tmp_path / ".env").chmod(0o644)
     once = service("--once", program=tmp_path / "loyalty_microservice.py")
     assert once.wait() == 0
-    assert disagreements(shop) == []
+    assert find_mismatches(shop) == []
     assert f"WARNING others can read {tmp_path / '.env'}" in once.output
 
 
@@ -123,7 +123,7 @@ def test_a_collection_without_users_is_a_warning(
 def run_in_shell(command: str, uri: str, **values: str) -> subprocess.CompletedProcess[str]:
     """Run a shell command in which `$LOYALTY` is the service."""
     program = f"{sys.executable} {ROOT / 'loyalty_microservice.py'} --env-file /dev/null"
-    env = environment(MONGODB_URI=uri, LOYALTY=program, **values)
+    env = service_environment(MONGODB_URI=uri, LOYALTY=program, PYTHONUNBUFFERED="", **values)
     return subprocess.run(
         ["sh", "-c", command], env=env, capture_output=True, text=True, check=False
     )
@@ -136,7 +136,7 @@ def test_a_closed_stdout_or_stderr_does_not_fail_a_recount(
     ran = run_in_shell(f"$LOYALTY --once {closed}", uri)
     assert ran.returncode == 0
     assert "Traceback" not in ran.stderr
-    assert disagreements(shop) == []
+    assert find_mismatches(shop) == []
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_a_full_stdout_is_an_error_of_its_own(
     assert ran.returncode == 1
     assert 'ERROR results_not_written error="stdout: No space left on device"' in ran.stderr
     assert "internal_error" not in ran.stderr
-    assert (disagreements(shop) == []) is ("--once" in arguments)
+    assert (find_mismatches(shop) == []) is ("--once" in arguments)
 
 
 @pytest.mark.parametrize("mode", ["--once", "--dry-run", "--check-config"])
@@ -201,7 +201,7 @@ def test_without_a_usable_temporary_directory_a_command_ends_with_69(
     )
     ran = subprocess.run(
         [sys.executable, "-c", program],
-        env=environment(MONGODB_URI=uri),
+        env=service_environment(MONGODB_URI=uri),
         capture_output=True,
         text=True,
         check=False,
@@ -248,7 +248,7 @@ def test_help_says_what_each_option_is(capsys: pytest.CaptureFixture[str]) -> No
     text = " ".join(capsys.readouterr().out.split())
     assert "--customer=-..." in text
     assert "override the safety check" in text
-    for setting in declared().values():
+    for setting in setting_specs().values():
         assert setting.name in text
 
 
@@ -284,9 +284,9 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.xdist_group("auth")
 def test_not_being_allowed_to_record_is_one_warning_and_no_failure(
-    authenticating: Deployment, service: Start
+    authenticated_deployment: Deployment, service: Start
 ) -> None:
-    with authenticating.client() as client:
+    with authenticated_deployment.client() as client:
         client.oms_db.users.insert_one({"_id": 1})
         client.oms_db.orders.insert_one({"customer_id": 1, "status": "Shipped"})
         client.oms_db.create_collection("loyalty_recounts")
@@ -296,12 +296,12 @@ def test_not_being_allowed_to_record_is_one_warning_and_no_failure(
         ]
         client.admin.command("createRole", "loyalty", privileges=privileges, roles=[])
         client.admin.command("createUser", "svc", pwd="s3cr/et", roles=["loyalty"])
-        uri = authenticating.uri_for("svc", "s3cr/et")
+        uri = authenticated_deployment.uri_for("svc", "s3cr/et")
         daemon = service(MONGODB_URI=uri, RECOUNT_INTERVAL="1s", LOG_LEVEL="DEBUG")
         daemon.wait_for("outcome=succeeded", times=3)
         assert daemon.stop() == 0
-        assert count(client.oms_db) == {("number", 1): 1}
-        assert disagreements(client.oms_db) == []
+        assert count_points(client.oms_db) == {("number", 1): 1}
+        assert find_mismatches(client.oms_db) == []
         assert sum("WARNING not_recorded" in line for line in daemon.lines) == 1
         assert "no permission for insert on oms_db.loyalty_recounts" in daemon.output
         assert "s3cr" not in daemon.output

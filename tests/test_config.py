@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +20,12 @@ from loyalty.errors import ConfigurationError
 ROOT = Path(__file__).parents[1]
 URI = "mongodb://localhost"
 NO_FILE = Path("/nonexistent/.env")
+
+
+@pytest.fixture(autouse=True)
+def initial_log_level() -> None:
+    """Undo what the settings of an earlier test did to the log."""
+    logging.getLogger("loyalty").setLevel(logging.INFO)
 
 
 @pytest.fixture
@@ -288,6 +295,10 @@ def test_a_misspelt_name_is_a_problem_unless_the_setting_has_a_value(
         assert problems_in(env_file, environment) == [
             f"unknown setting {name}, did you mean {meant}?"
         ]
+    if meant != "CHANGES_COLLECTION":  # which an empty value sets to none
+        with env_file.open("a") as file:
+            file.write(f"{meant}=\n")
+        assert len(problems_in(env_file, {})) == 1
     assert not caplog.messages
     value = "INFO" if meant == "LOG_LEVEL" else "z"
     assert load_settings(env_file, NO_FILE, {meant: value})
@@ -323,6 +334,26 @@ def test_the_name_of_another_program_is_only_a_warning(
         assert load_settings(env_file, NO_FILE, {}).hosts == "localhost"
         (message,) = caplog.messages
         assert message.startswith(f"unknown_setting name={name} ")
+
+
+def test_the_log_gets_the_level_and_the_format_of_the_settings(
+    env_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = logging.getLogger("loyalty")
+    for text, level in (
+        ("LOG_LEVEL=ERROR\nLOG_FORMAT=json", "ERROR"),
+        ("LOG_LEVEL=debug", "DEBUG"),
+    ):
+        env_file.write_text(f"MONGODB_URI={URI}\n{text}\n")
+        load_settings(env_file, NO_FILE, {})
+        assert logging.getLevelName(log.level) == level
+        log.critical("event")
+        assert caplog.handler.stream.getvalue().splitlines()[-1].startswith("{") == (
+            level == "ERROR"
+        )
+    env_file.write_text("LOG_LEVEL=ERROR\nLOG_FORMAT=json\n")
+    problems_in(env_file, {})
+    assert logging.getLevelName(log.level) == "DEBUG"
 
 
 def test_a_misspelt_uri_is_reported_beside_the_missing_one(env_file: Path) -> None:
@@ -476,6 +507,7 @@ def test_a_database_of_the_server_is_a_problem_unless_another_is_set() -> None:
         ("mongodb://u:p:w@h/d", "percent-encoded"),
         ("mongodb://u:p%w@h/d", "percent-encoded"),
         ("mongodb://u:1/w@h/d", "percent-encoded"),
+        ("mongodb://u:1/w@h", "percent-encoded"),
         ("mongodb://@h/d", "percent-encoded"),
         ("mongodb://h/?retryWritess=true", "'retryWritess'"),
         ("mongodb://h/?connectTimeoutMS=soon", "'connectTimeoutMS'"),

@@ -14,13 +14,16 @@ from conftest import Command, settings_for
 from pymongo import ReadPreference
 from pymongo.database import Database
 
-from loyalty.errors import DatabaseUnavailable, NoPermission
+from loyalty.concurrency import ignore_progress
+from loyalty.errors import ClientUnusable, DatabaseUnavailable, NoPermission
 from loyalty.history import History
 from loyalty.mongo import connection as mongo
 from loyalty.mongo.connection import connect
 from loyalty.mongo.privileges import collection_type, missing_privileges
-from loyalty.recount.runner import RecountRequest, connect_and_verify, run_recount
-from sandbox.faults import failing
+from loyalty.recount.preflight import connect_and_verify
+from loyalty.recount.runner import RecountRequest, run_recount
+from loyalty.service import Service
+from sandbox.faults import fail_command
 from sandbox.mongod import Deployment, wait_until
 
 PASSWORD = "a-password"
@@ -53,6 +56,10 @@ OPTIONS = [
     "heartbeatFrequencyMS=600000",
     "serverMonitoringMode=poll",
     "appName=shop",
+    "directConnection=true",
+    "serverSelectionTimeoutMS=1",
+    "connectTimeoutMS=1000",
+    "localThresholdMS=0",
 ]
 
 
@@ -82,9 +89,9 @@ def test_no_option_of_the_uri_weakens_a_recount(
         with connection.orders.watch(max_await_time_ms=1) as stream:
             assert stream.try_next() is None
         result = run_recount(
-            connection, settings, History(connection.recounts), RecountRequest(force=True)
+            connection, settings, History(connection.recounts, settings), RecountRequest(force=True)
         )
-    assert result.exact
+    assert result.count.exact
     assert shop.users.count_documents({"loyalty_points": 1}) == 50
     assert shop.loyalty_recounts.count_documents({"outcome": "succeeded"}) == 1
     name = options.partition("=")[0]
@@ -94,9 +101,8 @@ def test_no_option_of_the_uri_weakens_a_recount(
 
 @pytest.mark.parametrize("options", [o for o in OPTIONS if o.startswith(("read", "time", "max"))])
 def test_no_option_of_the_uri_hides_the_writes_of_a_service_that_was_killed(
-    shop: Database[Any], uri: str, options: str, monkeypatch: pytest.MonkeyPatch
+    shop: Database[Any], uri: str, options: str
 ) -> None:
-    monkeypatch.setattr(mongo, "CONNECT_TIMEOUT_SECONDS", 1.0)
     settings = settings_for(with_options(uri, options))
     with connect(settings, writing=True) as killed, shop.client.start_session() as session:
         with session.start_transaction():
@@ -107,7 +113,7 @@ def test_no_option_of_the_uri_hides_the_writes_of_a_service_that_was_killed(
             update.start()
             wait_until("the update to wait for the lock", lambda: has_conflicts(shop))
             with pytest.raises(DatabaseUnavailable, match="still updates"):
-                connect(settings, writing=True, timeout_seconds=5)
+                connect(settings, writing=True, timeout_seconds=1)
             session.abort_transaction()
         update.join()
         connect(settings, writing=True).client.close()
@@ -117,6 +123,52 @@ def test_no_option_of_the_uri_hides_the_writes_of_a_service_that_was_killed(
 def has_conflicts(shop: Database[Any]) -> bool:
     operations = shop.client.admin.aggregate([{"$currentOp": {}}])
     return any(o.get("writeConflicts") for o in operations if o.get("ns") == shop.users.full_name)
+
+
+@pytest.mark.parametrize("code", [204, 205, 211])
+def test_a_client_that_a_restore_made_unusable_is_replaced(
+    shop: Database[Any],
+    uri: str,
+    deployment: Deployment,
+    caplog: pytest.LogCaptureFixture,
+    code: int,
+) -> None:
+    caplog.set_level(logging.INFO, "loyalty")
+    settings = settings_for(uri)
+    service = Service(settings, lambda: settings)
+    service.connect()
+
+    def fail() -> None:
+        with fail_command(deployment.primary(), "aggregate", 99, errorCode=code):
+            service.recount(ignore_progress)
+
+    with pytest.raises(ClientUnusable):
+        fail()
+    service.recount(ignore_progress)
+    with pytest.raises(ClientUnusable):  # which also closes the second client
+        fail()
+    assert sum(message.startswith("connected ") for message in caplog.messages) == 2
+    assert shop.users.count_documents({"loyalty_points": 1}) == 50
+
+
+@pytest.mark.parametrize("code", [13, 8000, 59])
+def test_orphaned_writes_that_cannot_be_seen_are_one_warning(
+    uri: str, deployment: Deployment, caplog: pytest.LogCaptureFixture, code: int
+) -> None:
+    with fail_command(deployment.primary(), "aggregate", 1, errorCode=code):
+        connect(settings_for(uri), writing=True).client.close()
+    (warning,) = caplog.messages
+    assert warning.startswith("orphaned_writes_unknown")
+
+
+def test_a_transient_error_while_looking_for_orphaned_writes_is_not_ignored(
+    uri: str, deployment: Deployment
+) -> None:
+    with (
+        fail_command(deployment.primary(), "aggregate", 9, errorCode=11600),
+        pytest.raises(DatabaseUnavailable),
+    ):
+        connect(settings_for(uri), writing=True)
 
 
 @pytest.mark.parametrize(
@@ -137,9 +189,9 @@ def test_a_clock_that_differs_from_the_servers_is_warned_of(
 
 
 @pytest.fixture
-def allow(authenticating: Deployment) -> Iterator[Callable[..., str]]:
+def allow(authenticated_deployment: Deployment) -> Iterator[Callable[..., str]]:
     """Make a user with these privileges on `limited`, and return the URI with its login."""
-    with authenticating.client() as client:
+    with authenticated_deployment.client() as client:
         client.limited.users.insert_one({"_id": 1})
         client.limited.orders.insert_one({"customer_id": 1, "status": "Shipped"})
 
@@ -147,7 +199,7 @@ def allow(authenticating: Deployment) -> Iterator[Callable[..., str]]:
             entries = [{"resource": resource, "actions": done} for resource, done in privileges]
             client.admin.command("createRole", "limited", privileges=entries, roles=[])
             client.admin.command("createUser", "limited", pwd=PASSWORD, roles=["limited"])
-            return authenticating.uri_for("limited", PASSWORD, "limited")
+            return authenticated_deployment.uri_for("limited", PASSWORD, "limited")
 
         yield make
         client.admin.command("dropUser", "limited")
@@ -199,7 +251,7 @@ def test_privileges_are_unknown_where_the_server_does_not_list_them(
     deployment: Deployment, uri: str
 ) -> None:
     with (
-        failing(deployment.primary(), "connectionStatus", 1, errorCode=59),
+        fail_command(deployment.primary(), "connectionStatus", 1, errorCode=59),
         connect(settings_for(uri)) as connection,
     ):
         assert missing_privileges(connection.client, "any", WANTED) is None
@@ -216,15 +268,25 @@ def test_a_missing_update_is_found_without_an_update(allow: Callable[..., str]) 
 @pytest.mark.xdist_group("auth")
 def test_a_monitoring_user_needs_nothing_but_find_on_the_records(
     allow: Callable[..., str],
-    authenticating: Deployment,
+    authenticated_deployment: Deployment,
     command: Command,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert command("--once", MONGODB_URI=authenticating.uri, MONGODB_DATABASE="limited") == 0
+    assert (
+        command("--once", MONGODB_URI=authenticated_deployment.uri, MONGODB_DATABASE="limited") == 0
+    )
     uri = allow((on("loyalty_recounts"), ["find"]))
     assert command("--status", MONGODB_URI=uri) == 0
     assert "succeeded" in capsys.readouterr().out
     assert command("--dry-run", MONGODB_URI=uri) == 78
+
+
+@pytest.mark.xdist_group("auth")
+def test_to_create_the_index_needs_no_privilege_on_users(
+    allow: Callable[..., str], command: Command
+) -> None:
+    uri = allow((on("orders"), ["find", "createIndex"]))
+    assert command("--create-index", MONGODB_URI=uri) == 0
 
 
 @pytest.mark.xdist_group("auth")

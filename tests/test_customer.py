@@ -14,7 +14,7 @@ from conftest import Command
 from pymongo.database import Database
 from small_shop import ADA, fill
 
-from sandbox.shop import disagreements
+from sandbox.shop import find_mismatches
 
 Capture = pytest.CaptureFixture[str]
 UUID = uuid.UUID("00112233-4455-6677-8899-aabbccddeeff")
@@ -77,7 +77,7 @@ def test_an_id_is_found_whatever_its_type(
     assert found["customer"] == argument
     assert [(row["orders"], row["points"], row["why"]) for row in found["orders"]] == [(2, 2, "")]
     assert [change["to"] for change in found["users"]] == [2]
-    assert disagreements(database) == []
+    assert find_mismatches(database) == []
 
 
 def test_an_empty_id_shows_the_orders_without_customer(

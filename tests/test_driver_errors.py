@@ -34,7 +34,8 @@ from loyalty.errors import (
 from loyalty.mongo.connection import connect
 from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.error_codes import CODES
-from sandbox.mongod import Deployment
+from loyalty.recount.snapshot import pin_cluster_time
+from sandbox.mongod import Deployment, wait_until
 
 
 def mapped(error: Exception) -> ServiceError:
@@ -100,8 +101,29 @@ def test_a_changed_split_horizon_is_not_taken_for_a_missing_feature() -> None:
     assert type(error) is DatabaseUnavailable
 
 
-def test_a_snapshot_that_is_too_old_names_the_parameter_of_the_server() -> None:
-    assert "minSnapshotHistoryWindowInSeconds" in str(mapped(failure(239, "Snapshot too old")))
+def test_a_snapshot_that_is_too_old_names_the_parameter_of_the_server(
+    deployment: Deployment, database: Database[Any]
+) -> None:
+    parameter = "minSnapshotHistoryWindowInSeconds"
+    admin = database.client.admin
+    before = admin.command({"getParameter": 1, parameter: 1})[parameter]
+    admin.command({"setParameter": 1, parameter: 0})
+    try:
+        with connect(settings_for(deployment.uri_for(database=database.name))) as connection:
+            database.users.insert_one({})
+            at = pin_cluster_time(connection)
+            read = {"level": "snapshot", "atClusterTime": at}
+
+            def is_too_old() -> bool:
+                database.users.insert_one({})
+                with map_driver_errors("find", connection.users):
+                    connection.users.database.command("find", "users", readConcern=read)
+                return False
+
+            with pytest.raises(SnapshotTooOld, match=parameter):
+                wait_until("the snapshot to be too old", is_too_old)
+    finally:
+        admin.command({"setParameter": 1, parameter: before})
 
 
 def test_a_large_distinct_is_said_plainly() -> None:
@@ -175,11 +197,19 @@ def test_failed_updates_are_reported_by_code_without_the_document(
     with pytest.raises(BulkUpdateErrors) as raised, map_driver_errors("update", database.users):
         database.users.bulk_write(updates, ordered=False)
     assert raised.value.codes == {2: 121}
-    assert raised.value.names == {121: "DocumentValidationFailure, code 121"}
-    assert raised.value.reasons == {2: "DocumentValidationFailure, code 121"}
+    assert raised.value.names == {121: "code 121, DocumentValidationFailure"}
+    assert raised.value.reasons == {2: "code 121, DocumentValidationFailure"}
     assert "ada@example.com" not in str(raised.value)
     assert not caplog.messages
     assert "unknown" in str(mapped(write_errors((999_999, "of an index"))))
+
+
+def test_a_server_without_retryable_writes_names_the_option() -> None:
+    # As the driver raises it: with a text of its own, and the server's reply without one.
+    reply = {"writeErrors": [{"index": 0, "code": 20, "errmsg": "Transaction numbers are …"}]}
+    error = mapped(OperationFailure("does not support retryable writes", 20, reply))
+    assert isinstance(error, ConfigurationError)
+    assert "retryWrites=false" in str(error)
 
 
 def test_a_write_concern_that_times_out_is_transient() -> None:

@@ -16,14 +16,18 @@ from config import VERSION, Settings
 from loyalty.errors import ConfigurationError, RecountRefused
 from loyalty.history import Heartbeat, History
 from loyalty.mongo.connection import connect
+from loyalty.recount.result import Result
 from loyalty.recount.runner import run_recount
-from loyalty.recount.tally import Result
 from sandbox.shop import Shop
 
 
 def recount_with(settings: Settings, history: History) -> Result:
     with connect(settings, writing=True) as connection:
         return run_recount(connection, settings, history)
+
+
+def record(at: datetime, outcome: str = "succeeded") -> dict[str, Any]:
+    return {"finished_at": at, "as_of": at, "outcome": outcome}
 
 
 def test_a_record_holds_the_result_and_the_settings(database: Database[Any], uri: str) -> None:
@@ -35,19 +39,19 @@ def test_a_record_holds_the_result_and_the_settings(database: Database[Any], uri
         later = result.started_at + timedelta(hours=1)
         assert history.age(later) == later - result.as_of.replace(microsecond=0)
         assert history.age(result.as_of - timedelta(days=3)) == timedelta(0)
-        record = dict(history.newest(1)[0])
-        assert history.last_success() == record
+        stored = dict(history.newest(1)[0])
+        assert history.last_success() == stored
 
     totals = result.totals
-    assert record.pop("_id")
-    assert record.pop("expires_at") - record["finished_at"] == timedelta(days=30)
+    assert stored.pop("_id")
+    assert stored.pop("expires_at") - stored["finished_at"] == timedelta(days=30)
     for name in ("started_at", "finished_at"):  # the server keeps milliseconds
-        assert abs(record.pop(name) - getattr(result, name)) < timedelta(milliseconds=1)
-    assert record == {
+        assert abs(stored.pop(name) - getattr(result, name)) < timedelta(milliseconds=1)
+    assert stored == {
         "recorded_by": "loyalty-microservice",
         "seconds": result.seconds,
         "as_of": result.as_of,
-        "cluster_time": result.cluster_time,
+        "cluster_time": result.count.cluster_time,
         "exact": True,
         "outcome": "succeeded",
         "counted_orders": totals.counted_orders,
@@ -71,7 +75,7 @@ def test_a_record_holds_the_result_and_the_settings(database: Database[Any], uri
             "customer_field": "customer_id",
         },
     }
-    assert all(record[name] > 0 for name in ("counted_orders", "changed", "unknown_customers"))
+    assert all(stored[name] > 0 for name in ("counted_orders", "changed", "unknown_customers"))
 
 
 def test_an_index_removes_records_when_they_expire(database: Database[Any], uri: str) -> None:
@@ -92,8 +96,8 @@ def test_a_refused_recount_records_that_no_user_was_changed(
     history = History(database.loyalty_recounts, settings)
     with pytest.raises(RecountRefused):
         recount_with(settings, history)
-    (record,) = history.newest(10)
-    assert (record["outcome"], record["changed"]) == ("refused", 0)
+    (stored,) = history.newest(10)
+    assert (stored["outcome"], stored["changed"]) == ("refused", 0)
 
 
 def test_an_incomplete_recount_records_only_the_users_that_were_written(
@@ -105,19 +109,15 @@ def test_an_incomplete_recount_records_only_the_users_that_were_written(
     settings = settings_for(uri)
     history = History(database.loyalty_recounts, settings)
     recount_with(settings, history)
-    (record,) = history.newest(10)
-    assert (record["changed"], record["failed_updates"]) == (999, 1)
+    (stored,) = history.newest(10)
+    assert (stored["changed"], stored["failed_updates"]) == (999, 1)
 
 
-def test_a_recount_that_an_error_ended_records_that_the_number_is_not_known(
-    database: Database[Any], uri: str
-) -> None:
+def test_a_failed_recount_is_not_the_last_success(database: Database[Any], uri: str) -> None:
     settings = settings_for(uri)
     history = History(database.loyalty_recounts, settings)
-    now = datetime.now(UTC)
-    history.write(Result(now, now, outcome="failed", error="the primary was lost"))
-    (record,) = history.newest(10)
-    assert record["changed"] is None
+    history.write(record(datetime.now(UTC), outcome="failed"))
+    assert len(history.newest(10)) == 1
     assert history.last_success() is None
 
 
@@ -139,7 +139,7 @@ def test_two_shops_in_one_database_read_only_their_own_records_and_heartbeats(
         History(database.loyalty_recounts, settings_for(uri, **{setting: name}))
         for name in ("a", "b")
     )
-    one.write(Result(now, now))
+    one.write(record(now))
     one.write_heartbeat(heartbeat)
     assert len(one.newest(10)) == 1
     assert one.age(now) == timedelta(0)
@@ -173,11 +173,11 @@ def test_another_service_with_other_settings_is_one_warning_that_names_it(
     start = datetime.now(UTC)
     for n in range(3):
         at = start + timedelta(seconds=n)
-        theirs.write(Result(at, at))
+        theirs.write(record(at))
         database.loyalty_recounts.update_many(
             {f"settings.{difference.split('=')[0]}": {"$ne": None}}, {"$set": {"host": "berlin"}}
         )
-        ours.write(Result(at, at + timedelta(0), seconds=0.5))
+        ours.write(record(at + timedelta(seconds=0.5)))
     warnings = [m for m in caplog.messages if m.startswith("other_service") and difference in m]
     assert len(warnings) == 1
     assert "on host berlin" in warnings[0]
@@ -197,12 +197,12 @@ def test_records_of_the_same_settings_or_of_another_target_are_no_warning(
     other = History(database.loyalty_recounts, settings_for(uri, **values))
     ours = History(database.loyalty_recounts, settings_for(uri))
     now = datetime.now(UTC)
-    other.write(Result(now, now))
+    other.write(record(now))
     for n in range(1, 4):
         at = now + timedelta(seconds=n)
-        ours.write(Result(at, at))
+        ours.write(record(at))
         if interference != "earlier settings":
-            other.write(Result(at, at, seconds=0.5))
+            other.write(record(at + timedelta(seconds=0.5)))
     assert "other_service" not in caplog.text
 
 

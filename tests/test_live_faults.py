@@ -1,4 +1,4 @@
-"""Live updates when something goes wrong around them: the database, a permission, themselves."""
+"""Live updates during faults: of the database, of permissions, of the service itself."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from live_harness import live_service, make_index
 from pymongo import MongoClient
 from pymongo.collection import Collection
 from pymongo.database import Database
-from test_faults import LiveHarness, assert_ends_well, lines_with, role, staged
+from test_faults import FaultHarness, assert_ends_well, lines_with, role, start_harness
 
 from sandbox import faults
 from sandbox.faults import COUNTING, WRITING, FaultPoint
@@ -62,59 +62,59 @@ def normalize_ids(shop: Database[Any]) -> None:
     )
 
 
-def ship_all(harness: LiveHarness) -> None:
-    """Ship all paid orders, without a cursor of ours that could be held up."""
+def ship_all(harness: FaultHarness) -> None:
+    """Ship all paid orders, without a cursor that a failpoint could block."""
     harness.shop.orders.update_many({"status": "Paid"}, {"$set": {"status": "Shipped"}})
 
 
 @pytest.mark.xdist_group("frozen")
 @pytest.mark.size(1, deep=9)
-def test_when_the_primary_is_killed_live_updates_go_on_with_the_next(
+def test_when_the_primary_is_killed_live_updates_continue_with_the_next(
     three_node_cluster: Deployment, start: Start, size: int
 ) -> None:
-    moments = [WAITING, COUNTING, UPDATING] * size
-    for moment in random.sample(moments, size):
-        with staged(three_node_cluster) as harness, ExitStack() as stack:
+    points = [WAITING, COUNTING, UPDATING] * size
+    for point in random.sample(points, size):
+        with start_harness(three_node_cluster) as harness, ExitStack() as stack:
             stack.callback(faults.recover, three_node_cluster)
             normalize_ids(harness.database)
             daemon = start(harness.uri)
             primary = three_node_cluster.primary()
-            pause_at = faults.pause_at(primary, harness.database.name, moment)
+            paused = faults.pause_at(primary, harness.database.name, point)
             reached = stack.enter_context(paused)
             ship_all(harness)
             reached()
             primary.kill()
-            harness.shop.return_(20)
+            harness.shop.return_orders(20)
             wait_until_exact(harness.database)
             assert daemon.stop() == 0
-            assert "Traceback" not in daemon.output, moment
+            assert "Traceback" not in daemon.output, point
 
 
 @pytest.fixture
-def harness(deployment: Deployment) -> Iterator[LiveHarness]:
-    with staged(deployment, users=500, orders=2000) as harness:
+def harness(deployment: Deployment) -> Iterator[FaultHarness]:
+    with start_harness(deployment, users=500, orders=2000) as harness:
         normalize_ids(harness.database)
         make_index(harness.database)
         yield harness
 
 
-@pytest.mark.parametrize("moment", [WAITING, COUNTING, UPDATING], ids=str)
+@pytest.mark.parametrize("point", [WAITING, COUNTING, UPDATING], ids=str)
 def test_sigterm_ends_live_updates_within_two_seconds(
-    harness: LiveHarness, start: Start, moment: FaultPoint
+    harness: FaultHarness, start: Start, point: FaultPoint
 ) -> None:
     daemon = start(harness.uri)
-    with faults.pause_at(harness.deployment.servers[0], harness.database.name, moment) as reached:
+    with faults.pause_at(harness.deployment.servers[0], harness.database.name, point) as reached:
         ship_all(harness)
         reached()
         assert_ends_well(daemon)
 
 
 @pytest.mark.size(1, deep=10)
-def test_two_services_at_once_of_which_one_is_killed_leave_everyone_right(
-    harness: LiveHarness, start: Start, size: int
+def test_when_one_of_two_services_is_killed_all_points_become_exact(
+    harness: FaultHarness, start: Start, size: int
 ) -> None:
     with ExitStack() as stack:
-        # So many orders are taken back in so few seconds that the guard would hold updates back.
+        # So many orders are returned in a few seconds that the safety check would pause updates.
         survivor = start(harness.uri, MAX_DECREASE_PERCENT="100")
         for _ in range(size):
             other = start(harness.uri, MAX_DECREASE_PERCENT="100")
@@ -123,8 +123,8 @@ def test_two_services_at_once_of_which_one_is_killed_leave_everyone_right(
             for n in range(40):
                 if n == 20:
                     other.kill()
-                harness.shop.ship(20)
-                harness.shop.return_(20)
+                harness.shop.ship_orders(20)
+                harness.shop.return_orders(20)
             wait_until_exact(harness.database)
             # Whatever the other one has left on the server is done by now.
             time.sleep(0.2)
@@ -132,10 +132,10 @@ def test_two_services_at_once_of_which_one_is_killed_leave_everyone_right(
         assert len(lines_with("outcome=succeeded", survivor)) == 1
 
 
-def test_orders_that_are_dropped_renamed_or_made_anew_are_a_full_recount_each_and_no_loop(
+def test_each_drop_or_rename_of_orders_is_one_full_recount(
     deployment: Deployment, database: Database[Any], uri: str, start: Start
 ) -> None:
-    users = range(8)  # too few for the guard
+    users = range(8)  # too few for the safety check
     database.users.insert_many({"_id": n} for n in users)
 
     def fill(name: str) -> Collection[Any]:
@@ -173,7 +173,7 @@ def commands(client: MongoClient[Any]) -> int:
     return sum(counted[kind] for kind in ("command", "query", "getmore", "insert", "update"))
 
 
-def test_a_standalone_server_is_one_warning_and_ordinary_recounts(
+def test_a_standalone_server_is_one_warning_and_full_recounts_only(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with Deployment(replica_set=False, parent=MEMORY) as alone, alone.client() as client:
@@ -188,7 +188,7 @@ def test_a_standalone_server_is_one_warning_and_ordinary_recounts(
 
 
 @pytest.mark.xdist_group("auth")
-def test_without_permission_it_is_one_warning_and_live_at_the_next_recount_once_granted(
+def test_live_updates_start_at_the_next_recount_after_the_permission_is_granted(
     authenticated_deployment: Deployment, caplog: pytest.LogCaptureFixture
 ) -> None:
     name, _, plain = role()
@@ -209,7 +209,7 @@ def test_without_permission_it_is_one_warning_and_live_at_the_next_recount_once_
         assert f"no permission for watch on {name}.orders" in line
         client.admin.command("updateRole", "liveRole", privileges=granted, roles=[])
         harness.recount()
-        Shop(shop, random.Random(2)).ship(5)
+        Shop(shop, random.Random(2)).ship_orders(5)
         harness.update_until_exact()
         harness.update(0.1)
         assert shop.loyalty_recounts.count_documents({"outcome": "live"}) == 1

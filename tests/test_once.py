@@ -11,7 +11,8 @@ from pymongo.database import Database
 from small_shop import fill
 
 from loyalty.history import History
-from loyalty.recount.runner import FULL_RECOUNT, connect_and_verify, run_recount
+from loyalty.recount.preflight import connect_and_verify
+from loyalty.recount.runner import FULL_RECOUNT, run_recount
 
 Capture = pytest.CaptureFixture[str]
 

@@ -15,6 +15,7 @@ from loyalty.retry import (
     COUNT_RETRY,
     DAEMON_BACKOFF,
     ORPHANED_WRITES_POLL,
+    Backoff,
     Retry,
     RetryPolicy,
     poll,
@@ -234,3 +235,49 @@ def test_polling_reports_that_the_condition_did_not_hold_in_time(clock: FakeCloc
     started = clock.now
     assert not poll(lambda: False, ORPHANED_WRITES_POLL, clock=clock, sleep=clock.sleep)
     assert 4 < clock.now - started <= 5
+
+
+@pytest.fixture
+def backoff(clock: FakeClock) -> Backoff:
+    return Backoff(NO_JITTER, reset_seconds=60, clock=clock)
+
+
+def fail_after(backoff: Backoff, clock: FakeClock, *, idle: float = 0, work: float = 0) -> float:
+    """Let the task wait, work and fail; return the pause, and let it pass."""
+    clock.now += idle
+    started = clock.now
+    clock.now += work
+    pause = backoff.record_failure(started)
+    clock.now += pause
+    return pause
+
+
+def test_failures_in_a_row_have_pauses_that_double(backoff: Backoff, clock: FakeClock) -> None:
+    assert [fail_after(backoff, clock) for _ in range(6)] == [1, 2, 4, 8, 10, 10]
+
+
+@pytest.mark.parametrize(("idle", "pause"), [(59, 2), (60, 1), (1000, 1)])
+def test_the_pause_is_short_again_after_enough_idle_time(
+    backoff: Backoff, clock: FakeClock, idle: float, pause: float
+) -> None:
+    assert fail_after(backoff, clock) == 1
+    assert fail_after(backoff, clock, idle=idle) == pause
+
+
+def test_the_time_of_work_is_not_idle_time(backoff: Backoff, clock: FakeClock) -> None:
+    assert fail_after(backoff, clock) == 1
+    assert fail_after(backoff, clock, work=1000) == 2
+    clock.now += 1000  # of work without a failure
+    backoff.record_work(1000)
+    assert fail_after(backoff, clock, idle=30) == 4
+    assert fail_after(backoff, clock, idle=60) == 1
+
+
+def test_a_pause_can_be_limited(backoff: Backoff, clock: FakeClock) -> None:
+    assert [backoff.record_failure(clock.now, max_seconds=3) for _ in range(4)] == [1, 2, 3, 3]
+
+
+def test_a_reset_makes_the_next_failure_the_first(backoff: Backoff, clock: FakeClock) -> None:
+    assert [fail_after(backoff, clock) for _ in range(3)] == [1, 2, 4]
+    backoff.reset()
+    assert [fail_after(backoff, clock) for _ in range(2)] == [1, 2]

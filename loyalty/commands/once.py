@@ -39,14 +39,15 @@ def result_json(result: Result) -> Document:
 
 
 def print_totals(result: Result, *, details: bool = False) -> None:
-    """Print what a recount counted; `details` adds ids of unknown customers."""
+    """Print what a recount counted; `details` adds the users with points and unknown ids."""
     totals = result.totals
     unknown = f"{totals.unknown_customers:,}"
     if totals.unknown_customers:
         unknown += f" with {pluralize(totals.orders_of_unknown_customers, 'order')}"
-    rows = [
-        ("users", f"{totals.users:,}"),
-        ("users with points", f"{totals.users_with_points_before:,} before"),
+    rows = [("users", f"{totals.users:,}")]
+    if details:
+        rows.append(("users with points", f"{totals.users_with_points_before:,} before"))
+    rows += [
         ("counted orders", f"{totals.counted_orders:,}"),
         ("changed users", _describe_changes(totals)),
         ("unknown customers", unknown),
@@ -55,7 +56,7 @@ def print_totals(result: Result, *, details: bool = False) -> None:
     ]
     if result.failed_updates:
         rows.append(("failed updates", f"{result.failed_updates:,}"))
-    print_table(*(row for row in rows if details or row[0] != "users with points"))
+    print_table(*rows)
 
 
 def _describe_changes(totals: Totals) -> str:

@@ -49,9 +49,8 @@ def flush_results() -> None:
 
 def print_table(*rows: Sequence[str]) -> None:
     """Print rows of cells in aligned columns."""
-    escaped = [[escape_control_characters(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*escaped, strict=True)]
-    for row in escaped:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
         print_line("  " + "  ".join(map(str.ljust, row, widths)).rstrip())
 
 

@@ -21,10 +21,11 @@ from loyalty.concurrency import ProgressCallback
 from loyalty.errors import RecountRefused, ResyncRequired, ServiceError
 from loyalty.history import Heartbeat, History
 from loyalty.live.events import PendingChanges
-from loyalty.live.watcher import ChangeStreamWatcher, LiveLimits, open_watcher
+from loyalty.live.watcher import ChangeStreamWatcher, LiveLimits, keeps_pre_images, open_watcher
 from loyalty.logs import WarnOnce
 from loyalty.mongo.connection import Connection
 from loyalty.recount.counter import Customers
+from loyalty.recount.index import missing_index_hint
 from loyalty.recount.result import Result
 from loyalty.recount.runner import RecountRequest, run_recount
 from loyalty.recount.safety import check_live_update
@@ -81,6 +82,12 @@ class LiveUpdater:
         except ServiceError as error:
             self._warn_once("live_updates_unavailable", error)
             return NEVER
+        if connection.pre_images and keeps_pre_images(connection) is False:
+            # Also after a restore of the collection, which does not restore the option.
+            log.warning(
+                "pre_images_off deletes, and orders that another customer gets, wait for the next "
+                "full recount; --check-config prints the command that switches pre-images on"
+            )
         self._has_started = False
         self._last_update, self._customers_updated = None, 0
         return start_after
@@ -142,6 +149,14 @@ class LiveUpdater:
             self._warn_of_mixed_case()
             raise ResyncRequired("a changed order has a customer id in mixed case")
         self._recount_customers(connection, changes, on_progress)
+
+    def check_index(self, connection: Connection) -> None:
+        """Raise ResyncRequired if each update would read all orders: the index was dropped.
+
+        The full recount that follows does not open the stream, until the index is there again.
+        """
+        if hint := missing_index_hint(connection.orders, self._settings):
+            raise ResyncRequired(f"each update would read all orders; the index: {hint}")
 
     def heartbeat(self) -> Heartbeat | None:
         """Return the progress of live updates, or None while they are off or paused."""

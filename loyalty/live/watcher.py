@@ -203,6 +203,9 @@ def open_watcher(
         raise ConfigurationError(f"{server} has no change streams for this")
     if hint := missing_index_hint(connection.orders, settings):
         raise ConfigurationError(f"each update would read all orders; the index: {hint}")
+    if connection.client.options.pool_options.max_pool_size == 1:
+        # The stream occupies it nearly all the time, and everything else would wait.
+        raise ConfigurationError("maxPoolSize=1 in MONGODB_URI: live updates need 2 connections")
     limits = limits or LiveLimits()
     return ChangeStreamWatcher(connection, settings, start_after, limits), start_after
 

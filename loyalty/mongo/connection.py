@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Self
 
@@ -20,6 +19,7 @@ from loyalty.errors import AuthenticationFailed, ConfigurationError, DatabaseUna
 from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.privileges import collection_type, require_privileges
 from loyalty.mongo.uri import parse_options, split_uri
+from loyalty.retry import ORPHANED_WRITES_POLL, poll
 
 log = logging.getLogger("loyalty")
 
@@ -97,18 +97,19 @@ def connect(
     Without `verify` only the connection itself is made. Raises ConfigurationError or
     DatabaseUnavailable, within about `timeout_seconds` (CONNECT_TIMEOUT_SECONDS).
     """
+    timeout_seconds = timeout_seconds or CONNECT_TIMEOUT_SECONDS
     with map_driver_errors("connect", settings.hosts):
         client: MongoClient[Any] = MongoClient(settings.mongodb_uri, **_client_options(settings))
     try:
-        with pymongo.timeout(timeout_seconds or CONNECT_TIMEOUT_SECONDS):
+        with pymongo.timeout(timeout_seconds):
             connection = _inspect_server(client, settings)
             if verify:
                 _verify_access(connection, settings, writing=writing)
         if writing:
-            _wait_for_orphaned_writes(connection)
+            _wait_for_orphaned_writes(connection, timeout_seconds)
     except AuthenticationFailed as error:
         client.close()
-        raise ConfigurationError(f"{error}; {_auth_source_hint(settings.mongodb_uri)}") from error
+        raise AuthenticationFailed(f"{error}; {_auth_source_hint(settings.mongodb_uri)}") from error
     except BaseException:
         client.close()
         raise
@@ -210,7 +211,7 @@ def _verify_access(connection: Connection, settings: Settings, *, writing: bool)
         require_privileges(connection.client, settings.database, {users.name: ["update"]})
 
 
-def _wait_for_orphaned_writes(connection: Connection) -> None:
+def _wait_for_orphaned_writes(connection: Connection, timeout_seconds: float) -> None:
     """Wait until the server has done the updates that it is doing for this service already.
 
     A service that was killed leaves a few batches behind; one that is written after the new
@@ -232,15 +233,12 @@ def _wait_for_orphaned_writes(connection: Connection) -> None:
         with map_driver_errors("$currentOp", connection.hosts):
             return {operation["opid"] for operation in admin.aggregate(pipeline)}
 
-    deadline = time.monotonic() + CONNECT_TIMEOUT_SECONDS
+    policy = replace(ORPHANED_WRITES_POLL, timeout_seconds=timeout_seconds)
     try:
         orphaned = running()
-        while orphaned:
-            if time.monotonic() > deadline:
-                raise DatabaseUnavailable(
-                    f"the server still updates {users} for a service that has ended"
-                )
-            time.sleep(0.05)
-            orphaned &= running()
+        if orphaned and not poll(lambda: not orphaned & running(), policy):
+            raise DatabaseUnavailable(
+                f"the server still updates {users} for a service that has ended"
+            )
     except ConfigurationError as error:
         log.warning('orphaned_writes_unknown error="%s"', error)

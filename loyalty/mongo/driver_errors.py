@@ -32,6 +32,8 @@ log = logging.getLogger("loyalty")
 
 _MAX_REASON_LENGTH = 300
 
+_TOO_LARGE = CODES[ErrorClass.PERMANENT]["BSONObjectTooLarge"]
+_ILLEGAL_OPERATION = CODES[ErrorClass.PERMANENT]["IllegalOperation"]
 _ATLAS_ERROR = CODES[ErrorClass.PERMANENT]["AtlasError"]  # any request that Atlas itself rejects
 _SPLIT_HORIZON_CHANGE = CODES[ErrorClass.TRANSIENT]["SplitHorizonChange"]
 _DISTINCT_TOO_LARGE = CODES[ErrorClass.PERMANENT]["Location17217"]
@@ -131,7 +133,11 @@ def _map_server_error(
 ) -> ServiceError:
     # Not str() of the driver's error: it ends with the whole reply, with commands and documents.
     failed, reason = f"{action} failed", _one_line(str(details.get("errmsg", "no reason given")))
+    if code == _ILLEGAL_OPERATION and "writeErrors" in details:  # the driver's own reply, no text
+        reason = "this server does not support retryable writes: add retryWrites=false to the URI"
     error_class = _classify(code, details, reason)
+    if code == _TOO_LARGE and action.startswith("watch "):  # of an event, which no resume can skip
+        error_class = ErrorClass.RESYNC
     if error_class is ErrorClass.PERMISSION:
         return permission_error(action, has_user="requires authentication" not in reason)
     if error_class is ErrorClass.AUTHENTICATION:

@@ -240,5 +240,5 @@ def is_known(code: int | None) -> bool:
 def describe(code: int | None) -> str:
     """Return the name and the number of an error code, for the operator."""
     if code in _BY_CODE:
-        return f"{_BY_CODE[code][1]}, code {code}"
+        return f"code {code}, {_BY_CODE[code][1]}"
     return f"error code {code} is unknown to this service"

@@ -47,9 +47,9 @@ def database_name(text: str) -> str:
     return text
 
 
-def read_uri(given: Mapping[str, str]) -> tuple[str, list[str]]:
+def read_uri(values: Mapping[str, str]) -> tuple[str, list[str]]:
     """Return the URI in MONGODB_URI, or in the file at MONGODB_URI_FILE, and its problems."""
-    uri, file = (given.get(name, "").strip() for name in ("MONGODB_URI", "MONGODB_URI_FILE"))
+    uri, file = (values.get(name, "").strip() for name in ("MONGODB_URI", "MONGODB_URI_FILE"))
     if uri and file:
         return "", ["MONGODB_URI and MONGODB_URI_FILE: set one of them, not both"]
     if file:

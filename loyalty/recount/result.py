@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Literal
@@ -10,6 +11,8 @@ from bson import ObjectId, Timestamp
 
 from config import VERSION
 from loyalty.recount.tally import RECORDED_TOTALS, FailedUpdates, Totals
+
+log = logging.getLogger("loyalty")
 
 Outcome = Literal["succeeded", "incomplete", "refused", "failed", "undone"]
 
@@ -85,3 +88,22 @@ def build_record(result: Result) -> dict[str, Any]:
         "error": result.error,
         "version": VERSION,
     }
+
+
+def log_result(result: Result) -> None:
+    """Log one line about a full recount."""
+    fields: dict[str, object] = {
+        "outcome": result.outcome,
+        "users": result.totals.users,
+        **{name: getattr(result.totals, name) for name in RECORDED_TOTALS},
+        "failed_updates": result.failed_updates,
+        "as_of": f"{result.as_of:%Y-%m-%dT%H:%M:%SZ}",
+        "exact": result.count.exact,
+        "seconds": round(result.seconds, 1),
+    }
+    words = [f"{n}={str(v).lower() if isinstance(v, bool) else v}" for n, v in fields.items()]
+    log.info("recount %s", " ".join(words), extra={"fields": fields})
+    for kind, unknown in result.totals.unknown_by_kind.items():
+        largest = ", ".join(text for _, text in sorted(unknown.largest, reverse=True))
+        # At DEBUG only: an id may be an e-mail address.
+        log.debug('unknown_customers kind="%s" largest="%s"', kind, largest)

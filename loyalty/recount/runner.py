@@ -28,10 +28,10 @@ from loyalty.recount.counter import Boundaries, Counter, Customers
 from loyalty.recount.look_alikes import UnknownCustomerList
 from loyalty.recount.partitions import partition_boundaries
 from loyalty.recount.pipeline import NonCanonicalIdFound
-from loyalty.recount.result import CountResult, Result, build_record
+from loyalty.recount.result import CountResult, Result, build_record, log_result
 from loyalty.recount.safety import PreviousRecounts, check_totals, is_failure
 from loyalty.recount.statuses import check_uncounted
-from loyalty.recount.tally import RECORDED_TOTALS, Tally, Totals
+from loyalty.recount.tally import Tally, Totals
 from loyalty.recount.updates import LogChanges, PendingUpdates
 from loyalty.retry import COUNT_RETRY, Retry, RetryPolicy, retry
 
@@ -227,28 +227,9 @@ def _write(
         f"{result.failed_updates:,} of {result.totals.changed:,} updates failed ({result.failed})"
     )
     log.warning(
-        'failed_updates count=%d changed=%d errors="%s"',
+        'incomplete failed_updates=%d changed=%d errors="%s"',
         *(result.failed_updates, result.totals.changed, result.failed),
     )
     log.debug("failed_updates users=%s", ", ".join(result.failed.sample))
     if is_failure(result.failed_updates, result.totals.users):
         raise TooManyFailedUpdates(text, result.failed_updates)
-
-
-def log_result(result: Result) -> None:
-    """Log one line about a full recount."""
-    fields: dict[str, object] = {
-        "outcome": result.outcome,
-        "users": result.totals.users,
-        **{name: getattr(result.totals, name) for name in RECORDED_TOTALS},
-        "failed_updates": result.failed_updates,
-        "as_of": f"{result.as_of:%Y-%m-%dT%H:%M:%SZ}",
-        "exact": result.count.exact,
-        "seconds": round(result.seconds, 1),
-    }
-    words = [f"{n}={str(v).lower() if isinstance(v, bool) else v}" for n, v in fields.items()]
-    log.info("recount %s", " ".join(words), extra={"fields": fields})
-    for kind, unknown in result.totals.unknown_by_kind.items():
-        largest = ", ".join(text for _, text in sorted(unknown.largest, reverse=True))
-        # At DEBUG only: an id may be an e-mail address.
-        log.debug('unknown_customers kind="%s" largest="%s"', kind, largest)
