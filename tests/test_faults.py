@@ -377,14 +377,14 @@ def test_failed_updates_are_counted_and_all_other_users_are_written(
     rule = {"$or": [{"_id": {"$nin": failing}}, {"loyalty_points": -1}]}
     harness.database.command("collMod", "users", validator=rule)
     daemon = service(MONGODB_URI=harness.uri, RECOUNT_INTERVAL="1s")
-    daemon.wait_for("WARNING failed_updates", times=2)
+    daemon.wait_for("WARNING incomplete", times=2)
     mismatches = find_mismatches(harness.database)
     assert {mismatch.stored for mismatch in mismatches} == {-1}
     assert sorted(repr(m.user) for m in mismatches) == sorted(map(repr, failing))
-    first, second = lines_with("WARNING failed_updates", daemon)[:2]
-    assert "count=3 changed=2000 " in first
+    first, second = lines_with("WARNING incomplete", daemon)[:2]
+    assert "failed_updates=3 changed=2000 " in first
     assert "DocumentValidationFailure" in first
-    assert "count=3 changed=3 " in second
+    assert "failed_updates=3 changed=3 " in second
     assert "@example.com" not in daemon.output  # the server's text holds whole documents
     assert "retry_in" not in daemon.output
     assert [(r["outcome"], r["failed_updates"]) for r in harness.records[:2]] == [
