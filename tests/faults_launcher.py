@@ -1,9 +1,10 @@
-"""Runs the service in a process in which something is not as it should be.
+"""Runs the service in a process with one fault.
 
 - `faults_launcher.py clock FILE [arguments]`: the clock is set to the seconds in FILE.
-- `faults_launcher.py pause SECONDS[,SECONDS] [arguments]`: the first pause after a failure is that
-  long, and so is, with a second number, a try to connect.
-- `faults_launcher.py bugs LIST [arguments]`: recounts raise what LIST says: count:KeyError,...
+- `faults_launcher.py pause SECONDS[,SECONDS]`: a daemon whose first pause after a failure is that
+  long; the second number is the time limit of an attempt to connect.
+- `faults_launcher.py bugs LIST`: a daemon whose recounts raise what LIST says: 1:KeyError raises a
+  KeyError at the first progress of a recount, and so on, each in a recount of its own.
 - `faults_launcher.py recounts NUMBER`: does that many; prints how much memory and files they take.
 """
 
@@ -11,34 +12,34 @@ from __future__ import annotations
 
 import builtins
 import json
+import logging
 import os
 import runpy
 import sys
 import threading
 import time
-from collections.abc import Callable
-from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import time_machine
+from pymongo import MongoClient
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import config
 import loyalty_microservice
-from loyalty import daemon
-from loyalty.concurrency import ignore_progress
+from loyalty.concurrency import ProgressCallback, ignore_progress
+from loyalty.daemon import Daemon, RecountOutcome
+from loyalty.logs import log_to_stderr
 from loyalty.mongo import connection as mongo
-from loyalty.recount.counter import Count
-from loyalty.recount.updates import Changes
 from loyalty.retry import Backoff, RetryPolicy
 from loyalty.service import Service
 
 RECONNECT_EVERY = 10
 
 
-def clock(file: str) -> None:
+def set_clock(file: str) -> None:
     """Set the clock now, and again whenever the file has changed."""
     traveller = time_machine.travel(current := float(Path(file).read_text()), tick=True).start()
 
@@ -52,33 +53,47 @@ def clock(file: str) -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def pause(seconds: str) -> None:
-    first, *tried = map(float, seconds.split(","))
+def run_daemon(service: Service, backoff: Backoff | None = None) -> None:
+    log_to_stderr()
+    logging.getLogger("loyalty").setLevel(service.settings.log_level)
+    Daemon(service, backoff=backoff).run()
+    logging.shutdown()
+    os._exit(0)  # as the service itself does: not waiting for servers that do not answer
+
+
+def run_with_pauses(settings: config.Settings, seconds: str) -> None:
+    first, *connect_seconds = map(float, seconds.split(","))
+    if connect_seconds:
+        mongo.CONNECT_TIMEOUT_SECONDS = connect_seconds[0]
     policy = RetryPolicy(initial_seconds=first, max_seconds=300, jitter=0)
-    daemon.Daemon = partial(daemon.Daemon, backoff=Backoff(policy))  # type: ignore[assignment,misc]
-    for connect_seconds in tried:
-        mongo.CONNECT_TIMEOUT_SECONDS = connect_seconds
+    run_daemon(Service(settings, lambda: settings), Backoff(policy))
 
 
-def bugs(listed: str) -> None:
-    """Let `count` and `write` of a recount raise what is listed, one by one, then work again."""
-    left = [bug.split(":") for bug in listed.split(",")]
-    steps: tuple[tuple[str, Any, str], ...]
-    steps = (("count", Count, "count_all"), ("write", Changes, "write"))
-    for name, kind, method in steps:
-        setattr(kind, method, _failing(name, getattr(kind, method), left))
+class FailingService(Service):
+    """A service with bugs: `(number of the progress call, name of the exception)`."""
+
+    bugs: list[tuple[int, str]]
+
+    def recount(self, on_progress: ProgressCallback) -> RecountOutcome:
+        calls = count(1)
+
+        def fail(text: str) -> None:
+            if self.bugs and next(calls) == self.bugs[0][0]:
+                raise getattr(builtins, self.bugs.pop(0)[1])("SECRET document")
+            on_progress(text)
+
+        return super().recount(fail)
 
 
-def _failing(name: str, works: Callable[..., Any], left: list[list[str]]) -> Callable[..., Any]:
-    def step(*given: Any, **named: Any) -> Any:
-        if left and left[0][0] == name:
-            raise getattr(builtins, left.pop(0)[1])("SECRET document")
-        return works(*given, **named)
+def run_with_bugs(settings: config.Settings, listed: str) -> None:
+    service = FailingService(settings, lambda: settings)
+    bugs = (bug.split(":") for bug in listed.split(","))
+    service.bugs = [(int(number), name) for number, name in bugs]
+    policy = RetryPolicy(initial_seconds=1, max_seconds=1, jitter=0)
+    run_daemon(service, Backoff(policy))
 
-    return step
 
-
-def await_closed_clients() -> None:
+def wait_for_closed_clients() -> None:
     """Wait until the driver's threads are those of one client, or for 5 s if they never are."""
     deadline = time.monotonic() + 5
     while time.monotonic() < deadline:
@@ -88,36 +103,40 @@ def await_closed_clients() -> None:
         time.sleep(0.02)
 
 
-def recounts(number: int) -> None:
+def measure_recounts(settings: config.Settings, number: int) -> None:
     """Do recounts as the daemon does them, each with something to write, some after reconnecting.
 
     Prints the memory in KiB and the number of open files and threads, after each sixth of them.
     """
-    settings = config.load(os.environ)
     service = Service(settings, lambda: settings)
     samples = []
     for done in range(1, number + 1):
         service.recount(ignore_progress)
-        assert service._connection
-        service._connection.users.update_many({}, {"$set": {settings.points_field: -1}})
+        with MongoClient[Any](settings.mongodb_uri) as client:
+            users = client[settings.database][settings.users]
+            users.update_many({}, {"$set": {settings.points_field: -1}})
         if done % (number // 6) == 0:
-            await_closed_clients()
+            wait_for_closed_clients()
             status = Path("/proc/self/status").read_text()
             memory = int(status.split("VmRSS:")[1].split()[0])
             samples.append(
                 (memory, len([*Path("/proc/self/fd").iterdir()]), threading.active_count())
             )
         if done % RECONNECT_EVERY == 0:  # as after a permission was missing
-            service._connection.client.close()
-            service._connection = None
+            service.disconnect()
     print(json.dumps(samples))
 
 
 if __name__ == "__main__":
     mode, argument, *rest = sys.argv[1:]
-    if mode == "recounts":
-        recounts(int(argument))
-        sys.exit()
-    {"clock": clock, "pause": pause, "bugs": bugs}[mode](argument)
-    sys.argv[1:] = rest
-    runpy.run_path(loyalty_microservice.__file__, run_name="__main__")
+    if mode == "clock":
+        set_clock(argument)
+        sys.argv[1:] = rest
+        runpy.run_path(loyalty_microservice.__file__, run_name="__main__")
+    settings = config.load(os.environ)
+    if mode == "pause":
+        run_with_pauses(settings, argument)
+    elif mode == "bugs":
+        run_with_bugs(settings, argument)
+    elif mode == "recounts":
+        measure_recounts(settings, int(argument))

@@ -1,0 +1,86 @@
+"""The process: signals during the imports, a full stdout, and a terminal without UTF-8."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+from pymongo.database import Database
+
+from sandbox.shop import find_mismatches
+
+
+@pytest.mark.parametrize(
+    ("arguments", "number", "code"),
+    [
+        ([], signal.SIGINT, 130),
+        ([], signal.SIGTERM, 0),
+        (["--env-file", os.devnull], signal.SIGTERM, 0),
+        (["--once"], signal.SIGINT, 130),
+        (["--once"], signal.SIGTERM, 143),  # the work is not done
+    ],
+)
+def test_a_signal_during_the_imports_ends_the_process_without_a_traceback(
+    tmp_path: Path, arguments: list[str], number: signal.Signals, code: int
+) -> None:
+    slow = "import time\nprint('importing', flush=True)\ntime.sleep(60)\n"
+    (tmp_path / "schedule.py").write_text(slow)  # found before the real one
+    with subprocess.Popen(
+        [sys.executable, str(ROOT / "loyalty_microservice.py"), *arguments],
+        # Without coverage, which at this moment can wait for a lock of its own.
+        env={
+            **{name: value for name, value in os.environ.items() if not name.startswith("COV")},
+            "PYTHONPATH": str(tmp_path),
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "importing\n"
+        process.send_signal(number)
+        rest = process.communicate(timeout=30)
+    assert rest == ("", "")
+    assert process.returncode == code
+
+
+def run_in_shell(command: str, **env: str) -> subprocess.CompletedProcess[str]:
+    program = (
+        f"{shlex.quote(sys.executable)} {ROOT / 'loyalty_microservice.py'} --env-file /dev/null"
+    )
+    return subprocess.run(
+        ["sh", "-c", f"{program} {command}"],
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_full_stdout_is_an_error_and_no_internal_error(database: Database[Any], uri: str) -> None:
+    database.users.insert_one({"_id": 1})
+    database.orders.insert_one({"customer_id": 1, "status": "Shipped"})
+    ran = run_in_shell("--once > /dev/full", MONGODB_URI=uri)
+    assert ran.returncode == 1
+    assert 'ERROR results_not_written error="stdout: No space left on device"' in ran.stderr
+    assert "internal_error" not in ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert find_mismatches(database) == []
+
+
+def test_a_terminal_without_utf_8_gets_escaped_characters(
+    database: Database[Any], uri: str
+) -> None:
+    database.users.insert_one({"_id": "Zoë", "loyalty_points": 2})
+    database.orders.insert_one({"customer_id": "Zoë", "status": "Shipped"})
+    ran = run_in_shell("--dry-run", MONGODB_URI=uri, PYTHONIOENCODING="ascii")
+    assert ran.returncode == 1
+    assert r"'Zo\xeb'" in ran.stdout
+    assert "internal_error" not in ran.stderr
