@@ -10,8 +10,8 @@ from loyalty.errors import Exit
 from loyalty.history import History
 from loyalty.mongo.connection import connect
 from loyalty.mongo.values import Document, format_value
-from loyalty.recount.change_log import find_changes
-from loyalty.recount.undo import change_log_collection, resolve_recount
+from loyalty.recount.change_log import LoggedRecount, find_changes
+from loyalty.recount.undo import MISSING, change_log_collection, resolve_recount
 
 
 def run(args: argparse.Namespace, settings: Settings) -> Exit:
@@ -21,22 +21,32 @@ def run(args: argparse.Namespace, settings: Settings) -> Exit:
         history = History(connection.recounts, settings)
         recount = resolve_recount(connection, settings, history, args.changes)
         if not args.json:
-            field = f"{recount.users}.{recount.points_field}"
-            print_line(f"Recount {recount.id} of {recount.at:%Y-%m-%d %H:%M:%S} UTC wrote {field}")
+            print_recount(recount)
         for batch in find_changes(change_log_collection(connection), recount.id):
             number += len(batch)
             for change in batch:
+                row = change_json(change)
                 if args.json:
-                    print_json(change_json(change))
+                    print_json(row)
                 else:
-                    row = change_json(change)
                     print_line(f"  {row['user']}  {row['from']} -> {row['to']}")
     if not args.json:
         print_line(pluralize(number, "change"))
     return Exit.OK
 
 
+def print_recount(recount: LoggedRecount) -> None:
+    """Print which recount it is, and where it wrote."""
+    written = f"{recount.users}.{recount.points_field}"
+    print_line(f"Recount {recount.id} of {recount.at:%Y-%m-%d %H:%M:%S} UTC wrote {written}")
+
+
 def change_json(change: Document) -> Document:
     """Return a logged change as `{user, from, to}`."""
-    before = format_value(change["before"]) if "before" in change else "no field"
+    before = format_points(change.get("before", MISSING))
     return {"user": format_value(change["user"]), "from": before, "to": change["after"]}
+
+
+def format_points(value: object) -> str:
+    """Return stored points for a person; "no field" is not the same as null."""
+    return "no field" if value is MISSING else format_value(value)

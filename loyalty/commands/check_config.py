@@ -26,6 +26,7 @@ from loyalty.metrics import Metrics
 from loyalty.mongo.connection import Connection
 from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.values import Document
+from loyalty.recount.change_log import check_change_log
 from loyalty.recount.index import array_conditions, inspect_plan
 from loyalty.recount.order_filter import is_counted
 from loyalty.recount.preflight import connect_and_verify
@@ -50,12 +51,9 @@ def run(args: argparse.Namespace, settings: Settings) -> Exit:
 
     Raises ServiceError.
     """
-    unusable: ConfigurationError | None = None
     with connect_and_verify(settings, writing=True, recording=False) as connection:
-        try:
-            permissions = History(connection.recounts, settings).check()
-        except ConfigurationError as error:  # raised at the end: there may be other problems
-            permissions, unusable = str(error), error
+        missing, errors = _check_own_collections(connection, settings)
+        permissions = "; ".join([*missing, *errors]) or None
         blocker = live_updates_blocker(connection, settings) if settings.live_updates else None
         if not args.json:  # before the queries that read all orders, which take their time
             _print_settings(settings, connection, permissions)
@@ -69,15 +67,32 @@ def run(args: argparse.Namespace, settings: Settings) -> Exit:
         result, problems = _count_all(connection, settings, found)
         if not args.json:
             _print_count(result, problems)
-        elif not unusable:
+        elif not errors:
             problems += [f"live updates will not work: {blocker}"] if blocker else []
             details = _details_json(connection, settings, found, result)
             print_json(
                 {"problems": problems, "permissions": permissions, "index": index, **details}
             )
-    if unusable:
-        raise unusable
+    if errors:
+        raise ConfigurationError(*errors)
     return Exit.FINDINGS if problems or permissions or blocker else Exit.OK
+
+
+def _check_own_collections(
+    connection: Connection, settings: Settings
+) -> tuple[list[str], list[str]]:
+    """Return what limits the records, and what prevents the start: raised at the end."""
+    missing, errors = [], []
+    try:
+        missing += filter(None, [History(connection.recounts, settings).check()])
+    except ConfigurationError as error:
+        errors.append(str(error))
+    try:
+        if connection.changes is not None:
+            check_change_log(connection.changes)
+    except ConfigurationError as error:
+        errors.append(str(error))
+    return missing, errors
 
 
 def _count_all(
@@ -167,7 +182,7 @@ def _print_orders(settings: Settings, index: str, found: StatusCounts) -> None:
 def _print_count(result: Result | None, problems: Sequence[str]) -> None:
     if result is not None:
         print_line("Full count, nothing is written")
-        print_totals(result, details=True)
+        print_totals(result, is_dry_run=True)
         print_unknown_customers(result)
         print_warnings(result)
     for problem in problems:

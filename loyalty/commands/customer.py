@@ -11,12 +11,15 @@ from loyalty.commands.changes import change_json
 from loyalty.commands.output import format_cell, print_json, print_line, print_table
 from loyalty.errors import Exit
 from loyalty.history import History
-from loyalty.mongo.values import Document, format_value
+from loyalty.mongo.connection import Connection
+from loyalty.mongo.driver_errors import map_driver_errors
+from loyalty.mongo.values import LENIENT_CODEC, Document, format_value, get_nested, is_integer
 from loyalty.recount.change_log import find_user_changes
 from loyalty.recount.customer_ids import all_variants, indexable_variants, parse_id_argument
 from loyalty.recount.look_alikes import find_look_alikes
 from loyalty.recount.order_filter import is_counted
 from loyalty.recount.preflight import connect_and_verify
+from loyalty.recount.result import Result
 from loyalty.recount.runner import RecountRequest, run_recount
 from loyalty.recount.safety import format_status
 from loyalty.recount.statuses import count_customer_orders
@@ -40,6 +43,7 @@ class CustomerReport(NamedTuple):
     argument: str
     orders: Sequence[OrderBreakdown]
     users: Sequence[Change]
+    """All users with the id; `before` and `after` are equal where nothing changes."""
     look_alikes: Sequence[str]
     """Ids of users that an unknown id may mean."""
     changes: Sequence[Document]
@@ -56,16 +60,15 @@ def run(args: argparse.Namespace, settings: Settings, *, write: bool) -> Exit:
     with connect_and_verify(settings, writing=write) as connection:
         for argument in args.customer:
             orders: list[OrderBreakdown] = []
-            changes: list[Change] = []
-            users = 0
+            users: list[Change] = []
             ids = parse_id_argument(argument)
             for customer in ids:
                 request = RecountRequest(
                     customers=[(customer, all_variants(customer))], write=write
                 )
                 result = run_recount(connection, settings, History(None), request)
-                changes += result.totals.largest
-                users += result.totals.users
+                if result.totals.users:
+                    users += _find_users(connection, settings, customer, result)
                 if result.outcome != "succeeded" or (result.totals.changed and not write):
                     code = Exit.FINDINGS
                 found = count_customer_orders(connection, settings, customer)
@@ -80,7 +83,7 @@ def run(args: argparse.Namespace, settings: Settings, *, write: bool) -> Exit:
                 user_ids = [form for id_ in ids for form in indexable_variants(id_)]
                 logged = find_user_changes(connection.changes, target, user_ids)
             history = [_change_json(row) for row in logged]
-            report = CustomerReport(argument, orders, changes, look_alikes, history)
+            report = CustomerReport(argument, orders, users, look_alikes, history)
             if args.json:
                 documents.append(_to_json(report))
             else:
@@ -88,6 +91,21 @@ def run(args: argparse.Namespace, settings: Settings, *, write: bool) -> Exit:
     if args.json:
         print_json({"customers": documents})
     return code
+
+
+def _find_users(
+    connection: Connection, settings: Settings, customer: Any, result: Result
+) -> list[Change]:
+    """Return the users with this id: those that the recount changes, and those up to date."""
+    changed = {change.user for change in result.totals.largest}
+    users = connection.users.with_options(codec_options=LENIENT_CODEC)
+    up_to_date = []
+    with map_driver_errors("find", users):
+        for user in users.find({"_id": {"$in": all_variants(customer)}}, {settings.points_field: 1}):
+            text, points = format_value(user["_id"]), get_nested(user, settings.points_field)
+            if text not in changed and is_integer(points):
+                up_to_date.append(Change(0, text, format_value(points), points))
+    return [*result.totals.largest, *up_to_date]
 
 
 def _explain(

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace, settings: Settings) -> Exit:
 
 def _print_result(result: Result) -> None:
     print_line("Dry run: nothing is written")
-    print_totals(result, details=True)
+    print_totals(result, is_dry_run=True)
     print_unknown_customers(result)
     if largest := sorted(result.totals.largest, reverse=True):
         print_line("Largest changes")
@@ -59,11 +59,12 @@ def print_warnings(result: Result) -> None:
 
 
 def dry_run_json(result: Result) -> Document:
-    """Return what a recount would change; it has no outcome."""
-    unused = ("outcome", "error", "failed_updates")
+    """Return what a recount would change; it has no outcome and no record."""
+    unused = ("_id", "outcome", "error", "failed_updates")
     totals = result.totals
     return {
         **{name: value for name, value in result_json(result).items() if name not in unused},
+        "changed": totals.changed,
         "refusal": result.refusal,
         "warnings": result.warnings,
         "unknown_customers_by_kind": [

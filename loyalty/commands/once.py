@@ -38,18 +38,18 @@ def result_json(result: Result) -> Document:
     return {**build_record(result), "users": result.totals.users}
 
 
-def print_totals(result: Result, *, details: bool = False) -> None:
-    """Print what a recount counted; `details` adds the users with points and unknown ids."""
-    totals = result.totals
+def print_totals(result: Result, *, is_dry_run: bool = False) -> None:
+    """Print what a recount counted, and how many users it wrote or, in a dry run, would write."""
+    totals, written = result.totals, result.written
     unknown = f"{totals.unknown_customers:,}"
     if totals.unknown_customers:
         unknown += f" with {pluralize(totals.orders_of_unknown_customers, 'order')}"
     rows = [("users", f"{totals.users:,}")]
-    if details:
+    if is_dry_run:
         rows.append(("users with points", f"{totals.users_with_points_before:,} before"))
     rows += [
         ("counted orders", f"{totals.counted_orders:,}"),
-        ("changed users", _describe_changes(totals)),
+        ("changed users", _describe_changes(totals, totals.changed if is_dry_run else written)),
         ("unknown customers", unknown),
         ("orders without customer", f"{totals.orders_without_customer:,}"),
         ("as of", f"{format_cell(result.as_of)} UTC ({_describe_snapshot(result)})"),
@@ -59,7 +59,7 @@ def print_totals(result: Result, *, details: bool = False) -> None:
     print_table(*rows)
 
 
-def _describe_changes(totals: Totals) -> str:
+def _describe_changes(totals: Totals, changed: int) -> str:
     kinds = {
         "increased": totals.increased,
         "decreased": totals.decreased,
@@ -68,7 +68,7 @@ def _describe_changes(totals: Totals) -> str:
     kinds["changed only in type"] = totals.changed - sum(kinds.values())
     always = ("increased", "decreased")
     parts = [f"{n:,} {kind}" for kind, n in kinds.items() if n or kind in always]
-    return f"{totals.changed:,} ({', '.join(parts)})"
+    return f"{changed:,} ({', '.join(parts)})"
 
 
 def _describe_snapshot(result: Result) -> str:

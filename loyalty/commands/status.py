@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import logging
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import takewhile
@@ -17,34 +16,24 @@ from loyalty.mongo.connection import connect
 from loyalty.mongo.values import Document
 from loyalty.parsers import format_duration
 
-log = logging.getLogger("loyalty")
-
 MAX_RECORDS = 10
-MAX_CLOCK_SKEW = timedelta(seconds=10)
-_SUCCEEDED = ("succeeded", "incomplete")
+_NO_SUCCESS = ("refused", "failed")
 
 
 def run(args: argparse.Namespace, settings: Settings) -> Exit:
     with connect(settings, verify=False) as connection:
         history, now = History(connection.recounts, settings), datetime.now(UTC)
         records, heartbeat = history.newest(MAX_RECORDS), history.heartbeat()
-        age = _nonnegative(history.age(now))
+        age, undo = history.age(now), history.undo_since_success()
     if args.json:
-        print_json(_status_json(records, heartbeat, age, now, settings))
+        print_json(_status_json(records, heartbeat, undo, age, now, settings))
     else:
         _print_records(records)
         _print_live_updates(heartbeat, now, wanted=settings.live_updates)
         _print_last_outcome(records)
-        _print_age(records, age, settings.recount_interval)
-    return Exit.OK if is_fresh(age, settings.recount_interval) else Exit.FINDINGS
-
-
-def _nonnegative(age: timedelta | None) -> timedelta | None:
-    """Return the age, or 0 where this machine's clock is behind the server's."""
-    if age is not None and age < -MAX_CLOCK_SKEW:
-        behind = format_duration(-age)
-        log.warning('clock_behind error="this clock is %s behind the database server\'s"', behind)
-    return age and max(age, timedelta(0))
+        _print_age(records, undo, age, settings.recount_interval)
+    is_current = is_fresh(age, settings.recount_interval) and undo is None
+    return Exit.OK if is_current else Exit.FINDINGS
 
 
 def _print_records(records: Sequence[Document]) -> None:
@@ -70,23 +59,33 @@ def _print_records(records: Sequence[Document]) -> None:
 
 def _print_last_outcome(records: Sequence[Document]) -> None:
     """Print how the last recounts ended, unless the last one succeeded."""
-    if not records or (last := records[0])["outcome"] == "succeeded":
+    if not records or (last := records[0])["outcome"] in ("succeeded", "undone"):
         return
     if last["outcome"] == "incomplete":
         failed = pluralize(last["failed_updates"], "failed update")
         print_line(f"The last recount was incomplete: {failed}")
         return
-    number = len(list(takewhile(lambda record: record["outcome"] not in _SUCCEEDED, records)))
-    verb = {"refused": "was refused by the safety check", "failed": "failed"}
-    ended = verb.get(last["outcome"], f"was {last['outcome']}")
+    number = len(list(takewhile(lambda record: record["outcome"] in _NO_SUCCESS, records)))
+    ended = "failed" if last["outcome"] == "failed" else "was refused by the safety check"
     if number > 1:
         number_text = f"{number} or more" if number == MAX_RECORDS else str(number)
         print_line(f"The last {number_text} recounts did not succeed")
     print_line(f"The last recount {ended}" + (f": {last['error']}" if last["error"] else ""))
 
 
-def _print_age(records: Sequence[Document], age: timedelta | None, interval: timedelta) -> None:
+def _print_age(
+    records: Sequence[Document],
+    undo: Document | None,
+    age: timedelta | None,
+    interval: timedelta,
+) -> None:
     """Print how old the points are, and whether that is fresh."""
+    if undo is not None:
+        print_line(
+            f"Recount {undo['undone_recount']} was undone: {pluralize(undo['changed'], 'user')} "
+            "got the points from before it back. STALE until the next recount"
+        )
+        return
     if age is None:
         print_line("No recount has succeeded yet")
         return
@@ -94,7 +93,7 @@ def _print_age(records: Sequence[Document], age: timedelta | None, interval: tim
     verdict = f"fresh, not older than {limit}"
     if not is_fresh(age, interval):
         verdict = f"STALE, older than {limit}"
-    elif records[0]["outcome"] not in _SUCCEEDED:
+    elif records[0]["outcome"] in _NO_SUCCESS:
         verdict = f"still {verdict}, from an earlier recount"
     whole_seconds = timedelta(seconds=int(age.total_seconds()))
     print_line(f"The points are {format_duration(whole_seconds)} old: {verdict}")
@@ -118,12 +117,14 @@ def _print_live_updates(heartbeat: Heartbeat | None, now: datetime, *, wanted: b
 def _status_json(
     records: Sequence[Document],
     heartbeat: Heartbeat | None,
+    undo: Document | None,
     age: timedelta | None,
     now: datetime,
     settings: Settings,
 ) -> Document:
     return {
-        "fresh": is_fresh(age, settings.recount_interval),
+        "fresh": is_fresh(age, settings.recount_interval) and undo is None,
+        "undone_recount": undo and undo["undone_recount"],
         "age_seconds": age,
         "interval_seconds": settings.recount_interval,
         "live_updates": settings.live_updates,

@@ -3,36 +3,38 @@
 from __future__ import annotations
 
 import argparse
-import time
+from dataclasses import replace
 from datetime import UTC, datetime
 
-from config import Settings
+from config import VERSION, Settings
+from loyalty.commands.changes import format_points, print_recount
 from loyalty.commands.output import pluralize, print_json, print_line
 from loyalty.concurrency import ignore_progress
 from loyalty.errors import Exit
 from loyalty.history import History
 from loyalty.mongo.connection import connect
-from loyalty.mongo.values import format_value
+from loyalty.mongo.values import Document, format_value
 from loyalty.recount.change_log import LoggedRecount
-from loyalty.recount.result import CountResult, Result, build_record
-from loyalty.recount.undo import MISSING, NotRestored, UndoResult, resolve_recount, undo_recount
+from loyalty.recount.undo import NotRestored, UndoResult, resolve_recount, undo_recount
 
 _ADVICE = (
-    "The next recount counts again and may repeat the change. First stop the service, or correct "
-    "the settings and check them with --dry-run."
+    "The next recount counts again and may repeat the change. Before it: stop the service, correct "
+    "the settings or the orders, and check with --dry-run."
 )
 
 
 def run(args: argparse.Namespace, settings: Settings) -> Exit:
-    """Undo a recount, or show what that would do; FINDINGS if some users are not restored."""
+    """Undo a recount, or show what that would do; FINDINGS if some users are not restored.
+
+    The result comes after one line for each user who is not restored, as JSON as well.
+    """
     write = not args.dry_run
-    with connect(settings, writing=write) as connection:
+    with connect(settings, writing=write, verify=False) as connection:
         history = History(connection.recounts, settings)
         recount = resolve_recount(connection, settings, history, args.undo)
-        started_at, clock = datetime.now(UTC), time.monotonic()
+        started_at = datetime.now(UTC)
         if not args.json:
-            field = f"{recount.users}.{recount.points_field}"
-            print_line(f"Recount {recount.id} of {recount.at:%Y-%m-%d %H:%M:%S} UTC wrote {field}")
+            print_recount(recount)
         result = undo_recount(
             connection,
             recount,
@@ -41,15 +43,10 @@ def run(args: argparse.Namespace, settings: Settings) -> Exit:
             on_progress=ignore_progress,
         )
         if write:
-            undone = Result(
-                started_at=started_at,
-                seconds=time.monotonic() - clock,
-                outcome="undone",
-                count=CountResult(as_of=started_at),
-                written=result.restored,
-            )
-            fields = {"undone_recount": recount.id, "not_restored": result.not_restored}
-            history.write(build_record(undone) | fields)
+            # The recount may have written elsewhere than the settings say now.
+            target = replace(settings, users=recount.users, points_field=recount.points_field)
+            record = _build_record(recount, result, started_at)
+            History(connection.recounts, target).write(record)
     if args.json:
         print_json(_to_json(recount, result, write=write))
     else:
@@ -57,27 +54,39 @@ def run(args: argparse.Namespace, settings: Settings) -> Exit:
     return Exit.FINDINGS if result.not_restored else Exit.OK
 
 
-def _print_user(user: NotRestored) -> None:
-    found = "deleted" if user.is_deleted else _format_points(user.found)
-    print_line(
-        f"  not restored: user {format_value(user.user)}, before {_format_points(user.before)}, "
-        f"recount {user.after}, now {found}"
-    )
+def _build_record(recount: LoggedRecount, result: UndoResult, started_at: datetime) -> Document:
+    finished_at = datetime.now(UTC)
+    return {
+        "started_at": started_at,
+        "finished_at": finished_at,
+        "seconds": (finished_at - started_at).total_seconds(),
+        "outcome": "undone",
+        "undone_recount": recount.id,
+        "changed": result.restored,
+        "not_restored": result.not_restored,
+        "error": None,
+        "version": VERSION,
+    }
+
+
+def _user_json(user: NotRestored) -> Document:
+    """Return a user who keeps other points as `{user, from, to, found}`."""
+    return {
+        "user": format_value(user.user),
+        "from": format_points(user.before),
+        "to": user.after,
+        "found": "no user" if user.is_deleted else format_points(user.found),
+    }
 
 
 def _print_json_user(user: NotRestored) -> None:
-    print_json(
-        {
-            "user": format_value(user.user),
-            "before": _format_points(user.before),
-            "after": user.after,
-            "found": None if user.is_deleted else _format_points(user.found),
-        }
-    )
+    print_json(_user_json(user))
 
 
-def _format_points(value: object) -> str:
-    return "no field" if value is MISSING else format_value(value)
+def _print_user(user: NotRestored) -> None:
+    row = _user_json(user)
+    change = f"{row['from']} -> {row['to']}"
+    print_line(f"  not restored: {row['user']}  {change}, now {row['found']}")
 
 
 def _print_result(result: UndoResult, *, write: bool) -> None:
@@ -93,7 +102,7 @@ def _print_result(result: UndoResult, *, write: bool) -> None:
     print_line(_ADVICE)
 
 
-def _to_json(recount: LoggedRecount, result: UndoResult, *, write: bool) -> dict[str, object]:
+def _to_json(recount: LoggedRecount, result: UndoResult, *, write: bool) -> Document:
     return {
         "recount": recount.id,
         "users_collection": recount.users,

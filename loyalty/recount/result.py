@@ -14,7 +14,7 @@ from loyalty.recount.tally import RECORDED_TOTALS, FailedUpdates, Totals
 
 log = logging.getLogger("loyalty")
 
-Outcome = Literal["succeeded", "incomplete", "refused", "failed", "undone"]
+Outcome = Literal["succeeded", "incomplete", "refused", "failed"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +96,7 @@ def log_result(result: Result) -> None:
         "outcome": result.outcome,
         "users": result.totals.users,
         **{name: getattr(result.totals, name) for name in RECORDED_TOTALS},
+        "changed": result.written,
         "failed_updates": result.failed_updates,
         "as_of": f"{result.as_of:%Y-%m-%dT%H:%M:%SZ}",
         "exact": result.count.exact,
