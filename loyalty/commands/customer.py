@@ -101,7 +101,9 @@ def _find_users(
     users = connection.users.with_options(codec_options=LENIENT_CODEC)
     up_to_date = []
     with map_driver_errors("find", users):
-        for user in users.find({"_id": {"$in": all_variants(customer)}}, {settings.points_field: 1}):
+        for user in users.find(
+            {"_id": {"$in": all_variants(customer)}}, {settings.points_field: 1}
+        ):
             text, points = format_value(user["_id"]), get_nested(user, settings.points_field)
             if text not in changed and is_integer(points):
                 up_to_date.append(Change(0, text, format_value(points), points))

@@ -74,10 +74,7 @@ def _print_last_outcome(records: Sequence[Document]) -> None:
 
 
 def _print_age(
-    records: Sequence[Document],
-    undo: Document | None,
-    age: timedelta | None,
-    interval: timedelta,
+    records: Sequence[Document], undo: Document | None, age: timedelta | None, interval: timedelta
 ) -> None:
     """Print how old the points are, and whether that is fresh."""
     if undo is not None:
