@@ -17,7 +17,7 @@ from live_harness import live_service, make_index
 from pymongo import MongoClient
 from pymongo.collection import Collection
 from pymongo.database import Database
-from test_faults import FaultHarness, assert_ends_well, lines_with, role, start_harness
+from test_faults import FaultHarness, assert_stops_at_sigterm, lines_with, role, start_harness
 
 from sandbox import faults
 from sandbox.faults import COUNTING, WRITING, FaultPoint
@@ -106,7 +106,7 @@ def test_sigterm_ends_live_updates_within_two_seconds(
     with faults.pause_at(harness.deployment.servers[0], harness.database.name, point) as reached:
         ship_all(harness)
         reached()
-        assert_ends_well(daemon)
+        assert_stops_at_sigterm(daemon)
 
 
 @pytest.mark.size(1, deep=10)

@@ -82,7 +82,8 @@ def _check_own_collections(
     connection: Connection, settings: Settings
 ) -> tuple[list[str], list[str]]:
     """Return what limits the records, and what prevents the start: raised at the end."""
-    missing, errors = [], []
+    missing: list[str] = []
+    errors: list[str] = []
     try:
         missing += filter(None, [History(connection.recounts, settings).check()])
     except ConfigurationError as error:
