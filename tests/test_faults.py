@@ -226,8 +226,11 @@ def test_a_recount_with_a_fault_between_two_partitions_is_exact(
         if next(calls) == 3:  # far more partitions follow than are counted before their turn
             fault(cluster_harness)
 
-    # Arrays would prevent the partitions.
+    # Arrays and hex ids that are not in lower case would prevent the partitions.
+    upper_case = {"$regex": "^(?=.*[A-F])[0-9A-Fa-f]{24}$"}
     cluster_harness.shop.orders.delete_many({"customer_id": {"$type": "array"}})
+    cluster_harness.shop.orders.delete_many({"customer_id": upper_case})
+    cluster_harness.shop.users.delete_many({"_id": upper_case})
     with connect(settings, writing=True) as connection:
         create_index(connection.orders, settings)
         history = History(connection.recounts, settings)
@@ -235,7 +238,7 @@ def test_a_recount_with_a_fault_between_two_partitions_is_exact(
         result = run_recount(connection, settings, history, request, disturb)
     faults.recover(cluster_harness.deployment)
     assert result.count.exact
-    assert next(calls) > 6
+    assert next(calls) > 30
     if fault is kill_cursor:
         assert "count_retry attempt=2" in caplog.text
     cluster_harness.assert_exact()
@@ -824,7 +827,7 @@ def test_the_role_allows_everything_but_creating_the_index(
     for process in (checked, daemon, status, refused, made):
         assert_no_secret(process.output)
         assert "Traceback" not in process.output
-        assert len(lines_with("WARNING", process)) == len(lines_with("points_decrease", process))
+        assert all("safety_warning" in line for line in lines_with("WARNING", process))
 
 
 @pytest.mark.xdist_group("auth")

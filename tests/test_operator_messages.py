@@ -126,6 +126,7 @@ def test_a_uri_of_a_secondary_names_the_replica_set(command: Command, capsys: Ca
 
 
 def test_a_primary_that_has_just_stepped_down_is_unavailable(deployment: Deployment) -> None:
+    # No fail point changes the reply to `hello`, and a real step-down is never in that moment.
     command = Database.command
 
     def stepping_down(database: Database[Any], asked: Any, **options: Any) -> Any:

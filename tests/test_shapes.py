@@ -115,7 +115,7 @@ def test_all_commands_work_in_a_shop_of_another_shape_by_settings_alone(
         "users  40",
         "Shipped  92, counted",
         "Delivered  20, counted",
-        "unknown customers  1 with 1 order, such as 99",
+        "no such user  1  1  99 (1)",
         "index sale.state, sale.buyer.id  serves recounts",
     ):
         assert f"  {line}\n" in out
