@@ -79,7 +79,7 @@ class Counter:
             self._aggregate,
             snapshot,
             status_may_be_array=plan.status_is_multikey,
-            has_index=plan.supports_partitions,
+            index_hint=plan.hint,
         )
         if plan.supports_partitions and not single_query:
             self._count_partitions(on_row, snapshot, count)
@@ -104,7 +104,7 @@ class Counter:
                 customers=[customer for customer, _ in chunk],
                 include_up_to_date=True,
             )
-            spool = self._aggregate(snapshot, scope, status_may_be_array=True, has_index=True)
+            spool = self._aggregate(snapshot, scope, status_may_be_array=True)
             _handle_rows(spool, scope, on_row)
         return self._describe(snapshot)
 
@@ -154,7 +154,12 @@ class Counter:
             yield from zip(scopes, spools, strict=True)
 
     def _aggregate(
-        self, snapshot: SnapshotTimes, scope: Scope, *, status_may_be_array: bool, has_index: bool
+        self,
+        snapshot: SnapshotTimes,
+        scope: Scope,
+        *,
+        status_may_be_array: bool,
+        index_hint: str = "",
     ) -> Spool:
         """Return all batches of the result, so that a partition is counted whole or not at all."""
         orders, spool = self._connection.orders, Spool()
@@ -164,8 +169,8 @@ class Counter:
             read_concern = {"level": "snapshot", "atClusterTime": snapshot.current}
             options = {"readConcern": read_concern}
         advice = "raise COUNT_TIMEOUT"
-        if not has_index:
-            advice += ", or create the index with --create-index"
+        if index_hint:
+            advice += f"; the index: {index_hint}"
         with map_driver_errors("find", orders, if_too_slow=advice):
             batches = orders.aggregate_raw_batches(
                 build_pipeline(self._settings, scope, status_may_be_array=status_may_be_array),

@@ -14,6 +14,7 @@ from bson import Timestamp
 from config import Settings
 from loyalty.concurrency import ProgressCallback, ignore_progress
 from loyalty.errors import (
+    ClientUnusable,
     DatabaseUnavailable,
     QueryTimeout,
     RecountRefused,
@@ -84,7 +85,7 @@ def run_recount(
             if request.write:
                 log_changes = None
                 if is_recorded:
-                    log_changes = _open_change_log(connection, settings, history, result)
+                    log_changes = _open_change_log(connection, settings, result)
                 _write(connection, updates, log_changes, result, on_progress)
     except Exception as error:
         result.outcome = "refused" if isinstance(error, RecountRefused) else "failed"
@@ -98,6 +99,9 @@ def run_recount(
     if is_recorded:
         history.write(build_record(result))
         log_result(result)
+        # After the writes: building an index waits for every voting member, also a dead one.
+        if result.written and connection.changes is not None:
+            history.create_expiry_index(connection.changes)
     return result
 
 
@@ -142,8 +146,9 @@ def _count(
         on_progress("")
 
     def is_retryable(error: Exception) -> bool:
-        # Not a timeout: the next attempt would take as long.
-        return isinstance(error, DatabaseUnavailable) and not isinstance(error, QueryTimeout)
+        # After a timeout the next attempt would take as long; a new client is the caller's task.
+        is_final = isinstance(error, QueryTimeout | ClientUnusable)
+        return isinstance(error, DatabaseUnavailable) and not is_final
 
     try:
         # The driver does not retry a cursor that was lost with its primary.
@@ -191,11 +196,10 @@ def _read_previous(history: History) -> PreviousRecounts:
 
 
 def _open_change_log(
-    connection: Connection, settings: Settings, history: History, result: Result
+    connection: Connection, settings: Settings, result: Result
 ) -> LogChanges | None:
     if connection.changes is None or not result.totals.changed:
         return None
-    history.create_expiry_index(connection.changes)
     change_log = ChangeLog(
         connection.changes,
         users=settings.users,
@@ -222,14 +226,14 @@ def _write(
         result.written, result.failed = updates.result.written, updates.result.failed
     if not result.failed:
         return
-    result.outcome = "incomplete"
     text = (
         f"{result.failed_updates:,} of {result.totals.changed:,} updates failed ({result.failed})"
-    )
-    log.warning(
-        'incomplete failed_updates=%d changed=%d errors="%s"',
-        *(result.failed_updates, result.totals.changed, result.failed),
     )
     log.debug("failed_updates users=%s", ", ".join(result.failed.sample))
     if is_failure(result.failed_updates, result.totals.users):
         raise TooManyFailedUpdates(text, result.failed_updates)
+    result.outcome = "incomplete"
+    log.warning(
+        'incomplete failed_updates=%d changed=%d errors="%s"',
+        *(result.failed_updates, result.totals.changed, result.failed),
+    )
