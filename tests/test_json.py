@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from bson import ObjectId
-from conftest import ROOT, Command
+from conftest import ROOT, Command, settings_for
 from pymongo.database import Database
 
 from loyalty import concurrency
@@ -18,8 +18,7 @@ from loyalty.commands import once
 from loyalty.history import Heartbeat, History
 from loyalty_microservice import main
 
-PAGE = ROOT / "docs/json-and-metrics.md"
-DOCUMENT = (PAGE if PAGE.exists() else ROOT / "README.md").read_text()
+DOCUMENT = (ROOT / "docs/json-and-metrics.md").read_text()
 ADA = ObjectId("66abcdefabcdefabcdefabcd")
 Capture = pytest.CaptureFixture[str]
 Shop = Database[Any]
@@ -104,13 +103,13 @@ def test_check_config_lists_every_problem(shop: Shop, command: Command, capsys: 
 
 
 def test_the_heartbeat_of_live_updates_has_the_documented_keys(
-    shop: Shop, command: Command, capsys: Capture
+    shop: Shop, uri: str, command: Command, capsys: Capture
 ) -> None:
     now = datetime.now(UTC)
     heartbeat = Heartbeat(
         live_since=now, last_event=None, last_update=now, customers_updated=1, waiting=2
     )
-    History(shop.loyalty_recounts).write_heartbeat(heartbeat)
+    History(shop.loyalty_recounts, settings_for(uri)).write_heartbeat(heartbeat)
     assert command("--status", "--json") == 1  # no full recount has succeeded
     found = json.loads(capsys.readouterr().out)["heartbeat"]
     (keys,) = re.findall(r"`heartbeat`, once live updates have been\s+at work: (.*?)\)", DOCUMENT)
@@ -166,12 +165,12 @@ def test_the_log_as_json_has_the_same_events_as_the_text(
         lines += (found := json_lines())
         assert [line["event"] for line in found] == events
     events = [line["event"] for line in lines]
-    assert events[:4] == ["connected", "points_decrease", "writing", "recount"]
-    assert events[4:] == [
+    assert events[:5] == ["connected", "safety_warning", "safety_warning", "writing", "recount"]
+    assert events[5:] == [
         *("connected", "refused", "configuration_problem", "configuration_help", "failed")
     ]
-    assert lines[2]["fields"].keys() == {"done", "total", "rate"}
-    assert lines[3]["fields"]["changed"] == 2
+    assert lines[3]["fields"].keys() == {"done", "total", "rate"}
+    assert lines[4]["fields"]["changed"] == 2
     monkeypatch.setattr(once, "run_recount", fail)
     assert command("--once", LOG_FORMAT="json") == 70
     *_, last = json_lines()
