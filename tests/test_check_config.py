@@ -141,7 +141,7 @@ def test_orders_with_arrays_that_make_the_index_useless_are_counted(
     shop.orders.delete_many({"$or": [{"customer_id": {"$type": 4}}, {"status": {"$type": 4}}]})
     _, out, _ = check()
     assert "drop the index" in cell(name, out)
-    assert "array in status" not in cell(name, out)
+    assert "have an array in" not in cell(name, out)
     shop.orders.drop_indexes()
     assert command("--create-index") == 0
     _, out, _ = check()
@@ -208,6 +208,7 @@ def limited(authenticated_deployment: Deployment) -> Iterator[Callable[..., str]
             privileges = [
                 {"resource": {"db": "examined", "collection": name}, "actions": allowed}
                 for name, allowed in actions.items()
+                if allowed
             ]
             client.admin.command("createRole", "limited", privileges=privileges, roles=[])
             client.admin.command("createUser", "limited", pwd=PASSWORD, roles=["limited"])
