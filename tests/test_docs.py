@@ -347,7 +347,8 @@ def _logged_events() -> set[str]:
     source = "".join(file.read_text(encoding="utf-8") for file in files)
     functions = r"log\.(?:debug|info|warning|error|exception)|warn_once|warn_on_failure"
     call = rf'(?:{functions})\(\s*f?["\']([a-z_]+)(?=[ "\'])'
-    return set(re.findall(call, source)) | set(re.findall(r'"event": "([a-z_]+)"', source))
+    progress = r'\bProgress\("([a-z]+)"'
+    return set(re.findall(call, source)) | set(re.findall(progress, source))
 
 
 def test_the_table_of_log_events_has_every_event_that_is_logged() -> None:

@@ -23,7 +23,7 @@ def test_a_dry_run_shows_the_largest_changes_and_writes_nothing(
     before = list(shop.users.find())
     assert command("--dry-run") == 1
     out = capsys.readouterr().out
-    assert "1 with 1 order, such as 'stranger'\n" in out
+    assert "\n  unknown customers        1 with 1 order\n" in out
     assert "  'bob'                     9     0\n" in out
     assert "  66abcdefabcdefabcdefabcd  none  3\n" in out
     assert out.index("bob") < out.index("66abc")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -69,12 +70,35 @@ def test_the_record_of_an_internal_error_holds_the_exception_name_and_not_its_te
 
     settings = settings_for(uri)
     with connect_and_verify(settings, writing=True) as connection:
-        history = History(connection.recounts)
+        history = History(connection.recounts, settings)
         with pytest.raises(ZeroDivisionError):
             run_recount(connection, settings, history, FULL_RECOUNT, fail)
     (record,) = shop.loyalty_recounts.find()
     assert (record["outcome"], record["error"]) == ("failed", "ZeroDivisionError")
     assert "secret" not in str(record)
+
+
+def test_changed_is_the_number_of_users_written_and_in_a_dry_run_those_that_would_be(
+    shop: Database[Any], command: Command, capsys: Capture
+) -> None:
+    shop.users.insert_many([{"_id": n, "loyalty_points": -1} for n in range(3)])
+    shop.command("collMod", "users", validator={"loyalty_points": {"$ne": 0}})
+    assert command("--dry-run", "--json") == 1
+    assert json.loads(capsys.readouterr().out)["changed"] == 5
+    assert command("--dry-run") == 1
+    assert "  changed users            5 (4 in" in capsys.readouterr().out
+
+    assert command("--once", "--json") == 1  # only Ada gets other points than 0
+    said = capsys.readouterr()
+    result = json.loads(said.out)
+    (record,) = shop.loyalty_recounts.find()
+    assert (result["outcome"], result["changed"], result["failed_updates"]) == ("incomplete", 1, 4)
+    assert (record["changed"], record["failed_updates"]) == (1, 4)
+    assert " changed=1 " in said.err
+    assert command("--once") == 1
+    out = capsys.readouterr().out
+    assert "  changed users            0 (3 in" in out
+    assert "  failed updates           4\n" in out
 
 
 def test_ids_that_look_like_expressions_are_counted_as_ids(

@@ -105,13 +105,15 @@ def _count_all(
     problems = [missing] if missing else []
     if not problems:
         request = RecountRequest(write=False)
-        result = run_recount(connection, settings, History(None), request)
+        result = run_recount(
+            connection, settings, History(connection.recounts, settings), request
+        )
     # Among more than MAX_STATUSES, a rare status may be missing; the count misses none.
     counted = result.totals.counted_orders if result else 0
     if result is not None and result.refusal:
         problems.append(f"the safety check would refuse the recount: {result.refusal}")
     elif found and not counted and not any(is_counted(status, settings) for status, _ in found):
-        problems.append(describe_uncounted(found, settings)[0])
+        problems.append(describe_uncounted(found, settings))
     problems += filter(None, [Metrics(settings).check()])
     return result, problems
 
@@ -185,7 +187,7 @@ def _print_count(result: Result | None, problems: Sequence[str]) -> None:
         print_line("Full count, nothing is written")
         print_totals(result, is_dry_run=True)
         print_unknown_customers(result)
-        print_warnings(result)
+        print_warnings([text for text in result.warnings if text not in problems])
     for problem in problems:
         print_line(f"PROBLEM: {problem}")
 

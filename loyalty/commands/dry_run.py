@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 from config import Settings
 from loyalty.commands import customer
@@ -20,7 +21,8 @@ def run(args: argparse.Namespace, settings: Settings) -> Exit:
     if args.customer:
         return customer.run(args, settings, write=False)
     with connect_and_verify(settings, writing=False) as connection:
-        result = run_recount(connection, settings, History(None), RecountRequest(write=False))
+        history = History(connection.recounts, settings)  # only read
+        result = run_recount(connection, settings, history, RecountRequest(write=False))
     if args.json:
         print_json(dry_run_json(result))
     else:
@@ -35,7 +37,7 @@ def _print_result(result: Result) -> None:
     if largest := sorted(result.totals.largest, reverse=True):
         print_line("Largest changes")
         print_table(("user", "from", "to"), *((c.user, c.before, f"{c.after:,}") for c in largest))
-    print_warnings(result)
+    print_warnings(result.warnings)
     if result.refusal:
         print_line(f"The safety check would refuse this recount: {result.refusal}")
 
@@ -53,8 +55,8 @@ def print_unknown_customers(result: Result) -> None:
     print_table(*rows)
 
 
-def print_warnings(result: Result) -> None:
-    for warning in result.warnings:
+def print_warnings(warnings: Sequence[str]) -> None:
+    for warning in warnings:
         print_line(f"Warning: {warning}")
 
 
