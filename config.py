@@ -156,13 +156,16 @@ class Settings:
         """The hosts of the URI, as written; never its credentials."""
         return split_uri(self.mongodb_uri)[1]
 
+    @property
+    def order_filter_json(self) -> str:
+        """`order_filter` as a string: a stored document must not have operators as field names."""
+        return json_util.dumps(dict(self.order_filter)) if self.order_filter else ""
+
     def to_dict(self) -> dict[str, Any]:
         """Return all values by the names of their variables, without the URI and its password."""
         specs = setting_specs().items()
         values = {s.name: getattr(self, a) for a, s in specs if s.name != "MONGODB_URI"}
-        # As text: a stored document must not have operators as names of fields.
-        text = json_util.dumps(dict(self.order_filter)) if self.order_filter else ""
-        return values | {"ORDER_FILTER": text}
+        return values | {"ORDER_FILTER": self.order_filter_json}
 
 
 def setting_specs() -> dict[str, SettingSpec]:
