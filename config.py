@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+from bson import json_util
+
 from loyalty.errors import ConfigurationError
 from loyalty.mongo.uri import database_name, read_uri, split_uri
 from loyalty.parsers import (
@@ -19,6 +21,8 @@ from loyalty.parsers import (
     field,
     metrics_file,
     none_or,
+    order_filter,
+    reference_field,
     statuses,
     whole_number,
 )
@@ -36,10 +40,19 @@ class SettingSpec:
     help: str
 
 
-def setting(name: str, default: str, parse: Parser, text: str, *, is_secret: bool = False) -> Any:
+def setting(
+    name: str,
+    default: str,
+    parse: Parser,
+    text: str,
+    *,
+    is_secret: bool = False,
+    is_hashable: bool = True,
+) -> Any:
     """Declare a setting; the default is as a person would write it, "" for none."""
     spec = SettingSpec(name, default, parse, text)
-    return dataclasses.field(metadata={"spec": spec}, repr=not is_secret)
+    hashed = None if is_hashable else False
+    return dataclasses.field(metadata={"spec": spec}, repr=not is_secret, hash=hashed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +96,17 @@ class Settings:
         "ORDER_STATUS_FIELD", "status", field, "field of an order's status, such as a or a.b"
     )
     customer_field: str = setting(
-        "ORDER_CUSTOMER_FIELD", "customer_id", field, "field of an order's customer"
+        "ORDER_CUSTOMER_FIELD", "customer_id", reference_field, "field of an order's customer"
+    )
+    order_filter: Mapping[str, Any] = setting(
+        "ORDER_FILTER",
+        "none",
+        order_filter,
+        "condition on orders, a JSON object, or none",
+        is_hashable=False,
+    )
+    user_key_field: str = setting(
+        "USER_KEY_FIELD", "_id", field, "field of a user that orders refer to"
     )
     points_field: str = setting(
         "USER_POINTS_FIELD", "loyalty_points", field, "field of a user's points"
@@ -133,10 +156,16 @@ class Settings:
         """The hosts of the URI, as written; never its credentials."""
         return split_uri(self.mongodb_uri)[1]
 
+    @property
+    def order_filter_json(self) -> str:
+        """`order_filter` as a string: a stored document must not have operators as field names."""
+        return json_util.dumps(dict(self.order_filter)) if self.order_filter else ""
+
     def to_dict(self) -> dict[str, Any]:
         """Return all values by the names of their variables, without the URI and its password."""
         specs = setting_specs().items()
-        return {s.name: getattr(self, a) for a, s in specs if s.name != "MONGODB_URI"}
+        values = {s.name: getattr(self, a) for a, s in specs if s.name != "MONGODB_URI"}
+        return values | {"ORDER_FILTER": self.order_filter_json}
 
 
 def setting_specs() -> dict[str, SettingSpec]:
@@ -194,6 +223,13 @@ def _cross_checks(settings: Settings) -> list[str]:
         problems.append("ORDER_STATUS_FIELD, ORDER_CUSTOMER_FIELD: must be different fields")
     if _overlap(settings.points_field, "_id"):
         problems.append("USER_POINTS_FIELD: must not be _id, which identifies a user")
+    elif _overlap(settings.points_field, settings.user_key_field):
+        problems.append("USER_POINTS_FIELD, USER_KEY_FIELD: must be different fields")
+    for name in settings.order_filter:
+        if _overlap(name, settings.status_field):
+            problems.append(f"ORDER_FILTER: must not contain {name}; ORDER_STATUSES is for that")
+        if _overlap(name, settings.customer_field):
+            problems.append(f"ORDER_FILTER: must not contain {name}, the ORDER_CUSTOMER_FIELD")
     return problems
 
 

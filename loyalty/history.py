@@ -36,7 +36,7 @@ _SUCCESSES = {"outcome": {"$in": ["succeeded", "incomplete"]}}
 
 TARGET_SETTINGS = ("orders", "users", "points_field")
 """The settings that tell two shops in one database apart."""
-_COUNTED_SETTINGS = ("order_statuses", "points_per_order", "status_field", "customer_field")
+_COUNTED_SETTINGS = ("points_per_order", "status_field", "customer_field", "user_key_field")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,4 +252,5 @@ def is_fresh(age: timedelta | None, interval: timedelta) -> bool:
 def recorded_settings(settings: Settings) -> Document:
     """Return the settings that say what is counted, and where."""
     values = {name: getattr(settings, name) for name in (*TARGET_SETTINGS, *_COUNTED_SETTINGS)}
-    return values | {"order_statuses": list(settings.order_statuses)}
+    statuses, order_filter = list(settings.order_statuses), settings.order_filter_json
+    return values | {"order_statuses": statuses, "order_filter": order_filter}

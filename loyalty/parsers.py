@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
+
+import bson
+from bson.errors import BSONError
+from bson.json_util import JSONOptions, object_pairs_hook
 
 SECONDS_PER_UNIT = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 # One status: in quotes, which are doubled inside it, or plain; then a comma or the end.
@@ -38,6 +44,39 @@ def field(text: str) -> str:
     if not all(re.fullmatch(r"[^$\0\s][^\0]*", part) for part in text.split(".")):
         raise ValueError(f"{text!r} is not the name of a field, such as status or order.status")
     return text
+
+
+def reference_field(text: str) -> str:
+    """Parse the name of a field, or of the id in a DBRef, such as customer.$id."""
+    field(text.removesuffix(".$id"))
+    return text
+
+
+def order_filter(text: str) -> Mapping[str, Any]:
+    """Parse one object in MongoDB Extended JSON, with a condition for each field; or none."""
+    if text.lower() == "none":
+        return MappingProxyType({})
+    try:
+        conditions = json.loads(text, object_pairs_hook=_convert_object)
+        if not isinstance(conditions, dict):
+            raise TypeError("not an object")
+        bson.encode(conditions)  # such as integers of more than 64 bits
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError, BSONError) as error:
+        reason = " ".join(str(error).split())
+        example = '{"deleted": {"$ne": true}}'
+        raise ValueError(f"expected Extended JSON such as {example}; found: {reason}") from None
+    for key in conditions:
+        if key.startswith("$"):
+            raise ValueError(f"{key!r} is an operator; the keys must be names of fields")
+        field(re.sub(r"\.\$(id|ref|db)\Z", "", key))  # the parts of a DBRef
+    return MappingProxyType(conditions)
+
+
+def _convert_object(pairs: list[tuple[str, Any]]) -> Any:
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):  # JSON itself would keep the last one without a word
+        raise ValueError(f"a key twice in {names}")
+    return object_pairs_hook(pairs, JSONOptions(tz_aware=True))
 
 
 def statuses(text: str) -> tuple[str, ...]:

@@ -54,13 +54,13 @@ def count_all(
     connection: Connection, cuts: Sequence[Any] = (), *, single_query: bool = False
 ) -> tuple[list[Row], CountResult]:
     rows: list[Row] = []
-    counter = Counter(connection, SETTINGS, ignore_progress, find_boundaries=lambda _: list(cuts))
+    counter = Counter(connection, SETTINGS, ignore_progress, find_boundaries=lambda *_: list(cuts))
     return rows, counter.count_all(rows.append, single_query=single_query)
 
 
 def recount(connection: Connection, cuts: Sequence[Any] = (), **values: str) -> Any:
     settings = settings_for("mongodb://unused/", **values)
-    request = RecountRequest(force=True, find_boundaries=lambda _: list(cuts))
+    request = RecountRequest(force=True, find_boundaries=lambda *_: list(cuts))
     return run_recount(connection, settings, History(None), request)
 
 
@@ -254,7 +254,7 @@ def test_a_count_longer_than_the_servers_snapshots_continues_at_a_new_time(
 
         with connect(settings, writing=True) as connection:
             create_index(connection.orders, settings)
-            request = RecountRequest(find_boundaries=lambda _: list(range(4, 40, 4)))
+            request = RecountRequest(find_boundaries=lambda *_: list(range(4, 40, 4)))
             before = datetime.now(UTC)
             result = run_recount(connection, settings, History(None), request, discard_now_and_then)
         assert find_mismatches(shop) == []

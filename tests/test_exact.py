@@ -68,7 +68,7 @@ def busy(deployment: Deployment, client: MongoClient[Any]) -> Iterator[tuple[Con
 def recount(
     connection: Connection, settings: Settings, *, write: bool = True, cuts: list[Any] | None = None
 ) -> Result:
-    find_boundaries = partition_boundaries if cuts is None else lambda _: cuts
+    find_boundaries = partition_boundaries if cuts is None else lambda *_: cuts
     request = RecountRequest(write=write, force=True, find_boundaries=find_boundaries)
     return run_recount(connection, settings, History(None), request)
 

@@ -140,14 +140,17 @@ def test_the_first_object_id_from_a_text_is_the_first_whose_digits_sort_at_or_af
 
 
 @pytest.mark.parametrize(("users", "size"), [(0, 3), (3, 3), (4, 3), (10, 3), (10, 1)])
-def test_the_boundaries_are_every_nth_id_in_the_order_of_the_server(
+def test_the_boundaries_are_every_nth_id_of_each_type_in_the_order_of_the_server(
     database: Database[Any], users: int, size: int
 ) -> None:
     ids: list[Any] = [3.5, 2, "b", "a", Binary(b"x", 4), ObjectId(), True, {"a": 1}, 5, "é"]
     if users:
         database.users.insert_many([{"_id": user_id} for user_id in ids[:users]])
-    in_order = [user["_id"] for user in database.users.find({}, {"_id": 1}).sort("_id", 1)]
-    assert partition_boundaries(database.users, size) == in_order[size::size]
+    expected: list[Any] = []
+    for least in (float("-inf"), "", b"", ObjectId("0" * 24)):
+        found = database.users.find({"_id": {"$gte": least}}).sort("_id", 1)
+        expected += [user["_id"] for user in found][size::size]
+    assert partition_boundaries(database.users, size=size) == expected
 
 
 def test_the_boundaries_end_before_an_id_that_python_cannot_hold(database: Database[Any]) -> None:
@@ -155,4 +158,4 @@ def test_the_boundaries_end_before_an_id_that_python_cannot_hold(database: Datab
     not_utf_8 = b"\x12\x00\x00\x00\x02_id\x00\x03\x00\x00\x005\xfe\x00\x00"
     database.users.insert_one(RawBSONDocument(len(not_utf_8).to_bytes(4, "little") + not_utf_8[4:]))
     database.users.insert_many([{"_id": f"9{n}"} for n in range(9)])
-    assert partition_boundaries(database.users, 3) == ["003", "006"]
+    assert partition_boundaries(database.users, size=3) == ["003", "006"]

@@ -54,7 +54,7 @@ def connection(deployment: Deployment, request: pytest.FixtureRequest) -> Iterat
 def recount(connection: Connection, cuts: list[Any] | None = None, **values: str) -> Result:
     """Recount, with boundaries at `cuts` or at every id that the service itself chooses."""
     settings = settings_for(f"mongodb://unused/{connection.users.database.name}", **values)
-    find_boundaries = partition_boundaries if cuts is None else lambda _: cuts
+    find_boundaries = partition_boundaries if cuts is None else lambda *_: cuts
     request = RecountRequest(force=True, find_boundaries=find_boundaries)
     return run_recount(connection, settings, History(None), request)
 
@@ -377,7 +377,7 @@ def test_one_customer_is_found_by_an_argument_of_text_whatever_the_type_of_the_i
     keys = {canonical_key(form) for form in (text, *ids)}
     n = sum(canonical_key(form) in keys for form in forms)
     for status in ("Shipped", "Lost"):
-        assert sum(number for _, s, number in found if s == status) == n
+        assert sum(number for _, s, number, _ in found if s == status) == n
     assert len(result.totals.largest) == len(expected)
 
 
@@ -423,7 +423,7 @@ def test_with_the_index_no_partition_fetches_an_order_or_needs_the_disk(
         assert found.supports_partitions
         assert not found.status_is_multikey
         assert not found.needs_fetch
-        cut = partitions(partition_boundaries(connection.users, 40))
+        cut = partitions(partition_boundaries(connection.users, size=40))
         assert len(cut) > 10
         for partition in cut:
             pipeline = build_pipeline(settings, Scope(partition), status_may_be_array=False)

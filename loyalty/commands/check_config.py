@@ -27,7 +27,7 @@ from loyalty.mongo.connection import Connection
 from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.values import Document
 from loyalty.recount.change_log import check_change_log
-from loyalty.recount.index import array_conditions, inspect_plan
+from loyalty.recount.index import array_conditions, index_keys, inspect_plan
 from loyalty.recount.order_filter import is_counted
 from loyalty.recount.preflight import connect_and_verify
 from loyalty.recount.result import Result
@@ -178,7 +178,7 @@ def _print_orders(settings: Settings, index: str, found: StatusCounts) -> None:
     if hidden := len(found) + len(absent) - len(shown):
         at_least = "at least " if len(found) == MAX_STATUSES else ""
         rows.append((f"  {at_least}{hidden:,} other statuses", ""))
-    index_name = f"index {settings.status_field}, {settings.customer_field}"
+    index_name = f"index {', '.join(name for name, _ in index_keys(settings))}"
     print_table((index_name, index), ("orders by status", ""), *rows)
 
 

@@ -1,4 +1,4 @@
-"""`--create-index`: create the index on orders that recounts use."""
+"""`--create-index`: create the indexes on orders and users that recounts use."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from loyalty.commands.output import print_line
 from loyalty.errors import Exit
 from loyalty.mongo.connection import connect
 from loyalty.recount.index import create_index
+from loyalty.recount.user_index import create_user_index
 
 
 def run(args: argparse.Namespace, settings: Settings) -> Exit:
     with connect(settings, verify=False) as connection:
         name = create_index(connection.orders, settings)
         print_line(f"{connection.orders.full_name} has the index {name}")
+        if settings.user_key_field != "_id":
+            name = create_user_index(connection.users, settings)
+            print_line(f"{connection.users.full_name} has the index {name}")
     return Exit.OK

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from config import Settings
 from loyalty.commands.changes import change_json
@@ -16,13 +16,13 @@ from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.values import LENIENT_CODEC, Document, format_value, get_nested, is_integer
 from loyalty.recount.change_log import find_user_changes
 from loyalty.recount.customer_ids import all_variants, indexable_variants, parse_id_argument
-from loyalty.recount.look_alikes import find_look_alikes
+from loyalty.recount.look_alikes import find_look_alikes, find_user_ids
 from loyalty.recount.order_filter import is_counted
 from loyalty.recount.preflight import connect_and_verify
 from loyalty.recount.result import Result
 from loyalty.recount.runner import RecountRequest, run_recount
 from loyalty.recount.safety import format_status
-from loyalty.recount.statuses import count_customer_orders
+from loyalty.recount.statuses import CustomerOrders, count_customer_orders
 from loyalty.recount.tally import Change
 
 
@@ -76,11 +76,13 @@ def run(args: argparse.Namespace, settings: Settings, *, write: bool) -> Exit:
             look_alikes: list[str] = []
             if not users:
                 code = Exit.FINDINGS
-                found_users = [u for id_ in ids for u in find_look_alikes(connection.users, id_)]
+                key = settings.user_key_field
+                found_users = [u for i in ids for u in find_look_alikes(connection.users, key, i)]
                 look_alikes = list(dict.fromkeys(map(format_value, found_users)))
             logged: list[Document] = []
             if connection.changes is not None:
-                user_ids = [form for id_ in ids for form in indexable_variants(id_)]
+                keys = [form for id_ in ids for form in indexable_variants(id_)]
+                user_ids = find_user_ids(connection.users, settings.user_key_field, keys)
                 logged = find_user_changes(connection.changes, target, user_ids)
             history = [_change_json(row) for row in logged]
             report = CustomerReport(argument, orders, users, look_alikes, history)
@@ -111,19 +113,21 @@ def _find_users(
 
 
 def _explain(
-    settings: Settings, orders: Sequence[tuple[Any, Any, int]], *, user_exists: bool
+    settings: Settings, orders: Sequence[CustomerOrders], *, user_exists: bool
 ) -> list[OrderBreakdown]:
     """Return what a customer's orders earn, and why some earn nothing."""
     rows = []
-    for form, status, number in orders:
+    for form, status, number, matches_filter in orders:
         points, why = 0, ""
-        if not is_counted(status, settings):
+        if not matches_filter:
+            why = "not in ORDER_FILTER"
+        elif not is_counted(status, settings):
             counted = " and ".join(map(format_status, settings.order_statuses))
             why = f"only {counted} {'counts' if len(settings.order_statuses) == 1 else 'count'}"
         elif form is None or form == "":
             why = "an order without customer"
         elif not user_exists:
-            why = f"no user has the _id {format_value(form)}"
+            why = f"no user has the {settings.user_key_field} {format_value(form)}"
         else:
             points = number * settings.points_per_order
         rows.append(OrderBreakdown(format_value(form), format_status(status), number, points, why))
@@ -146,7 +150,8 @@ def _print_customer(customer: CustomerReport, settings: Settings) -> None:
         users = ((c.user, c.before, f"{c.after:,}") for c in customer.users)
         print_table(("user", "from", "to"), *users)
     else:
-        print_line("  no user has this id, as a string, number, UUID or ObjectId")
+        name = "id" if settings.user_key_field == "_id" else settings.user_key_field
+        print_line(f"  no user has this {name}, as a string, number, UUID or ObjectId")
     if customer.look_alikes:
         print_line(f"  users with a similar id: {', '.join(customer.look_alikes)}")
     if customer.changes:

@@ -19,20 +19,26 @@ INVALIDATING_EVENTS = ["drop", "rename", "dropDatabase", "invalidate"]
 
 def change_stream_pipeline(settings: Settings) -> list[Document]:
     """Return the pipeline that passes the events that can change a count, with ids only."""
-    changed_fields = {
-        "$concatArrays": [
-            {"$map": {"input": _key_value_pairs("updatedFields"), "in": "$$this.k"}},
-            {"$ifNull": ["$updateDescription.removedFields", []]},
-        ]
-    }
+    changed_fields: list[Document] = [
+        {"$map": {"input": _key_value_pairs("updatedFields"), "in": "$$this.k"}},
+        {"$ifNull": ["$updateDescription.removedFields", []]},
+    ]
+    names = [settings.status_field, settings.customer_field]
+    if settings.order_filter:
+        # The whole of an outer document: a change of an array's element has a number in its path.
+        names += sorted({name.split(".")[0] for name in settings.order_filter})
+        truncated_arrays = {"$ifNull": ["$updateDescription.truncatedArrays", []]}
+        changed_fields.append({"$map": {"input": truncated_arrays, "in": "$$this.field"}})
     # A change of `a.b` touches the fields `a` and `a.b.c` as well.
     touches_field = [
         {"$eq": [{"$indexOfBytes": [{"$concat": [one, "."]}, {"$concat": [other, "."]}]}, 0]}
-        for name in (settings.status_field, settings.customer_field)
+        for name in names
         for one, other in (("$$this", name), (name, "$$this"))
     ]
     touches_any_field = {
-        "$anyElementTrue": [{"$map": {"input": changed_fields, "in": {"$or": touches_field}}}]
+        "$anyElementTrue": [
+            {"$map": {"input": {"$concatArrays": changed_fields}, "in": {"$or": touches_field}}}
+        ]
     }
     return [
         {

@@ -224,11 +224,12 @@ class LiveUpdater:
 
     def _warn_of_mixed_case(self) -> None:
         name, field = self._settings.orders, self._settings.customer_field
+        key = self._settings.user_key_field
         matching = f"{{'{field}': {{$regex: '^[0-9A-Fa-f]{{24}}$', $not: {{$type: 'array'}}}}}}"
         self._warn_once(
             "live_updates_unavailable",
             "some ids are hex strings in mixed case, which no index lookup finds. To normalize "
             f"those of orders: db.getCollection('{name}').updateMany({matching}, "
-            f"[{{$set: {{'{field}': {{$toLower: '${field}'}}}}}}]). A user whose _id is such a "
-            "string must be inserted again in lower case",
+            f"[{{$set: {{'{field}': {{$toLower: '${field}'}}}}}}]). A user whose {key} is such a "
+            f"string must {'be inserted again in' if key == '_id' else 'get it in'} lower case",
         )

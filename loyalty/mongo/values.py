@@ -74,6 +74,8 @@ def get_nested(document: Document | None, path: str, default: Any = None) -> Any
     """Return the value at a dotted path, or `default` if there is none."""
     value: Any = document
     for name in path.split("."):
+        if isinstance(value, DBRef):  # what the driver makes of {$ref, $id}
+            value = value.as_doc()
         if not isinstance(value, dict) or name not in value:
             return default
         value = value[name]

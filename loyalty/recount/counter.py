@@ -39,7 +39,8 @@ Customers = Sequence[tuple[Any, Sequence[Any]]]
 """Canonical ids, each with the forms that an index finds; without any form, all orders are read."""
 
 OnRow = Callable[[CustomerCount | UpToDate], None]
-Boundaries = Callable[[Collection[Any]], list[Any]]
+Boundaries = Callable[[Collection[Any], str], list[Any]]
+"""Returns keys of the users in a collection, from the index on a field."""
 
 
 class Counter:
@@ -126,8 +127,10 @@ class Counter:
     def _count_partitions(
         self, on_row: OnRow, snapshot: SnapshotTimes, count: Callable[[Scope], Spool]
     ) -> None:
-        with map_driver_errors("find", self._connection.users):
-            scopes = [Scope(p) for p in partitions(self._find_boundaries(self._connection.users))]
+        users = self._connection.users
+        with map_driver_errors("find", users):
+            boundaries = self._find_boundaries(users, self._settings.user_key_field)
+        scopes = [Scope(partition) for partition in partitions(boundaries)]
         progress = Progress("counting", len(scopes), self._on_progress)
         done = done_at_pin = 0
         while done < len(scopes):
@@ -189,10 +192,8 @@ class Counter:
         """Return whether a counted order or a user has a hex id in mixed case."""
         connection, settings = self._connection, self._settings
         in_orders = {**counted_orders(settings), settings.customer_field: MIXED_CASE_HEX_ID}
-        for collection, condition in (
-            (connection.orders, in_orders),
-            (connection.users, {"_id": MIXED_CASE_HEX_ID}),
-        ):
+        in_users = {settings.user_key_field: MIXED_CASE_HEX_ID}
+        for collection, condition in ((connection.orders, in_orders), (connection.users, in_users)):
             with map_driver_errors("find", collection):
                 if collection.find_one(condition, {"_id": 1}, collation=COLLATION) is not None:
                     return True

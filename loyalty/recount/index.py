@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-import logging
-import re
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from typing import Any
 
 from pymongo.collection import Collection
-from pymongo.errors import NetworkTimeout
 
 from config import Settings
-from loyalty.errors import ConfigurationError, DatabaseUnavailable, ServiceError
+from loyalty.errors import ConfigurationError, ServiceError
 from loyalty.mongo.driver_errors import map_driver_errors
-from loyalty.mongo.error_codes import CODES, ErrorClass
 from loyalty.mongo.privileges import collection_type
 from loyalty.mongo.values import Document, format_value
-from loyalty.recount.order_filter import COLLATION, counted_orders
+from loyalty.recount.index_build import build_index, hidden_index_hint, is_parallel_arrays_error
+from loyalty.recount.order_filter import counted_orders, equality_fields
+from loyalty.recount.query_plan import EMPTY_RANGE, UNBOUNDED, explain, index_scans
+from loyalty.recount.user_index import inspect_user_index
 
-log = logging.getLogger("loyalty")
-
-LARGE_COLLECTION_ORDERS = 100_000
-"""A count of fewer orders is fast without an index."""
+LARGE_COLLECTION_DOCUMENTS = 100_000
+"""A count of fewer orders, or users, is fast without an index."""
 
 _NO_INDEX = "none that serves a recount: create it with --create-index"
-_SECOND_NAME = "loyalty_counts"  # where another index has the default name
-_USER_KEY = "_id"
-
-_CODES = CODES[ErrorClass.PERMANENT]
-_UNBOUNDED = (["[MinKey, MaxKey]"], ["[MaxKey, MinKey]"])
-_EMPTY_RANGE = {"$gt": "", "$lt": "\x01"}
 _ALL_BUT_ONE = {"$ne": "\x01"}  # with bounds, and on every shard
 
 
@@ -49,53 +40,57 @@ class Plan:
     """What to do about the index; "" if nothing."""
     index_name: str = field(default="", compare=False)
     """The index with the right keys; "" if there is none."""
+    missing_fields: tuple[str, ...] = ()
+    """Fields of ORDER_FILTER that the index lacks."""
 
 
 def index_keys(settings: Settings) -> list[tuple[str, int]]:
-    """Return the keys of the index: fields with fixed values first, the customer last."""
-    return [(settings.status_field, 1), (settings.customer_field, 1)]
+    """Return the keys of the index: fields with fixed values, the customer, other conditions."""
+    first = [*equality_fields(settings), settings.status_field, settings.customer_field]
+    return [(name, 1) for name in dict.fromkeys([*first, *settings.order_filter])]
 
 
 def inspect_plan(orders: Collection[Any], settings: Settings) -> Plan:
     """Ask the server how it would read a partition; the worst case where it does not answer."""
     try:
         plan = _inspect_orders(orders, settings)
-        users = orders.database[settings.users]
-        if not plan.supports_partitions or _can_look_up(users):
+        if not plan.supports_partitions:
             return plan
+        users = inspect_user_index(orders.database[settings.users], settings.user_key_field)
     except ServiceError:  # the count itself reports what is wrong
         return Plan()
-    hint = (
-        f"not used: with the collation of {users.full_name}, each partition would read all users, "
-        "so one query counts everybody"
-    )
-    return replace(plan, supports_partitions=False, hint=hint)
+    return replace(plan, supports_partitions=False, hint=users.hint) if users.hint else plan
 
 
 def _inspect_orders(orders: Collection[Any], settings: Settings) -> Plan:
     """Judge indexes by their key patterns, bounds and multikey paths, never by their names."""
-    keys = [name for name, _ in index_keys(settings)]
     customer = settings.customer_field
     counted = counted_orders(settings)
     # Rejected plans included: of an empty range, several indexes are equally good.
-    candidates = _explain(orders, {**counted, customer: _EMPTY_RANGE}, customer)
-    names = [str(scan["indexName"]) for scan in _scans(candidates) if _is_bounded(scan, keys)]
+    candidates = explain(orders, {**counted, customer: EMPTY_RANGE}, customer)
+    names = [scan["indexName"] for scan in index_scans(candidates) if _is_bounded(scan, settings)]
+    plans = []
     for name in dict.fromkeys(names):
         # Once more for all customers, as the first plan may be that of one shard. A partial index
         # that lacks some of the customers has no bounds here.
-        stages = _explain(orders, {**counted, customer: _ALL_BUT_ONE}, customer, name)
-        if all(_is_bounded(scan, keys) for scan in _scans(stages)):
-            return _describe(name, stages, keys)
+        stages = explain(orders, {**counted, customer: _ALL_BUT_ONE}, customer, name)
+        if all(_is_bounded(scan, settings) for scan in index_scans(stages)):
+            plans.append(_describe(str(name), stages, settings))
+    if plans:
+        return min(plans, key=lambda plan: (len(plan.missing_fields), plan.needs_fetch))
     if collection_type(orders.database, orders.name) == "view":
         return Plan(hint=_view_hint(orders))
     return Plan()
 
 
-def _describe(name: str, stages: list[Document], keys: list[str]) -> Plan:
+def _describe(name: str, stages: list[Document], settings: Settings) -> Plan:
     """Return the plan with an index of the right keys."""
+    scans = index_scans(stages)
+    keys = [settings.status_field, settings.customer_field]
     # An index knows of each of its fields whether any order has ever held an array there.
-    paths = [scan.get("multiKeyPaths", {}) for scan in _scans(stages)]
+    paths = [scan.get("multiKeyPaths", {}) for scan in scans]
     multikey = [key for key in keys if not paths or any(path.get(key) != [] for path in paths)]
+    missing = [f for f in settings.order_filter if any(f not in s["keyPattern"] for s in scans)]
     kinds = {stage["stage"] for stage in stages}
     hint = ""
     if multikey:
@@ -104,66 +99,45 @@ def _describe(name: str, stages: list[Document], keys: list[str]) -> Plan:
             f"{' and '.join(multikey)}. Correct such orders, drop the index, and create it again "
             "with --create-index"
         )
+    elif missing:
+        hint = (
+            f"{name}, but each order is fetched because it lacks {' and '.join(missing)} of "
+            "ORDER_FILTER: create a better one with --create-index"
+        )
     elif "FETCH" in kinds:
-        why = ", because the index lacks the shard key" if "SHARDING_FILTER" in kinds else ""
+        why = ""
+        if "SHARDING_FILTER" in kinds:
+            why = ", because the index lacks the shard key"
+        elif settings.order_filter:
+            why = ", for a condition in ORDER_FILTER that no index answers alone"
         hint = f"there; orders are fetched all the same{why}"
     return Plan(
-        supports_partitions=keys[-1] not in multikey,
-        status_is_multikey=multikey not in ([], keys[-1:]),
+        supports_partitions=settings.customer_field not in multikey,
+        status_is_multikey=settings.status_field in multikey,
         needs_fetch=bool(multikey) or "FETCH" in kinds,
         hint=hint,
         index_name=name,
+        missing_fields=tuple(missing),
     )
 
 
-def _is_bounded(scan: Document, fields: list[str]) -> bool:
-    """Return whether an index begins with these fields, in any order, each with bounds."""
+def _is_bounded(scan: Document, settings: Settings) -> bool:
+    """Return whether an index begins with the status and the customer, each with bounds.
+
+    They may be in any order, and among them fields for which ORDER_FILTER names one value.
+    """
     pattern = scan.get("keyPattern", {})  # not every server that speaks the protocol has it
-    return set(list(pattern)[: len(fields)]) == set(fields) and all(
-        pattern[name] in (1, -1) and scan["indexBounds"][name] not in _UNBOUNDED for name in fields
-    )
-
-
-def _can_look_up(users: Collection[Any]) -> bool:
-    """Return whether an index leads to the users of a partition, whatever their collation."""
-    stages = _explain(users, {_USER_KEY: _EMPTY_RANGE}, _USER_KEY)
-    return all(stage["stage"] != "COLLSCAN" for stage in stages) and all(
-        scan.get("indexBounds", {}).get(_USER_KEY) not in _UNBOUNDED for scan in _scans(stages)
-    )
-
-
-def _explain(
-    collection: Collection[Any], query: Document, group_by: str, index_name: str = ""
-) -> list[Document]:
-    """Return every stage of the plan for a query that is grouped by one of its fields."""
-    group = {"_id": f"${group_by}", "count": {"$sum": 1}}
-    command: dict[str, Any] = {
-        "aggregate": collection.name,
-        "pipeline": [{"$match": query}, {"$group": group}],
-        "cursor": {},
-        "collation": COLLATION,
-    }
-    if index_name:
-        command["hint"] = index_name
-    with map_driver_errors("find", collection):
-        reply = collection.database.command("explain", command, verbosity="queryPlanner")
-    return list(_stages(reply))
-
-
-def _stages(plan: Any) -> Iterator[Document]:
-    """Yield every stage of a plan, however the server nests them."""
-    if isinstance(plan, dict):
-        if isinstance(plan.get("stage"), str):
-            yield plan
-        for part in plan.values():
-            yield from _stages(part)
-    elif isinstance(plan, list):
-        for part in plan:
-            yield from _stages(part)
-
-
-def _scans(stages: list[Document]) -> list[Document]:
-    return [stage for stage in stages if stage["stage"] == "IXSCAN"]
+    wanted = {settings.status_field, settings.customer_field}
+    allowed = wanted.union(equality_fields(settings))
+    for name, direction in pattern.items():
+        if name not in allowed or direction not in (1, -1):
+            return False
+        if scan["indexBounds"][name] in UNBOUNDED:
+            return False
+        wanted.discard(name)
+        if not wanted:
+            return True
+    return False
 
 
 def _view_hint(orders: Collection[Any]) -> str:
@@ -171,9 +145,13 @@ def _view_hint(orders: Collection[Any]) -> str:
 
 
 def missing_index_hint(orders: Collection[Any], settings: Settings) -> str:
-    """Return what to do where `orders` is large and partitions are not supported; else ""."""
+    """Return what to do where the shop is large and partitions are not supported; else ""."""
     with suppress(ServiceError), map_driver_errors("count", orders):
-        if orders.estimated_document_count() > LARGE_COLLECTION_ORDERS:
+        largest = orders.estimated_document_count()
+        if settings.user_key_field != "_id":
+            users = orders.database[settings.users]
+            largest = max(largest, users.estimated_document_count())
+        if largest > LARGE_COLLECTION_DOCUMENTS:
             plan = inspect_plan(orders, settings)
             return "" if plan.supports_partitions else plan.hint
     return ""
@@ -187,55 +165,35 @@ def create_index(orders: Collection[Any], settings: Settings) -> str:
     if kind == "view":
         raise ConfigurationError(_view_hint(orders))
     plan = _inspect_orders(orders, settings)
-    if not plan.index_name:
-        name = _create(orders, settings)
+    if not plan.index_name or plan.missing_fields:
+        try:
+            name = build_index(orders, index_keys(settings))
+        except ServiceError as error:
+            if is_parallel_arrays_error(error):
+                raise ConfigurationError(_parallel_arrays_hint(orders, settings)) from error
+            raise
         plan = _inspect_orders(orders, settings)
-        if not plan.index_name:  # to create an index that is there, and hidden, succeeds
-            raise ConfigurationError(
-                f"the index {name} is there, but the server does not use it. If it is hidden: "
-                f"db.{orders.name}.unhideIndex({name!r})"
-            )
+        if not plan.index_name or plan.missing_fields:
+            # To create an index that is there, and hidden, succeeds.
+            raise ConfigurationError(hidden_index_hint(orders, name))
     if not plan.supports_partitions:
         raise ConfigurationError(plan.hint)
     return plan.index_name
 
 
-def _create(orders: Collection[Any], settings: Settings) -> str:
-    try:
-        return _wait_for_build(orders, settings)
-    except ServiceError as error:
-        code = getattr(error.__cause__, "code", None)
-        if code == _CODES["IndexKeySpecsConflict"]:  # a partial one, or of another collation
-            return _wait_for_build(orders, settings, name=_SECOND_NAME)
-        # Where the same index has another name it is hidden, or still being built.
-        other = re.search(r"already exists with a different name: (.+) \(code", str(error))
-        if code == _CODES["IndexOptionsConflict"] and other:
-            return _wait_for_build(orders, settings, name=other[1])
-        if code == _CODES["CannotIndexParallelArrays"]:
-            raise ConfigurationError(_parallel_arrays_hint(orders, settings)) from error
-        raise
-
-
-def _wait_for_build(orders: Collection[Any], settings: Settings, **options: Any) -> str:
-    while True:
-        try:
-            with map_driver_errors("createIndex", orders):
-                return orders.create_index(index_keys(settings), collation=COLLATION, **options)
-        except DatabaseUnavailable as error:
-            if not isinstance(error.__cause__, NetworkTimeout):
-                raise
-            # The server goes on; the same command again waits for the build that is in progress.
-            log.info("index_build_in_progress collection=%s", orders.full_name)
-
-
 def _parallel_arrays_hint(orders: Collection[Any], settings: Settings) -> str:
-    both = {"$and": [{"$or": array_conditions(name)} for name, _ in index_keys(settings)]}
+    names = [name for name, _ in index_keys(settings)]
+    pairs = [
+        {"$and": [{"$or": array_conditions(one)}, {"$or": array_conditions(other)}]}
+        for one, other in combinations(names, 2)
+    ]
+    both = pairs[0] if len(pairs) == 1 else {"$or": pairs}
     with map_driver_errors("find", orders):
         found = [format_value(order["_id"]) for order in orders.find(both, {"_id": 1}).limit(5)]
+    fields = f"both {' and '.join(names)}" if len(names) == 2 else f"two of {', '.join(names)}"
     return (
-        f"no index can be made on {orders.full_name} while an order holds arrays in both "
-        f"{settings.status_field} and {settings.customer_field}, such as the order with _id "
-        + ", ".join(found)
+        f"no index can be made on {orders.full_name} while an order holds arrays in {fields}, such "
+        "as the order with _id " + ", ".join(found)
     )
 
 

@@ -10,8 +10,9 @@ from bson import DBRef, ObjectId
 from pymongo.collection import Collection
 
 from loyalty.mongo.driver_errors import map_driver_errors
-from loyalty.mongo.values import LENIENT_CODEC, Document, format_value
+from loyalty.mongo.values import LENIENT_CODEC, Document, format_value, get_nested
 from loyalty.recount.customer_ids import parse_id_argument
+from loyalty.recount.order_filter import COLLATION
 from loyalty.recount.spool import Spool
 from loyalty.recount.unknown import OBJECT_ID_CALL, classify_unknown
 
@@ -42,23 +43,23 @@ class UnknownCustomerList:
         return map(bson.decode, self._spool)
 
 
-def find_look_alikes(users: Collection[Any], customer: Any) -> list[Any]:
-    """Return up to 5 ids of users that an unknown customer id may mean. Raises ServiceError.
+def find_look_alikes(users: Collection[Any], key: str, customer: Any) -> list[Any]:
+    """Return up to 5 keys of users that an unknown customer id may mean. Raises ServiceError.
 
     Strings are also compared without regard to case, for which the server reads all users.
     """
     lenient = users.with_options(codec_options=LENIENT_CODEC)
     queries: list[dict[str, Any]] = []
     if candidates := _candidates(customer):
-        queries.append({"filter": {"_id": {"$in": candidates}}})
+        queries.append({"filter": {key: {"$in": candidates}}})
     if isinstance(customer, str):
         ignore_case = {"locale": "en", "strength": 2}
-        queries.append({"filter": {"_id": customer.strip()}, "collation": ignore_case})
+        queries.append({"filter": {key: customer.strip()}, "collation": ignore_case})
     found: dict[bytes, Any] = {}
     with map_driver_errors("find", users):
         for query in queries:
-            for user in lenient.find(projection={"_id": 1}, limit=MAX_LOOK_ALIKES, **query):
-                found[bson.encode(user)] = user["_id"]
+            for user in lenient.find(projection={key: 1}, limit=MAX_LOOK_ALIKES, **query):
+                found[bson.encode({"": user["_id"]})] = get_nested(user, key)
     return list(found.values())[:MAX_LOOK_ALIKES]
 
 
@@ -75,3 +76,13 @@ def _candidates(customer: Any) -> Sequence[Any]:
     if call := OBJECT_ID_CALL.fullmatch(text):
         return [ObjectId(call[1]), call[1]]
     return [value for value in parse_id_argument(text) if value != customer]
+
+
+def find_user_ids(users: Collection[Any], key: str, values: Sequence[Any]) -> list[Any]:
+    """Return the `_id` of the users whose key is one of the values. Raises ServiceError."""
+    if key == "_id":
+        return list(values)
+    lenient = users.with_options(codec_options=LENIENT_CODEC)
+    with map_driver_errors("find", users):
+        found = lenient.find({key: {"$in": list(values)}}, {"_id": 1}, collation=COLLATION)
+        return [user["_id"] for user in found]

@@ -17,8 +17,9 @@ import bson
 from bson import Binary, ObjectId
 from pymongo.collection import Collection
 
-from loyalty.mongo.values import LENIENT_CODEC, Document
+from loyalty.mongo.values import LENIENT_CODEC, Document, get_nested
 from loyalty.recount.customer_ids import is_hex_id
+from loyalty.recount.order_filter import COLLATION
 
 USERS_PER_PARTITION = 25_000
 """Few enough that neither the server nor this process needs the disk, and that two workers get
@@ -44,18 +45,28 @@ class Partition:
 EVERYTHING = Partition([[]])
 
 
-def partition_boundaries(users: Collection[Any], size: int = USERS_PER_PARTITION) -> list[Any]:
-    """Return every `size`-th id of the users in the server's order, from the index alone."""
+def partition_boundaries(
+    users: Collection[Any], key: str = "_id", size: int = USERS_PER_PARTITION
+) -> list[Any]:
+    """Return every `size`-th key of the users, from the index on `key` alone.
+
+    Keys of each type that can be cut are walked for themselves. A key that many users share is a
+    boundary once, as each step begins after the last boundary.
+    """
     boundaries: list[Any] = []
-    ids = users.with_options(codec_options=LENIENT_CODEC)
-    while True:
-        step = ids.find({}, {"_id": 1}).sort("_id", 1).hint([("_id", 1)]).skip(size).limit(1)
-        if boundaries:
-            step = step.min([("_id", boundaries[-1])])
-        document = next(step, None)
-        if document is None or not _is_encodable(document):
-            return boundaries  # after an id that Python cannot hold, one long partition
-        boundaries.append(document["_id"])
+    lenient = users.with_options(codec_options=LENIENT_CODEC)
+    projection = {"_id": 0, key: 1} if key != "_id" else {"_id": 1}
+    for least in _LEAST.values():
+        bounds, skip = {"$gte": least}, size
+        while True:
+            step = lenient.find({key: bounds}, projection, collation=COLLATION)
+            document = next(step.sort(key, 1).skip(skip).limit(1), None)
+            if document is None or not _is_encodable(document):
+                break  # after a key that Python cannot hold, one long partition
+            boundary = get_nested(document, key)
+            boundaries.append(boundary)
+            bounds, skip = {"$gt": boundary}, size - 1
+    return boundaries
 
 
 def _is_encodable(document: Document) -> bool:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,11 @@ from loyalty.recount.tally import CustomerCount, UpToDate, User
 # The group key of all non-canonical ids. A `_id` is never an array, and partitions are not used
 # where a customer id may be one.
 _NON_CANONICAL = ["non_canonical"]
+
+
+# In the group key of each user whose key is no value that an order can refer to. It is random, so
+# that no stored customer id equals it.
+_NO_KEY = os.urandom(16)
 
 
 class NonCanonicalIdFound(Exception):
@@ -62,19 +68,20 @@ def build_pipeline(
     if not scope.include_up_to_date:
         is_up_to_date = _is_up_to_date(settings)
     customer = {"$cond": ["$up_to_date", None, "$_id"]}
-    holders = {"$cond": [{"$gt": ["$orders", 0]}, {"$size": "$users"}, 0]}
+    number = {"$size": "$users"}
+    totals: dict[str, Any] = {
+        "orders": {"$sum": "$orders"},
+        "users": {"$first": "$users"},
+        "number": {"$sum": number},
+        "holders": {"$sum": {"$cond": [{"$gt": ["$orders", 0]}, number, 0]}},
+    }
+    if settings.user_key_field != "_id":
+        totals["sharing_a_key"] = {"$sum": {"$cond": [{"$gt": [number, 1]}, number, 0]}}
     return [
         *stages,
         {"$set": {"up_to_date": is_up_to_date}},
-        {
-            "$group": {  # one row for all customers who are up to date
-                "_id": {"up_to_date": "$up_to_date", "customer": customer},
-                "orders": {"$sum": "$orders"},
-                "users": {"$first": "$users"},
-                "number": {"$sum": {"$size": "$users"}},
-                "holders": {"$sum": holders},
-            }
-        },
+        # One row for all customers who are up to date.
+        {"$group": {"_id": {"up_to_date": "$up_to_date", "customer": customer}, **totals}},
     ]
 
 
@@ -93,7 +100,7 @@ def _count_orders(
     return [
         {"$match": {**counted_orders(settings), **_match(customer, bounds)}},
         {"$group": {"_id": f"${customer}", "orders": {"$sum": counted}}},
-        {"$project": {"_id": _group_key(scope, NO_CUSTOMER), "orders": 1}},
+        {"$project": {"_id": _group_key(scope, "$_id", NO_CUSTOMER), "orders": 1}},
     ]
 
 
@@ -101,11 +108,26 @@ def _read_users(settings: Settings, scope: Scope, bounds: Sequence[Document]) ->
     user: Document = {"_id": "$_id", "points": f"${settings.points_field}"}
     if "." in settings.points_field:
         user = {**user, "created_path": _created_path(settings.points_field)}
+    key = settings.user_key_field
+    group_key = _group_key(scope, f"${key}", None)
+    if key != "_id":
+        group_key = _separate_users_without_key(group_key)
     return [
-        {"$match": _match("_id", bounds)},
+        {"$match": _match(key, bounds)},
         # $project would descend into a field `user` of the user's own, were it an array.
-        {"$replaceWith": {"_id": _group_key(scope, None), "user": user}},
+        {"$replaceWith": {"_id": group_key, "user": user}},
     ]
+
+
+def _separate_users_without_key(group_key: Document) -> Document:
+    """Return the group key of a user: `group_key`, or one of the user's own where that is no key.
+
+    A million users without the field, in one group, would exceed the 16 MB of a document.
+    """
+    no_key = {"no_key": {"$literal": _NO_KEY}, "user": "$_id"}
+    is_no_key = {"$or": [{"$in": ["$$key", [None, ""]]}, {"$isArray": "$$key"}]}
+    if_key = {"$cond": [is_no_key, no_key, "$$key"]}
+    return {"$let": {"vars": {"key": group_key}, "in": if_key}}
 
 
 def _created_path(points_field: str) -> Document:
@@ -122,12 +144,12 @@ def _match(field: str, bounds: Sequence[Document]) -> Document:
     return {"$and": [{field: operator} for operator in bounds]} if bounds else {}
 
 
-def _group_key(scope: Scope, if_missing: Any) -> Document:
+def _group_key(scope: Scope, value: str, if_missing: Any) -> Document:
     """Return the expression for the key that orders and users of one customer share."""
-    canonical = canonical_expr("$_id", if_missing)
+    canonical = canonical_expr(value, if_missing)
     if scope.is_complete:
         return canonical
-    is_non_canonical = is_non_canonical_expr("$_id", "$$customer")
+    is_non_canonical = is_non_canonical_expr(value, "$$customer")
     key = {"$cond": [is_non_canonical, _NON_CANONICAL, "$$customer"]}
     return {"$let": {"vars": {"customer": canonical}, "in": key}}
 
@@ -153,7 +175,8 @@ def parse_rows(batch: bytes, scope: Scope) -> Iterator[CustomerCount | UpToDate]
     """Parse a raw batch of the results for `scope`. Raises NonCanonicalIdFound."""
     for row in decode_documents(batch):
         if row["_id"]["up_to_date"]:
-            yield UpToDate(row["orders"], row["number"], row["holders"])
+            sharing = row.get("sharing_a_key", 0)
+            yield UpToDate(row["orders"], row["number"], row["holders"], sharing)
             continue
         customer = row["_id"].get("customer")
         if customer == _NON_CANONICAL and not scope.is_complete:

@@ -9,12 +9,12 @@ from bson import ObjectId
 
 from config import Settings
 from loyalty.concurrency import ignore_progress
-from loyalty.errors import DatabaseUnavailable
+from loyalty.errors import ConfigurationError, DatabaseUnavailable, NoPermission
 from loyalty.history import History
 from loyalty.mongo.connection import Connection, connect
 from loyalty.recount.change_log import check_change_log
 from loyalty.recount.counter import Counter
-from loyalty.recount.index import missing_index_hint
+from loyalty.recount.index import index_keys, missing_index_hint
 
 log = logging.getLogger("loyalty")
 
@@ -33,15 +33,12 @@ def connect_and_verify(settings: Settings, *, writing: bool, recording: bool = T
             "a recount may be missed or counted twice",
             connection.snapshot_unsupported_reason,
         )
-    if hint := missing_index_hint(connection.orders, settings):
-        fields = f"{{{settings.status_field}, {settings.customer_field}}}"
-        log.warning("index_missing %s on %s: %s", fields, connection.orders.full_name, hint)
     try:
-        unused = ObjectId()
         with suppress(DatabaseUnavailable):  # the first recount reports that, and retries
-            Counter(connection, settings, ignore_progress).count_customers(
-                lambda _: None, [(unused, [unused])]
-            )
+            _count_unused_customer(connection, settings)
+        if hint := missing_index_hint(connection.orders, settings):
+            fields = ", ".join(name for name, _ in index_keys(settings))
+            log.warning("index_missing {%s} on %s: %s", fields, connection.orders.full_name, hint)
         if writing and recording:
             History(connection.recounts, settings).check()
             if connection.changes is not None:
@@ -50,3 +47,17 @@ def connect_and_verify(settings: Settings, *, writing: bool, recording: bool = T
         connection.client.close()
         raise
     return connection
+
+
+def _count_unused_customer(connection: Connection, settings: Settings) -> None:
+    """Let the server judge the aggregation, and ORDER_FILTER in it. Raises ServiceError."""
+    unused = ObjectId()
+    counter = Counter(connection, settings, ignore_progress)
+    try:
+        counter.count_customers(lambda _: None, [(unused, [unused])])
+    except NoPermission:
+        raise
+    except ConfigurationError as error:
+        if not settings.order_filter:
+            raise
+        raise ConfigurationError(f"{error}; is ORDER_FILTER right?") from error

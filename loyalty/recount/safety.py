@@ -79,6 +79,11 @@ def check_totals(totals: Totals, settings: Settings, previous: PreviousRecounts)
     _check_values(totals, settings, report)
     _check_orders(totals, settings, previous, report)
     _check_decrease(totals, settings, previous, report)
+    if totals.users_sharing_a_key:
+        report.warnings.append(
+            f"{totals.users_sharing_a_key:,} users have the same {settings.user_key_field} as "
+            "another user, and each of them gets the points of all its orders"
+        )
     if exceeds_share(totals.changed_holders, totals.users_with_points_before, WARN_CHANGED_PERCENT):
         report.warnings.append(
             f"{totals.changed_holders:,} of the {totals.users_with_points_before:,} users with "
@@ -103,7 +108,8 @@ def _check_orders(
     if totals.users and counted == unmatched >= MIN_ORDERS:
         report.refusals.append(
             "no counted order matches a user: are "
-            f"ORDER_CUSTOMER_FIELD={settings.customer_field} and "
+            f"ORDER_CUSTOMER_FIELD={settings.customer_field}, "
+            f"USER_KEY_FIELD={settings.user_key_field} and "
             f"USERS_COLLECTION={settings.users} right?"
         )
     elif 100 * unmatched > WARN_EARNING_NOTHING_PERCENT * counted:
@@ -162,6 +168,8 @@ def check_collections(missing: Sequence[str], existing: Sequence[str]) -> str | 
 def check_statuses(statuses: StatusCounts, settings: Settings) -> SafetyReport:
     """Judge the statuses of all orders where no order is counted."""
     report = SafetyReport()
+    if not statuses and settings.order_filter:
+        report.warnings.append("no order matches ORDER_FILTER")
     if not statuses or any(is_counted(status, settings) for status, _ in statuses):
         return report
     if all(status is None for status, _ in statuses):
@@ -190,7 +198,8 @@ def describe_uncounted(statuses: StatusCounts, settings: Settings) -> str:
     """Return which statuses exist instead of the counted ones."""
     wanted = " or ".join(format_status(status) for status in settings.order_statuses)
     found = ", ".join(f"{format_status(s)} ({n:,})" for s, n in statuses[:MAX_STATUSES_SHOWN])
-    return f"no order has status {wanted}; found: {found or 'no orders'}"
+    order = "order that matches ORDER_FILTER" if settings.order_filter else "order"
+    return f"no {order} has status {wanted}; found: {found or 'no orders'}"
 
 
 def format_status(status: Any) -> str:

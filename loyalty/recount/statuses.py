@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from config import Settings
 from loyalty.mongo.connection import Connection
@@ -21,10 +21,30 @@ from loyalty.recount.safety import (
 MAX_STATUSES = 1_000
 
 
+class CustomerOrders(NamedTuple):
+    """How many orders of a customer have one form of the id and one status."""
+
+    form: Any
+    status: Any
+    orders: int
+    matches_filter: bool
+    """Whether they match ORDER_FILTER."""
+
+
 def count_statuses(connection: Connection, settings: Settings) -> StatusCounts:
-    """Return the number of orders by status, the most frequent 1,000 first. Raises ServiceError."""
+    """Return the number of orders by status, the most frequent 1,000 first.
+
+    Only orders that match ORDER_FILTER. Raises ServiceError.
+    """
+    return _count_statuses(connection, settings, dict(settings.order_filter))
+
+
+def _count_statuses(
+    connection: Connection, settings: Settings, condition: Document
+) -> StatusCounts:
     orders = connection.orders
     stages: list[Document] = [
+        *([{"$match": condition}] if condition else []),
         {"$group": {"_id": f"${settings.status_field}", "n": {"$sum": 1}}},
         {"$sort": {"n": -1, "_id": 1}},
         {"$limit": MAX_STATUSES},
@@ -71,8 +91,8 @@ def check_uncounted(connection: Connection, settings: Settings) -> SafetyReport:
 
 def count_customer_orders(
     connection: Connection, settings: Settings, customer: Any
-) -> list[tuple[Any, Any, int]]:
-    """Return all orders of a customer: form of the id, status, number. Raises ServiceError.
+) -> list[CustomerOrders]:
+    """Return all orders of a customer, also those that do not count. Raises ServiceError.
 
     `customer` is a canonical id; "" stands for the orders without customer.
     """
@@ -81,18 +101,34 @@ def count_customer_orders(
     if customer == "":
         customer, variants = NO_CUSTOMER, ["", None]
     match: dict[str, Any] = {settings.customer_field: {"$in": variants}}
-    known = [value for value, _ in count_statuses(connection, settings)]
+    known = [value for value, _ in _count_statuses(connection, settings, {})]
     if len(known) < MAX_STATUSES:
         # Naming every status makes the index's second field usable; null finds missing ones.
         match[status] = {"$in": [*known, None]}
     key = {"form": f"${settings.customer_field}", "status": f"${status}"}
     is_customer = {"$eq": [canonical_expr("$_id.form", NO_CUSTOMER), {"$literal": customer}]}
-    stages: list[Document] = [
-        {"$match": match},
+    count: list[Document] = [
         {"$group": {"_id": key, "n": {"$sum": 1}}},
         {"$match": {"$expr": is_customer}},
         {"$sort": {"n": -1, "_id": 1}},
     ]
+    stages: list[Document] = [{"$match": match}, *count]
+    if condition := dict(settings.order_filter):
+        matching, other = ([{"$match": c}, *count] for c in (condition, {"$nor": [condition]}))
+        parts = {"matching": matching, "other": [*other, {"$set": {"is_other": True}}]}
+        rows = {"$concatArrays": ["$matching", "$other"]}
+        stages = [
+            {"$match": match},
+            {"$facet": parts},
+            {"$project": {"rows": rows}},
+            {"$unwind": "$rows"},
+            {"$replaceWith": "$rows"},
+        ]
     with map_driver_errors("find", orders):
-        rows = orders.aggregate(stages, collation=COLLATION, maxTimeMS=settings.count_ms)
-        return [(row["_id"].get("form"), row["_id"].get("status"), row["n"]) for row in rows]
+        found = orders.aggregate(stages, collation=COLLATION, maxTimeMS=settings.count_ms)
+        return [
+            CustomerOrders(
+                row["_id"].get("form"), row["_id"].get("status"), row["n"], "is_other" not in row
+            )
+            for row in found
+        ]

@@ -61,6 +61,7 @@ class UpToDate:
     orders: int
     users: int
     users_with_points: int
+    users_sharing_a_key: int = 0
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -81,6 +82,8 @@ class Totals:
     users_with_points_before: int = 0
     users_with_points_after: int = 0
     counted_orders: int = 0
+    users_sharing_a_key: int = 0
+    """Users whose USER_KEY_FIELD, if it is not _id, equals that of another user."""
     changed: int = 0
     increased: int = 0
     decreased: int = 0
@@ -138,6 +141,7 @@ class Tally:
     ) -> None:
         self.totals = Totals()
         self._on_unknown = on_unknown
+        self._is_key_unique = settings.user_key_field == "_id"
         self._points_per_order = settings.points_per_order
         self._on_change = on_change
 
@@ -147,10 +151,13 @@ class Tally:
         totals.counted_orders += row.orders
         if isinstance(row, UpToDate):
             totals.users += row.users
+            totals.users_sharing_a_key += row.users_sharing_a_key
             totals.users_with_a_value += row.users
             totals.users_with_points_before += row.users_with_points
             totals.users_with_points_after += row.users_with_points
         elif row.users:
+            if len(row.users) > 1 and not self._is_key_unique:
+                totals.users_sharing_a_key += len(row.users)
             for user in row.users:
                 self._add_user(user, row.orders * self._points_per_order)
         elif row.orders:
