@@ -128,7 +128,7 @@ class Server:
     """One mongod. Start it from the main thread: it ends with the thread that starts it."""
 
     def __init__(self, mongod: Path, folder: Path, options: Sequence[str]) -> None:
-        self.port = _find_free_port()
+        self.port = find_free_port()
         self._folder = folder
         self._command = bind_to_parent(
             [str(mongod), "--port", str(self.port), "--bind_ip", "127.0.0.1", "--nounixsocket"]
@@ -365,7 +365,7 @@ class Deployment:
         self.stop()
 
 
-def _find_free_port() -> int:
+def find_free_port() -> int:
     """Return a port that no process listens on.
 
     It is below the range of outgoing connections, so that a server can be restarted on it. It is

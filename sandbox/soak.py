@@ -18,6 +18,7 @@ from pymongo import MongoClient
 from pymongo.database import Database
 from pymongo.errors import PyMongoError
 
+from loyalty.errors import Exit
 from sandbox import faults
 from sandbox.mongod import Deployment, SandboxError, Server, wait_until
 from sandbox.service import Process
@@ -61,6 +62,7 @@ class Soak:
         self._rng = random.Random(seed)
         self._log = deployment.folder / "service.log"
         self._is_finished = threading.Event()
+        self._change = threading.Lock()  # held while orders change
         self.comparisons = self.correct_comparisons = 0
         self.max_wrong_seconds = 0.0
         self._service = self._start()
@@ -77,6 +79,7 @@ class Soak:
             self.kill_a_secondary: 1,
             self.suspend_the_primary: 2,
             self.suspend_all_servers: 2,
+            self.undo_the_last_recount: 3,
         }
 
     def run(self, seconds: float) -> None:
@@ -194,6 +197,21 @@ class Soak:
             server.suspend()
         time.sleep(self._rng.uniform(0.2, 6))
 
+    def undo_the_last_recount(self) -> None:
+        """Undo a recount while the service runs and orders change, and compare all points."""
+        self._set_wrong_points(1000)
+        self._wait_for_recounts(1)
+        records = self._database["loyalty_recounts"]
+        undone = records.count_documents({"outcome": "undone"})
+        code = self._start("--undo", "last").wait()
+        if code not in (Exit.OK, Exit.FINDINGS):  # FINDINGS: points that have changed since
+            self.problems.append(f"--undo last ended with {code}")
+        elif records.count_documents({"outcome": "undone"}) != undone + 1:
+            self.problems.append("--undo last wrote no record")
+        with self._change:
+            self._wait_for_recounts(2)  # the first may have started before the undo
+            self._compare("a recount after --undo last")
+
     def _secondaries(self) -> list[Server]:
         primary = self._deployment.primary()
         return [server for server in self._deployment.servers if server is not primary]
@@ -210,7 +228,7 @@ class Soak:
         with self._deployment.client() as client:
             shop = Shop(client[DATABASE], rng)
             while not self._is_finished.wait(0.1):
-                with suppress(PyMongoError):
+                with self._change, suppress(PyMongoError):
                     rng.choice([shop.ship_orders, shop.return_orders])(rng.randint(1, 50))
 
     def _compare_samples(self) -> None:
@@ -280,6 +298,11 @@ class Soak:
             print(f"{name:32} {len(seconds):5} {mean:6.1f} {max(seconds):6.1f}")
         print(f"{'all':32} {sum(len(seconds) for _, seconds in rows):5}")
         print("; ".join(f"{event}: {log.count(f' {event} ')}" for event in LOG_EVENTS))
+        undone = [*self._database["loyalty_recounts"].find({"outcome": "undone"})]
+        restored, others = (
+            sum(record[field] for record in undone) for field in ("changed", "not_restored")
+        )
+        print(f"{len(undone)} undos: {restored:,} users restored, {others:,} had changed since")
         share = 100 * self.correct_comparisons / max(self.comparisons, 1)
         print(
             f"{self.comparisons:,} comparisons of one user: {share:.0f} % were correct; "
