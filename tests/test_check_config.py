@@ -107,7 +107,11 @@ def test_a_warning_of_the_safety_checks_is_printed_and_is_no_problem(
     shop.users.update_many({"_id": {"$lt": 10}}, {"$set": {"loyalty_points": 2}})
     code, out, _ = check()
     assert code == 0
-    assert re.search("^Warning: 10 of the 20 users with points lose some in the first recount$", out, re.MULTILINE)
+    assert re.search(
+        "^Warning: 10 of the 20 users with points lose some in the first recount$",
+        out,
+        re.MULTILINE,
+    )
 
 
 def test_missing_collections_are_named_with_those_that_exist(
@@ -119,7 +123,10 @@ def test_missing_collections_are_named_with_those_that_exist(
     assert f"PROBLEM: there is no collection {missing}; this database has: orders, users\n" in out
     code, out, _ = check(MONGODB_DATABASE="no_such_shop")
     assert code == 1
-    assert "there is no collection no_such_shop.orders, no_such_shop.users; this database has: none" in out
+    assert (
+        "there is no collection no_such_shop.orders, no_such_shop.users; this database has: none"
+        in out
+    )
     assert set(shop.list_collection_names()) == {"orders", "users"}
     assert "no_such_shop" not in shop.client.list_database_names()
 

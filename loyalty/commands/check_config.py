@@ -105,9 +105,7 @@ def _count_all(
     problems = [missing] if missing else []
     if not problems:
         request = RecountRequest(write=False)
-        result = run_recount(
-            connection, settings, History(connection.recounts, settings), request
-        )
+        result = run_recount(connection, settings, History(connection.recounts, settings), request)
     # Among more than MAX_STATUSES, a rare status may be missing; the count misses none.
     counted = result.totals.counted_orders if result else 0
     if result is not None and result.refusal:
