@@ -265,7 +265,7 @@ def test_a_missing_permission_on_the_change_log_ends_with_78_as_a_start_does(
     assert code == 78
     assert cell("permissions", out).startswith(text)
     assert text in err
-    assert "none for no change log" in err
+    assert "CHANGES_COLLECTION=none" in err
     assert cell("users", out) == "1"
     assert command("--once", MONGODB_URI=uri) == 78
     assert check(MONGODB_URI=uri, CHANGES_COLLECTION="none")[0] == 0

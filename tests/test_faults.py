@@ -234,7 +234,7 @@ def test_a_recount_with_a_fault_between_two_partitions_is_exact(
     with connect(settings, writing=True) as connection:
         create_index(connection.orders, settings)
         history = History(connection.recounts, settings)
-        request = RecountRequest(find_boundaries=lambda _: cuts)
+        request = RecountRequest(find_boundaries=lambda *_: cuts)
         result = run_recount(connection, settings, history, request, disturb)
     faults.recover(cluster_harness.deployment)
     assert result.count.exact

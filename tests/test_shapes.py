@@ -75,7 +75,7 @@ def test_in_a_shop_of_another_shape_every_user_has_the_points_that_plain_python_
             database[name].insert_many(documents)
     reshape(database)
     values = settings_for("mongodb://unused/", **SHAPE)
-    request = RecountRequest(force=True, find_boundaries=lambda _: cuts)
+    request = RecountRequest(force=True, find_boundaries=lambda *_: cuts)
     result = run_recount(reshaped, values, History(None), request)
     again = run_recount(reshaped, values, History(None), request)
     assert find_mismatches(database, names=NAMES) == []

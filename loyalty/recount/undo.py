@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,26 +122,30 @@ def _undo_batch(
     users: Collection[Any], points_field: str, changes: Sequence[Document], *, write: bool
 ) -> tuple[UndoResult, list[NotRestored]]:
     # The filters match only users who still have the points of the recount.
-    restored = _write(users, points_field, changes) if write else 0
-    if restored == len(changes):
-        return UndoResult(restored), []
-    has_old_points, not_restored = 0, []
+    matched = _write(users, points_field, changes) if write else 0
+    if matched == len(changes):
+        return UndoResult(matched), []
+    has_old_points = has_new_points = 0
+    not_restored = []
     for change, found, is_deleted in _read_points(users, points_field, changes):
         before = change.get("before", MISSING)
         if not is_deleted and _is_same(found, before):
             has_old_points += 1
         elif not write and is_integer(found) and found == change["after"]:
-            restored += 1
+            has_new_points += 1
         else:
             user = NotRestored(change["user"], before, change["after"], found, is_deleted)
             not_restored.append(user)
-    return UndoResult(
-        restored, len(not_restored), has_old_points - (restored if write else 0)
-    ), not_restored
+    restored = (has_old_points if matched is None else matched) if write else has_new_points
+    unchanged = has_old_points - restored if write else has_old_points
+    return UndoResult(restored, len(not_restored), unchanged), not_restored
 
 
-def _write(users: Collection[Any], points_field: str, changes: Sequence[Document]) -> int:
-    """Restore users, and return how many were matched. Raises ServiceError."""
+def _write(users: Collection[Any], points_field: str, changes: Sequence[Document]) -> int | None:
+    """Restore users, and return how many were matched; None if some updates failed.
+
+    Raises ServiceError.
+    """
 
     def write(updates: Sequence[UpdateMany]) -> int:
         with map_driver_errors("update", users):
@@ -149,13 +154,11 @@ def _write(users: Collection[Any], points_field: str, changes: Sequence[Document
     updates = _build_updates(points_field, changes)
     try:
         return retry(lambda: write(updates), COUNT_RETRY, on=DatabaseUnavailable)
-    except BulkUpdateErrors as error:
-        matched = error.matched
-    # An UpdateMany stops at the first user whose update fails. The caller lists those users.
-    try:
-        return matched + write([u for c in changes for u in _build_updates(points_field, [c])])
-    except BulkUpdateErrors as error:
-        return matched + error.matched
+    except BulkUpdateErrors:
+        # An UpdateMany stops at the first user whose update fails. The caller lists those users.
+        with suppress(BulkUpdateErrors):
+            write([u for c in changes for u in _build_updates(points_field, [c])])
+        return None
 
 
 def _read_points(
