@@ -1,0 +1,281 @@
+"""`--undo` and `--changes`: what they print, write and record, also after the service was killed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import bson
+import pytest
+from bson import Decimal128, Int64, ObjectId
+from bson.raw_bson import RawBSONDocument
+from conftest import Command
+from pymongo.database import Database
+
+from sandbox import faults
+from sandbox.mongod import Deployment
+from sandbox.service import Process
+
+Capture = pytest.CaptureFixture[str]
+Shop = Database[Any]
+Start = Callable[..., Process]
+
+ADVICE = (
+    "The next recount counts again and may repeat the change. Before it: stop the service, correct "
+    "the settings or the orders, and check with --dry-run."
+)
+
+
+@pytest.fixture
+def shop(database: Shop) -> Shop:
+    """A shop with points of its own: 9 users with 5 points and one order, one without points."""
+    database.users.insert_many([{"_id": n, "loyalty_points": 5} for n in range(9)])
+    database.users.insert_one({"_id": "new"})
+    ship(database, *range(9), "new")
+    return database
+
+
+def ship(shop: Shop, *customers: Any, status: str = "Shipped") -> None:
+    shop.orders.insert_many([{"customer_id": c, "status": status} for c in customers])
+
+
+def read_users(shop: Shop) -> dict[Any, bytes]:
+    raw = shop.users.with_options(codec_options=bson.CodecOptions(RawBSONDocument))
+    return {user["_id"]: bytes(user.raw) for user in raw.find()}
+
+
+def recount_id(shop: Shop) -> ObjectId:
+    """Return the id of the newest recount that changed something."""
+    (newest,) = shop.loyalty_changes.find().sort("_id", -1).limit(1)
+    return ObjectId(newest["recount"])
+
+
+@pytest.mark.parametrize("by_id", [False, True], ids=["last", "by id"])
+def test_undo_shows_and_then_restores_all_points_and_says_what_to_do_first(
+    shop: Shop, command: Command, capsys: Capture, by_id: bool
+) -> None:
+    before = read_users(shop)
+    assert command("--once") == 0
+    written = read_users(shop)
+    recount = recount_id(shop)
+    argument = str(recount) if by_id else "last"
+    capsys.readouterr()
+
+    assert command("--undo", argument, "--dry-run") == 0
+    first, *shown = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(rf"Recount {recount} of .* UTC wrote users\.loyalty_points", first)
+    assert shown == ["10 users would be restored; nothing is written", ADVICE]
+    assert read_users(shop) == written
+    assert shop.loyalty_recounts.count_documents({"outcome": "undone"}) == 0
+
+    assert command("--undo", argument) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == ["10 users restored", ADVICE]
+    assert read_users(shop) == before
+    record = shop.loyalty_recounts.find_one({"outcome": "undone"})
+    assert record is not None
+    assert (record["undone_recount"], record["changed"]) == (recount, 10)
+    # Once more by its id changes nothing; the next recount counts again.
+    assert command("--undo", str(recount)) == 0
+    assert "\n0 users restored\n10 users had the old points already\n" in capsys.readouterr().out
+    assert command("--once") == 0
+    assert read_users(shop) == written
+
+
+def test_users_whose_points_have_changed_since_are_listed_and_left_alone(
+    shop: Shop, command: Command, capsys: Capture
+) -> None:
+    assert command("--once") == 0
+    shop.users.update_one({"_id": 3}, {"$set": {"loyalty_points": "x\n"}})
+    shop.users.update_one({"_id": 4}, {"$unset": {"loyalty_points": 1}})
+    shop.users.delete_one({"_id": "new"})
+    capsys.readouterr()
+    assert command("--undo", "last") == 1
+    out = capsys.readouterr().out
+    assert r"  not restored: 3  5 -> 1, now 'x\n'" in out
+    assert "  not restored: 4  5 -> 1, now no field\n" in out
+    assert "  not restored: 'new'  no field -> 1, now no user\n" in out
+    assert "\n7 users restored\n3 users not restored: " in out
+    assert shop.users.find_one({"_id": 3}) == {"_id": 3, "loyalty_points": "x\n"}
+    assert shop.users.find_one({"_id": 4}) == {"_id": 4}
+    assert shop.users.count_documents({"loyalty_points": 5}) == 7
+
+
+def test_changes_lists_what_one_recount_changed(
+    shop: Shop, command: Command, capsys: Capture
+) -> None:
+    assert command("--once") == 0
+    first = recount_id(shop)
+    ship(shop, 3)
+    assert command("--once") == 0
+    capsys.readouterr()
+    assert command("--changes", "last") == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.startswith(f"Recount {recount_id(shop)} of ")
+    assert lines == ["  3  1 -> 2", "1 change"]
+    assert command("--changes", str(first)) == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert lines[-1] == "10 changes"
+    assert "  'new'  no field -> 1" in lines
+    assert "  3  5 -> 1" in lines
+
+
+@pytest.mark.parametrize("option", ["--changes", "--undo"])
+def test_a_recount_that_is_not_in_the_change_log_ends_with_1(
+    shop: Shop, command: Command, capsys: Capture, option: str
+) -> None:
+    before = read_users(shop)
+    for argument, text in (
+        ("last", "holds no recount of users.loyalty_points that could be undone"),
+        ("5" * 24, f"holds no recount {'5' * 24}"),
+        ("first", "'first' is neither the id of a recount nor the word last"),
+    ):
+        assert command(option, argument) == 1
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert text in said.err
+    assert command(option, "last", CHANGES_COLLECTION="none") == 78
+    assert "CHANGES_COLLECTION is none" in capsys.readouterr().err
+    assert read_users(shop) == before
+
+
+def test_a_recount_into_a_wrong_field_or_collection_is_undone_by_its_id(
+    shop: Shop, command: Command, capsys: Capture
+) -> None:
+    shop.users.update_many({}, {"$set": {"age": 40}})
+    shop.staff.insert_many([{"_id": n, "age": 50} for n in range(3)])
+    before, staff = read_users(shop), list(shop.staff.find())
+    mistakes = []
+    for values in ({}, {"USERS_COLLECTION": "staff"}):
+        assert command("--once", "--force", USER_POINTS_FIELD="age", **values) == 0
+        mistakes.append(recount_id(shop))
+    assert command("--once") == 0
+    for mistake in mistakes:
+        assert command("--undo", str(mistake)) == 0
+    assert {user["age"] for user in shop.users.find()} == {40}
+    assert list(shop.staff.find()) == staff
+    # The points that the settings are about were not touched, so they are still fresh.
+    capsys.readouterr()
+    assert command("--status") == 0
+    assert "undone" not in capsys.readouterr().out
+    assert command("--status", USER_POINTS_FIELD="age") == 1
+    assert f"Recount {mistakes[0]} was undone: 10 users got" in capsys.readouterr().out
+    assert command("--undo", "last") == 0
+    assert read_users(shop) == before
+
+
+def test_after_an_undo_the_points_are_stale_until_the_next_recount(
+    shop: Shop, command: Command, capsys: Capture
+) -> None:
+    assert command("--once") == 0
+    first = recount_id(shop)
+    ship(shop, 3)
+    assert command("--once") == 0
+    undone = recount_id(shop)
+    assert command("--undo", "last") == 0
+    capsys.readouterr()
+    assert command("--status") == 1
+    *table, last = capsys.readouterr().out.splitlines()
+    assert [re.split("  +", row.strip())[1] for row in table[1:4]] == [
+        "undone",
+        "succeeded",
+        "succeeded",
+    ]
+    assert last == (
+        f"Recount {undone} was undone: 1 user got the points from before it back. STALE until the "
+        "next recount"
+    )
+    # A refused recount makes the points no fresher.
+    shop.users.insert_many([{"_id": n, "loyalty_points": 1} for n in range(100, 300)])
+    assert command("--once") == 65
+    capsys.readouterr()
+    assert command("--status") == 1
+    assert "was undone: 1 user got" in capsys.readouterr().out
+    shop.users.delete_many({"_id": {"$gte": 100}})
+
+    assert command("--undo", "last") == 0  # the recount before, as that one is undone
+    capsys.readouterr()
+    assert command("--status") == 1
+    assert f"Recount {first} was undone: 10 users" in capsys.readouterr().out
+    assert command("--once") == 0
+    capsys.readouterr()
+    assert command("--status") == 0
+    assert "old: fresh" in capsys.readouterr().out
+
+
+def test_the_safety_check_compares_with_the_last_recount_that_was_not_undone(
+    shop: Shop, command: Command, capsys: Capture
+) -> None:
+    ship(shop, *list(range(9)) * 10)
+    ship(shop, *list(range(9)) * 30, status="Paid")
+    assert command("--once") == 0
+    mistake = {"ORDER_STATUSES": "Shipped,Paid"}
+    assert command("--once", **mistake) == 0
+    assert command("--dry-run") == 1
+    assert "less than half of the 370 in the last" in capsys.readouterr().out
+    assert command("--once") == 65
+    assert command("--undo", "last") == 0
+    assert command("--once") == 0
+
+
+OLD_POINTS: list[Any] = [None, 0, 7, Int64(2), 2.5, float("nan"), "5", "gold", True, [1], {"a": 1}]
+OLD_POINTS += [Decimal128("2.00"), ObjectId("5" * 24), b"x"]
+
+
+@pytest.mark.parametrize("path", ["loyalty_points", "loyalty.points"])
+def test_after_a_kill_while_writing_undo_restores_every_user_bit_for_bit(
+    shop: Shop, uri: str, deployment: Deployment, service: Start, path: str
+) -> None:
+    shop.users.delete_many({})
+    outer, _, inner = path.partition(".")
+    users: list[dict[str, Any]] = []
+    for n in range(600):
+        user: dict[str, Any] = {"_id": n, "name": "Ada"}
+        kind = n % (len(OLD_POINTS) + 2)
+        if kind < len(OLD_POINTS):
+            user[outer] = {inner: OLD_POINTS[kind], "tier": "gold"} if inner else OLD_POINTS[kind]
+        elif kind == len(OLD_POINTS) and inner:
+            user[outer] = {"tier": "gold"}
+        users.append({**user, "tail": n})
+    shop.users.insert_many(users)
+    before = read_users(shop)
+    values = {"MONGODB_URI": uri, "USER_POINTS_FIELD": path, "BATCH_SIZE": "10"}
+
+    with faults.pause_at(deployment.servers[0], shop.name, faults.WRITING) as wait_until_reached:
+        killed = service("--once", "--force", **values)
+        wait_until_reached()
+        killed.kill()
+    undo = service("--undo", "last", **values)
+    assert undo.wait() == 0, undo.output
+    (restored,) = re.findall(r"^(\d+) users restored$", undo.output, re.MULTILINE)
+    (unchanged,) = re.findall(r"^(\d+) users had the old points", undo.output, re.MULTILINE)
+    logged = sum(len(document["changes"]) for document in shop.loyalty_changes.find())
+    assert int(restored) + int(unchanged) == logged
+    assert 0 < int(restored) < 600
+    assert read_users(shop) == before
+
+
+def test_a_customer_is_shown_with_the_changes_by_all_recounts(
+    shop: Shop, command: Command, capsys: Capture
+) -> None:
+    ids = []
+    for _ in range(2):
+        assert command("--once") == 0
+        ids.append(recount_id(shop))
+        ship(shop, "new", 3)
+    capsys.readouterr()
+    assert command("--dry-run", "--customer", "new") == 1
+    out = capsys.readouterr().out
+    table = [re.split("  +", line.strip()) for line in out.splitlines()]
+    changes = table[table.index(["at", "recount", "user", "from", "to"]) + 1 :]
+    assert [row[1:] for row in changes] == [
+        [str(ids[1]), "'new'", "1", "2"],
+        [str(ids[0]), "'new'", "no field", "1"],
+    ]
+    assert command("--undo", "last") == 0
+    capsys.readouterr()
+    assert command("--once", "--customer", "new") == 0
+    assert "  'new'  1     3\n" in capsys.readouterr().out
+    # A recount of one customer is not logged.
+    assert command("--dry-run", "--customer", "new", CHANGES_COLLECTION="none") == 0
+    assert "changes by full recounts" not in capsys.readouterr().out
