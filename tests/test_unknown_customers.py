@@ -71,7 +71,9 @@ def test_unknown_customers_are_shown_by_kind_with_those_that_have_most_orders(
     assert command(option) == 0
     out = capsys.readouterr().out
     assert "\n  unknown customers        32 with 110 orders\n" in out
-    assert "\nWarning: 110 of the 115 counted orders earn nothing: 110 of unknown customers, 0" in out
+    assert (
+        "\nWarning: 110 of the 115 counted orders earn nothing: 110 of unknown customers, 0" in out
+    )
     table = out.split("Unknown customers: their orders earn nothing\n")[1].splitlines()
     assert table[0].split() == ["kind", "customers", "orders", "largest"]
     for kind in {kind for _, _, kind, _ in UNKNOWN}:
