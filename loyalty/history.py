@@ -194,18 +194,12 @@ class History:
             return list(self._collection.find(query).sort("finished_at", -1).limit(limit))
 
     def last_success(self) -> Document | None:
-        """Return the newest record of a recount that succeeded and was not undone.
-
-        Raises ServiceError.
-        """
+        """Return the newest record of a success that was not undone. Raises ServiceError."""
         is_wanted = {**_SUCCESSES, "_id": {"$nin": self.undone_recounts()}}
         return next(iter(self.newest(1, is_wanted)), None)
 
     def undo_since_success(self) -> Document | None:
-        """Return the record of an undo that no successful recount has followed yet, or None.
-
-        The points of some users are then older than the last recount. Raises ServiceError.
-        """
+        """Return the record of an undo after the newest success, if any. Raises ServiceError."""
         newest = self.newest(1, {"outcome": {"$in": [*_SUCCESSES["outcome"]["$in"], "undone"]}})
         return newest[0] if newest and newest[0]["outcome"] == "undone" else None
 

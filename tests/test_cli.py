@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import signal
@@ -70,6 +71,39 @@ def test_ctrl_c_stops_the_daemon_and_a_second_one_changes_nothing(
     daemon.wait_for("outcome=succeeded")
     daemon.send_signal(signal.SIGINT)
     assert daemon.stop(signal.SIGINT) == 0
+
+
+def test_a_daemon_keeps_running_and_recounts_when_its_terminal_closes(
+    shop: Database[Any], uri: str
+) -> None:
+    """A terminal that closes sends SIGHUP, which means reload."""
+    terminal, its_side = os.openpty()
+    program = str(ROOT / "loyalty_microservice.py")
+    start = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)"
+    daemon = subprocess.Popen(
+        [
+            *(sys.executable, "-c", f"{start}; os.execv(sys.executable, sys.argv[1:])"),
+            *(sys.executable, program, "--env-file", os.devnull),
+        ],
+        env=service_environment(MONGODB_URI=uri),
+        stdin=its_side,
+        stdout=its_side,
+        stderr=its_side,
+        start_new_session=True,  # it leads a session of its own, as a shell's terminal has
+    )
+    os.close(its_side)
+    try:
+        wait_until("the first recount", lambda: shop.loyalty_recounts.count_documents({}) == 1)
+        os.close(terminal)
+        shop.orders.update_many({"status": "Pending"}, {"$set": {"status": "Shipped"}})
+        wait_until("a recount", lambda: shop.loyalty_recounts.count_documents({}) == 2)
+        wait_until("the new points", lambda: not find_mismatches(shop))
+        assert daemon.poll() is None
+        daemon.terminate()
+        assert daemon.wait(30) == 0
+    finally:
+        daemon.kill()
+        daemon.wait()
 
 
 def test_without_settings_the_log_says_what_to_do_and_the_exit_code_is_78(

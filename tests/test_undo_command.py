@@ -1,4 +1,4 @@
-"""`--undo` and `--changes`: what they print, write and record, also after the service was killed."""
+"""`--undo` and `--changes`: what they print, write and record, also after a kill."""
 
 from __future__ import annotations
 
