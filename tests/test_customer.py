@@ -129,3 +129,21 @@ def test_orders_that_earn_nothing_are_explained(
     assert "only Shipped and Sent count\n" in capsys.readouterr().out
     assert command("--once", "--customer", "x\n\x1b[2J") == 1
     assert capsys.readouterr().out.startswith("x\\n\\x1b[2J\n")
+
+
+def test_users_are_found_by_their_key_and_shown_when_they_are_up_to_date(
+    database: Database[Any], command: Command, capsys: Capture
+) -> None:
+    database.users.insert_many([{"_id": n, "no": f"c{n % 2}"} for n in range(3)])
+    database.orders.insert_many([{"customer_id": "c0", "status": "Shipped"} for _ in range(2)])
+    key = {"USER_KEY_FIELD": "no"}
+    expected = [("0", 2), ("2", 2)]
+    for before in ("none", "2"):
+        assert command("--once", "--customer", "c0", "--json", **key) == 0
+        (found,) = json.loads(capsys.readouterr().out)["customers"]
+        assert sorted((row["user"], row["to"]) for row in found["users"]) == expected
+        assert {row["from"] for row in found["users"]} == {before}
+    assert command("--once", "--customer", "c0", **key) == 0
+    assert "no user has" not in capsys.readouterr().out
+    assert command("--once", "--customer", "c2", **key) == 1
+    assert "no user has this no, as a string" in capsys.readouterr().out
