@@ -146,3 +146,23 @@ def test_live_updates_are_running_while_their_heartbeat_is_recent(
     assert command("--status", LIVE_UPDATES="yes") == 0
     out = capsys.readouterr().out
     assert re.search("Live updates: NOT running, the last heartbeat was (5m|30.s) ago", out)
+
+
+def test_two_shops_in_one_database_are_told_apart(
+    shop: Database[Any], command: Command, capsys: Capture
+) -> None:
+    """One shop is always refused; the other's recounts must not make its points look fresh."""
+    shop.users_b.insert_many([{"_id": n, "loyalty_points": 1} for n in range(20)])
+    shop.orders_b.insert_one({"customer_id": 1, "status": "Shipped"})
+    other = {"USERS_COLLECTION": "users_b", "ORDERS_COLLECTION": "orders_b"}
+    assert command("--once", **other) == 65
+    assert command("--once") == 0
+    capsys.readouterr()
+    assert command("--status", **other) == 1
+    out = capsys.readouterr().out
+    assert [row[1] for row in rows(out)[1:]] == ["refused"]
+    assert out.endswith("No recount has succeeded yet\n")
+    assert command("--status") == 0
+    out = capsys.readouterr().out
+    assert [row[1] for row in rows(out)[1:]] == ["succeeded"]
+    assert "refused" not in out
