@@ -9,14 +9,14 @@ import random
 import re
 import uuid
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import islice
 from typing import Any
 
 import bson
-from bson import Binary, Decimal128, Int64, ObjectId
+from bson import Binary, DBRef, Decimal128, Int64, ObjectId
 from bson.codec_options import CodecOptions, DatetimeConversion
 from pymongo.database import Database
 
@@ -225,7 +225,12 @@ class Names:
     status: str = "status"
     customer: str = "customer_id"
     points: str = "loyalty_points"
+    key: str = "_id"
+    """The field of a user that orders refer to."""
 
+
+Predicate = Callable[[Document], bool]
+"""Says in plain Python whether an order matches ORDER_FILTER."""
 
 DEFAULT_NAMES = Names()
 
@@ -240,15 +245,33 @@ def count_points(
 
     No order may change while it counts.
     """
-    found: Counter[Any] = Counter()
-    for order in _read(database, names.orders, [names.status, names.customer]):
-        status, customer = _get_value(order, names.status), _get_value(order, names.customer)
-        if isinstance(status, str) and status in statuses and customer not in (None, ""):
-            found[canonical_key(customer)] += points_per_order
+    found = _count_by_customer(database, statuses, points_per_order, names, None)
     return {
-        canonical_key(user["_id"]): found[canonical_key(user["_id"])]
-        for user in _read(database, names.users, [])
+        canonical_key(user["_id"]): _count_user(user, found, names)
+        for user in _read(database, names.users, [names.key])
     }
+
+
+def _count_by_customer(
+    database: Database[Document],
+    statuses: Collection[str],
+    points_per_order: int,
+    names: Names,
+    predicate: Predicate | None,
+) -> Counter[Any]:
+    found: Counter[Any] = Counter()
+    fields = [names.status, names.customer]
+    for order in _read(database, names.orders, fields, whole=predicate is not None):
+        status, customer = _get_value(order, names.status), _get_value(order, names.customer)
+        is_counted = isinstance(status, str) and status in statuses
+        if is_counted and customer not in (None, "") and (not predicate or predicate(order)):
+            found[canonical_key(customer)] += points_per_order
+    return found
+
+
+def _count_user(user: Document, found: Counter[Any], names: Names) -> int:
+    key = _get_value(user, names.key)
+    return 0 if key in (None, "") or isinstance(key, list) else found[canonical_key(key)]
 
 
 @dataclass(frozen=True)
@@ -265,25 +288,29 @@ def find_mismatches(
     statuses: Collection[str] = ("Shipped",),
     points_per_order: int = 1,
     names: Names = DEFAULT_NAMES,
+    predicate: Predicate | None = None,
 ) -> list[Mismatch]:
     """Return the users whose stored points are wrong or missing."""
-    expected = count_points(database, statuses, points_per_order, names)
+    found = _count_by_customer(database, statuses, points_per_order, names, predicate)
     return [
-        Mismatch(user["_id"], stored, expected[canonical_key(user["_id"])])
-        for user in _read(database, names.users, [names.points])
-        if type(stored := _get_value(user, names.points)) not in (int, Int64)
-        or stored != expected[canonical_key(user["_id"])]
+        Mismatch(user["_id"], stored, expected)
+        for user in _read(database, names.users, [names.points, names.key])
+        if (expected := _count_user(user, found, names))
+        != (stored := _get_value(user, names.points))
+        or type(stored) not in (int, Int64)
     ]
 
 
 def _get_value(document: Any, path: str) -> Any:
     for name in path.split("."):
+        if isinstance(document, DBRef):
+            document = document.as_doc()
         document = document.get(name) if isinstance(document, dict) else None
     return document
 
 
 def _read(
-    database: Database[Document], collection: str, fields: Iterable[str]
+    database: Database[Document], collection: str, fields: Iterable[str], *, whole: bool = False
 ) -> Iterator[Document]:
-    wanted = dict.fromkeys(["_id", *fields], 1)
+    wanted = None if whole else dict.fromkeys(["_id", *fields], 1)
     yield from database.get_collection(collection, codec_options=LENIENT_CODEC).find({}, wanted)

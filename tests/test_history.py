@@ -78,6 +78,8 @@ def test_a_record_holds_the_result_and_the_settings(database: Database[Any], uri
             "points_per_order": 1,
             "status_field": "status",
             "customer_field": "customer_id",
+            "user_key_field": "_id",
+            "order_filter": "",
         },
     }
     assert all(stored[name] > 0 for name in ("counted_orders", "changed", "unknown_customers"))
@@ -160,6 +162,8 @@ OTHER_SETTINGS = [
     ("POINTS_PER_ORDER", "10", "points_per_order=10"),
     ("ORDER_STATUS_FIELD", "state", "status_field='state'"),
     ("ORDER_CUSTOMER_FIELD", "buyer", "customer_field='buyer'"),
+    ("USER_KEY_FIELD", "email", "user_key_field='email'"),
+    ("ORDER_FILTER", '{"a": {"$ne": 1}}', 'order_filter=\'{"a": {"$ne": 1}}\''),
 ]
 
 

@@ -9,9 +9,10 @@ from bson import ObjectId
 
 from config import Settings
 from loyalty.concurrency import ignore_progress
-from loyalty.errors import ConfigurationError, DatabaseUnavailable, NoPermission
+from loyalty.errors import ConfigurationError, DatabaseUnavailable, NoPermission, ServiceError
 from loyalty.history import History
 from loyalty.mongo.connection import Connection, connect
+from loyalty.mongo.error_codes import is_known
 from loyalty.recount.change_log import check_change_log
 from loyalty.recount.counter import Counter
 from loyalty.recount.index import index_keys, missing_index_hint
@@ -55,9 +56,11 @@ def _count_unused_customer(connection: Connection, settings: Settings) -> None:
     counter = Counter(connection, settings, ignore_progress)
     try:
         counter.count_customers(lambda _: None, [(unused, [unused])])
-    except NoPermission:
+    except ServiceError as error:
+        code = getattr(error.__cause__, "code", None)
+        is_bad_query = isinstance(error, ConfigurationError) and not isinstance(error, NoPermission)
+        # The parser of a condition has a code of its own for nearly every mistake.
+        is_bad_query |= code is not None and not is_known(code)
+        if settings.order_filter and is_bad_query:
+            raise ConfigurationError(f"{error}; is ORDER_FILTER right?") from error
         raise
-    except ConfigurationError as error:
-        if not settings.order_filter:
-            raise
-        raise ConfigurationError(f"{error}; is ORDER_FILTER right?") from error
