@@ -130,6 +130,12 @@ def test_a_panel_shows_the_number_of_the_last_recount(
     assert number in [value for query in queries for value in prometheus.query(query)]
 
 
+def test_the_dashboard_shows_every_metric(prometheus: Prometheus) -> None:
+    names = prometheus.get("label/__name__/values", **{"match[]": '{__name__=~"loyalty_.*"}'})
+    queries = " ".join(query for _, query in QUERIES)
+    assert [name for name in names if f"{name}{{" not in queries] == []
+
+
 def test_the_dashboard_offers_the_databases_of_the_metrics(prometheus: Prometheus) -> None:
     (variable,) = [one for one in DASHBOARD["templating"]["list"] if one["name"] == "database"]
     assert variable["query"] == "label_values(loyalty_users, database)"
