@@ -14,7 +14,7 @@ SERVER_TESTS := $(addprefix tests/test_,$(addsuffix .py,\
   counting driver_errors exact harm history live live_faults recount undo))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo pictures test test-deep test-servers soak bench lint format clean
+.PHONY: help demo pictures dashboard lock test test-deep test-servers soak bench lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,15 @@ demo: $(STAMP) ## run the service on a temporary MongoDB for about 30 seconds
 
 pictures: $(STAMP) ## run the demo and write its output to sandbox/demo.svg, for the README
 	@$(RUN) -m sandbox.picture
+
+dashboard: $(STAMP) ## write deploy/grafana-dashboard.json
+	$(RUN) -m deploy.grafana_dashboard
+
+# The addresses of package indexes belong to this machine, not into the file.
+lock: $(STAMP) ## write requirements.lock; ARGS=--upgrade for new versions of transitive packages
+	CUSTOM_COMPILE_COMMAND='make lock' $(RUN) -m piptools compile --quiet --generate-hashes \
+	  --strip-extras --no-emit-index-url --no-emit-trusted-host --no-emit-find-links \
+	  --output-file=requirements.lock $(ARGS) requirements.txt
 
 test: $(STAMP) ## run all tests; ARGS="-k word" for some, ARGS=--cov with coverage
 	$(RUN) -m pytest -n 6 --dist loadgroup $(ARGS)

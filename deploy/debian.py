@@ -78,14 +78,14 @@ def wheels(root: Path) -> Path:
     """Return a folder with the pinned packages for the Python in `root`, made once."""
     (python,) = root.glob("usr/lib/python3.[0-9]*")
     version = python.name.removeprefix("python")
-    requirements = TOP / "requirements.txt"
+    requirements = TOP / "requirements.lock"
     folder = CACHE / f"wheels-{version}-{_digest(requirements.read_text(encoding='utf-8'))}"
     if not folder.exists():
         unfinished = folder.with_suffix(".unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--only-binary=:all:"]
         pip += ["--python-version", version, "--dest", str(unfinished)]
-        _prepare([*pip, "--requirement", str(requirements)])
+        _prepare([*pip, "--require-hashes", "--requirement", str(requirements)])
         unfinished.rename(folder)
     return folder
 

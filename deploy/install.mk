@@ -49,12 +49,12 @@ install: check-prefix ## install or upgrade the systemd service, as root
 	rm -rf '$(prefix)/venv.new'
 	umask 022 && '$(INSTALL_PYTHON)' -m venv '$(prefix)/venv.new'
 	umask 022 && '$(prefix)/venv.new/bin/python' -m pip install --quiet \
-	  --disable-pip-version-check --requirement requirements.txt
+	  --disable-pip-version-check --require-hashes --requirement requirements.lock
 	find '$(prefix)/venv.new/bin' ! -name 'python*' ! -type d -delete
 	rm -rf '$(prefix)/venv'
 	mv '$(prefix)/venv.new' '$(prefix)/venv'
 	rm -rf '$(prefix)/__pycache__' '$(prefix)/loyalty' '$(prefix)/'*.py
-	install -m 0644 *.py requirements.txt '$(prefix)'
+	install -m 0644 *.py requirements.lock '$(prefix)'
 	find loyalty -name '*.py' -exec install -D -m 0644 {} '$(prefix)/{}' \;
 	find '$(prefix)/loyalty' -type d -exec chmod 0755 {} +
 	set -e; for unit in $(unit) $(checks); do \
@@ -80,7 +80,7 @@ uninstall: check-prefix ## remove the service; with PURGE=1 its settings as well
 	for folder in '$(DESTDIR)$(UNITDIR)' '$(dir $(DESTDIR)$(UNITDIR))'; do \
 	  test ! -d "$$folder" || rmdir --ignore-fail-on-non-empty "$$folder"; done
 	rm -rf '$(prefix)/venv' '$(prefix)/venv.new' '$(prefix)/__pycache__' '$(prefix)/loyalty'
-	rm -f '$(prefix)/'*.py '$(prefix)/requirements.txt'
+	rm -f '$(prefix)/'*.py '$(prefix)/requirements.lock'
 # The marker stays while there are other files, so that uninstall and install work again.
 	test "$$(ls -A '$(prefix)' 2>/dev/null)" != '$(marker)' || rm -r '$(prefix)'
 ifeq ($(PURGE),1)
@@ -98,7 +98,8 @@ test-systemd: $(STAMP) ## the tests that need root: a real systemd, a full disk
 	$(RUN) -B -m pytest -p no:cacheprovider -m machine deploy/test_systemd.py tests $(ARGS)
 
 test-container: $(STAMP) $(VENV)/deploy-tools ## build the image and test it with podman, as root
-	$(RUN) -B -m pytest -p no:cacheprovider deploy/test_container.py deploy/test_files.py $(ARGS)
+	$(RUN) -B -m pytest -p no:cacheprovider deploy/test_container.py deploy/test_files.py \
+	  deploy/test_dashboard.py $(ARGS)
 
 $(VENV)/deploy-tools: $(STAMP) deploy/requirements-test.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check --requirement deploy/requirements-test.txt

@@ -208,7 +208,7 @@ def test_the_image_has_the_modules_of_the_product_and_no_other_files(loyalty: Po
     listed = loyalty.run("exec", "loyalty", "find", "/app", "-type", "f").splitlines()
     modules = {*debian.TOP.glob("*.py"), *debian.TOP.glob("loyalty/**/*.py")}
     expected = {f"/app/{path.relative_to(debian.TOP)}" for path in modules}
-    assert set(listed) == expected | {"/app/requirements.txt"}
+    assert set(listed) == expected | {"/app/requirements.lock"}
 
 
 def test_the_health_check_fails_when_the_points_are_stale(

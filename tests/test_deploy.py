@@ -8,12 +8,14 @@ import shutil
 import stat
 import subprocess
 import sys
-from importlib.metadata import distributions
+from importlib.metadata import distribution, distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from config import VERSION
+from deploy import grafana_dashboard
 
 TOP = Path(__file__).resolve().parents[1]
 UNIT = "loyalty-microservice.service"
@@ -80,6 +82,37 @@ def _pinned() -> dict[str, str]:
     return {name: version for name, _, version in (pin.partition("==") for pin in pins) if name}
 
 
+def _needed(name: str) -> set[str]:
+    """Return the package and all packages that it requires, of those that are installed here."""
+    required = map(Requirement, distribution(name).requires or [])
+    wanted = [one.name for one in required if not one.marker or one.marker.evaluate({"extra": ""})]
+    return {name}.union(*map(_needed, wanted))
+
+
+def test_the_lock_file_has_the_pinned_packages_and_what_they_require_with_hashes() -> None:
+    text = (TOP / "requirements.lock").read_text(encoding="utf-8")
+    locked = dict(re.findall(r"^([a-z][\w-]*)==(\S+) \\\n    --hash=sha256:", text, re.MULTILINE))
+    assert _pinned().items() <= locked.items(), "run make lock"
+    assert locked.keys() == set().union(*map(_needed, _pinned()))
+    # Every line is a package, a hash or a comment: no option, such as the address of an index.
+    lines = re.findall(
+        r"^(?!#|    #|[a-z][\w-]*==|    --hash=sha256:[0-9a-f]{64}).+", text, re.MULTILINE
+    )
+    assert lines == []
+
+
+def test_the_installation_and_the_image_accept_only_the_hashes_of_the_lock_file() -> None:
+    for file in ("deploy/install.mk", "deploy/Dockerfile"):
+        text = (TOP / file).read_text(encoding="utf-8")
+        assert " --require-hashes --requirement requirements.lock\n" in text
+        assert "requirements.txt" not in text
+
+
+def test_the_grafana_dashboard_is_up_to_date() -> None:
+    found = grafana_dashboard.FILE.read_text(encoding="utf-8")
+    assert found == grafana_dashboard.build(), "run make dashboard"
+
+
 @pytest.mark.machine  # pip takes a minute
 def test_install_copies_the_service_and_its_pinned_requirements_readable_for_all_users(
     dest: Path,
@@ -87,7 +120,7 @@ def test_install_copies_the_service_and_its_pinned_requirements_readable_for_all
     _make("install", f"DESTDIR={dest}", f"INSTALL_PYTHON={sys.executable}")
     prefix = dest / PREFIX
     modules = {str(path.relative_to(TOP)) for path in _modules()}
-    expected = {path.name for path in TOP.glob("*.py")} | {"loyalty", "requirements.txt", "venv"}
+    expected = {path.name for path in TOP.glob("*.py")} | {"loyalty", "requirements.lock", "venv"}
     expected.add(Path(MARKER).name)
     assert {path.name for path in prefix.iterdir()} == expected
     assert {f"{PREFIX}/{name}" for name in modules} | {SETTINGS, INSTALLED_UNIT} <= _files(dest)

@@ -164,6 +164,7 @@ def _run_python(snippet: Snippet, uri: str) -> str:
 
 PYTHON_OUTPUT = {
     "README.md": r"17 has 7 points, counted as of [-0-9]+ [:0-9]+ UTC\n",
+    "docs/security.md": r"1 documents of the change log changed\n",
     "docs/undo.md": r"[-0-9]+ [.:0-9]+ \S+ 5 -> 7\n",
 }
 
@@ -175,6 +176,22 @@ def test_a_python_snippet_prints_the_points(
 ) -> None:
     assert service("--once", MONGODB_URI=deployment.uri).wait() == 0
     assert re.fullmatch(PYTHON_OUTPUT[snippet.page], _run_python(snippet, deployment.uri))
+
+
+@pytest.mark.xdist_group("oms_db")
+def test_the_documented_erasure_removes_one_user_from_the_change_log(
+    shop: Database[Any], deployment: Deployment, service: Start
+) -> None:
+    shop.users.insert_one({"_id": 18, "loyalty_points": 5})
+    assert service("--once", MONGODB_URI=deployment.uri).wait() == 0
+    (snippet,) = [one for one in _in_language("python") if one.page == "docs/security.md"]
+    shop.users.delete_one({"_id": 17})
+    _run_python(snippet, deployment.uri)
+    (logged,) = shop.loyalty_changes.find()
+    assert logged["changes"] == [{"user": 18, "before": 5, "after": 0}]
+    # The other user can still be restored.
+    assert service("--undo", "last", MONGODB_URI=deployment.uri).wait() == 0
+    assert [*shop.users.find()] == [{"_id": 18, "loyalty_points": 5}]
 
 
 def _program_calls(text: str) -> list[list[str]]:
