@@ -50,7 +50,7 @@ class LiveHarness:
 
     @property
     def is_live(self) -> bool:
-        return self.service.updater.is_live
+        return self.service.updater.state.has_stream
 
 
 @contextmanager

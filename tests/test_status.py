@@ -13,7 +13,8 @@ from conftest import Command
 from pymongo.database import Database
 from small_shop import fill
 
-from loyalty.history import Heartbeat, History
+from loyalty.heartbeat import Heartbeat
+from loyalty.history import History
 
 Capture = pytest.CaptureFixture[str]
 
@@ -135,7 +136,7 @@ def test_live_updates_are_running_while_their_heartbeat_is_recent(
     assert "Live updates: NOT running, there is no heartbeat" in capsys.readouterr().out
     now = datetime.now(UTC)
     beat = Heartbeat(
-        live_since=now, last_event=None, last_update=now, customers_updated=1, waiting=2
+        live_since=now, as_of=now, last_event=None, last_update=now, customers_updated=1, waiting=2
     )
     History(shop.loyalty_recounts).write_heartbeat(beat)
     assert command("--status") == 0

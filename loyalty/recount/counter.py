@@ -96,7 +96,9 @@ class Counter:
 
         Raises ServiceError.
         """
-        snapshot = self._pin_snapshot()
+        # `not_before` can be read: a change stream has reported a change at that time. To ask for
+        # a newer time would be one round trip more for each live update.
+        snapshot = SnapshotTimes([self._not_before]) if self._not_before else self._pin_snapshot()
         for chunk in _chunks(customers):
             forms = [form for _, forms in chunk for form in forms]
             scope = Scope(
@@ -104,7 +106,13 @@ class Counter:
                 customers=[customer for customer, _ in chunk],
                 include_up_to_date=True,
             )
-            spool = self._aggregate(snapshot, scope, status_may_be_array=True, has_index=True)
+            count = partial(self._aggregate, status_may_be_array=True, has_index=True)
+            try:
+                spool = count(snapshot, scope)
+            except SnapshotTooOld:
+                # Also after an index was created: no older snapshot of its collection can be read.
+                snapshot.pinned.append(pin_cluster_time(self._connection, self._not_before))
+                spool = count(snapshot, scope)
             _handle_rows(spool, scope, on_row)
         return self._describe(snapshot)
 
@@ -120,6 +128,7 @@ class Counter:
             as_of=self._started_at if first is None else first.as_datetime(),
             cluster_time=None if later else first,
             oldest_snapshot=first,
+            newest_snapshot=snapshot.current,
             **found,
         )
 
