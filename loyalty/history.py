@@ -15,6 +15,7 @@ from typing import Any
 
 import pymongo
 from bson import ObjectId
+from pymongo import WriteConcern
 from pymongo.collection import Collection
 
 from config import Settings
@@ -83,7 +84,10 @@ class History:
             self._warn_on_failure("heartbeat_write_failed"),
             map_driver_errors("update", self._collection),
         ):
-            self._collection.update_one(own_id, update, upsert=True)
+            # Not by a majority: while none acknowledges writes, it must tell how old the points
+            # are. It says nothing that a rollback could make untrue.
+            collection = self._collection.with_options(write_concern=WriteConcern(1))
+            collection.update_one(own_id, update, upsert=True)
 
     def _common_fields(self, at: datetime) -> dict[str, Any]:
         return {

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 from bson import ObjectId, Timestamp
 
 from config import Settings
-from loyalty.errors import ConfigurationError, ServiceError
+from loyalty.errors import ConfigurationError, DatabaseUnavailable, ServiceError
 from loyalty.live.watcher import ChangeStreamWatcher, LiveLimits
 from loyalty.mongo.connection import Connection
 from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.recount.index import missing_index_hint
 from loyalty.recount.snapshot import pin_cluster_time
+from loyalty.retry import retry
 
 log = logging.getLogger("loyalty")
 
@@ -24,13 +26,20 @@ def open_watcher(
 
     Raises ServiceError.
     """
+    limits = limits or LiveLimits()
+    attempt = partial(_open_watcher, connection, settings, limits)
+    return retry(attempt, limits.opening_retry, on=DatabaseUnavailable)
+
+
+def _open_watcher(
+    connection: Connection, settings: Settings, limits: LiveLimits
+) -> tuple[ChangeStreamWatcher, Timestamp]:
     start_after = pin_cluster_time(connection)
     if start_after is None:
         server = connection.snapshot_unsupported_reason or "a server without snapshots"
         raise ConfigurationError(f"{server} has no change streams for this")
     if hint := missing_index_hint(connection.orders, settings):
         raise ConfigurationError(f"each update would read all orders; the index: {hint}")
-    limits = limits or LiveLimits()
     return ChangeStreamWatcher(connection, settings, start_after, limits), start_after
 
 

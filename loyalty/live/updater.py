@@ -15,6 +15,7 @@ from loyalty.errors import DatabaseUnavailable, RecountRefused, ResyncRequired, 
 from loyalty.heartbeat import Heartbeat
 from loyalty.history import History
 from loyalty.live.events import PendingChanges
+from loyalty.live.lookup import resolve_customers
 from loyalty.live.opening import describe_mixed_case, open_watcher, warn_if_pre_images_are_off
 from loyalty.live.state import TRANSITIONS, LiveState
 from loyalty.live.watcher import ChangeStreamWatcher, LiveLimits
@@ -31,8 +32,8 @@ from loyalty.retry import RetryPolicy
 log = logging.getLogger("loyalty")
 
 NEVER = Timestamp(0, 0)
-OPENING_RETRY = RetryPolicy(initial_seconds=60, max_seconds=600)
-"""After a change stream that did not open though the recount after it succeeded."""
+REOPENING_RETRY = RetryPolicy(initial_seconds=60, max_seconds=600)
+"""Full recounts after a change stream that did not open though the recount succeeded."""
 _PAUSED_POLL_SECONDS = 0.25
 
 
@@ -114,9 +115,8 @@ class LiveUpdater:
 
     def retry_after_seconds(self) -> float | None:
         """Return when to recount and open the stream again, if it failed for a while only."""
-        if not self._failed_openings:
-            return None
-        return OPENING_RETRY.delay_seconds(self._failed_openings)
+        failures = self._failed_openings
+        return REOPENING_RETRY.delay_seconds(failures) if failures else None
 
     def stop(self, reason: str) -> None:
         """Close the change stream and drop what is pending. A full recount opens another."""
@@ -144,8 +144,8 @@ class LiveUpdater:
         changes = watcher.pop_pending(seconds)
         if changes:
             self._updated_at = time.monotonic()
-            at = max(changes.cluster_time, self.newest)
-            watcher.find_customers(changes, at)
+            not_before = max(changes.cluster_time, self.newest)
+            at = resolve_customers(connection, self._settings, changes, not_before)
             if changes.has_mixed_case_ids:
                 # The full recount that follows is exact; it must not open the stream again, or
                 # each change of such an order would cause another full recount.

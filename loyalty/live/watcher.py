@@ -14,7 +14,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 from bson import Timestamp
-from bson.codec_options import CodecOptions, DatetimeConversion
 from pymongo.change_stream import ChangeStream
 from pymongo.read_concern import ReadConcern
 
@@ -26,9 +25,11 @@ from loyalty.live.events import (
     change_stream_pipeline,
     read_watermark,
 )
+from loyalty.live.lookup import LENIENT_CODEC
 from loyalty.mongo.connection import Connection
 from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.values import Document, get_nested
+from loyalty.retry import RetryPolicy
 
 log = logging.getLogger("loyalty")
 
@@ -39,16 +40,13 @@ STALL_TIMEOUT_SECONDS = 30.0  # without an answer to a getMore
 MIN_INTERVAL_SECONDS = 0.02
 """From the start of one live update to the start of the next: a change that comes alone never
 waits, and changes that come one after another share updates, which saves CPU time."""
+OPENING_RETRY = RetryPolicy(timeout_seconds=5, initial_seconds=0.5, max_seconds=4)
+"""Within one opening: for example, no snapshot of a collection can be read that was just made."""
 _BATCH_SIZE = 1_000
 
 # CappedPositionLost, CloseChangeStream, ChangeStreamFatalError, ChangeStreamHistoryLost,
 # BSONObjectTooLarge: the stream cannot be resumed, and only a full recount helps.
 _UNRESUMABLE_CODES = {136, 234, 280, 286, 10334}
-
-# A value without a Python equivalent must not end the stream; full recounts count such ids.
-LENIENT_CODEC: CodecOptions[dict[str, Any]] = CodecOptions(
-    datetime_conversion=DatetimeConversion.DATETIME_AUTO, unicode_decode_error_handler="replace"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +59,7 @@ class LiveLimits:
     """Without a change for so long, a mass change is over."""
     max_pause_seconds: float = 60.0
     """A shop that is never quiet must not stay paused until the next scheduled recount."""
+    opening_retry: RetryPolicy = OPENING_RETRY
     min_interval_seconds: float = MIN_INTERVAL_SECONDS
 
 
@@ -133,21 +132,6 @@ class ChangeStreamWatcher:
             popped, self._pending = self._pending, PendingChanges()
             popped.reported_until = self._reported_until
         return popped
-
-    def find_customers(self, changes: PendingChanges, at: Timestamp) -> None:
-        """Add the customers of updated orders, as of a cluster time, for which a count is due.
-
-        A deleted order has an event of its own. Raises ServiceError.
-        """
-        read_concern = {"level": "snapshot", "atClusterTime": at}
-        project: Document = {"$project": {self._customer_field: 1}}
-        with map_driver_errors("find", self._orders):
-            for start in range(0, len(changes.orders), _BATCH_SIZE):
-                chunk = {"_id": {"$in": changes.orders[start : start + _BATCH_SIZE]}}
-                stages = [{"$match": chunk}, project]
-                for order in self._orders.aggregate(stages, readConcern=read_concern):
-                    changes.add_customer(get_nested(order, self._customer_field))
-        changes.orders.clear()
 
     def discard_until(self, snapshot: Timestamp) -> None:
         """Discard the pending changes, unless one is newer than the snapshot of a full recount."""

@@ -96,8 +96,7 @@ class Counter:
 
         Raises ServiceError.
         """
-        # `not_before` can be read: a change stream has reported a change at that time. To ask for
-        # a newer time would be one round trip more for each live update.
+        # The caller has read at `not_before`: to ask for a newer time is one more round trip.
         snapshot = SnapshotTimes([self._not_before]) if self._not_before else self._pin_snapshot()
         for chunk in _chunks(customers):
             forms = [form for _, forms in chunk for form in forms]
