@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from conftest import Command
+from conftest import Command, settings_for
 from pymongo.database import Database
 from small_shop import fill
 
@@ -148,3 +148,33 @@ def test_live_updates_are_running_while_their_heartbeat_is_recent(
     assert command("--status", LIVE_UPDATES="yes") == 0
     out = capsys.readouterr().out
     assert re.search("Live updates: NOT running, the last heartbeat was (5m|30.s) ago", out)
+
+
+@pytest.mark.parametrize(("seconds", "code"), [(20, 0), (40, 1)])
+def test_while_live_updates_run_points_are_fresh_for_thirty_seconds(
+    shop: Database[Any], command: Command, capsys: Capture, uri: str, seconds: int, code: int
+) -> None:
+    assert command("--once") == 0
+    make_older(shop, timedelta(hours=1))
+    now = datetime.now(UTC)
+    beat = Heartbeat(
+        live_since=now,
+        as_of=now - timedelta(seconds=seconds),
+        last_event=None,
+        last_update=None,
+        customers_updated=0,
+        waiting=0,
+    )
+    History(shop.loyalty_recounts, settings_for(uri)).write_heartbeat(beat)
+    capsys.readouterr()
+    assert command("--status", LIVE_UPDATES="yes") == code
+    out = capsys.readouterr().out
+    assert re.search(r"^The points are [234]\ds old: ", out, re.MULTILINE)
+    verdict = "STALE, older than" if code else "fresh, not older than"
+    assert f"old: {verdict} 30s (the limit with live updates)" in out
+    assert ("acknowledges no write by a majority" in out) is bool(code)
+    # Without live updates, the limit is two intervals.
+    assert command("--status") == 0
+    # Points of a newer recount are fresh, whatever the heartbeat says.
+    assert command("--once") == 0
+    assert command("--status", LIVE_UPDATES="yes") == 0
