@@ -1,29 +1,38 @@
-"""Measures live updates: latency, sustained rate, a burst, and the cost of the idle service."""
+"""Measures live updates: latency, rates, a burst, and CPU time.
+
+`python -m bench.live --program A/loyalty_microservice.py B/loyalty_microservice.py` compares two
+versions at 100 orders a second, in turn on one shop.
+"""
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from pymongo import UpdateOne
 
+from bench.relay import relay
 from bench.shop import DATABASE, Shop
 from sandbox.mongod import Deployment, wait_until
-from sandbox.service import Process
+from sandbox.service import PROGRAM, Process
 
 _RATES = (250, 500, 1_000, 2_000, 4_000)  # changed orders a second
 _RATE_SECONDS = 5.0  # for each rate
 _BATCHES_PER_SECOND = 50
-_MAX_ORDERS = 50_000  # unshipped orders, for all measurements
+_MAX_ORDERS = 60_000  # unshipped orders, for all measurements
 _BURST_CUSTOMERS = 10_000
 _MAX_DELAY_SECONDS = 2  # behind the writers, for a rate that is sustained
+_FAR_MS = 20.0
+_CPU_ORDERS = 1_000
 
 
 @dataclass(frozen=True)
@@ -36,13 +45,27 @@ class Latency:
 
 
 @dataclass(frozen=True)
+class CpuTime:
+    """Seconds of CPU time for 1,000 orders, 100 a second."""
+
+    service: float
+    server: float
+
+
+@dataclass(frozen=True)
 class LiveResult:
     """The measurements at one size of the shop."""
 
     orders: int
     single: float
     """Milliseconds from one change to the points without other changes; the median."""
+    far: float
+    """The same, with 20 ms to the server and back."""
     steady: Latency
+    """At 100 orders a second."""
+    cpu: CpuTime
+    fast: Latency
+    """At 1,000 orders a second, written in batches."""
     sustained: int
     """The highest rate at which the points were correct within 2 s after the last order."""
     delay: float
@@ -59,10 +82,16 @@ def measure(deployment: Deployment, shop: Shop, *, tiny: bool = False) -> LiveRe
     """Run the service with live updates on one shop. Adds orders to it."""
     seconds = 1.0 if tiny else _RATE_SECONDS
     shop.restore("quiet")
-    with _start_service(deployment) as service:
-        orders = _OrderWriter(shop)
+    orders = _OrderWriter(shop)
+    with (
+        relay(deployment.servers[0].port, _FAR_MS / 1_000) as port,
+        _start_service(deployment, shop, port=port),
+    ):
+        far = orders.measure_latency(5 if tiny else 20, pause=0.25).p50
+    with _start_service(deployment, shop) as service:
         single = orders.measure_latency(10 if tiny else 40, pause=0.25).p50
-        steady = orders.measure_latency(int(100 * seconds), pause=0.01)
+        steady, cpu = orders.measure_cpu(service.pid, 100 if tiny else _CPU_ORDERS)
+        fast = orders.measure_latency(int(50 * seconds), pause=0.02, batch=20)
         sustained, delay = 0, 0.0
         for rate in _RATES[:1] if tiny else _RATES:
             done, behind = orders.measure_delay(rate, seconds)
@@ -74,18 +103,40 @@ def measure(deployment: Deployment, shop: Shop, *, tiny: bool = False) -> LiveRe
                 break
         customers = min(_BURST_CUSTOMERS, shop.customers)
         burst = orders.measure_burst(customers)
-        cpu, memory = _measure_process(service.pid, 2 if tiny else 30)
+        percent, memory = _measure_process(service.pid, 2 if tiny else 30)
         if service.stop():
             raise RuntimeError(service.output)
-    return LiveResult(shop.size, single, steady, sustained, delay, customers, burst, cpu, memory)
+    return LiveResult(
+        shop.size,
+        single,
+        far,
+        steady,
+        cpu,
+        fast,
+        sustained,
+        delay,
+        customers,
+        burst,
+        percent,
+        memory,
+    )
 
 
 @contextmanager
-def _start_service(deployment: Deployment) -> Iterator[Process]:
+def _start_service(
+    deployment: Deployment, shop: Shop, *, program: Path = PROGRAM, port: int = 0
+) -> Iterator[Process]:
+    """Start the service, through `port` if given; return once live updates are running."""
     uri = deployment.uri_for(database=DATABASE)
+    if port:  # direct: the addresses in the replica set's configuration would bypass the relay
+        uri = f"mongodb://127.0.0.1:{port}/{DATABASE}?directConnection=true"
     log = deployment.folder / "live.log"
-    with Process(log=log, MONGODB_URI=uri, LIVE_UPDATES="yes") as service:
-        service.wait_for("outcome=succeeded")
+    recounts = shop.database.loyalty_recounts
+    recounts.drop()
+    arguments = ["--env-file", os.devnull]
+    settings = {"MONGODB_URI": uri, "LIVE_UPDATES": "yes"}
+    with Process(*arguments, log=log, program=program, **settings) as service:
+        wait_until("live updates", lambda: recounts.find_one({"outcome": "live"}), seconds=600)
         yield service
 
 
@@ -111,8 +162,8 @@ class _OrderWriter:
         expected = self._shop.expected_points
         return [user["_id"] for user in found if user["loyalty_points"] == expected(user["_id"])]
 
-    def measure_latency(self, number: int, pause: float) -> Latency:
-        """Ship single orders, one each `pause` seconds, and measure until each is in the points."""
+    def measure_latency(self, number: int, pause: float, batch: int = 1) -> Latency:
+        """Ship `batch` orders each `pause` seconds, and measure until each is in the points."""
         waiting: dict[Any, float] = {}
         times: list[float] = []
         due = started = time.monotonic()
@@ -121,10 +172,10 @@ class _OrderWriter:
             if number and time.monotonic() >= due:
                 due += pause
                 number -= 1
-                customer, update = self._ship()
-                self._orders.bulk_write([update])
+                shipped = [self._ship() for _ in range(batch)]
+                self._orders.bulk_write([update for _, update in shipped], ordered=False)
                 # Of several pending orders of one customer, the newest counts.
-                waiting[customer] = time.monotonic()
+                waiting.update(dict.fromkeys((c for c, _ in shipped), time.monotonic()))
                 if not number and (late := time.monotonic() - end) > 1:
                     print(f"  live: {late:.1f} s late", file=sys.stderr, flush=True)
             correct, now = self._find_correct(waiting), time.monotonic()
@@ -132,6 +183,13 @@ class _OrderWriter:
             time.sleep(0.001)
         times.sort()
         return Latency(times[len(times) // 2], times[int(0.99 * len(times))], times[-1])
+
+    def measure_cpu(self, pid: int, number: int) -> tuple[Latency, CpuTime]:
+        """Ship orders, 100 a second. The server's CPU time includes the writes and the reads."""
+        server = self._shop.status()["pid"]
+        before = _cpu_seconds(pid), _cpu_seconds(server)
+        latency = self.measure_latency(number, pause=0.01)
+        return latency, CpuTime(_cpu_seconds(pid) - before[0], _cpu_seconds(server) - before[1])
 
     def measure_delay(self, rate: int, seconds: float) -> tuple[int, float]:
         """Ship orders at this rate, if possible.
@@ -169,15 +227,49 @@ class _OrderWriter:
 
 def _measure_process(pid: int, seconds: float) -> tuple[float, float]:
     """Return the CPU usage of a process in percent of one core, and its memory in MB."""
-
-    def ticks() -> int:
-        return sum(
-            map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13])
-        )
-
-    before = ticks()
+    before = _cpu_seconds(pid)
     time.sleep(seconds)
-    percent = 100 * (ticks() - before) / os.sysconf("SC_CLK_TCK") / seconds
+    percent = 100 * (_cpu_seconds(pid) - before) / seconds
     memory = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
     assert memory
     return percent, int(memory[1]) / 1024
+
+
+def _cpu_seconds(pid: int) -> float:
+    ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+
+
+def main() -> None:
+    """Compare versions of the service at 100 orders a second, in turn on one shop."""
+    parser = argparse.ArgumentParser(prog="python -m bench.live", description=main.__doc__)
+    parser.add_argument("--program", type=Path, nargs="+", default=[PROGRAM])
+    parser.add_argument("--orders", type=int, default=100_000)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    runs: dict[Path, list[tuple[float, Latency, CpuTime]]] = {p: [] for p in args.program}
+    with (
+        Deployment(cache_gb=1) as deployment,
+        closing(Shop(deployment, args.orders, args.orders // 10)) as shop,
+    ):
+        shop.make_index()
+        shop.restore("quiet")
+        orders = _OrderWriter(shop)
+        for _ in range(args.rounds):
+            for program in args.program:
+                with _start_service(deployment, shop, program=program) as service:
+                    single = orders.measure_latency(20, pause=0.25).p50
+                    runs[program].append((single, *orders.measure_cpu(service.pid, _CPU_ORDERS)))
+    for program, results in runs.items():
+        print(program)
+        for single, latency, cpu in results:
+            print(
+                f"  one order {single:.1f} ms; 100/s p50 {latency.p50:.1f}, p99 {latency.p99:.1f} "
+                f"ms; CPU service {cpu.service:.2f}, server {cpu.server:.2f} s"
+            )
+        median_cpu = median(cpu.service + cpu.server for _, _, cpu in results)
+        print(f"  median of both CPU times: {median_cpu:.2f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice
 from threading import Event
 from typing import TypeVar
 
@@ -39,7 +39,13 @@ def map_ordered(
     The server works while a reply travels or is decoded. Up to `prefetch` more items are computed
     before their turn while one takes long. After one item has failed, no other is started. At the
     end no call is running, so that no write lands after a newer count. Ctrl-C does not wait.
+    A single item is computed by the calling thread.
     """
+    first = list(islice(items, 2))
+    if len(first) < 2:
+        yield map(do, first)
+        return
+    items = chain(first, items)
     pool, failed = ThreadPoolExecutor(workers), Event()
 
     def attempt(item: T) -> R:

@@ -61,10 +61,10 @@ class Job(Protocol):
     def recount(self, on_progress: ProgressCallback) -> RecountOutcome:
         """Do one recount. A refused recount is an outcome, not an error."""
 
-    def run_between(self, seconds: float, on_progress: ProgressCallback) -> None:
+    def run_between(self, seconds: float, on_progress: ProgressCallback) -> RecountOutcome | None:
         """Wait for about this long, and do meanwhile what there is to do between recounts.
 
-        Also called before `connect` has succeeded.
+        Returns the outcome if that was a recount. Also called before `connect` has succeeded.
         """
 
     def reload(self) -> None:
@@ -172,9 +172,11 @@ class Daemon:
             self._handle_failure(error, started)
             return
         self._backoff.record_work(time.monotonic() - started)
-        after = outcome.retry_after_seconds
-        seconds = self._interval_seconds if after is None else min(after, self._interval_seconds)
-        self._schedule_next(outcome.status, seconds)
+        self._handle_outcome(outcome)
+
+    def _handle_outcome(self, outcome: RecountOutcome) -> None:
+        after, interval = outcome.retry_after_seconds, self._interval_seconds
+        self._schedule_next(outcome.status, interval if after is None else min(after, interval))
 
     def _handle_failure(self, error: Exception, started: float) -> None:
         """Log the error of a step that started then, and let the next one wait for the backoff."""
@@ -200,7 +202,8 @@ class Daemon:
         self._report_progress("")
         seconds = min(self._tick_seconds, max(0.0, self._due_at - time.monotonic()))
         try:
-            self._job.run_between(seconds, self._report_progress)
+            if outcome := self._job.run_between(seconds, self._report_progress):
+                self._handle_outcome(outcome)
         except Exception as error:  # noqa: BLE001 -- logged there
             self._handle_failure(error, time.monotonic())
 

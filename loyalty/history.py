@@ -9,22 +9,22 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime, timedelta
+from dataclasses import asdict
+from datetime import datetime, timedelta
 from typing import Any
 
 import pymongo
 from bson import ObjectId
+from pymongo import WriteConcern
 from pymongo.collection import Collection
 
 from config import Settings
 from loyalty.errors import ConfigurationError, NoPermission, ServiceError
+from loyalty.heartbeat import Heartbeat
 from loyalty.logs import WarnOnce
 from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.privileges import collection_type, require_privileges
 from loyalty.mongo.values import Document
-
-HEARTBEAT_INTERVAL = timedelta(seconds=10)
 
 _WRITE_TIMEOUT_SECONDS = 5  # a record is less important than the next recount
 
@@ -37,22 +37,6 @@ _SUCCESSES = {"outcome": {"$in": ["succeeded", "incomplete"]}}
 TARGET_SETTINGS = ("orders", "users", "points_field")
 """The settings that tell two shops in one database apart."""
 _COUNTED_SETTINGS = ("points_per_order", "status_field", "customer_field", "user_key_field")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Heartbeat:
-    """The progress of live updates; times are UTC."""
-
-    live_since: datetime
-    last_event: datetime | None
-    last_update: datetime | None
-    customers_updated: int
-    waiting: int
-    """Pending changes: orders and customers that are not counted yet."""
-    at: datetime = field(default_factory=lambda: datetime.now(UTC))
-
-    def is_alive(self, now: datetime) -> bool:
-        return now - self.at <= 3 * HEARTBEAT_INTERVAL
 
 
 class History:
@@ -93,13 +77,17 @@ class History:
             **asdict(heartbeat),
             **self._common_fields(heartbeat.at),
             "outcome": "live",
-            "finished_at": heartbeat.at,
         }
+        del values["at"]  # the server's clock tells how old it is, whatever this machine's says
+        update = {"$set": values, "$currentDate": {"at": True, "finished_at": True}}
         with (
             self._warn_on_failure("heartbeat_write_failed"),
             map_driver_errors("update", self._collection),
         ):
-            self._collection.update_one(own_id, {"$set": values}, upsert=True)
+            # Not by a majority: while none acknowledges writes, it must tell how old the points
+            # are. It says nothing that a rollback could make untrue.
+            collection = self._collection.with_options(write_concern=WriteConcern(1))
+            collection.update_one(own_id, update, upsert=True)
 
     def _common_fields(self, at: datetime) -> dict[str, Any]:
         return {
@@ -212,15 +200,22 @@ class History:
             found = self._collection.find({**OWNER_FILTER, "outcome": "undone"}, fields)
             return [record["undone_recount"] for record in found]
 
-    def age(self, now: datetime) -> timedelta | None:
-        """Return the age of the points; None if no recount has succeeded. Raises ServiceError."""
+    def age(self, now: datetime, heartbeat: Heartbeat | None = None) -> timedelta | None:
+        """Return the age of the points; None if no recount has succeeded. Raises ServiceError.
+
+        `now` is the server's time, as all times that it is compared with are.
+        """
         record = self.last_success()
-        # The client's clock may be behind the server's.
-        return max(timedelta(0), now - record["as_of"]) if record else None
+        if record is None:
+            return None
+        as_of: datetime = record["as_of"]
+        if heartbeat is not None:
+            as_of = max(as_of, heartbeat.as_of)
+        return max(timedelta(0), now - as_of)  # `now` may be of another member, with its own clock
 
     def heartbeat(self) -> Heartbeat | None:
         """Return the newest heartbeat, or None. Raises ServiceError."""
-        for found in self.newest(1, {"outcome": "live"}):
+        for found in self.newest(1, {"outcome": "live", "as_of": {"$exists": True}}):
             return Heartbeat(**{name: found[name] for name in Heartbeat.__slots__})
         return None
 
@@ -236,11 +231,6 @@ def require_own_collection(collection: Collection[Any]) -> None:
         raise ConfigurationError(
             f"{collection.full_name} holds documents that are not this service's"
         )
-
-
-def is_fresh(age: timedelta | None, interval: timedelta) -> bool:
-    """Return whether points of this age are fresh: at most two intervals old."""
-    return age is not None and age <= 2 * interval
 
 
 def recorded_settings(settings: Settings) -> Document:

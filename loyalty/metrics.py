@@ -22,7 +22,7 @@ REFRESH_SECONDS = 60.0  # after 300 without a write, the alert says that the ser
 _METRICS = {
     "loyalty_recounts_total": "Recounts by outcome",
     "loyalty_last_success_timestamp_seconds": "When a recount last succeeded; 0: never",
-    "loyalty_as_of_timestamp_seconds": "The point in time that the points were counted at",
+    "loyalty_as_of_timestamp_seconds": "All changes before it are in the points",
     "loyalty_recount_duration_seconds": "Duration of the last successful recount",
     "loyalty_interval_seconds": "RECOUNT_INTERVAL",
     "loyalty_users": "Users in the last successful recount",
@@ -31,6 +31,7 @@ _METRICS = {
     "loyalty_orders_of_unknown_customers": "Counted orders whose customer is not a user",
     "loyalty_orders_without_customer": "Counted orders without a customer id",
     "loyalty_live": "1 while live updates are active, else 0",
+    "loyalty_live_as_of_timestamp_seconds": "All changes before it are in the points; 0: not live",
     "loyalty_live_waiting": "Pending changes: orders and customers to be counted",
     "loyalty_live_lag_seconds": "Age of the oldest pending change",
 }
@@ -117,6 +118,9 @@ class Metrics:
                 values = self._load(self._file)
                 for name, value in {**self._gauges(), **(updates or {})}.items():
                     values[self._sample(name)] = value
+                as_of = self._sample("loyalty_as_of_timestamp_seconds")
+                live_as_of = self._sample("loyalty_live_as_of_timestamp_seconds")
+                values[as_of] = max(values[as_of], values[live_as_of])
                 if outcome:
                     values[self._sample("loyalty_recounts_total", outcome)] += 1
                 _replace(self._file, _text(values))
@@ -131,6 +135,7 @@ class Metrics:
         return {
             "loyalty_interval_seconds": self._interval_seconds,
             "loyalty_live": int(live is not None),
+            "loyalty_live_as_of_timestamp_seconds": live.as_of.timestamp() if live else 0,
             "loyalty_live_waiting": live.waiting if live else 0,
             "loyalty_live_lag_seconds": self._state.live_lag_seconds,
         }

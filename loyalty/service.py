@@ -21,7 +21,8 @@ from loyalty.errors import (
     RecountRefused,
     ResyncRequired,
 )
-from loyalty.history import HEARTBEAT_INTERVAL, History
+from loyalty.heartbeat import HEARTBEAT_INTERVAL
+from loyalty.history import History
 from loyalty.live.updater import LiveUpdater
 from loyalty.live.watcher import LiveLimits
 from loyalty.metrics import Metrics
@@ -122,8 +123,7 @@ class Service:
                 assert connection is not None
                 # Not older than a live update has counted, also after a failover to a server that
                 # is behind: a stale count would replace newer points.
-                not_before = max(self.updater.start(connection), self.updater.newest)
-                request = RecountRequest(not_before=not_before)
+                request = RecountRequest(not_before=self.updater.start(connection))
                 result = run_recount(
                     connection, self.settings, self._history, request, report_progress
                 )
@@ -137,32 +137,34 @@ class Service:
         self.updater.finish_recount(result)
         self._read_live_state()
         self.metrics.record_recount(result)
-        return RecountOutcome(self.state.status)
+        return RecountOutcome(self.state.status, self.updater.retry_after_seconds())
 
-    def run_between(self, seconds: float, on_progress: ProgressCallback) -> None:
+    def run_between(self, seconds: float, on_progress: ProgressCallback) -> RecountOutcome | None:
         """Do live updates for about `seconds`. Raises ServiceError if they cannot continue.
 
-        When they need a resync, this does a full recount at once: it is planned, not an error.
+        When they need a resync, this does a full recount at once, and returns its outcome: it is
+        planned, not an error.
         """
         self.metrics.refresh_if_due()
-        if self._connection is None or not self.updater.is_live:
+        if self._connection is None or not self.updater.state.has_stream:
             time.sleep(seconds)
-            return
+            return None
         try:
             with self._stop_live_updates_on_error():
                 self.updater.update(self._connection, seconds, on_progress)
                 self._read_live_state()
                 self._report_if_due(self._connection, on_progress)
         except ResyncRequired as reason:
-            self._resync(reason, on_progress)
+            return self._resync(reason, on_progress)
+        return None
 
-    def _resync(self, reason: ResyncRequired, on_progress: ProgressCallback) -> None:
+    def _resync(self, reason: ResyncRequired, on_progress: ProgressCallback) -> RecountOutcome:
         is_repeated = time.monotonic() - self._resync_at < MIN_RESYNC_INTERVAL_SECONDS
         if is_repeated:  # the daemon retries with backoff
             raise DatabaseUnavailable(f"{reason}, again within {MIN_RESYNC_INTERVAL_SECONDS:g} s")
         log.info('resync reason="%s"', reason)
         try:
-            on_progress(self.recount(on_progress).status)
+            return self.recount(on_progress)
         finally:
             self._resync_at = time.monotonic()
 
@@ -172,8 +174,10 @@ class Service:
         try:
             yield
         except BaseException as error:
-            is_resync = isinstance(error, ResyncRequired)
-            self.updater.stop("" if is_resync else type(error).__name__)
+            if isinstance(error, ResyncRequired):
+                self.updater.stop_for_resync()
+            else:
+                self.updater.stop(type(error).__name__)
             self._read_live_state()
             raise
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from loyalty.history import Heartbeat
+from loyalty.heartbeat import Heartbeat
 from loyalty.recount.result import Result
 
 
@@ -33,6 +33,6 @@ class ServiceState:
 def describe_live(live: Heartbeat) -> str:
     """Return the progress of live updates in one line."""
     return (
-        f"live since {live.live_since:%Y-%m-%d %H:%M:%S} UTC, "
+        f"live, as of {live.as_of:%Y-%m-%d %H:%M:%S} UTC, "
         f"{live.customers_updated:,} updates, {live.waiting:,} waiting"
     )

@@ -222,7 +222,8 @@ _SHORT_TIMEOUTS: dict[str, Any] = {
 class Deployment:
     """A replica set of `nodes` servers, or a standalone server; use it as a context manager.
 
-    With `auth`, `uri` carries the credentials of a root user. `options` go to every mongod.
+    With `auth`, `uri` carries the credentials of a root user. `options` go to every mongod. With
+    `arbiter`, the last server votes in elections and has no data.
     `parent` is where the temporary folder is made, for example on a small tmpfs.
     """
 
@@ -231,6 +232,7 @@ class Deployment:
         nodes: int = 1,
         *,
         replica_set: bool = True,
+        arbiter: bool = False,
         auth: bool = False,
         options: Sequence[str] = (),
         cache_gb: float = 0.25,
@@ -243,7 +245,7 @@ class Deployment:
         mongod = find_mongod()
         self.folder = Path(parent or tempfile.gettempdir(), f"loyalty-{secrets.token_hex(6)}")
         self._janitor: subprocess.Popen[bytes] | None = None
-        self._replica_set = replica_set
+        self._replica_set, self._arbiter = replica_set, arbiter
         self._election_ms = election_ms
         self._credentials = ("root", secrets.token_urlsafe(12)) if auth else ("", "")
         key = self.folder / "key"
@@ -285,7 +287,8 @@ class Deployment:
 
     def _all_ready(self) -> bool:
         states = [self._hello(server) for server in self.servers]
-        return all(s.get("isWritablePrimary") or s.get("secondary") for s in states)
+        ready = ("isWritablePrimary", "secondary", "arbiterOnly")
+        return all(any(map(state.get, ready)) for state in states)
 
     @staticmethod
     def _hello(server: Server) -> dict[str, Any]:
@@ -323,9 +326,10 @@ class Deployment:
                 client.admin.command("createUser", user, pwd=password, roles=["root"])
 
     def _initiate(self) -> None:
-        members = [
+        members: list[dict[str, Any]] = [
             {"_id": n, "host": f"127.0.0.1:{server.port}"} for n, server in enumerate(self.servers)
         ]
+        members[-1]["arbiterOnly"] = self._arbiter
         settings = {
             "electionTimeoutMillis": self._election_ms,
             "heartbeatIntervalMillis": 500,

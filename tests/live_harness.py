@@ -13,6 +13,7 @@ from pymongo.database import Database
 
 from config import load
 from loyalty.concurrency import ignore_progress
+from loyalty.live.state import LiveState
 from loyalty.recount.index import index_keys
 from loyalty.service import Service
 from sandbox.mongod import DEADLINE_SECONDS, Deployment
@@ -49,8 +50,12 @@ class LiveHarness:
         return self.service.recount(ignore_progress).status
 
     @property
+    def state(self) -> LiveState:
+        return self.service.updater.state
+
+    @property
     def is_live(self) -> bool:
-        return self.service.updater.is_live
+        return self.state.has_stream
 
 
 @contextmanager

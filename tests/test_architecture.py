@@ -21,6 +21,7 @@ LAYERS = (
     ("loyalty.daemon", "loyalty.systemd"),
     ("loyalty.live",),
     ("loyalty.recount", "loyalty.history", "loyalty.state", "loyalty.metrics"),
+    ("loyalty.heartbeat",),
     ("loyalty.mongo",),
     ("loyalty.env_file",),
     ("config",),

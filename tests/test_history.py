@@ -14,7 +14,8 @@ from pymongo.database import Database
 
 from config import VERSION, Settings
 from loyalty.errors import ConfigurationError, RecountRefused
-from loyalty.history import Heartbeat, History
+from loyalty.heartbeat import Heartbeat
+from loyalty.history import History
 from loyalty.mongo.connection import connect
 from loyalty.recount.result import Result
 from loyalty.recount.runner import run_recount
@@ -139,7 +140,7 @@ def test_two_shops_in_one_database_read_only_their_own_records_and_heartbeats(
 ) -> None:
     now = datetime.now(UTC).replace(microsecond=0)
     heartbeat = Heartbeat(
-        live_since=now, last_event=None, last_update=None, customers_updated=1, waiting=0
+        live_since=now, as_of=now, last_event=None, last_update=None, customers_updated=1, waiting=0
     )
     one, other = (
         History(database.loyalty_recounts, settings_for(uri, **{setting: name}))

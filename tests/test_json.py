@@ -15,7 +15,8 @@ from conftest import ROOT, Command, settings_for
 from pymongo.database import Database
 
 from loyalty.commands import once
-from loyalty.history import Heartbeat, History
+from loyalty.heartbeat import Heartbeat
+from loyalty.history import History
 from loyalty_microservice import main
 
 DOCUMENT = (ROOT / "docs/json-and-metrics.md").read_text()
@@ -149,7 +150,7 @@ def test_the_heartbeat_of_live_updates_has_the_documented_keys(
 ) -> None:
     now = datetime.now(UTC)
     heartbeat = Heartbeat(
-        live_since=now, last_event=None, last_update=now, customers_updated=1, waiting=2
+        live_since=now, as_of=now, last_event=None, last_update=now, customers_updated=1, waiting=2
     )
     History(shop.loyalty_recounts, settings_for(uri)).write_heartbeat(heartbeat)
     assert command("--status", "--json") == 1  # no full recount has succeeded

@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from unittest import mock
@@ -13,24 +14,48 @@ from uuid import uuid4
 
 import pytest
 from bson import ObjectId, Regex, Timestamp
-from conftest import MEMORY, Command, examples, settings_for
+from conftest import MEMORY, ROOT, Command, examples, settings_for
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from live_harness import LiveHarness, live_service, make_index, points
-from pymongo import MongoClient
+from pymongo import MongoClient, monitoring
 from pymongo.database import Database
 
 from loyalty import service
+from loyalty.concurrency import ignore_progress
 from loyalty.errors import ConfigurationError, DatabaseUnavailable
-from loyalty.history import HEARTBEAT_INTERVAL
+from loyalty.heartbeat import HEARTBEAT_INTERVAL
+from loyalty.history import History
 from loyalty.live import events
+from loyalty.live.state import TRANSITIONS, LiveState
 from loyalty.live.watcher import ChangeStreamWatcher, LiveLimits
 from loyalty.mongo.connection import connect
 from loyalty.recount import runner
-from loyalty.service import Service
+from loyalty.retry import RetryPolicy
+from loyalty.service import REFUSED_RETRY_SECONDS, Service
 from sandbox import faults
 from sandbox.mongod import Deployment, wait_until
 from sandbox.shop import canonical_key, count_points, find_mismatches
+
+
+class CommandRecorder(monitoring.CommandListener):
+    """Notes the commands of this process's clients, in their order, while `is_on`."""
+
+    def __init__(self) -> None:
+        self.is_on = False
+        self.names: list[str] = []
+
+    def started(self, event: monitoring.CommandStartedEvent) -> None:
+        if self.is_on:
+            self.names.append(event.command_name)
+
+    def succeeded(self, event: monitoring.CommandSucceededEvent) -> None: ...
+
+    def failed(self, event: monitoring.CommandFailedEvent) -> None: ...
+
+
+COMMANDS = CommandRecorder()
+monitoring.register(COMMANDS)  # for clients made from now on
 
 IDS = [ObjectId(f"{n:x}".rjust(2, "b") * 12) for n in (0xAB, 0xCD, 0xFE)]
 USERS = [IDS[0], str(IDS[0]).upper(), IDS[1], str(IDS[2]), 5, "5", {"a": 1}]
@@ -168,9 +193,8 @@ def test_exactly_the_writes_after_the_snapshot_are_pending(
         watcher = ChangeStreamWatcher(connection, settings, snapshot, LiveLimits())
         changes = watcher.pop_pending(2 if expected else 0.5)
         watcher.close()
-    assert (changes is not None) == bool(expected)
-    if changes:
-        assert [*changes.customers.values()] == expected
+    assert [*changes.customers.values()] == expected
+    if expected:
         assert changes.cluster_time == written_at
 
 
@@ -249,6 +273,45 @@ def test_a_failed_update_is_a_warning_and_not_counted_as_updated(
     assert "incomplete" in caplog.text
     assert small.service.state.live
     assert small.service.state.live.customers_updated == 1
+
+
+@pytest.mark.parametrize("is_insert", [True, False])
+def test_one_changed_order_takes_three_commands_after_its_event(
+    small: LiveHarness, *, is_insert: bool
+) -> None:
+    """With the reply that reports the event, that is three and a half round trips."""
+    small.update()  # the first one also writes the heartbeat
+    writer = small.shop.client
+    if is_insert:
+        writer[small.shop.name].orders.insert_one(shipped(IDS[0]))
+    else:
+        writer[small.shop.name].orders.update_one({}, {"$set": {"status": "Paid"}})
+    COMMANDS.names.clear()
+    COMMANDS.is_on = True
+    try:
+        small.update(5)
+    finally:
+        COMMANDS.is_on = False
+    assert [name for name in COMMANDS.names if name != "getMore"] == ["find", "aggregate", "update"]
+    assert find_mismatches(small.shop) == []
+
+
+def test_a_lone_change_does_not_wait_and_the_next_one_waits_for_the_minimum_interval(
+    deployment: Deployment, small_shop: Database[Any]
+) -> None:
+    seconds = 1.0
+    options = {"limits": LiveLimits(min_interval_seconds=seconds)}
+    with live_service(deployment, small_shop, options) as harness:
+        durations = []
+        for _ in range(2):
+            small_shop.orders.insert_one(shipped(IDS[0]))
+            started_at = time.monotonic()
+            harness.update(10)
+            durations.append(time.monotonic() - started_at)
+            assert find_mismatches(small_shop) == []
+    first, second = durations
+    assert first < seconds / 2
+    assert second > seconds / 2
 
 
 def test_without_the_index_a_large_shop_has_no_live_updates_and_one_warning(
@@ -619,20 +682,100 @@ def test_live_updates_work_whatever_read_concern_the_uri_names(
         assert harness.is_live
 
 
-def test_a_stream_that_cannot_be_opened_does_not_keep_the_recount_from_running(
-    deployment: Deployment, small_shop: Database[Any], caplog: pytest.LogCaptureFixture
+def test_a_stream_that_fails_to_open_once_is_opened_before_the_same_recount(
+    small: LiveHarness, deployment: Deployment, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with live_service(deployment, small_shop) as harness:
+    small.service.disconnect()
+    small.service.connect()
+    with faults.fail_command(deployment.servers[0], "aggregate", 1, errorCode=8):
+        small.recount()
+    assert small.is_live
+    assert "live_updates_unavailable" not in caplog.text
+
+
+@pytest.mark.parametrize(("code", "is_transient"), [(8, True), (13, False)])
+def test_a_stream_that_does_not_open_does_not_keep_the_recount_from_running(
+    deployment: Deployment,
+    small_shop: Database[Any],
+    caplog: pytest.LogCaptureFixture,
+    code: int,
+    *,
+    is_transient: bool,
+) -> None:
+    policy = RetryPolicy(attempts=1, initial_seconds=0, max_seconds=0)
+    options = {"limits": LiveLimits(opening_retry=policy)}
+    with live_service(deployment, small_shop, options) as harness:
         harness.service.disconnect()
         harness.service.connect()
         small_shop.orders.insert_one(shipped(IDS[0]))
-        with faults.fail_command(deployment.servers[0], "aggregate", 1, errorCode=8):
-            harness.recount()
+        with faults.fail_command(deployment.servers[0], "aggregate", 1, errorCode=code):
+            outcome = harness.service.recount(ignore_progress)
         assert points(small_shop) == [2, 1, 1]
         assert "live_updates_unavailable" in caplog.text
         assert not harness.is_live
+        # Only an error that can pass by itself brings the next recount forward.
+        if is_transient:
+            assert outcome.retry_after_seconds
+            assert 60 <= outcome.retry_after_seconds <= 90
+        else:
+            assert outcome.retry_after_seconds is None
+        outcome = harness.service.recount(ignore_progress)
+        assert harness.state is LiveState.LIVE
+        assert outcome.retry_after_seconds is None
+
+
+@pytest.mark.parametrize("target", [None, "orders_old"])
+def test_when_orders_are_gone_the_resync_is_refused_and_repeated_until_they_are_back(
+    deployment: Deployment, database: Database[Any], target: str | None
+) -> None:
+    database.users.insert_many([{"_id": n} for n in range(20)])
+    orders = [{"customer_id": n, "status": "Shipped"} for n in range(20)]
+    database.orders.insert_many(orders)
+    with live_service(deployment, database) as harness:
+        if target is None:
+            database.orders.drop()
+        else:
+            database.orders.rename(target)
+        outcome = None
+        while outcome is None:
+            outcome = harness.service.run_between(0.05, ignore_progress)
+        assert outcome.status.startswith("refused")
+        assert outcome.retry_after_seconds == REFUSED_RETRY_SECONDS <= 600
+        assert not harness.is_live
+        assert points(database) == [1] * 20
+        assert harness.service.run_between(0, ignore_progress) is None
+        database.orders.insert_many(orders[:10] + [{**orders[0], "_id": ObjectId()}])
         harness.recount()
-        assert harness.is_live
+        assert harness.state is LiveState.LIVE
+        assert find_mismatches(database) == []
+
+
+def test_every_state_and_transition_is_in_the_documents() -> None:
+    page = (ROOT / "docs" / "live-updates.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| (.*) \|$", page, re.MULTILINE)
+    assert {(LiveState(a), LiveState(b)): text for a, b, text in rows} == TRANSITIONS
+    states = re.findall(r"^\| `(\w+)` \| ([A-Z].*\.) \|$", page, re.MULTILINE)
+    assert [name for name, _ in states] == [*LiveState]
+
+
+def test_the_watermark_is_the_cluster_time_of_the_event_and_advances_without_events(
+    database: Database[Any],
+) -> None:
+    with database.orders.watch(max_await_time_ms=200) as stream:
+        with database.client.start_session() as session:
+            database.orders.insert_one({}, session=session)
+        event = None
+        while event is None:
+            event = stream.try_next()
+        watermark = events.read_watermark(stream.resume_token)
+        assert watermark == event["clusterTime"] == session.operation_time
+        database.other.insert_one({})
+        deadline = time.monotonic() + 30
+        while events.read_watermark(stream.resume_token) == watermark:
+            assert stream.try_next() is None
+            assert time.monotonic() < deadline
+        assert events.read_watermark(stream.resume_token) > watermark
+    assert events.read_watermark(None) == events.read_watermark({"_data": b"?"}) == Timestamp(0, 0)
 
 
 def test_the_stream_passes_only_events_that_can_change_a_count_with_ids_only(
@@ -682,13 +825,49 @@ def test_the_heartbeat_is_written_once_an_interval_with_the_progress(
     assert (last["customers_updated"], last["waiting"]) == (1, 0)
 
 
+def test_the_heartbeat_names_the_cluster_time_that_all_changes_before_it_are_counted_at(
+    small: LiveHarness,
+) -> None:
+    def as_of() -> datetime:
+        assert small.service.state.live
+        return small.service.state.live.as_of
+
+    small.update()
+    with small.shop.client.start_session() as session:
+        small.shop.orders.insert_one(shipped(IDS[0]), session=session)
+        assert session.operation_time
+        inserted_at = session.operation_time.as_datetime()
+    assert small.service.updater.state is LiveState.LIVE
+    while as_of() <= inserted_at:
+        assert as_of() <= datetime.now(UTC)
+        time.sleep(0.1)
+        small.shop.other.insert_one({})  # the time of an idle server stands still for 10 s
+        small.update()
+    assert points(small.shop) == [2, 1, 1]
+
+
+def test_the_time_of_the_heartbeat_is_the_servers_whatever_this_clock_says(
+    small: LiveHarness,
+) -> None:
+    small.update()
+    live = small.service.state.live
+    assert live
+    wrong = datetime.now(UTC) - timedelta(days=3)
+    History(small.shop.loyalty_recounts, small.service.settings).write_heartbeat(
+        replace(live, at=wrong)
+    )
+    (beat,) = heartbeats(small.shop)
+    assert abs(datetime.now(UTC) - beat["at"]) < timedelta(minutes=1)
+    assert beat["at"] == beat["finished_at"]
+
+
 def test_status_reads_the_heartbeat(
     small: LiveHarness, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small.update()
     (beat,) = heartbeats(small.shop)
     assert {*beat} == {
-        *("_id", "recorded_by", "outcome", "finished_at", "live_since", "last_event"),
+        *("_id", "recorded_by", "outcome", "finished_at", "live_since", "as_of", "last_event"),
         *("last_update", "customers_updated", "waiting", "at", "settings", "host", "expires_at"),
     }
     assert command("--status", LIVE_UPDATES="yes") == 0

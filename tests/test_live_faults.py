@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote_plus
 
 import pytest
-from conftest import MEMORY, ROOT
+from conftest import MEMORY, ROOT, Command
 from live_harness import live_service, make_index
-from pymongo import MongoClient
+from pymongo import MongoClient, WriteConcern
 from pymongo.collection import Collection
 from pymongo.database import Database
 from test_faults import FaultHarness, assert_stops_at_sigterm, lines_with, role, start_harness
 
+from loyalty.heartbeat import MAX_LIVE_AGE
 from sandbox import faults
 from sandbox.faults import COUNTING, WRITING, FaultPoint
 from sandbox.mongod import Deployment, wait_until
@@ -209,3 +214,59 @@ def test_live_updates_start_at_the_next_recount_after_the_permission_is_granted(
         harness.update(0.1)
         assert shop.loyalty_recounts.count_documents({"outcome": "live"}) == 1
         assert "_write_failed" not in caplog.text
+
+
+@pytest.mark.xdist_group("frozen")
+@pytest.mark.size(20, deep=60)
+def test_while_the_commit_point_stalls_status_heartbeat_and_metrics_show_older_and_older_points(
+    command: Command, capsys: pytest.CaptureFixture[str], tmp_path: Path, size: int
+) -> None:
+    metrics = tmp_path / "loyalty.prom"
+    options = {"heartbeat_interval": timedelta(seconds=0.5)}
+    # So that the limit of 2 * 4 s, or else that of 30 s, is passed within the time of the stall.
+    interval = "4s" if size < 40 else "2h"
+    limit = 8 if size < 40 else MAX_LIVE_AGE.total_seconds()
+    with Deployment(3, arbiter=True, parent=MEMORY) as deployment, deployment.client() as client:
+        shop = client["shop"]
+        Shop(shop, random.Random(1)).fill(users=20, orders=100)
+        normalize_ids(shop)
+
+        def read_status() -> tuple[int, dict[str, Any]]:
+            capsys.readouterr()
+            uri = deployment.uri_for(database="shop")
+            values = {"MONGODB_URI": uri, "LIVE_UPDATES": "yes", "RECOUNT_INTERVAL": interval}
+            code = command("--status", "--json", **values)
+            return code, json.loads(capsys.readouterr().out)
+
+        with live_service(deployment, shop, options, METRICS_FILE=str(metrics)) as harness:
+            harness.update(1)
+            code, status = read_status()
+            assert (code, status["fresh"], status["heartbeat"]["alive"]) == (0, True, True)
+            deployment.servers[1].suspend()
+            stalled_at = datetime.now(UTC)  # the same machine: the server's clock
+            order = {"customer_id": 1, "status": "Shipped"}
+            shop.with_options(write_concern=WriteConcern(1)).orders.insert_one(order)
+            codes, ages, as_of_times = [], [], set()
+            while (seconds := (datetime.now(UTC) - stalled_at).total_seconds()) < size:
+                harness.update(1)
+                code, status = read_status()
+                heartbeat = status["heartbeat"]
+                as_of = datetime.fromisoformat(heartbeat["as_of"])
+                assert as_of <= stalled_at
+                as_of_times.add(as_of)
+                assert heartbeat["alive"]
+                assert status["age_seconds"] >= seconds - 1
+                assert code == (status["age_seconds"] > limit)
+                assert status["fresh"] is (code == 0)
+                codes.append(code)
+                ages.append(status["age_seconds"])
+                for name in ("loyalty_live_as_of", "loyalty_as_of"):
+                    (value,) = re.findall(rf"^{name}_.*}} (.*)$", metrics.read_text(), re.MULTILINE)
+                    assert float(value) == as_of.timestamp()
+            assert ages == sorted(ages)
+            assert codes == sorted(codes)
+            assert set(codes) == {0, 1}
+            deployment.servers[1].resume()
+            harness.update_until(lambda: read_status()[0] == 0)
+            harness.update_until_exact()
+            assert "write_failed" not in capsys.readouterr().err

@@ -167,16 +167,30 @@ def test_live_updates_are_in_the_metrics_while_they_are_active(
     file = tmp_path / "loyalty.prom"
     with live_service(deployment, database, METRICS_FILE=str(file)) as harness:
         harness.update()
+        updater, state = harness.service.updater, harness.service.state
         assert samples(file)["loyalty_live"] == 1
         assert samples(file)["loyalty_live_waiting"] == 0
-        updater, state = harness.service.updater, harness.service.state
         assert state.live_lag_seconds == 0
+
+        def read_newer_time() -> float | None:
+            database.other.insert_one({})  # the time of an idle server stands still for 10 s
+            harness.update(0.2)
+            assert state.live
+            assert state.result
+            return state.live.as_of.timestamp() if state.live.as_of > state.result.as_of else None
+
+        as_of = wait_until("a time after the recount", read_newer_time)
+        harness.service.metrics.write()
+        assert samples(file)["loyalty_live_as_of_timestamp_seconds"] == as_of
+        assert samples(file)["loyalty_as_of_timestamp_seconds"] == as_of
         database.orders.insert_one({"customer_id": 1, "status": "Shipped"})
         wait_until("the age of a pending change", lambda: updater.lag_seconds() > 0.1)
         harness.service.disconnect()
         assert state.live is None
         harness.service.metrics.write()
         assert samples(file)["loyalty_live"] == 0
+        assert samples(file)["loyalty_live_as_of_timestamp_seconds"] == 0
+        assert samples(file)["loyalty_as_of_timestamp_seconds"] == as_of
 
 
 def test_the_file_is_written_again_when_it_is_a_minute_old(tmp_path: Path) -> None:

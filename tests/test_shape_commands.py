@@ -15,7 +15,7 @@ from test_recount import count_fetched_orders, explain, find_values
 
 from loyalty.history import History
 from loyalty.live.events import change_stream_pipeline
-from loyalty.live.watcher import live_updates_blocker
+from loyalty.live.opening import live_updates_blocker
 from loyalty.mongo.connection import connect
 from loyalty.recount.index import create_index, index_keys, inspect_plan
 from loyalty.recount.partitions import Partition, partition_boundaries, partitions

@@ -13,7 +13,8 @@ from conftest import Command, settings_for
 from pymongo.database import Database
 from small_shop import fill
 
-from loyalty.history import Heartbeat, History
+from loyalty.heartbeat import Heartbeat
+from loyalty.history import History
 
 Capture = pytest.CaptureFixture[str]
 
@@ -134,7 +135,7 @@ def test_live_updates_are_running_while_their_heartbeat_is_recent(
     assert "Live updates: NOT running, there is no heartbeat" in capsys.readouterr().out
     now = datetime.now(UTC)
     beat = Heartbeat(
-        live_since=now, last_event=None, last_update=now, customers_updated=1, waiting=2
+        live_since=now, as_of=now, last_event=None, last_update=now, customers_updated=1, waiting=2
     )
     History(shop.loyalty_recounts, settings_for(uri)).write_heartbeat(beat)
     assert command("--status") == 0
@@ -166,3 +167,33 @@ def test_two_shops_in_one_database_are_told_apart(
     out = capsys.readouterr().out
     assert [row[1] for row in rows(out)[1:]] == ["succeeded"]
     assert "refused" not in out
+
+
+@pytest.mark.parametrize(("seconds", "code"), [(20, 0), (40, 1)])
+def test_while_live_updates_run_points_are_fresh_for_thirty_seconds(
+    shop: Database[Any], command: Command, capsys: Capture, uri: str, seconds: int, code: int
+) -> None:
+    assert command("--once") == 0
+    make_older(shop, timedelta(hours=1))
+    now = datetime.now(UTC)
+    beat = Heartbeat(
+        live_since=now,
+        as_of=now - timedelta(seconds=seconds),
+        last_event=None,
+        last_update=None,
+        customers_updated=0,
+        waiting=0,
+    )
+    History(shop.loyalty_recounts, settings_for(uri)).write_heartbeat(beat)
+    capsys.readouterr()
+    assert command("--status", LIVE_UPDATES="yes") == code
+    out = capsys.readouterr().out
+    assert re.search(r"^The points are [234]\ds old: ", out, re.MULTILINE)
+    verdict = "STALE, older than" if code else "fresh, not older than"
+    assert f"old: {verdict} 30s (the limit with live updates)" in out
+    assert ("acknowledges no write by a majority" in out) is bool(code)
+    # Without live updates, the limit is two intervals.
+    assert command("--status") == 0
+    # Points of a newer recount are fresh, whatever the heartbeat says.
+    assert command("--once") == 0
+    assert command("--status", LIVE_UPDATES="yes") == 0

@@ -21,7 +21,7 @@ from loyalty.commands.output import (
 )
 from loyalty.errors import ConfigurationError, Exit
 from loyalty.history import History
-from loyalty.live.watcher import keeps_pre_images, live_updates_blocker
+from loyalty.live.opening import keeps_pre_images, live_updates_blocker
 from loyalty.metrics import Metrics
 from loyalty.mongo.connection import Connection
 from loyalty.mongo.driver_errors import map_driver_errors

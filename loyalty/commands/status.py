@@ -11,8 +11,10 @@ from itertools import takewhile
 from config import Settings
 from loyalty.commands.output import format_cell, pluralize, print_json, print_line, print_table
 from loyalty.errors import Exit
-from loyalty.history import Heartbeat, History, is_fresh
-from loyalty.mongo.connection import connect
+from loyalty.heartbeat import Heartbeat, max_age
+from loyalty.history import History
+from loyalty.mongo.connection import Connection, connect
+from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.values import Document
 from loyalty.parsers import format_duration
 
@@ -22,18 +24,38 @@ _NO_SUCCESS = ("refused", "failed")
 
 def run(args: argparse.Namespace, settings: Settings) -> Exit:
     with connect(settings, verify=False) as connection:
-        history, now = History(connection.recounts, settings), datetime.now(UTC)
+        history, now = History(connection.recounts, settings), _read_server_time(connection)
         records, heartbeat = history.newest(MAX_RECORDS), history.heartbeat()
-        age, undo = history.age(now), history.undo_since_success()
+        age, undo = history.age(now, heartbeat), history.undo_since_success()
+    is_live = settings.live_updates and heartbeat is not None and heartbeat.is_alive(now)
+    is_fresh = age is not None and age <= max_age(settings.recount_interval, is_live=is_live)
+    is_fresh = is_fresh and undo is None
     if args.json:
-        print_json(_status_json(records, heartbeat, undo, age, now, settings))
+        print_json(
+            {
+                "fresh": is_fresh,
+                "undone_recount": undo and undo["undone_recount"],
+                "age_seconds": age,
+                "interval_seconds": settings.recount_interval,
+                "live_updates": settings.live_updates,
+                "heartbeat": heartbeat
+                and {**dataclasses.asdict(heartbeat), "alive": heartbeat.is_alive(now)},
+                "recounts": [{n: v for n, v in r.items() if n != "recorded_by"} for r in records],
+            }
+        )
     else:
         _print_records(records)
         _print_live_updates(heartbeat, now, wanted=settings.live_updates)
         _print_last_outcome(records)
-        _print_age(records, undo, age, settings.recount_interval)
-    is_current = is_fresh(age, settings.recount_interval) and undo is None
-    return Exit.OK if is_current else Exit.FINDINGS
+        _print_age(records, undo, age, settings.recount_interval, is_live=is_live)
+    return Exit.OK if is_fresh else Exit.FINDINGS
+
+
+def _read_server_time(connection: Connection) -> datetime:
+    """Return the server's time: this machine's clock may be wrong. Raises ServiceError."""
+    with map_driver_errors("hello", connection.hosts):
+        time: datetime = connection.client.admin.command("hello")["localTime"]
+    return time.replace(tzinfo=UTC)
 
 
 def _print_records(records: Sequence[Document]) -> None:
@@ -74,7 +96,12 @@ def _print_last_outcome(records: Sequence[Document]) -> None:
 
 
 def _print_age(
-    records: Sequence[Document], undo: Document | None, age: timedelta | None, interval: timedelta
+    records: Sequence[Document],
+    undo: Document | None,
+    age: timedelta | None,
+    interval: timedelta,
+    *,
+    is_live: bool,
 ) -> None:
     """Print how old the points are, and whether that is fresh."""
     if undo is not None:
@@ -86,10 +113,17 @@ def _print_age(
     if age is None:
         print_line("No recount has succeeded yet")
         return
-    limit = f"{format_duration(2 * interval)} (twice RECOUNT_INTERVAL)"
-    verdict = f"fresh, not older than {limit}"
-    if not is_fresh(age, interval):
-        verdict = f"STALE, older than {limit}"
+    limit = max_age(interval, is_live=is_live)
+    source = "the limit with live updates" if is_live else "twice RECOUNT_INTERVAL"
+    limit_text = f"{format_duration(limit)} ({source})"
+    verdict = f"fresh, not older than {limit_text}"
+    if age > limit:
+        verdict = f"STALE, older than {limit_text}"
+        if is_live:
+            verdict += (
+                ". Either the replica set acknowledges no write by a majority, or orders change "
+                "faster than they are counted"
+            )
     elif records[0]["outcome"] in _NO_SUCCESS:
         verdict = f"still {verdict}, from an earlier recount"
     whole_seconds = timedelta(seconds=int(age.total_seconds()))
@@ -101,6 +135,7 @@ def _print_live_updates(heartbeat: Heartbeat | None, now: datetime, *, wanted: b
     if heartbeat is not None and heartbeat.is_alive(now):
         print_line(
             f"Live updates: running since {format_cell(heartbeat.live_since)} UTC, "
+            f"as of {format_cell(heartbeat.as_of)} UTC, "
             f"{pluralize(heartbeat.customers_updated, 'update')}, "
             f"{pluralize(heartbeat.waiting, 'pending change')}"
         )
@@ -109,23 +144,3 @@ def _print_live_updates(heartbeat: Heartbeat | None, now: datetime, *, wanted: b
         if heartbeat is not None:
             last = f"the last heartbeat was {format_duration(now - heartbeat.at)} ago"
         print_line(f"Live updates: NOT running, {last}")
-
-
-def _status_json(
-    records: Sequence[Document],
-    heartbeat: Heartbeat | None,
-    undo: Document | None,
-    age: timedelta | None,
-    now: datetime,
-    settings: Settings,
-) -> Document:
-    return {
-        "fresh": is_fresh(age, settings.recount_interval) and undo is None,
-        "undone_recount": undo and undo["undone_recount"],
-        "age_seconds": age,
-        "interval_seconds": settings.recount_interval,
-        "live_updates": settings.live_updates,
-        "heartbeat": heartbeat
-        and {**dataclasses.asdict(heartbeat), "alive": heartbeat.is_alive(now)},
-        "recounts": [{n: v for n, v in r.items() if n != "recorded_by"} for r in records],
-    }

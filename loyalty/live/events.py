@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,6 +76,8 @@ class PendingChanges:
     orders: list[Any] = field(default_factory=list)
     """The `_id` of updated orders: their events do not hold the customer."""
     has_mixed_case_ids: bool = False
+    reported_until: Timestamp = field(default_factory=lambda: Timestamp(0, 0))
+    """The change stream has reported every change before this cluster time."""
 
     def __len__(self) -> int:
         return len(self.customers) + len(self.orders)
@@ -89,6 +92,20 @@ class PendingChanges:
     def customers_with_variants(self) -> list[tuple[Any, list[Any]]]:
         """Return each customer's canonical id with the values that an index lookup needs."""
         return [(customer, indexable_variants(customer)) for customer in self.customers.values()]
+
+
+def read_watermark(resume_token: Mapping[str, Any] | None) -> Timestamp:
+    """Return the cluster time before which the change stream has reported every change.
+
+    The token of a batch, also of an empty one, names the time up to which the server, or each of
+    its shards, has read the oplog for the stream. It is a KeyString in hexadecimal digits that
+    begins with a timestamp: 82, then seconds and increment of 4 bytes each (resume_token.h in the
+    server's source). Without a token that can be read, the result is Timestamp(0, 0).
+    """
+    data = (resume_token or {}).get("_data")
+    if not isinstance(data, str) or not data.startswith("82"):
+        return Timestamp(0, 0)
+    return Timestamp(int(data[2:10], 16), int(data[10:18], 16))
 
 
 def is_queryable_id(customer: Any) -> bool:

@@ -1,11 +1,4 @@
-"""Live updates: recount the customers whose orders have changed, as soon as they have.
-
-off    -> live    `start` opened the change stream, and a full recount succeeded
-live   -> paused  a live update would take points from too many users
-paused -> off     the mass change is over, or the pause has lasted too long: ResyncRequired
-live   -> off     an error, or ResyncRequired; `stop` closes the stream
-any    -> off     an id in mixed case, which no index lookup can find
-"""
+"""Live updates: recount the customers whose orders have changed, as soon as they have."""
 
 from __future__ import annotations
 
@@ -18,10 +11,14 @@ from bson import Timestamp
 
 from config import Settings
 from loyalty.concurrency import ProgressCallback
-from loyalty.errors import RecountRefused, ResyncRequired, ServiceError
-from loyalty.history import Heartbeat, History
+from loyalty.errors import DatabaseUnavailable, RecountRefused, ResyncRequired, ServiceError
+from loyalty.heartbeat import Heartbeat
+from loyalty.history import History
 from loyalty.live.events import PendingChanges
-from loyalty.live.watcher import ChangeStreamWatcher, LiveLimits, keeps_pre_images, open_watcher
+from loyalty.live.lookup import resolve_customers
+from loyalty.live.opening import describe_mixed_case, open_watcher, warn_if_pre_images_are_off
+from loyalty.live.state import TRANSITIONS, LiveState
+from loyalty.live.watcher import ChangeStreamWatcher, LiveLimits
 from loyalty.logs import WarnOnce
 from loyalty.mongo.connection import Connection
 from loyalty.recount.counter import Customers
@@ -30,10 +27,13 @@ from loyalty.recount.result import Result
 from loyalty.recount.runner import RecountRequest, run_recount
 from loyalty.recount.safety import check_live_update
 from loyalty.recount.tally import Totals
+from loyalty.retry import RetryPolicy
 
 log = logging.getLogger("loyalty")
 
 NEVER = Timestamp(0, 0)
+REOPENING_RETRY = RetryPolicy(initial_seconds=60, max_seconds=600)
+"""Full recounts after a change stream that did not open though the recount succeeded."""
 _PAUSED_POLL_SECONDS = 0.25
 
 
@@ -44,30 +44,32 @@ class LiveUpdater:
     """
 
     def __init__(self, settings: Settings, limits: LiveLimits) -> None:
+        self.state = LiveState.OFF
         self.newest = NEVER
-        """The newest cluster time that a live update has counted at."""
+        """The newest cluster time that any recount has counted at. None may go back before it."""
         self._settings = settings
         self._limits = limits
         self._watcher: ChangeStreamWatcher | None = None
-        self._has_started = False
         self._is_blocked = False
+        self._failed_openings = 0
         self._warn_once = WarnOnce()
         self._full_recount: Result | None = None
         self._decreased = 0
         """Users who have lost points in live updates since the last full recount."""
-        self._paused_at: float | None = None
-        self._last_pause_at = -inf
+        self._paused_at = self._last_pause_at = self._updated_at = -inf
+        self._as_of = NEVER
         self._last_update: datetime | None = None
         self._customers_updated = 0
 
-    @property
-    def is_live(self) -> bool:
-        """Whether the change stream is open, and so `update` has work to do."""
-        return self._watcher is not None
-
-    @property
-    def is_paused(self) -> bool:
-        return self._paused_at is not None
+    def _enter(self, state: LiveState) -> None:
+        """Go to another state; the change stream is closed where the state has none."""
+        if state is self.state:
+            return
+        assert (self.state, state) in TRANSITIONS, f"{self.state} -> {state}"
+        if self._watcher is not None and not state.has_stream:
+            self._watcher.close()
+            self._watcher = None
+        self.state = state
 
     def start(self, connection: Connection) -> Timestamp:
         """Open the change stream before a full recount, if live updates are wanted.
@@ -76,53 +78,55 @@ class LiveUpdater:
         opened is a warning: it never keeps the recount from running.
         """
         if self._watcher is not None or not self._settings.live_updates or self._is_blocked:
-            return NEVER
+            return self.newest
         try:
             self._watcher, start_after = open_watcher(connection, self._settings, self._limits)
         except ServiceError as error:
             self._warn_once("live_updates_unavailable", error)
-            return NEVER
-        if connection.pre_images and keeps_pre_images(connection) is False:
-            # Also after a restore of the collection, which does not restore the option.
-            log.warning(
-                "pre_images_off deletes, and orders that another customer gets, wait for the next "
-                "full recount; --check-config prints the command that switches pre-images on"
-            )
-        self._has_started = False
+            is_transient = isinstance(error, DatabaseUnavailable)
+            self._failed_openings = self._failed_openings + 1 if is_transient else 0
+            return self.newest
+        self._failed_openings = 0
+        warn_if_pre_images_are_off(connection)
+        self._enter(LiveState.OPENING)
         self._last_update, self._customers_updated = None, 0
-        return start_after
+        return max(start_after, self.newest)
 
     def finish_recount(self, result: Result) -> None:
         """Take note of a full recount: it includes every change up to its snapshot."""
         self._full_recount = result
         self._decreased = 0
-        self._paused_at = None
         self._is_blocked = False
+        self.newest = max(self.newest, result.count.newest_snapshot or NEVER)
         if self._watcher is None:
+            self._enter(LiveState.OFF)
             return
         if result.count.has_mixed_case_ids:
             self._warn_of_mixed_case()
             self.stop("ids in mixed case")
             return
-        if result.count.oldest_snapshot is not None:
-            self._watcher.discard_until(result.count.oldest_snapshot)
-        if not self._has_started:
-            self._has_started = True
+        oldest = result.count.oldest_snapshot or NEVER
+        self._watcher.discard_until(oldest)
+        self._as_of = max(self._as_of, oldest)
+        if self.state is LiveState.OPENING:
             self._warn_once.reset("live_updates_unavailable")
             log.info("live_updates_started since=%s", f"{self._watcher.since:%Y-%m-%dT%H:%M:%SZ}")
+        self._enter(LiveState.LIVE)
 
-    def stop(self, reason: str = "") -> None:
-        """Close the change stream and drop what is pending. The next full recount opens another.
+    def retry_after_seconds(self) -> float | None:
+        """Return when to recount and open the stream again, if it failed for a while only."""
+        failures = self._failed_openings
+        return REOPENING_RETRY.delay_seconds(failures) if failures else None
 
-        Without a `reason` that is not logged: it is followed by a full recount at once.
-        """
-        if self._watcher is None:
-            return
-        self._watcher.close()
-        self._watcher = None
-        self._paused_at = None
-        if self._has_started and reason:
+    def stop(self, reason: str) -> None:
+        """Close the change stream and drop what is pending. A full recount opens another."""
+        if self.state in (LiveState.LIVE, LiveState.PAUSED):
             log.info('live_updates_stopped until="the next full recount" reason="%s"', reason)
+        self._enter(LiveState.OFF)
+
+    def stop_for_resync(self) -> None:
+        """Close the change stream. The caller does a full recount at once."""
+        self._enter(LiveState.RESYNC)
 
     def update(self, connection: Connection, seconds: float, on_progress: ProgressCallback) -> None:
         """Wait up to `seconds` for pending changes, and recount their customers.
@@ -131,24 +135,35 @@ class LiveUpdater:
         """
         watcher = self._watcher
         assert watcher is not None
-        if self._paused_at is not None:
-            watcher.check()
-            paused_for = time.monotonic() - self._paused_at
-            is_quiet = watcher.idle_seconds() > self._limits.quiet_seconds
-            if is_quiet or paused_for > self._limits.max_pause_seconds:
-                raise ResyncRequired("live updates were paused")
+        if self.state is LiveState.PAUSED:
+            self._check_pause(watcher)
             time.sleep(min(seconds, _PAUSED_POLL_SECONDS))
             return
+        pause = self._updated_at + self._limits.min_interval_seconds - time.monotonic()
+        time.sleep(max(0.0, pause))
         changes = watcher.pop_pending(seconds)
-        if changes is None:
-            return
-        if changes.has_mixed_case_ids:
-            # The full recount that follows is exact; it must not open the stream again, or each
-            # change of such an order would cause another full recount.
-            self._is_blocked = True
-            self._warn_of_mixed_case()
-            raise ResyncRequired("a changed order has a customer id in mixed case")
-        self._recount_customers(connection, changes, on_progress)
+        if changes:
+            self._updated_at = time.monotonic()
+            not_before = max(changes.cluster_time, self.newest)
+            at = resolve_customers(connection, self._settings, changes, not_before)
+            if changes.has_mixed_case_ids:
+                # The full recount that follows is exact; it must not open the stream again, or
+                # each change of such an order would cause another full recount.
+                self._is_blocked = True
+                self._warn_of_mixed_case()
+                raise ResyncRequired("a changed order has a customer id in mixed case")
+            if changes.customers:
+                self._recount_customers(connection, changes, at, on_progress)
+        if self.state is LiveState.LIVE:
+            self._as_of = max(self._as_of, changes.reported_until)
+
+    def _check_pause(self, watcher: ChangeStreamWatcher) -> None:
+        """Raise ResyncRequired if the mass change is over, or the pause has taken too long."""
+        watcher.check()
+        paused_for = time.monotonic() - self._paused_at
+        is_quiet = watcher.idle_seconds() > self._limits.quiet_seconds
+        if is_quiet or paused_for > self._limits.max_pause_seconds:
+            raise ResyncRequired("live updates were paused")
 
     def check_index(self, connection: Connection) -> None:
         """Raise ResyncRequired if each update would read all orders: the index was dropped.
@@ -159,11 +174,12 @@ class LiveUpdater:
             raise ResyncRequired(f"each update would read all orders; the index: {hint}")
 
     def heartbeat(self) -> Heartbeat | None:
-        """Return the progress of live updates, or None while they are off or paused."""
-        if self._watcher is None or self.is_paused or not self._has_started:
+        """Return the progress of live updates, or None in every state but `live`."""
+        if self._watcher is None or self.state is not LiveState.LIVE:
             return None
         return Heartbeat(
             live_since=self._watcher.since,
+            as_of=self._as_of.as_datetime(),
             last_event=self._watcher.last_event,
             last_update=self._last_update,
             customers_updated=self._customers_updated,
@@ -175,21 +191,25 @@ class LiveUpdater:
         return self._watcher.lag_seconds() if self._watcher is not None else 0.0
 
     def _recount_customers(
-        self, connection: Connection, changes: PendingChanges, on_progress: ProgressCallback
+        self,
+        connection: Connection,
+        changes: PendingChanges,
+        at: Timestamp,
+        on_progress: ProgressCallback,
     ) -> None:
         customers: Customers = changes.customers_with_variants()
         if self._full_recount is not None and not self._full_recount.count.has_customer_index:
             # The collection is small (see `open_watcher`), and the query reads all of its orders.
             customers = [(customer, []) for customer, _ in customers]
-        self.newest = max(self.newest, changes.cluster_time)
         request = RecountRequest(
-            customers=customers, not_before=changes.cluster_time, safety_check=self._check_decreases
+            customers=customers, not_before=at, safety_check=self._check_decreases
         )
         try:
             result = run_recount(connection, self._settings, History(None), request, on_progress)
         except RecountRefused as error:
             self._pause(error)
             return
+        self.newest = max(self.newest, result.count.newest_snapshot or NEVER)
         self._decreased += result.totals.decreased
         self._customers_updated += result.written
         self._last_update = datetime.now(UTC)
@@ -221,15 +241,7 @@ class LiveUpdater:
             self.stop("paused for the second time within RECOUNT_INTERVAL")
         else:
             self._paused_at = now
+            self._enter(LiveState.PAUSED)
 
     def _warn_of_mixed_case(self) -> None:
-        name, field = self._settings.orders, self._settings.customer_field
-        key = self._settings.user_key_field
-        matching = f"{{'{field}': {{$regex: '^[0-9A-Fa-f]{{24}}$', $not: {{$type: 'array'}}}}}}"
-        self._warn_once(
-            "live_updates_unavailable",
-            "some ids are hex strings in mixed case, which no index lookup finds. To normalize "
-            f"those of orders: db.getCollection('{name}').updateMany({matching}, "
-            f"[{{$set: {{'{field}': {{$toLower: '${field}'}}}}}}]). A user whose {key} is such a "
-            f"string must {'be inserted again in' if key == '_id' else 'get it in'} lower case",
-        )
+        self._warn_once("live_updates_unavailable", describe_mixed_case(self._settings))

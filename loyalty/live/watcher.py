@@ -13,19 +13,23 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from bson import ObjectId, Timestamp
-from bson.codec_options import CodecOptions, DatetimeConversion
+from bson import Timestamp
 from pymongo.change_stream import ChangeStream
 from pymongo.read_concern import ReadConcern
 
 from config import Settings
-from loyalty.errors import ConfigurationError, DatabaseUnavailable, ResyncRequired, ServiceError
-from loyalty.live.events import INVALIDATING_EVENTS, PendingChanges, change_stream_pipeline
+from loyalty.errors import DatabaseUnavailable, ResyncRequired, ServiceError
+from loyalty.live.events import (
+    INVALIDATING_EVENTS,
+    PendingChanges,
+    change_stream_pipeline,
+    read_watermark,
+)
+from loyalty.live.lookup import LENIENT_CODEC
 from loyalty.mongo.connection import Connection
 from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.values import Document, get_nested
-from loyalty.recount.index import missing_index_hint
-from loyalty.recount.snapshot import pin_cluster_time
+from loyalty.retry import RetryPolicy
 
 log = logging.getLogger("loyalty")
 
@@ -33,16 +37,16 @@ MAX_PENDING = 100_000  # changes; one full recount is cheaper than a live update
 MAX_AWAIT_MS = 1_000  # the server answers each getMore of the stream within this time
 EMPTY_POLL_DELAY_SECONDS = 0.5  # after an empty answer that came at once: the cursor was killed
 STALL_TIMEOUT_SECONDS = 30.0  # without an answer to a getMore
+MIN_INTERVAL_SECONDS = 0.02
+"""From the start of one live update to the start of the next: a change that comes alone never
+waits, and changes that come one after another share updates, which saves CPU time."""
+OPENING_RETRY = RetryPolicy(timeout_seconds=5, initial_seconds=0.5, max_seconds=4)
+"""Within one opening: for example, no snapshot of a collection can be read that was just made."""
 _BATCH_SIZE = 1_000
 
 # CappedPositionLost, CloseChangeStream, ChangeStreamFatalError, ChangeStreamHistoryLost,
 # BSONObjectTooLarge: the stream cannot be resumed, and only a full recount helps.
 _UNRESUMABLE_CODES = {136, 234, 280, 286, 10334}
-
-# A value without a Python equivalent must not end the stream; full recounts count such ids.
-LENIENT_CODEC: CodecOptions[dict[str, Any]] = CodecOptions(
-    datetime_conversion=DatetimeConversion.DATETIME_AUTO, unicode_decode_error_handler="replace"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +59,8 @@ class LiveLimits:
     """Without a change for so long, a mass change is over."""
     max_pause_seconds: float = 60.0
     """A shop that is never quiet must not stay paused until the next scheduled recount."""
+    opening_retry: RetryPolicy = OPENING_RETRY
+    min_interval_seconds: float = MIN_INTERVAL_SECONDS
 
 
 class ChangeStreamWatcher:
@@ -68,13 +74,13 @@ class ChangeStreamWatcher:
         self.last_event: datetime | None = None
         self._limits = limits
         self._customer_field = settings.customer_field
-        self._client = connection.client
         # "majority" whatever the URI says: a change stream accepts nothing else.
         self._orders = connection.orders.with_options(
             codec_options=LENIENT_CODEC, read_concern=ReadConcern("majority")
         )
         self._pending = PendingChanges()
         self._condition = threading.Condition()  # of an RLock
+        self._reported_until = start_after
         self._error: ServiceError | None = None
         self._closed = False
         self._answered_at = self._changed_at = self._oldest_at = time.monotonic()
@@ -115,28 +121,17 @@ class ChangeStreamWatcher:
                 f"{self._limits.stall_timeout_seconds:g} s"
             )
 
-    def pop_pending(self, seconds: float) -> PendingChanges | None:
-        """Return the pending changes as soon as there are any, or None after `seconds`.
+    def pop_pending(self, seconds: float) -> PendingChanges:
+        """Return the pending changes as soon as there are any; after `seconds` there may be none.
 
-        Raises what `check` raises.
+        `reported_until` tells how far the stream had reported then. Raises what `check` raises.
         """
         with self._condition:
             self._condition.wait_for(lambda: self._pending or self._error, seconds)
             self.check()
             popped, self._pending = self._pending, PendingChanges()
-        self._resolve_customers(popped)
-        return popped if popped.customers else None
-
-    def _resolve_customers(self, changes: PendingChanges) -> None:
-        """Add the customers of updated orders. A deleted order has an event of its own to come."""
-        projection = {self._customer_field: 1}
-        with map_driver_errors("find", self._orders), self._client.start_session() as session:
-            session.advance_operation_time(changes.cluster_time)  # also when read on a secondary
-            for start in range(0, len(changes.orders), _BATCH_SIZE):
-                chunk = {"_id": {"$in": changes.orders[start : start + _BATCH_SIZE]}}
-                for order in self._orders.find(chunk, projection, session=session):
-                    changes.add_customer(get_nested(order, self._customer_field))
-        changes.orders.clear()
+            popped.reported_until = self._reported_until
+        return popped
 
     def discard_until(self, snapshot: Timestamp) -> None:
         """Discard the pending changes, unless one is newer than the snapshot of a full recount."""
@@ -151,9 +146,13 @@ class ChangeStreamWatcher:
                     asked_at = time.monotonic()
                     event = self._stream.try_next()
                     self._answered_at = time.monotonic()
-                    if event:
-                        self._add(event)
-                    elif self._answered_at - asked_at < EMPTY_POLL_DELAY_SECONDS:
+                    with self._condition:  # an event and the time up to it belong together
+                        if event:
+                            self._add(event)
+                        self._reported_until = max(
+                            self._reported_until, read_watermark(self._stream.resume_token)
+                        )
+                    if event is None and self._answered_at - asked_at < EMPTY_POLL_DELAY_SECONDS:
                         time.sleep(EMPTY_POLL_DELAY_SECONDS)
             self._fail(ResyncRequired(f"the change stream on {self._orders.full_name} has ended"))
         except ServiceError as error:
@@ -165,66 +164,25 @@ class ChangeStreamWatcher:
 
     def _add(self, event: Document) -> None:
         kind = event["operationType"]
-        with self._condition:
-            if not self._pending:
-                self._oldest_at = time.monotonic()
-            if kind == "update":
-                self._pending.orders.append(event["documentKey"]["_id"])
-            for name in ("fullDocument", "fullDocumentBeforeChange"):
-                self._pending.add_customer(get_nested(event.get(name), self._customer_field))
-            self._pending.cluster_time = max(self._pending.cluster_time, event["clusterTime"])
-            self.last_event = event["clusterTime"].as_datetime()
-            self._changed_at = time.monotonic()
-            if kind in INVALIDATING_EVENTS:
-                self._fail(ResyncRequired(f"{self._orders.full_name}: event {kind}"))
-            if len(self._pending) > self._limits.max_pending:
-                self._fail(
-                    ResyncRequired(f"more than {self._limits.max_pending:,} changes are pending")
-                )
-            self._condition.notify_all()
+        if not self._pending:
+            self._oldest_at = time.monotonic()
+        if kind == "update":
+            self._pending.orders.append(event["documentKey"]["_id"])
+        for name in ("fullDocument", "fullDocumentBeforeChange"):
+            self._pending.add_customer(get_nested(event.get(name), self._customer_field))
+        self._pending.cluster_time = max(self._pending.cluster_time, event["clusterTime"])
+        self.last_event = event["clusterTime"].as_datetime()
+        self._changed_at = time.monotonic()
+        if kind in INVALIDATING_EVENTS:
+            self._fail(ResyncRequired(f"{self._orders.full_name}: event {kind}"))
+        if len(self._pending) > self._limits.max_pending:
+            self._fail(
+                ResyncRequired(f"more than {self._limits.max_pending:,} changes are pending")
+            )
+        self._condition.notify_all()
 
     def _fail(self, error: ServiceError) -> None:
         with self._condition:
             self._error = self._error or error
             self._closed = True
             self._condition.notify_all()
-
-
-def open_watcher(
-    connection: Connection, settings: Settings, limits: LiveLimits | None = None
-) -> tuple[ChangeStreamWatcher, Timestamp]:
-    """Open the change stream; return it and the cluster time after which it reports every change.
-
-    Raises ServiceError.
-    """
-    start_after = pin_cluster_time(connection)
-    if start_after is None:
-        server = connection.snapshot_unsupported_reason or "a server without snapshots"
-        raise ConfigurationError(f"{server} has no change streams for this")
-    if hint := missing_index_hint(connection.orders, settings):
-        raise ConfigurationError(f"each update would read all orders; the index: {hint}")
-    limits = limits or LiveLimits()
-    return ChangeStreamWatcher(connection, settings, start_after, limits), start_after
-
-
-def live_updates_blocker(connection: Connection, settings: Settings) -> str | None:
-    """Return the reason why live updates cannot work, or None. Raises DatabaseUnavailable."""
-    recounts = connection.recounts
-    try:
-        open_watcher(connection, settings)[0].close()
-        if recounts is not None:  # for the heartbeat
-            with map_driver_errors("update", recounts):
-                recounts.update_one({"_id": ObjectId()}, {"$set": {"outcome": "live"}})
-    except ConfigurationError as error:
-        return str(error)
-    return None
-
-
-def keeps_pre_images(connection: Connection) -> bool | None:
-    """Return whether the orders keep pre-images; None without permission to read that option."""
-    try:
-        with map_driver_errors("listCollections", connection.orders.database):
-            options = connection.orders.options()
-    except ServiceError:
-        return None
-    return bool(options.get("changeStreamPreAndPostImages", {}).get("enabled"))

@@ -97,7 +97,8 @@ class Counter:
 
         Raises ServiceError.
         """
-        snapshot = self._pin_snapshot()
+        # The caller has read at `not_before`: to ask for a newer time is one more round trip.
+        snapshot = SnapshotTimes([self._not_before]) if self._not_before else self._pin_snapshot()
         for chunk in _chunks(customers):
             forms = [form for _, forms in chunk for form in forms]
             scope = Scope(
@@ -105,7 +106,13 @@ class Counter:
                 customers=[customer for customer, _ in chunk],
                 include_up_to_date=True,
             )
-            spool = self._aggregate(snapshot, scope, status_may_be_array=True)
+            count = partial(self._aggregate, status_may_be_array=True)
+            try:
+                spool = count(snapshot, scope)
+            except SnapshotTooOld:
+                # Also after an index was created: no older snapshot of its collection can be read.
+                snapshot.pinned.append(pin_cluster_time(self._connection, self._not_before))
+                spool = count(snapshot, scope)
             _handle_rows(spool, scope, on_row)
         return self._describe(snapshot)
 
@@ -121,6 +128,7 @@ class Counter:
             as_of=self._started_at if first is None else first.as_datetime(),
             cluster_time=None if later else first,
             oldest_snapshot=first,
+            newest_snapshot=snapshot.current,
             **found,
         )
 

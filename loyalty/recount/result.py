@@ -25,6 +25,7 @@ class CountResult:
     cluster_time: Timestamp | None = None
     """What everything was read at; None if there is no such time, see `exact`."""
     oldest_snapshot: Timestamp | None = None
+    newest_snapshot: Timestamp | None = None
     has_customer_index: bool = False
     """Whether an index leads to the orders of one customer."""
     has_mixed_case_ids: bool = False

@@ -1,0 +1,35 @@
+"""The heartbeat of live updates, and how old points may be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+
+HEARTBEAT_INTERVAL = timedelta(seconds=10)
+MAX_LIVE_AGE = timedelta(seconds=30)
+"""Of points while live updates are running: an idle server reports its time every 10 s, the
+heartbeat is written every 10 s, and the rest is for a busy machine."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heartbeat:
+    """The progress of live updates; times are UTC."""
+
+    live_since: datetime
+    as_of: datetime
+    """All changes before this cluster time are in the points."""
+    last_event: datetime | None
+    last_update: datetime | None
+    customers_updated: int
+    waiting: int
+    """Pending changes: orders and customers that are not counted yet."""
+    at: datetime = field(default_factory=lambda: datetime.now(UTC))
+    """When it was written: the server's time, once it is stored."""
+
+    def is_alive(self, now: datetime) -> bool:
+        return now - self.at <= 3 * HEARTBEAT_INTERVAL
+
+
+def max_age(interval: timedelta, *, is_live: bool) -> timedelta:
+    """Return how old fresh points are at most: two intervals, or less with live updates."""
+    return min(2 * interval, MAX_LIVE_AGE) if is_live else 2 * interval

@@ -1,0 +1,76 @@
+"""The look-up of the customers of updated orders, whose events hold only the order's `_id`."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from bson import Timestamp
+from bson.codec_options import CodecOptions, DatetimeConversion
+
+from config import Settings
+from loyalty.errors import DatabaseUnavailable
+from loyalty.live.events import PendingChanges
+from loyalty.mongo.connection import Connection
+from loyalty.mongo.driver_errors import map_driver_errors
+from loyalty.mongo.values import Document, get_nested
+from loyalty.recount.snapshot import pin_cluster_time
+from loyalty.retry import COUNT_RETRY, retry
+
+_MAX_IDS = 1_000  # in one command
+
+# A value without a Python equivalent must not end the stream; full recounts count such ids.
+LENIENT_CODEC: CodecOptions[dict[str, Any]] = CodecOptions(
+    datetime_conversion=DatetimeConversion.DATETIME_AUTO, unicode_decode_error_handler="replace"
+)
+
+
+def resolve_customers(
+    connection: Connection, settings: Settings, changes: PendingChanges, not_before: Timestamp
+) -> Timestamp:
+    """Add the customers of updated orders; return the cluster time to count at.
+
+    That is the newest one, and `not_before` or later: where two services run, an older count of the
+    slower one would replace the newer count of the other. One round trip for up to 1,000 orders. A
+    deleted order has an event of its own. Raises ServiceError.
+    """
+    at: Timestamp | None = None
+    orders = changes.orders
+    for start in range(0, len(orders), _MAX_IDS):
+        chunk = orders[start : start + _MAX_IDS]
+        find = partial(_find, connection, settings, chunk, at, not_before)
+        found, at = retry(find, COUNT_RETRY, on=DatabaseUnavailable)
+        for order in found:
+            changes.add_customer(get_nested(order, settings.customer_field))
+    changes.orders = []
+    return at or pin_cluster_time(connection, not_before) or not_before
+
+
+def _find(
+    connection: Connection,
+    settings: Settings,
+    ids: list[Any],
+    at: Timestamp | None,
+    not_before: Timestamp,
+) -> tuple[list[Document], Timestamp | None]:
+    """Return orders with their customers, and the cluster time that they were read at."""
+    read_concern: dict[str, Any] = {"level": "snapshot"}
+    if at is not None:
+        read_concern["atClusterTime"] = at
+    orders = connection.orders
+    command = {
+        "find": orders.name,
+        "filter": {"_id": {"$in": ids}},
+        "projection": {settings.customer_field: 1},
+        "limit": len(ids),  # the server closes the cursor
+        "batchSize": len(ids),
+        "readConcern": read_concern,
+    }
+    with map_driver_errors("find", orders):
+        cursor = orders.database.command(command, codec_options=LENIENT_CODEC)["cursor"]
+    read_at: Timestamp | None = cursor.get("atClusterTime")  # None: the collection was dropped
+    if read_at is not None and read_at < not_before:  # a new primary may be behind
+        return _find(connection, settings, ids, not_before, not_before)
+    if cursor["id"]:
+        raise DatabaseUnavailable(f"{len(ids):,} customer ids are longer than 16 MB")
+    return cursor["firstBatch"], read_at

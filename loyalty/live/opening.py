@@ -1,0 +1,88 @@
+"""Opening the change stream, and what can be in the way of live updates."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+
+from bson import ObjectId, Timestamp
+
+from config import Settings
+from loyalty.errors import ConfigurationError, DatabaseUnavailable, ServiceError
+from loyalty.live.watcher import ChangeStreamWatcher, LiveLimits
+from loyalty.mongo.connection import Connection
+from loyalty.mongo.driver_errors import map_driver_errors
+from loyalty.recount.index import missing_index_hint
+from loyalty.recount.snapshot import pin_cluster_time
+from loyalty.retry import retry
+
+log = logging.getLogger("loyalty")
+
+
+def open_watcher(
+    connection: Connection, settings: Settings, limits: LiveLimits | None = None
+) -> tuple[ChangeStreamWatcher, Timestamp]:
+    """Open the change stream; return it and the cluster time after which it reports every change.
+
+    Raises ServiceError.
+    """
+    limits = limits or LiveLimits()
+    attempt = partial(_open_watcher, connection, settings, limits)
+    return retry(attempt, limits.opening_retry, on=DatabaseUnavailable)
+
+
+def _open_watcher(
+    connection: Connection, settings: Settings, limits: LiveLimits
+) -> tuple[ChangeStreamWatcher, Timestamp]:
+    start_after = pin_cluster_time(connection)
+    if start_after is None:
+        server = connection.snapshot_unsupported_reason or "a server without snapshots"
+        raise ConfigurationError(f"{server} has no change streams for this")
+    if hint := missing_index_hint(connection.orders, settings):
+        raise ConfigurationError(f"each update would read all orders; the index: {hint}")
+    return ChangeStreamWatcher(connection, settings, start_after, limits), start_after
+
+
+def live_updates_blocker(connection: Connection, settings: Settings) -> str | None:
+    """Return the reason why live updates cannot work, or None. Raises DatabaseUnavailable."""
+    recounts = connection.recounts
+    try:
+        open_watcher(connection, settings)[0].close()
+        if recounts is not None:  # for the heartbeat
+            with map_driver_errors("update", recounts):
+                recounts.update_one({"_id": ObjectId()}, {"$set": {"outcome": "live"}})
+    except ConfigurationError as error:
+        return str(error)
+    return None
+
+
+def keeps_pre_images(connection: Connection) -> bool | None:
+    """Return whether the orders keep pre-images; None without permission to read that option."""
+    try:
+        with map_driver_errors("listCollections", connection.orders.database):
+            options = connection.orders.options()
+    except ServiceError:
+        return None
+    return bool(options.get("changeStreamPreAndPostImages", {}).get("enabled"))
+
+
+def warn_if_pre_images_are_off(connection: Connection) -> None:
+    """Warn if the orders keep none: also after a restore, which does not restore the option."""
+    if connection.pre_images and keeps_pre_images(connection) is False:
+        log.warning(
+            "pre_images_off deletes, and orders that another customer gets, wait for the next "
+            "full recount; --check-config prints the command that switches pre-images on"
+        )
+
+
+def describe_mixed_case(settings: Settings) -> str:
+    """Return why ids in mixed case end live updates, and the command that normalizes them."""
+    name, field = settings.orders, settings.customer_field
+    matching = f"{{'{field}': {{$regex: '^[0-9A-Fa-f]{{24}}$', $not: {{$type: 'array'}}}}}}"
+    key = settings.user_key_field
+    return (
+        "some ids are hex strings in mixed case, which no index lookup finds. To normalize "
+        f"those of orders: db.getCollection('{name}').updateMany({matching}, "
+        f"[{{$set: {{'{field}': {{$toLower: '${field}'}}}}}}]). A user whose {key} is such a "
+        f"string must {'be inserted again in' if key == '_id' else 'get it in'} lower case"
+    )

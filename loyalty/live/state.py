@@ -1,0 +1,41 @@
+"""The state of live updates, and the one table of its transitions."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class LiveState(StrEnum):
+    """What live updates are doing. `docs/live-updates.md` has the same table."""
+
+    OFF = "off"
+    """No change stream: only full recounts."""
+    OPENING = "opening"
+    """The change stream is open; the full recount that has to follow is not finished."""
+    LIVE = "live"
+    """Customers are recounted as soon as their orders have changed."""
+    PAUSED = "paused"
+    """A mass change: the change stream is read, and customers are not recounted."""
+    RESYNC = "resync"
+    """The change stream is closed, and a full recount that opens another follows at once."""
+
+    @property
+    def has_stream(self) -> bool:
+        """Whether the change stream is open."""
+        return self in (LiveState.OPENING, LiveState.LIVE, LiveState.PAUSED)
+
+
+TRANSITIONS = {
+    (LiveState.OFF, LiveState.OPENING): "the change stream was opened before a full recount",
+    (LiveState.OPENING, LiveState.LIVE): "the full recount succeeded",
+    (LiveState.OPENING, LiveState.OFF): "the full recount failed or was refused",
+    (LiveState.LIVE, LiveState.PAUSED): "a live update would take points from too many users",
+    (LiveState.LIVE, LiveState.RESYNC): "the change stream cannot be continued",
+    (LiveState.LIVE, LiveState.OFF): "an error, a reload, or a second mass change in an interval",
+    (LiveState.PAUSED, LiveState.LIVE): "a scheduled full recount succeeded",
+    (LiveState.PAUSED, LiveState.RESYNC): "the mass change is over, or has taken too long",
+    (LiveState.PAUSED, LiveState.OFF): "an error, a reload, or a refused full recount",
+    (LiveState.RESYNC, LiveState.OPENING): "another change stream was opened",
+    (LiveState.RESYNC, LiveState.OFF): "another change stream could not be opened",
+}
+"""Each transition that is possible, and when it happens."""
