@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -254,7 +255,10 @@ def test_after_a_kill_while_writing_undo_restores_every_user_bit_for_bit(
                 [{"$currentOp": {}}, {"$match": {"ns": f"{shop.name}.users", "op": "update"}}]
             ):
                 shop.client.admin.command("killOp", op=operation["opid"])
-    undo = service("--undo", "last", **values)
+        undo = service("--undo", "last", **values)
+        deadline = time.monotonic() + 2
+        while undo.exit_code is None and time.monotonic() < deadline:
+            time.sleep(0.05)  # it waits for the server
     assert undo.wait() == 0, undo.output
     restored, *unchanged = map(int, re.findall(r"^(\d+) users", undo.output, re.MULTILINE))
     logged = sum(len(document["changes"]) for document in shop.loyalty_changes.find())
