@@ -151,7 +151,7 @@ class History:
     def check(self) -> str | None:
         """Return why records cannot be read or written, if so.
 
-        Raises Misconfigured if this is no collection for them, and Unavailable.
+        Raises ConfigurationError if this is no collection for them, and other ServiceErrors.
         """
         if self._collection is None:
             return None
