@@ -24,7 +24,7 @@ from pymongo.database import Database
 
 from loyalty import service
 from loyalty.concurrency import ignore_progress
-from loyalty.errors import ConfigurationError, DatabaseUnavailable
+from loyalty.errors import ConfigurationError, DatabaseUnavailable, ResyncRequired
 from loyalty.heartbeat import HEARTBEAT_INTERVAL
 from loyalty.history import History
 from loyalty.live import events
@@ -232,13 +232,20 @@ def test_a_full_recount_reads_no_older_snapshot_than_a_live_update_has_read(
     assert newest.time > 0
 
 
+@pytest.mark.parametrize(
+    ("code", "kind"), [(8, DatabaseUnavailable), (10334, ResyncRequired)], ids=str
+)
+@pytest.mark.parametrize("is_live", [True, False])
 def test_live_updates_stop_when_a_full_recount_fails_and_start_with_the_next(
-    small: LiveHarness, deployment: Deployment
+    small: LiveHarness, deployment: Deployment, code: int, kind: type[Exception], *, is_live: bool
 ) -> None:
     small.shop.orders.insert_one(shipped(IDS[0]))
+    if not is_live:
+        small.service.disconnect()
+        small.service.connect()
     with (
-        faults.fail_command(deployment.servers[0], "aggregate", 100, errorCode=8),
-        pytest.raises(DatabaseUnavailable),
+        faults.fail_command(deployment.servers[0], "aggregate", 100, errorCode=code),
+        pytest.raises(kind),
     ):
         small.recount()
     small.update(0.3)
