@@ -9,6 +9,8 @@ from functools import partial
 from typing import Any
 
 from bson import Timestamp
+from bson.codec_options import CodecOptions
+from bson.raw_bson import RawBSONDocument
 from pymongo.collection import Collection
 
 from config import Settings
@@ -34,6 +36,7 @@ PREFETCH = 8
 """Partitions counted before their turn: where a few customers order a lot, one takes several times
 as long as the others."""
 MAX_IDS_PER_QUERY = 4_000
+_RAW_CODEC = CodecOptions(document_class=RawBSONDocument)
 
 Customers = Sequence[tuple[Any, Sequence[Any]]]
 """Canonical ids, each with the forms that an index finds; without any form, all orders are read."""
@@ -182,16 +185,20 @@ class Counter:
         advice = "raise COUNT_TIMEOUT"
         if index_hint:
             advice += f"; the index: {index_hint}"
+        pipeline = build_pipeline(self._settings, scope, status_may_be_array=status_may_be_array)
+        options |= {
+            "allowDiskUse": True,
+            "batchSize": ROWS_PER_BATCH,
+            "collation": COLLATION,
+            "maxTimeMS": self._settings.count_ms,
+        }
         with map_driver_errors("find", orders, if_too_slow=advice):
-            batches = orders.aggregate_raw_batches(
-                build_pipeline(self._settings, scope, status_may_be_array=status_may_be_array),
-                allowDiskUse=True,
-                batchSize=ROWS_PER_BATCH,
-                collation=COLLATION,
-                maxTimeMS=self._settings.count_ms,
-                **options,
-            )
-            for batch in batches:
+            if scope.customers:
+                # `aggregate_raw_batches` asks for an empty first batch: one more round trip.
+                rows = orders.with_options(codec_options=_RAW_CODEC).aggregate(pipeline, **options)
+                spool.add(b"".join(row.raw for row in rows))
+                return spool
+            for batch in orders.aggregate_raw_batches(pipeline, **options):
                 spool.add(batch)
                 self._on_progress("")
         return spool
