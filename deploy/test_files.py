@@ -56,7 +56,7 @@ def promtool() -> str:
 
 
 def test_the_alert_rules_pass_their_tests(promtool: str) -> None:
-    assert "4 rules found" in _output(promtool, "check", "rules", "alerts.yml")
+    assert "5 rules found" in _output(promtool, "check", "rules", "alerts.yml")
     assert "SUCCESS" in _output(promtool, "test", "rules", "alerts_test.yml")
 
 
