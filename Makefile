@@ -11,7 +11,7 @@ STAMP := $(VENV)/installed-for-$(VERSION)
 RUN := $(VENV)/bin/python
 # The tests whose result depends on the server's version.
 SERVER_TESTS := $(addprefix tests/test_,$(addsuffix .py,\
-  counting driver_errors exact harm history live live_faults recount undo))
+  counting driver_errors exact harm history live live_faults recount shape_commands undo))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo pictures dashboard lock test test-deep test-servers soak bench lint format clean

@@ -133,7 +133,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
             unknown_customers.run,
             "list all customers of counted orders that no user has, as JSON lines",
         ),
-        ("--create-index", create_index.run, "create the index on orders that recounts use"),
+        ("--create-index", create_index.run, "create the indexes that recounts use"),
     ):
         commands.add_argument(flag, dest="run", action="store_const", const=run, help=text)
     parser.add_argument(
