@@ -65,7 +65,7 @@ def test_settings_access_index_statuses_and_the_full_count_are_printed(
     assert cell(r"'Ship\nped'", out) == "1"
     assert cell("['Shipped']", out) == "1"
     assert cell("3", out) == "1"
-    assert cell("none", out) == "1"
+    assert cell("null", out) == "1"
     assert cell("users", out) == "21"
     assert cell("users with points", out) == "20 before"
     assert cell("counted orders", out) == "44"
@@ -108,7 +108,7 @@ def test_a_warning_of_the_safety_checks_is_printed_and_is_no_problem(
     code, out, _ = check()
     assert code == 0
     assert re.search(
-        "^Warning: 10 of the 20 users with points lose some in the first recount$",
+        "^Warning: 10 of the 20 users with points lose points in the first recount$",
         out,
         re.MULTILINE,
     )

@@ -19,7 +19,8 @@ from strategies import BOUNDARIES, SHOPS
 from config import setting_specs
 from loyalty.history import History
 from loyalty.mongo.connection import Connection, connect
-from loyalty.recount.index import create_index, inspect_plan
+from loyalty.recount.index import inspect_plan
+from loyalty.recount.index_build import create_index
 from loyalty.recount.runner import RecountRequest, run_recount
 from sandbox.mongod import Deployment
 from sandbox.shop import Names, find_mismatches

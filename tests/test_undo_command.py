@@ -213,7 +213,7 @@ def test_the_safety_check_compares_with_the_last_recount_that_was_not_undone(
     mistake = {"ORDER_STATUSES": "Shipped,Paid"}
     assert command("--once", **mistake) == 0
     assert command("--dry-run") == 1
-    assert "less than half of the 370 in the last" in capsys.readouterr().out
+    assert "less than 50 % of the 370 in the last" in capsys.readouterr().out
     assert command("--once") == 65
     assert command("--undo", "last") == 0
     assert command("--once") == 0

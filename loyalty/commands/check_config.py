@@ -27,7 +27,8 @@ from loyalty.mongo.connection import Connection
 from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.values import Document
 from loyalty.recount.change_log import check_change_log
-from loyalty.recount.index import array_conditions, index_keys, inspect_plan
+from loyalty.recount.index import index_keys, inspect_plan
+from loyalty.recount.index_build import array_conditions
 from loyalty.recount.order_filter import is_counted
 from loyalty.recount.preflight import connect_and_verify
 from loyalty.recount.result import Result
@@ -155,7 +156,7 @@ def print_live_updates_check(
         f"recount; to switch them on: {command}{{enabled: true}}}})",
         None: "unknown: to read the option takes the permission listCollections",
     }
-    if not connection.pre_images:
+    if not connection.supports_pre_images:
         texts[False] = "none before MongoDB 6.0: deleted orders wait for the next full recount"
     print_table(
         ("live updates", f"will NOT work: {blocker}" if blocker else "will work"),

@@ -13,11 +13,18 @@ from loyalty.errors import Exit
 from loyalty.history import History
 from loyalty.mongo.connection import Connection
 from loyalty.mongo.driver_errors import map_driver_errors
-from loyalty.mongo.values import LENIENT_CODEC, Document, format_value, get_nested, is_integer
+from loyalty.mongo.values import (
+    LENIENT_CODEC,
+    SIMPLE_COLLATION,
+    Document,
+    format_value,
+    get_nested,
+    is_integer,
+)
 from loyalty.recount.change_log import find_user_changes
 from loyalty.recount.customer_ids import all_variants, indexable_variants, parse_id_argument
 from loyalty.recount.look_alikes import find_look_alikes, find_user_ids
-from loyalty.recount.order_filter import COLLATION, is_counted
+from loyalty.recount.order_filter import is_counted
 from loyalty.recount.preflight import connect_and_verify
 from loyalty.recount.result import Result
 from loyalty.recount.runner import RecountRequest, run_recount
@@ -104,7 +111,7 @@ def _find_users(
     up_to_date = []
     with map_driver_errors("find", users):
         key = {settings.user_key_field: {"$in": all_variants(customer)}}
-        for user in users.find(key, {settings.points_field: 1}, collation=COLLATION):
+        for user in users.find(key, {settings.points_field: 1}, collation=SIMPLE_COLLATION):
             text, points = format_value(user["_id"]), get_nested(user, settings.points_field)
             if text not in changed and is_integer(points):
                 up_to_date.append(Change(0, text, format_value(points), points))

@@ -18,16 +18,15 @@ from loyalty.errors import ConfigurationError, NoPermission
 from loyalty.history import OWNER_FILTER, require_own_collection
 from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.privileges import require_privileges
-from loyalty.mongo.values import LENIENT_CODEC, Document
-from loyalty.recount.order_filter import COLLATION
+from loyalty.mongo.values import LENIENT_CODEC, SIMPLE_COLLATION, Document
 
 
 @dataclass(frozen=True)
 class ChangeLog:
     """Where one recount logs its changes: `{…, changes: [{user, before, after}]}`.
 
-    `before` is missing where the user had no points field. Where even the document around a nested
-    field was missing, `created` is the path of the outermost part that the update creates.
+    `before` is missing if the user had no points field. If even the document around a nested field
+    was missing, `created` is the path of the outermost part that the update creates.
     """
 
     collection: Collection[Any]
@@ -103,14 +102,14 @@ def find_user_changes(
 
     `target` is `{users, points_field}`. Raises ServiceError.
     """
-    is_wanted = {"$in": ["$$this.user", {"$literal": list(users)}]}
+    is_wanted_expr = {"$in": ["$$this.user", {"$literal": list(users)}]}
     stages: list[Document] = [
         {"$match": {**OWNER_FILTER, **target, "changes.user": {"$in": list(users)}}},
-        {"$set": {"changes": {"$filter": {"input": "$changes", "cond": is_wanted}}}},
+        {"$set": {"changes": {"$filter": {"input": "$changes", "cond": is_wanted_expr}}}},
         {"$unwind": "$changes"},
         {"$sort": {"at": -1, "_id": -1}},
         {"$project": {"_id": 0, "recount": 1, "at": 1, "change": "$changes"}},
     ]
     lenient = collection.with_options(codec_options=LENIENT_CODEC)
     with map_driver_errors("find", collection):
-        return list(lenient.aggregate(stages, collation=COLLATION))
+        return list(lenient.aggregate(stages, collation=SIMPLE_COLLATION))

@@ -17,9 +17,8 @@ import bson
 from bson import Binary, ObjectId
 from pymongo.collection import Collection
 
-from loyalty.mongo.values import LENIENT_CODEC, Document, get_nested
+from loyalty.mongo.values import LENIENT_CODEC, SIMPLE_COLLATION, Document, get_nested
 from loyalty.recount.customer_ids import is_hex_id
-from loyalty.recount.order_filter import COLLATION
 
 USERS_PER_PARTITION = 25_000
 """Few enough that neither the server nor this process needs the disk, and that two workers get
@@ -59,7 +58,7 @@ def partition_boundaries(
     for least in _LEAST.values():
         bounds, skip = {"$gte": least}, size
         while True:
-            step = lenient.find({key: bounds}, projection, collation=COLLATION)
+            step = lenient.find({key: bounds}, projection, collation=SIMPLE_COLLATION)
             document = next(step.sort(key, 1).skip(skip).limit(1), None)
             if document is None or not _is_encodable(document):
                 break  # after a key that Python cannot hold, one long partition
