@@ -117,7 +117,7 @@ def test_all_commands_work_in_a_shop_of_another_shape_by_settings_alone(
         "Shipped  92, counted",
         "Delivered  20, counted",
         "no such user  1  1  99 (1)",
-        "index sale.state, sale.buyer.id  serves recounts",
+        "index sale.state, sale.buyer.id  usable",
     ):
         assert f"  {line}\n" in out
     assert command("--dry-run", **shape) == 1

@@ -14,7 +14,7 @@ from typing import Any
 from bson import ObjectId, Timestamp
 from pymongo.collection import Collection
 
-from loyalty.errors import ConfigurationError, NoPermission
+from loyalty.errors import NoPermission
 from loyalty.history import OWNER_FILTER, require_own_collection
 from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.privileges import require_privileges
@@ -58,12 +58,10 @@ def check_change_log(collection: Collection[Any]) -> None:
     database = collection.database
     try:
         require_privileges(database.client, database.name, {collection.name: ["find", "insert"]})
-        require_own_collection(collection)
+        hint = "CHANGES_COLLECTION must name a collection of its own, or none"
+        require_own_collection(collection, hint)
     except NoPermission as error:
         raise NoPermission(f"{error}; or keep no change log: CHANGES_COLLECTION=none") from error
-    except ConfigurationError as error:
-        hint = "CHANGES_COLLECTION must name a collection of its own, or none"
-        raise ConfigurationError(f"{error}: {hint}") from error
 
 
 @dataclass(frozen=True, slots=True)

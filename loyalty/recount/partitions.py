@@ -1,8 +1,8 @@
 """How all ids are cut into partitions, so that each is counted in the server's memory.
 
-A partition is an interval of canonical ids: from one boundary up to, and without, the next. The
-server compares values of one type only (MQL's type bracketing), so a partition has an interval for
-each type of id in it. Whatever the boundaries are, the partitions together hold every id once.
+A partition is a half-open interval of canonical ids, [boundary, next boundary). The server compares
+values of one type only (MQL's type bracketing), so a partition has an interval for each type of id
+in it. Whatever the boundaries are, the partitions together hold every id once.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _LEAST: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Partition:
-    """An id is in it if it satisfies all operators of one of `intervals`, each an index scan."""
+    """Intervals are combined by OR, the operators in an interval by AND; each is an index scan."""
 
     intervals: Sequence[Sequence[Document]]
 
@@ -49,7 +49,7 @@ def partition_boundaries(
 ) -> list[Any]:
     """Return every `size`-th key of the users, from the index on `key` alone.
 
-    Keys of each type that can be cut are walked for themselves. A key that many users share is a
+    Each type that can be cut is scanned separately. A key that many users share is a
     boundary once, as each step begins after the last boundary.
     """
     boundaries: list[Any] = []
@@ -79,7 +79,7 @@ def _is_encodable(document: Document) -> bool:
 def partitions(boundaries: Iterable[Any]) -> list[Partition]:
     """Return the partitions between boundaries of any type and in any order, and the rest.
 
-    Numbers and binaries are cut at boundaries of their own type, where there are any. Strings and
+    Numbers and binaries are cut at boundaries of their own type, if there are any. Strings and
     ObjectIds are cut together. All other types, and a missing id, are the rest.
     """
     by_type: dict[str, set[Any]] = {name: set() for name in _LEAST}
