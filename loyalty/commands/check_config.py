@@ -158,7 +158,7 @@ def print_live_updates_check(
         True: "on",
         False: "off: deleted orders, and orders that get another customer, wait for the next full "
         f"recount; to switch them on: {command}{{enabled: true}}}})",
-        None: "unknown: to read the option takes the permission listCollections",
+        None: "unknown: to read the option takes the privilege listCollections",
     }
     if not connection.supports_pre_images:
         texts[False] = "none before MongoDB 6.0: deleted orders wait for the next full recount"

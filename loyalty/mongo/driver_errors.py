@@ -156,7 +156,7 @@ def _map_server_error(
 
 
 def _classify(code: int | None, details: Mapping[str, Any], reason: str) -> ErrorClass:
-    """Return the class of an error, also where one code has several meanings."""
+    """Return the class of an error, also if one code has several meanings."""
     if code == _ATLAS_ERROR and "not allowed to do action" in reason:
         return ErrorClass.PERMISSION
     if code == _ATLAS_ERROR and "bad auth" in reason:

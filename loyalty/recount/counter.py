@@ -73,7 +73,7 @@ class Counter:
         self._use_snapshot = use_snapshot
 
     def count_all(self, on_row: OnRow, *, single_query: bool = False) -> CountResult:
-        """Count all customers, in partitions where the index allows it.
+        """Count all customers, in partitions if the index allows it.
 
         Raises ServiceError, and NonCanonicalIdFound if a single query is needed instead.
         """

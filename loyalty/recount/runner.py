@@ -25,7 +25,7 @@ from loyalty.recount.pipeline import NonCanonicalIdFound
 from loyalty.recount.result import CountResult, Result, build_record, log_result
 from loyalty.recount.safety import PreviousRecounts, check_totals, has_too_many_failed_updates
 from loyalty.recount.statuses import check_uncounted
-from loyalty.recount.tally import Tally, Totals
+from loyalty.recount.tally import CustomerCount, Tally, Totals, UpToDate
 from loyalty.recount.updates import LogChanges, PendingUpdates
 from loyalty.retry import SHORT_OUTAGE_RETRY, RetryPolicy, retry
 
@@ -44,6 +44,8 @@ class RecountRequest:
     """Returns why it is refused; replaces the safety checks of a full recount."""
     unknown: UnknownCustomerList | None = None
     """Collects all unknown customers, if it is given."""
+    rows: list[CustomerCount] | None = None
+    """Collects the row of each customer, if it is given."""
     find_boundaries: FindBoundaries = partition_boundaries
     retry_policy: RetryPolicy = SHORT_OUTAGE_RETRY
 
@@ -76,9 +78,9 @@ def run_recount(
             _count(connection, settings, request, updates, result, on_progress)
             _check(connection, settings, history, request, result)
             if request.write:
-                log_changes = None
-                if is_recorded:
-                    log_changes = _open_change_log(connection, settings, result)
+                log_changes = (
+                    _open_change_log(connection, settings, result) if is_recorded else None
+                )
                 _write(connection, updates, log_changes, result, on_progress)
     except Exception as error:
         result.outcome = "refused" if isinstance(error, RecountRefused) else "failed"
@@ -151,6 +153,14 @@ def _attempt_count(
         request.unknown.clear()
         on_unknown = request.unknown.add
     tally = Tally(settings, updates.add, on_unknown)
+    if request.rows is not None:
+        request.rows.clear()
+
+    def on_row(row: CustomerCount | UpToDate) -> None:
+        tally.add(row)
+        if request.rows is not None and isinstance(row, CustomerCount):
+            request.rows.append(row)
+
     counter = Counter(
         connection,
         settings,
@@ -161,8 +171,8 @@ def _attempt_count(
         use_snapshot=use_snapshot,
     )
     if request.customers is None:
-        return counter.count_all(tally.add, single_query=single_query), tally.totals
-    return counter.count_customers(tally.add, request.customers), tally.totals
+        return counter.count_all(on_row, single_query=single_query), tally.totals
+    return counter.count_customers(on_row, request.customers), tally.totals
 
 
 def _check(
@@ -231,14 +241,11 @@ def _write(
         result.written, result.failed = updates.result.written, updates.result.failed
     if not result.failed:
         return
-    text = (
-        f"{result.failed_updates:,} of {result.totals.changed:,} updates failed ({result.failed})"
-    )
+    failed, changed = result.failed_updates, result.totals.changed
     log.debug("failed_updates users=%s", ", ".join(result.failed.sample))
-    if has_too_many_failed_updates(result.failed_updates, result.totals.users):
-        raise TooManyFailedUpdates(text, result.failed_updates)
+    if has_too_many_failed_updates(failed, result.totals.users):
+        text = f"{failed:,} of {changed:,} updates failed ({result.failed})"
+        raise TooManyFailedUpdates(text, failed)
     result.outcome = "incomplete"
-    log.warning(
-        'incomplete failed_updates=%d changed=%d errors="%s"',
-        *(result.failed_updates, result.totals.changed, result.failed),
-    )
+    errors = str(result.failed)
+    log.warning('incomplete failed_updates=%d changed=%d errors="%s"', failed, changed, errors)

@@ -89,7 +89,7 @@ class Totals:
     users_with_a_value: int = 0
     """Users who have a non-null value in the points field."""
     non_numeric_values: int = 0
-    """Users who have a string, a document or the like in the points field."""
+    """Users who have a value that is not null and no number in the points field."""
     non_numeric_sample: str = ""
     initialized_to_zero: int = 0
     """Users who have no points, and get 0."""
