@@ -20,9 +20,9 @@ from bson import DBRef, ObjectId
 from config import Settings, load
 from loyalty.history import History
 from loyalty.mongo.connection import Connection, connect
-from loyalty.recount.index import create_index, inspect_plan
+from loyalty.recount.index import inspect_plan
+from loyalty.recount.index_build import create_index, create_user_index
 from loyalty.recount.runner import RecountRequest, run_recount
-from loyalty.recount.user_index import create_user_index
 from sandbox.mongod import Deployment
 
 SHAPES: dict[str, dict[str, str]] = {

@@ -346,7 +346,7 @@ def test_help_explains_every_setting(capsys: pytest.CaptureFixture[str]) -> None
     text = _help(capsys)
     for setting in setting_specs().values():
         (line,) = re.findall(rf"^  {setting.name} .*", text, re.MULTILINE)
-        assert setting.help in line
+        assert setting.description in line
         assert not setting.default or line.endswith(f"(default: {setting.default})")
 
 

@@ -38,7 +38,7 @@ import loyalty_microservice
 from loyalty.history import History
 from loyalty.mongo.connection import connect
 from loyalty.recount.counter import ROWS_PER_BATCH
-from loyalty.recount.index import create_index
+from loyalty.recount.index_build import create_index
 from loyalty.recount.runner import RecountRequest, run_recount
 from sandbox import faults
 from sandbox.faults import COUNTING, FETCHING, RECORDING, WRITING, FaultPoint

@@ -710,7 +710,7 @@ def test_a_stream_that_does_not_open_does_not_keep_the_recount_from_running(
     *,
     is_transient: bool,
 ) -> None:
-    policy = RetryPolicy(attempts=1, initial_seconds=0, max_seconds=0)
+    policy = RetryPolicy(timeout_seconds=0, initial_seconds=1, max_seconds=1)
     options = {"limits": LiveLimits(opening_retry=policy)}
     with live_service(deployment, small_shop, options) as harness:
         harness.service.disconnect()
