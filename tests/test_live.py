@@ -233,9 +233,9 @@ def test_a_full_recount_reads_no_older_snapshot_than_a_live_update_has_read(
 
 
 @pytest.mark.parametrize(
-    ("code", "kind"), [(8, DatabaseUnavailable), (10334, ResyncRequired)], ids=str
+    ("code", "kind", "is_live"),
+    [(8, DatabaseUnavailable, True), (286, ResyncRequired, True), (286, ResyncRequired, False)],
 )
-@pytest.mark.parametrize("is_live", [True, False])
 def test_live_updates_stop_when_a_full_recount_fails_and_start_with_the_next(
     small: LiveHarness, deployment: Deployment, code: int, kind: type[Exception], *, is_live: bool
 ) -> None:
