@@ -92,26 +92,18 @@ class ResyncRequired(ServiceError):
 class BulkUpdateErrors(ServiceError):
     """Some updates of a batch failed because of their documents; all others are done.
 
-    `codes` maps the position of an update in the batch to the server's error code, and `names` a
-    code to its name. `matched` counts the users that were found. The server's own text is left out:
-    it may quote the document.
+    `reasons` has the name of the server's error code by the position of the update in the batch.
+    `matched` counts the users that were found. The server's own text is left out: it may quote the
+    document.
     """
 
     exit_code = Exit.UNAVAILABLE
 
-    def __init__(
-        self, codes: Mapping[int, int], names: Mapping[int, str], matched: int = 0
-    ) -> None:
-        reasons = ", ".join(sorted({names[code] for code in codes.values()}))
-        super().__init__(f"{len(codes)} updates failed: {reasons}")
-        self.codes = dict(codes)
-        self.names = dict(names)
+    def __init__(self, reasons: Mapping[int, str], matched: int = 0) -> None:
+        text = ", ".join(sorted(set(reasons.values())))
+        super().__init__(f"{len(reasons)} updates failed: {text}")
+        self.reasons = dict(reasons)
         self.matched = matched
-
-    @property
-    def reasons(self) -> dict[int, str]:
-        """The name of the error code, by the position of the update."""
-        return {position: self.names[code] for position, code in self.codes.items()}
 
 
 class TooManyFailedUpdates(ServiceError):

@@ -194,8 +194,6 @@ def test_failed_updates_are_reported_by_code_without_the_document(
     caplog.set_level(logging.INFO, "loyalty")
     with pytest.raises(BulkUpdateErrors) as raised, map_driver_errors("update", database.users):
         database.users.bulk_write(updates, ordered=False)
-    assert raised.value.codes == {2: 121}
-    assert raised.value.names == {121: "code 121, DocumentValidationFailure"}
     assert raised.value.reasons == {2: "code 121, DocumentValidationFailure"}
     assert "ada@example.com" not in str(raised.value)
     assert not caplog.messages

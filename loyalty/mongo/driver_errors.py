@@ -123,9 +123,8 @@ def _map_write_errors(details: Mapping[str, Any], action: str) -> ServiceError:
             return _map_server_error(error, error["code"], action, "")
     for error in errors:
         log.debug('update_failed code=%d error="%s"', error["code"], _one_line(error["errmsg"]))
-    codes = {error["index"]: error["code"] for error in errors}
-    names = {code: describe(code) for code in codes.values()}
-    return BulkUpdateErrors(codes, names, details["nMatched"])
+    reasons = {error["index"]: describe(error["code"]) for error in errors}
+    return BulkUpdateErrors(reasons, details["nMatched"])
 
 
 def _map_server_error(
