@@ -25,7 +25,7 @@ class ServiceError(Exception):
     The message is one line for the operator, without secrets.
     """
 
-    exit_code: ClassVar[Exit]
+    exit_code: ClassVar[Exit] = Exit.UNAVAILABLE
 
 
 class ConfigurationError(ServiceError):
@@ -52,8 +52,6 @@ class AuthenticationFailed(ConfigurationError):
 class DatabaseUnavailable(ServiceError):
     """The database cannot do this now; a later attempt may succeed."""
 
-    exit_code = Exit.UNAVAILABLE
-
 
 class QueryTimeout(DatabaseUnavailable):
     """The query reached its time limit; to repeat it at once would not help."""
@@ -74,8 +72,6 @@ class ClientUnusable(DatabaseUnavailable):
 class NoTempSpace(ServiceError):
     """There is no temporary disk space; nothing was written."""
 
-    exit_code = Exit.UNAVAILABLE
-
 
 class RecountRefused(ServiceError):
     """The safety check refused the recount. Nothing was written."""
@@ -86,8 +82,6 @@ class RecountRefused(ServiceError):
 class ResyncRequired(ServiceError):
     """Live updates cannot continue, and a full recount replaces them. Planned, not an error."""
 
-    exit_code = Exit.UNAVAILABLE
-
 
 class BulkUpdateErrors(ServiceError):
     """Some updates of a batch failed because of their documents; all others are done.
@@ -96,8 +90,6 @@ class BulkUpdateErrors(ServiceError):
     `matched` counts the users that were found. The server's own text is left out: it may quote the
     document.
     """
-
-    exit_code = Exit.UNAVAILABLE
 
     def __init__(self, reasons: Mapping[int, str], matched: int = 0) -> None:
         text = ", ".join(sorted(set(reasons.values())))

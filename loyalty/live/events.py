@@ -11,7 +11,7 @@ from bson import Regex, Timestamp
 
 from config import Settings
 from loyalty.mongo.values import Document
-from loyalty.recount.customer_ids import canonicalize, indexable_variants, is_mixed_case
+from loyalty.recount.customer_ids import canonicalize, indexable_forms, is_mixed_case
 from loyalty.recount.order_filter import counted_orders
 
 INVALIDATING_EVENTS = ["drop", "rename", "dropDatabase", "invalidate"]
@@ -89,9 +89,9 @@ class PendingChanges:
             self.customers[bson.encode({"": canonical})] = canonical
             self.has_mixed_case_ids |= is_mixed_case(customer)
 
-    def customers_with_variants(self) -> list[tuple[Any, list[Any]]]:
+    def customers_with_forms(self) -> list[tuple[Any, list[Any]]]:
         """Return each customer's canonical id with the values that an index lookup needs."""
-        return [(customer, indexable_variants(customer)) for customer in self.customers.values()]
+        return [(customer, indexable_forms(customer)) for customer in self.customers.values()]
 
 
 def read_watermark(resume_token: Mapping[str, Any] | None) -> Timestamp:
