@@ -49,6 +49,10 @@ class AuthenticationFailed(ConfigurationError):
     """The server rejects the user name or the password."""
 
 
+class UnsupportedServer(ConfigurationError):
+    """The server lacks a feature that the service needs."""
+
+
 class DatabaseUnavailable(ServiceError):
     """The database cannot do this now; a later attempt may succeed."""
 

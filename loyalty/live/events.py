@@ -12,7 +12,7 @@ from bson import Regex, Timestamp
 from config import Settings
 from loyalty.mongo.values import Document
 from loyalty.recount.customer_ids import canonicalize, indexable_forms, is_mixed_case
-from loyalty.recount.order_filter import counted_orders
+from loyalty.recount.order_filter import counted_orders, other_conditions
 
 INVALIDATING_EVENTS = ["drop", "rename", "dropDatabase", "invalidate"]
 """Events of the collection as a whole. The change stream ends after one of them."""
@@ -25,9 +25,9 @@ def change_stream_pipeline(settings: Settings) -> list[Document]:
         {"$ifNull": ["$updateDescription.removedFields", []]},
     ]
     names = [settings.status_field, settings.customer_field]
-    if settings.order_filter:
+    if conditions := other_conditions(settings):
         # The whole of an outer document: a change of an array's element has a number in its path.
-        names += sorted({name.split(".")[0] for name in settings.order_filter})
+        names += sorted({name.split(".")[0] for name in conditions})
         truncated_arrays = {"$ifNull": ["$updateDescription.truncatedArrays", []]}
         changed_fields.append({"$map": {"input": truncated_arrays, "in": "$$this.field"}})
     # A change of `a.b` touches the fields `a` and `a.b.c` as well.

@@ -39,7 +39,7 @@ def _open_watcher(
         server = connection.snapshot_unsupported_reason or "a server without snapshots"
         raise ConfigurationError(f"{server} has no change streams for this")
     if hint := missing_index_hint(connection.orders, settings):
-        raise ConfigurationError(f"each update would read all orders; the index: {hint}")
+        raise ConfigurationError(f"each update would read all orders: {hint}")
     return ChangeStreamWatcher(connection, settings, start_after, limits), start_after
 
 

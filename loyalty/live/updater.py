@@ -171,7 +171,7 @@ class LiveUpdater:
         The full recount that follows does not open the stream, until the index is there again.
         """
         if hint := missing_index_hint(connection.orders, self._settings):
-            raise ResyncRequired(f"each update would read all orders; the index: {hint}")
+            raise ResyncRequired(f"each update would read all orders: {hint}")
 
     def heartbeat(self) -> Heartbeat | None:
         """Return the progress of live updates, or None in every state but `live`."""

@@ -1,43 +1,31 @@
-"""The error codes of MongoDB servers: their names, and what each means for the service.
+"""The error codes of MongoDB servers: their names, and the error that each becomes.
 
 The names are those of the server's src/mongo/base/error_codes.yml (read at 9.0). A name such as
 Location40324 is how the server names an error that has only a number. A code that is not in the
 table is transient, except in the error of one update: there it belongs to the document. So the
-table has only those transient codes that a server may report for one update of a batch.
+table has only those transient codes that a server may report for one update of a batch. In the
+error of an update, the codes of ConfigurationError mean: this document cannot be updated.
 """
 
 from __future__ import annotations
 
-from enum import Enum
-
-
-class ErrorClass(Enum):
-    """What the service does about an error."""
-
-    PERMANENT = "permanent"
-    """It cannot pass by itself. For an update: this document cannot be updated."""
-    TRANSIENT = "transient"
-    """A later attempt may succeed."""
-    TIMEOUT = "time limit"
-    """The query reached its own time limit."""
-    SNAPSHOT_TOO_OLD = "snapshot too old"
-    """An attempt with a new snapshot may succeed."""
-    NEW_CLIENT = "new client"
-    """An attempt with a new client may succeed."""
-    RESYNC = "resync"
-    """A change stream cannot be continued."""
-    UNSUPPORTED = "unsupported"
-    """The server lacks a feature that the service needs."""
-    AUTHENTICATION = "authentication"
-    """The server rejects the credentials."""
-    PERMISSION = "permission"
-    """The database user lacks a privilege."""
-
+from loyalty.errors import (
+    AuthenticationFailed,
+    ClientUnusable,
+    ConfigurationError,
+    DatabaseUnavailable,
+    NoPermission,
+    QueryTimeout,
+    ResyncRequired,
+    ServiceError,
+    SnapshotTooOld,
+    UnsupportedServer,
+)
 
 # One entry a line would take three pages.
 # fmt: off
-CODES: dict[ErrorClass, dict[str, int]] = {
-    ErrorClass.PERMANENT: {
+CODES: dict[type[ServiceError], dict[str, int]] = {
+    ConfigurationError: {
         "BadValue": 2, "FailedToParse": 9, "TypeMismatch": 14, "Overflow": 15, "InvalidLength": 16,
         "IllegalOperation": 20, "InvalidBSON": 22, "PathNotViable": 28,
         "ConflictingUpdateOperators": 40, "DollarPrefixedFieldName": 52, "NotSingleValueField": 54,
@@ -63,7 +51,7 @@ CODES: dict[ErrorClass, dict[str, int]] = {
         "Location17420": 17420,  # the same
         "IDLDuplicateField": 40413, "IDLFailedToParse": 40414, "IDLUnknownField": 40415,
     },
-    ErrorClass.TRANSIENT: {
+    DatabaseUnavailable: {
         "HostUnreachable": 6, "HostNotFound": 7, "LockTimeout": 24, "WriteConcernTimeout": 64,
         "ShardNotFound": 70, "NoProgressMade": 82, "NetworkTimeout": 89, "ShutdownInProgress": 91,
         "WriteConflict": 112, "FailedToSatisfyReadPreference": 133, "StaleEpoch": 150,
@@ -78,21 +66,21 @@ CODES: dict[ErrorClass, dict[str, int]] = {
         "InterruptedDueToReplStateChange": 11602, "StaleConfig": 13388,
         "NotPrimaryNoSecondaryOk": 13435, "NotPrimaryOrSecondary": 13436, "OutOfDiskSpace": 14031,
     },
-    ErrorClass.TIMEOUT: {"MaxTimeMSExpired": 50},
-    ErrorClass.SNAPSHOT_TOO_OLD: {
+    QueryTimeout: {"MaxTimeMSExpired": 50},
+    SnapshotTooOld: {
         "SnapshotTooOld": 239, "SnapshotUnavailable": 246, "StaleChunkHistory": 250,
         "MigrationConflict": 272,
     },
-    ErrorClass.NEW_CLIENT: {
+    ClientUnusable: {
         "TimeProofMismatch": 204, "ClusterTimeFailsRateLimiter": 205, "KeyNotFound": 211,
         "ReauthenticationRequired": 391,
     },
-    ErrorClass.RESYNC: {
+    ResyncRequired: {
         "CappedPositionLost": 136, "CloseChangeStream": 222, "RetryChangeStream": 234,
         "InvalidResumeToken": 260, "ChangeStreamFatalError": 280, "ChangeStreamHistoryLost": 286,
         "ChangeStreamInvalidated": 346,
     },
-    ErrorClass.UNSUPPORTED: {
+    UnsupportedServer: {
         "CommandNotFound": 59, "CommandNotSupported": 115, "InvalidPipelineOperator": 168,
         "NotImplemented": 238,
         "DocumentDBStageNotSupported": 304,  # Amazon DocumentDB; MongoDB has no such code
@@ -100,22 +88,20 @@ CODES: dict[ErrorClass, dict[str, int]] = {
         "ChangeStreamNotEnabled": 376,
         "Location40324": 40324,  # an unknown stage
     },
-    ErrorClass.AUTHENTICATION: {
+    AuthenticationFailed: {
         "UserNotFound": 11, "AuthenticationFailed": 18, "AuthenticationRestrictionUnmet": 214,
     },
-    ErrorClass.PERMISSION: {"Unauthorized": 13},
+    NoPermission: {"Unauthorized": 13},
 }
 # fmt: on
 
 _BY_CODE = {
-    code: (error_class, name)
-    for error_class, codes in CODES.items()
-    for name, code in codes.items()
+    code: (error_type, name) for error_type, codes in CODES.items() for name, code in codes.items()
 }
 
 
-def classify(code: int | None) -> ErrorClass | None:
-    """Return what an error code means; None for a code that is not in the table."""
+def classify(code: int | None) -> type[ServiceError] | None:
+    """Return the error that a code becomes; None for a code that is not in the table."""
     return _BY_CODE[code][0] if code in _BY_CODE else None
 
 
