@@ -280,7 +280,7 @@ def test_a_failed_update_is_a_warning_and_not_counted_as_updated(
     small.update_until(lambda: points(small.shop) == [1, 2, 1])
     assert "incomplete" in caplog.text
     assert small.service.state.live
-    assert small.service.state.live.customers_updated == 1
+    assert small.service.state.live.users_updated == 1
 
 
 @pytest.mark.parametrize("is_insert", [True, False])
@@ -830,7 +830,7 @@ def test_the_heartbeat_is_written_once_an_interval_with_the_progress(
     last = written[-1]
     assert last["last_event"]
     assert last["live_since"] <= last["last_update"] <= last["at"]
-    assert (last["customers_updated"], last["waiting"]) == (1, 0)
+    assert (last["users_updated"], last["waiting"]) == (1, 0)
 
 
 def test_the_heartbeat_names_the_cluster_time_that_all_changes_before_it_are_counted_at(
@@ -876,7 +876,7 @@ def test_status_reads_the_heartbeat(
     (beat,) = heartbeats(small.shop)
     assert {*beat} == {
         *("_id", "recorded_by", "outcome", "finished_at", "live_since", "as_of", "last_event"),
-        *("last_update", "customers_updated", "waiting", "at", "settings", "host", "expires_at"),
+        *("last_update", "users_updated", "waiting", "at", "settings", "host", "expires_at"),
     }
     assert command("--status", LIVE_UPDATES="yes") == 0
     assert "Live updates: running since" in capsys.readouterr().out

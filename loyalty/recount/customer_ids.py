@@ -73,14 +73,14 @@ def canonicalize(value: Any) -> Any:
     return ObjectId(value) if is_hex_id(value) else value
 
 
-def indexable_variants(customer: Any) -> list[Any]:
+def indexable_forms(customer: Any) -> list[Any]:
     """Return the forms of a canonical id that an index finds; mixed case is not among them."""
     if isinstance(customer, ObjectId):
         return [customer, str(customer), str(customer).upper()]
     return [customer]
 
 
-def all_variants(customer: Any) -> list[Any]:
+def all_forms(customer: Any) -> list[Any]:
     """Return values for `$in` that find every form of a canonical id.
 
     The pattern makes the server read every string in the index.
