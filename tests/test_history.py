@@ -129,7 +129,7 @@ def test_a_failed_recount_is_not_the_last_success(database: Database[Any], uri: 
 
 
 def test_without_a_collection_nothing_is_recorded(database: Database[Any], uri: str) -> None:
-    settings = settings_for(uri, RECOUNTS_COLLECTION="")
+    settings = settings_for(uri, RECOUNTS_COLLECTION="none")
     recount_with(settings, History(None, settings))
     assert "loyalty_recounts" not in database.list_collection_names()
 

@@ -92,10 +92,10 @@ def test_customer_shows_each_form_of_an_object_id_in_its_own_row(
 @pytest.mark.parametrize(
     ("options", "looked_up"),
     [
-        ("", "in the database 'shop': if the user is defined in another"),
+        ("", "in the database 'shop': if the user is defined"),
         (
             "&authSource=stock",
-            "in the database 'stock', as authSource says: if the user is defined in another",
+            "in the database 'stock', as authSource says: if the user is defined",
         ),
     ],
 )

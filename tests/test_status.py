@@ -41,7 +41,7 @@ def test_without_a_record_the_points_are_not_fresh(
 ) -> None:
     assert command("--status") == 1
     assert capsys.readouterr().out == "No recount has succeeded yet\n"
-    assert command("--status", RECOUNTS_COLLECTION="") == 78
+    assert command("--status", RECOUNTS_COLLECTION="none") == 78
     assert "no record is kept" in capsys.readouterr().err
 
 
