@@ -53,7 +53,7 @@ def orders(database: Database[Any]) -> Collection[Any]:
         ([*KEYS, ("created", 1)], {}),
     ],
 )
-def test_an_index_that_leads_to_a_customers_counted_orders_serves(
+def test_an_index_that_leads_to_a_customers_counted_orders_is_used(
     orders: Collection[Any],
     command: Command,
     capsys: Capture,
@@ -85,7 +85,7 @@ def test_an_index_that_leads_to_a_customers_counted_orders_serves(
         (KEYS, {"collation": CASE_INSENSITIVE}),
     ],
 )
-def test_any_other_index_is_none_and_a_second_one_is_created(
+def test_any_other_index_is_not_used_and_a_second_one_is_created(
     orders: Collection[Any], command: Command, keys: Any, options: dict[str, Any]
 ) -> None:
     orders.create_index(keys, **options)
@@ -98,7 +98,9 @@ def test_any_other_index_is_none_and_a_second_one_is_created(
         assert len(orders.index_information()) == 3
 
 
-def test_a_partial_index_serves_only_the_statuses_that_it_holds(orders: Collection[Any]) -> None:
+def test_a_partial_index_is_used_only_for_the_statuses_that_it_holds(
+    orders: Collection[Any],
+) -> None:
     orders.create_index(KEYS, partialFilterExpression={"status": "Shipped"})
     more = settings_for("mongodb://x/", ORDER_STATUSES="Shipped,Sent")
     assert inspect_plan(orders, SETTINGS) == GOOD
@@ -169,7 +171,7 @@ def test_a_multikey_index_with_other_keys_is_no_reason_to_drop_one(
     assert inspect_plan(orders, SETTINGS) == GOOD
 
 
-def test_a_view_is_served_by_the_index_of_its_collection(
+def test_a_view_uses_the_index_of_its_collection(
     orders: Collection[Any], command: Command, capsys: Capture
 ) -> None:
     database = orders.database

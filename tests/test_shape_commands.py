@@ -132,7 +132,7 @@ def test_with_the_indexes_no_partition_fetches_an_order_or_reads_all_users(
         assert {u["loyalty_points"] for u in connection.users.find()} == {expected}
 
 
-def test_an_index_without_the_fields_of_the_filter_serves_and_create_index_makes_a_better_one(
+def test_an_index_without_the_fields_of_the_filter_is_used_and_create_index_makes_a_better_one(
     database: Database[Any], command: Command, capsys: Capture
 ) -> None:
     ship(database, *range(30), deleted=False)
@@ -164,7 +164,7 @@ def test_a_condition_that_no_index_answers_alone_is_said_to_fetch_orders(
 
 
 @pytest.mark.parametrize(
-    ("options", "serves"),
+    ("options", "is_used"),
     [
         (None, False),
         ({}, True),
@@ -175,8 +175,8 @@ def test_a_condition_that_no_index_answers_alone_is_said_to_fetch_orders(
         ({"hidden": True}, False),
     ],
 )
-def test_any_index_on_the_key_that_holds_all_users_with_a_key_serves(
-    database: Database[Any], command: Command, options: dict[str, Any] | None, *, serves: bool
+def test_an_index_on_the_key_that_holds_all_users_with_a_key_is_used(
+    database: Database[Any], command: Command, options: dict[str, Any] | None, *, is_used: bool
 ) -> None:
     database.users.insert_many([{"_id": n, "customer_no": f"c{n}"} for n in range(9)])
     database.users.insert_many([{"_id": n} for n in range(10, 15)])
@@ -186,8 +186,8 @@ def test_any_index_on_the_key_that_holds_all_users_with_a_key_serves(
     settings = settings_for("mongodb://x/", **BY_NUMBER)
     database.orders.create_index(index_keys(settings))
     plan = inspect_plan(database.orders, settings)
-    assert plan.supports_partitions is serves
-    assert ("create it with --create-index" in plan.hint) is not serves
+    assert plan.supports_partitions is is_used
+    assert ("create it with --create-index" in plan.hint) is not is_used
     if options and "hidden" in options:
         assert command("--create-index", **BY_NUMBER) == 78
         return
