@@ -267,7 +267,7 @@ def test_loyalty_env_and_env_example_have_the_same_settings() -> None:
     ("file", "pattern"),
     [
         ("CHANGELOG.md", r"^## (\S+) \("),
-        ("docs/json-and-metrics.md", r'"version": "(.*?)"'),
+        ("docs/json.md", r'"version": "(.*?)"'),
         ("deploy/Dockerfile", r"^LABEL .*version=(\S+)"),
         ("deploy/cronjob.yaml", r"image: .*:(\S+)"),
         ("deploy/deployment.yaml", r"image: .*:(\S+)"),

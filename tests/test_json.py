@@ -19,7 +19,8 @@ from loyalty.heartbeat import Heartbeat
 from loyalty.history import History
 from loyalty_microservice import main
 
-DOCUMENT = (ROOT / "docs/json-and-metrics.md").read_text()
+PAGES = ("docs/json.md", "docs/logs-and-metrics.md")
+DOCUMENT = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
 ADA = ObjectId("66abcdefabcdefabcdefabcd")
 Capture = pytest.CaptureFixture[str]
 Shop = Database[Any]
