@@ -56,7 +56,7 @@ def promtool() -> str:
 
 
 def test_the_alert_rules_pass_their_tests(promtool: str) -> None:
-    assert "4 rules found" in _output(promtool, "check", "rules", "alerts.yml")
+    assert "5 rules found" in _output(promtool, "check", "rules", "alerts.yml")
     assert "SUCCESS" in _output(promtool, "test", "rules", "alerts_test.yml")
 
 
@@ -65,6 +65,13 @@ def test_the_documented_alerts_are_those_of_the_rules() -> None:
     rules = (DEPLOY / "alerts.yml").read_text(encoding="utf-8")
     documented = re.findall(r"^\| `(Loyalty\w+)` \|", readme, re.MULTILINE)
     assert documented == re.findall(r"- alert: (\w+)", rules)
+
+
+def test_promtool_accepts_the_documented_additional_alerts(promtool: str, tmp_path: Path) -> None:
+    page = (debian.TOP / "docs/operation.md").read_text(encoding="utf-8")
+    (documented,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "additional.yml").write_text(documented, encoding="utf-8")
+    assert "2 rules found" in _output(promtool, "check", "rules", str(tmp_path / "additional.yml"))
 
 
 def test_prometheus_accepts_the_documented_configuration(promtool: str, tmp_path: Path) -> None:

@@ -298,7 +298,10 @@ CHECKS: dict[str, Callable[[Snippet], None]] = {
     "text": _check_text,
     "yaml": _check_elsewhere,
 }
-ELSEWHERE = {"json": ("docs/json.md", "docs/logs-and-metrics.md"), "yaml": ("deploy/README.md", "docs/operation.md")}
+ELSEWHERE = {
+    "json": ("docs/json.md", "docs/logs-and-metrics.md"),
+    "yaml": ("deploy/README.md", "docs/operation.md"),
+}
 # Python and JavaScript are run, by tests of their own. A language without a check fails.
 NOT_RUN = [snippet for snippet in SNIPPETS if snippet not in _in_language("python", "js")]
 
@@ -423,7 +426,9 @@ def test_points_stored_as_strings_are_refused_until_they_are_converted(
 
 def test_the_page_on_operation_has_every_alert_and_only_metrics_that_exist() -> None:
     rules = (ROOT / "deploy/alerts.yml").read_text(encoding="utf-8")
-    table = [_codes(row[0])[0] for row in _table("docs/operation.md", "First command for each alert")]
+    table = [
+        _codes(row[0])[0] for row in _table("docs/operation.md", "First command for each alert")
+    ]
     assert set(table) == {"loyalty-microservice-alert@", *re.findall(r"- alert: (\w+)", rules)}
     metrics = {_codes(row[0])[0] for row in _table("docs/logs-and-metrics.md", "Metrics")}
     assert set(re.findall(r"\bloyalty_(?:orders|live)\w+", PAGES["docs/operation.md"])) <= metrics
@@ -517,9 +522,7 @@ def test_the_table_of_record_fields_has_every_field(
     assert service("--once", MONGODB_URI=deployment.uri).wait() == 0
     record = shop.loyalty_recounts.find_one()
     assert record
-    assert {_codes(row[0])[0] for row in _table("docs/json.md", "Records")} == set(
-        record
-    )
+    assert {_codes(row[0])[0] for row in _table("docs/json.md", "Records")} == set(record)
 
 
 # Measured numbers

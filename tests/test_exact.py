@@ -262,10 +262,10 @@ def test_without_a_usable_snapshot_all_customers_are_counted_without_one(
 def test_without_a_usable_snapshot_a_recount_of_some_customers_fails(
     wrong_shop: Connection, deployment: Deployment
 ) -> None:
-    """It could count orders as they were before `not_before`."""
+    """It could count orders as they were before `not_before`. Each attempt reads twice."""
     request = RecountRequest(customers=[(1, [1])], retry_policy=THREE_ATTEMPTS)
     with (
-        faults.fail_command(deployment.servers[0], "aggregate", 3, errorCode=239),
+        faults.fail_command(deployment.servers[0], "aggregate", 6, errorCode=239),
         pytest.raises(SnapshotTooOld),
     ):
         run_recount(wrong_shop, settings_for("mongodb://unused/"), History(None), request)
