@@ -11,7 +11,7 @@ STAMP := $(VENV)/installed-for-$(VERSION)
 RUN := $(VENV)/bin/python
 # The tests whose result depends on the version of the server.
 SERVER_TESTS := $(addprefix tests/test_,$(addsuffix .py,\
-  change_log counter driver_errors exact history index live live_faults recount shapes undo))
+  change_log counter driver_errors exact history index live live_faults recount shape_commands undo))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo pictures dashboard lock test test-deep test-servers soak bench lint format clean

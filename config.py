@@ -14,17 +14,17 @@ from loyalty.errors import ConfigurationError
 from loyalty.mongo.uri import database_name, read_uri, split_uri
 from loyalty.parsers import (
     Parser,
-    boolean,
-    choice,
-    collection,
-    duration,
-    field,
-    metrics_file,
+    choice_parser,
+    duration_parser,
+    integer_parser,
     none_or,
-    order_filter,
-    reference_field,
-    statuses,
-    whole_number,
+    parse_boolean,
+    parse_collection,
+    parse_field,
+    parse_order_filter,
+    parse_prom_path,
+    parse_reference_field,
+    parse_statuses,
 )
 
 VERSION = "1.0.0"
@@ -37,22 +37,15 @@ class SettingSpec:
     name: str
     default: str
     parse: Parser
-    help: str
+    description: str
 
 
 def setting(
-    name: str,
-    default: str,
-    parse: Parser,
-    text: str,
-    *,
-    is_secret: bool = False,
-    is_hashable: bool = True,
+    name: str, default: str, parse: Parser, description: str, *, is_secret: bool = False
 ) -> Any:
     """Declare a setting; the default is as a person would write it, "" for none."""
-    spec = SettingSpec(name, default, parse, text)
-    hashed = None if is_hashable else False
-    return dataclasses.field(metadata={"spec": spec}, repr=not is_secret, hash=hashed)
+    spec = SettingSpec(name, default, parse, description)
+    return dataclasses.field(metadata={"spec": spec}, repr=not is_secret)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,81 +62,80 @@ class Settings:
     database: str = setting(
         "MONGODB_DATABASE", "", database_name, "database; else that of the URI, else oms_db"
     )
-    orders: str = setting("ORDERS_COLLECTION", "orders", collection, "collection of orders")
-    users: str = setting("USERS_COLLECTION", "users", collection, "collection of users")
+    orders: str = setting("ORDERS_COLLECTION", "orders", parse_collection, "collection of orders")
+    users: str = setting("USERS_COLLECTION", "users", parse_collection, "collection of users")
     recounts: str = setting(
         "RECOUNTS_COLLECTION",
         "loyalty_recounts",
-        none_or(collection),
+        none_or(parse_collection),
         "collection of records, or none",
     )
     changes: str = setting(
         "CHANGES_COLLECTION",
         "loyalty_changes",
-        none_or(collection),
+        none_or(parse_collection),
         "collection of changes, which undo needs, or none",
     )
     retention: timedelta = setting(
-        "RETENTION", "90d", duration(max_days=3650), "lifetime of records and changes, 1s to 3650d"
+        "RETENTION", "90d", duration_parser(3650), "lifetime of records and changes, 1s to 3650d"
     )
     order_statuses: tuple[str, ...] = setting(
-        "ORDER_STATUSES", "Shipped", statuses, "statuses that earn points, separated by commas"
+        "ORDER_STATUSES", "Shipped", parse_statuses, "statuses that earn points, comma-separated"
     )
     points_per_order: int = setting(
-        "POINTS_PER_ORDER", "1", whole_number(1, 1_000_000), "points for one order, 1 to 1,000,000"
+        "POINTS_PER_ORDER", "1", integer_parser(1, 10**6), "points for one order, 1 to 1,000,000"
     )
     status_field: str = setting(
-        "ORDER_STATUS_FIELD", "status", field, "field of an order's status, such as a or a.b"
+        "ORDER_STATUS_FIELD", "status", parse_field, "field of an order's status, such as a or a.b"
     )
     customer_field: str = setting(
-        "ORDER_CUSTOMER_FIELD", "customer_id", reference_field, "field of an order's customer"
+        "ORDER_CUSTOMER_FIELD", "customer_id", parse_reference_field, "field of an order's customer"
     )
     order_filter: Mapping[str, Any] = setting(
-        "ORDER_FILTER",
-        "none",
-        order_filter,
-        "condition on orders, a JSON object, or none",
-        is_hashable=False,
+        "ORDER_FILTER", "none", parse_order_filter, "condition on orders, a JSON object, or none"
     )
     user_key_field: str = setting(
-        "USER_KEY_FIELD", "_id", field, "field of a user that orders refer to"
+        "USER_KEY_FIELD", "_id", parse_field, "field of a user that orders refer to"
     )
     points_field: str = setting(
-        "USER_POINTS_FIELD", "loyalty_points", field, "field of a user's points"
+        "USER_POINTS_FIELD", "loyalty_points", parse_field, "field of a user's points"
     )
     recount_interval: timedelta = setting(
-        "RECOUNT_INTERVAL", "2h", duration(max_days=366), "time between recounts, 1s to 366d"
+        "RECOUNT_INTERVAL", "2h", duration_parser(366), "time between recounts, 1s to 366d"
     )
     live_updates: bool = setting(
-        "LIVE_UPDATES", "no", boolean, "live updates of points, yes or no; on a replica set"
+        "LIVE_UPDATES",
+        "no",
+        parse_boolean,
+        "live updates, yes or no; need a replica set or a sharded cluster",
     )
     # The server takes maxTimeMS as a 32-bit number, which ends after 24 days.
     count_timeout: timedelta = setting(
-        "COUNT_TIMEOUT", "10m", duration(max_days=24), "time limit of one aggregation, 1s to 24d"
+        "COUNT_TIMEOUT", "10m", duration_parser(24), "time limit of one aggregation, 1s to 24d"
     )
     count_workers: int = setting(
-        "COUNT_WORKERS", "2", whole_number(1, 16), "aggregations at the same time, 1 to 16"
+        "COUNT_WORKERS", "2", integer_parser(1, 16), "aggregations at the same time, 1 to 16"
     )
     max_decrease_percent: int = setting(
         "MAX_DECREASE_PERCENT",
         "90",
-        whole_number(0, 100),
-        "percentage of users who may lose points, 0 to 100",
+        integer_parser(0, 100),
+        "refuse if a larger percentage of the users with points would lose points, 0 to 100",
     )
     batch_size: int = setting(
-        "BATCH_SIZE", "1000", whole_number(1, 100_000), "users in one write, 1 to 100,000"
+        "BATCH_SIZE", "1000", integer_parser(1, 100_000), "users in one write, 1 to 100,000"
     )
     log_level: str = setting(
         "LOG_LEVEL",
         "INFO",
-        choice("DEBUG", "INFO", "WARNING", "ERROR"),
+        choice_parser("DEBUG", "INFO", "WARNING", "ERROR"),
         "lowest level that is logged: DEBUG, INFO, WARNING, ERROR",
     )
     log_format: str = setting(
-        "LOG_FORMAT", "text", choice("text", "json"), "format of log lines, text or json"
+        "LOG_FORMAT", "text", choice_parser("text", "json"), "format of log lines, text or json"
     )
     metrics_file: str = setting(
-        "METRICS_FILE", "none", none_or(metrics_file), "file for node_exporter, /*.prom, or none"
+        "METRICS_FILE", "none", none_or(parse_prom_path), "file for node_exporter, /*.prom, or none"
     )
 
     @property
@@ -178,7 +170,7 @@ def settings_help() -> str:
     lines = []
     for spec in setting_specs().values():
         default = spec.default and f"(default: {spec.default})"
-        lines.append(f"  {spec.name:<21} {' '.join(filter(None, [spec.help, default]))}")
+        lines.append(f"  {spec.name:<21} {' '.join(filter(None, [spec.description, default]))}")
     return "\n".join(lines)
 
 
@@ -199,7 +191,7 @@ def load(values: Mapping[str, str], problems: Iterable[str] = ()) -> Settings:
         text = nonempty.get(spec.name, spec.default)
         try:
             # Whitespace at the ends may belong to a status.
-            parsed[attribute] = spec.parse(text if spec.parse is statuses else text.strip())
+            parsed[attribute] = spec.parse(text if spec.parse is parse_statuses else text.strip())
         except ValueError as error:
             problems.append(f"{spec.name}: {error}")
             parsed[attribute] = spec.parse(spec.default)

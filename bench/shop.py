@@ -17,8 +17,8 @@ from pymongo.collection import Collection
 from pymongo.database import Database
 
 from config import load
+from loyalty.mongo.values import SIMPLE_COLLATION
 from loyalty.recount.index import index_keys
-from loyalty.recount.order_filter import COLLATION
 from loyalty.recount.partitions import partition_boundaries, partitions
 from loyalty.recount.pipeline import Scope, build_pipeline
 from sandbox.mongod import Deployment
@@ -134,7 +134,7 @@ class Shop:
             "pipeline": build_pipeline(self._settings, scope, status_may_be_array=False),
             "cursor": {},
             "allowDiskUse": True,
-            "collation": COLLATION,
+            "collation": SIMPLE_COLLATION,
         }
         reply = self._database.command("explain", command, verbosity="executionStats")
         stages, before = [], 0

@@ -16,9 +16,6 @@ FILE = Path(__file__).with_name("grafana-dashboard.json")
 SOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
 SHOP = '{database=~"$database"}'
 TARGET = "{{database}}.{{users}}"  # the labels of a legend
-# The point in time of the last full recount, and of live updates (0 without them).
-AS_OF = f"loyalty_as_of_timestamp_seconds{SHOP}"
-LIVE_AS_OF = f"loyalty_live_as_of_timestamp_seconds{SHOP}"
 SECONDS = "s"
 NUMBER = "short"
 PANELS_PER_ROW = 2
@@ -33,7 +30,15 @@ PANELS: list[tuple[str, str, dict[str, str]]] = [
             f"{TARGET} stale": f"2 * loyalty_interval_seconds{SHOP}",
         },
     ),
-    ("Age of the points", SECONDS, {TARGET: f"time() - ({LIVE_AS_OF} > {AS_OF} or {AS_OF})"}),
+    (
+        "Age of the points",
+        SECONDS,
+        {
+            TARGET: f"time() - loyalty_as_of_timestamp_seconds{SHOP}",
+            # 0 without live updates.
+            f"{TARGET} live updates": f"time() - (loyalty_live_as_of_timestamp_seconds{SHOP} > 0)",
+        },
+    ),
     (
         "Recounts in the last day, by outcome",
         NUMBER,

@@ -20,7 +20,7 @@ const role = "loyaltyMicroservice";
 
 const privileges = [
   { resource: { db: database, collection: orders }, actions: ["find"] },
-  // For --create-index only; the service itself does not need it.
+  // For --create-index only; the service itself does not need it. With USER_KEY_FIELD also on users.
   // { resource: { db: database, collection: orders }, actions: ["createIndex"] },
   // For LIVE_UPDATES=yes: the change stream, and the heartbeat in the collection of records.
   // { resource: { db: database, collection: orders }, actions: ["changeStream"] },

@@ -470,7 +470,8 @@ def test_the_watchdog_does_not_restart_a_service_that_waits_for_the_database(
 def test_the_service_waits_for_a_lost_database(service: Machine, shop: Shop) -> None:
     restarts, process = service.show("NRestarts"), service.show("MainPID")
     shop.server.kill()
-    _wait_for("the failure", lambda: service.show("StatusText").startswith("failed: "))
+    # A recount repeats its count for 30 s before it fails.
+    _wait_for("the failure", lambda: service.show("StatusText").startswith("failed: "), 120)
     assert service.state() == "active (running)"
     shop.server.start()
     shop.deployment.primary()
@@ -595,7 +596,7 @@ def test_other_users_can_read_the_metrics_while_the_service_runs(
 
     def recounts() -> int:
         text = service.run("setpriv", "--reuid=65534", "--clear-groups", "cat", str(file))
-        found = re.search(r'_total{database="oms_db",outcome="succeeded"} (\d+)\n', text)
+        found = re.search(r'_total{.*,outcome="succeeded"} (\d+)\n', text)
         return int(found[1]) if found else 0
 
     _wait_for("metrics", lambda: service.path(file).exists() and recounts() > 1)

@@ -1,1 +1,1 @@
-"""The service itself: CONTRIBUTING.md has the map."""
+"""The service itself: docs/architecture.md has the map."""

@@ -104,8 +104,8 @@ def _log_settings_problems(error: ConfigurationError, env_file: Path) -> None:
     for problem in error.problems:
         log.error('configuration_problem error="%s"', problem)
     log.info(
-        "configuration_help settings come from the environment or from %s; .env.example explains "
-        "them; to try the service without a database: make demo",
+        'configuration_help env_file=%s text="settings come from the environment or this file; '
+        '.env.example explains them; to try the service without a database: make demo"',
         env_file,
     )
 
@@ -126,20 +126,20 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         (
             "--check-config",
             check_config.run,
-            "check settings, permissions and data, with a full count; exit 1 if there is a problem",
+            "check settings, privileges and data, with a full count; exit 1 if there is a problem",
         ),
         (
             "--unknown-customers",
             unknown_customers.run,
             "list all customers of counted orders that no user has, as JSON lines",
         ),
-        ("--create-index", create_index.run, "create the index on orders that recounts use"),
+        ("--create-index", create_index.run, "create the indexes that recounts use"),
     ):
         commands.add_argument(flag, dest="run", action="store_const", const=run, help=text)
     parser.add_argument(
         "--undo",
         metavar="RECOUNT",
-        help="put back the points that a recount changed: an id, or last; with --dry-run, only "
+        help="restore the points from before a recount: an id, or last; with --dry-run, only "
         "show it; exit 1 if some users keep other points",
     )
     commands.add_argument(

@@ -1,4 +1,4 @@
-"""The schedule, the backoff and the signals. It knows nothing of orders and points.
+"""The schedule, the backoff and the signals. It contains no counting code.
 
 A worker thread does the job; the main thread only waits for signals and feeds systemd's watchdog.
 So a signal is handled at once, also while the worker waits for a server that does not answer: every
@@ -62,7 +62,7 @@ class Job(Protocol):
         """Do one recount. A refused recount is an outcome, not an error."""
 
     def run_between(self, seconds: float, on_progress: ProgressCallback) -> RecountOutcome | None:
-        """Wait for about this long, and do meanwhile what there is to do between recounts.
+        """Wait about `seconds`, and process live updates meanwhile.
 
         Returns the outcome if that was a recount. Also called before `connect` has succeeded.
         """

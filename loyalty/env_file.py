@@ -19,7 +19,6 @@ from loyalty.parsers import os_error_text
 log = logging.getLogger("loyalty")
 
 _URI_NAMES = ("MONGODB_URI", "MONGODB_URI_FILE")
-_EMPTY_MEANS_NONE = ("RECOUNTS_COLLECTION", "CHANGES_COLLECTION")
 # How similar two names are, as difflib's ratio from 0 to 1. MONGODB_USER and MONGODB_URI have
 # 0.87, ACCOUNTS_COLLECTION and RECOUNTS_COLLECTION 0.89, MONGO_URI and MONGODB_URI 0.90.
 SIMILARITY_CUTOFF = 0.8
@@ -73,9 +72,6 @@ def read_env_file(path: Path) -> tuple[dict[str, str], list[str]]:
     bad = [line.original.line for line in lines if line.error or (line.key and line.value is None)]
     problems = [f"{path} line {n}: not NAME=value (quotes that do not close?)" for n in bad]
     values = {line.key: line.value for line in lines if line.key and line.value is not None}
-    for name in _EMPTY_MEANS_NONE:
-        if name in values and not values[name].strip():
-            values[name] = "none"
     return values, problems
 
 

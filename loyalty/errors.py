@@ -1,18 +1,4 @@
-"""The errors of the service, and the exit code that each ends a command with.
-
-ServiceError                  the message is one line for the operator, without secrets
-  x ConfigurationError        78: only a person can correct it
-    + NoPermission              the database user lacks a privilege
-    + AuthenticationFailed      the server rejects the user name or the password
-  x DatabaseUnavailable       69: a later attempt may succeed
-    + QueryTimeout              the query reached its time limit
-    + SnapshotTooOld            the server no longer keeps the snapshot that was being read
-    + ClientUnusable            only a new client can succeed
-  x NoTempSpace               69: no temporary disk space
-  x RecountRefused            65: the safety check refused the recount; nothing was written
-  x ResyncRequired            69: live updates cannot continue without a full recount
-  x BulkUpdateErrors          69: some updates of a batch failed, all others are done
-"""
+"""The errors of the service, and the exit code that each ends a command with."""
 
 from __future__ import annotations
 
@@ -34,7 +20,10 @@ class Exit(IntEnum):
 
 
 class ServiceError(Exception):
-    """The base class. Any other exception is a bug."""
+    """The base class. Any other exception is a bug.
+
+    The message is one line for the operator, without secrets.
+    """
 
     exit_code: ClassVar[Exit]
 
@@ -61,7 +50,7 @@ class AuthenticationFailed(ConfigurationError):
 
 
 class DatabaseUnavailable(ServiceError):
-    """The database cannot serve the request now; a later attempt may succeed."""
+    """The database cannot do this now; a later attempt may succeed."""
 
     exit_code = Exit.UNAVAILABLE
 

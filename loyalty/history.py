@@ -19,7 +19,7 @@ from pymongo import WriteConcern
 from pymongo.collection import Collection
 
 from config import Settings
-from loyalty.errors import ConfigurationError, NoPermission, ServiceError
+from loyalty.errors import ConfigurationError, ServiceError
 from loyalty.heartbeat import Heartbeat
 from loyalty.logs import WarnOnce
 from loyalty.mongo.driver_errors import map_driver_errors
@@ -31,7 +31,7 @@ _WRITE_TIMEOUT_SECONDS = 5  # a record is less important than the next recount
 OWNER_FILTER = {"recorded_by": "loyalty-microservice"}
 """Matches the documents that this service wrote. It reads no others, and no others expire."""
 
-_RECOUNTS = {"outcome": {"$ne": "live"}}
+_NOT_HEARTBEAT = {"outcome": {"$ne": "live"}}
 _SUCCESSES = {"outcome": {"$in": ["succeeded", "incomplete"]}}
 
 TARGET_SETTINGS = ("orders", "users", "points_field")
@@ -71,23 +71,23 @@ class History:
         if self._collection is None:
             return
         target = {name: self._settings[name] for name in TARGET_SETTINGS}
-        own_id = {"_id": {"heartbeat_of": socket.gethostname(), **target}}
+        heartbeat_id = {"_id": {"heartbeat_of": socket.gethostname(), **target}}
         values = {
             **OWNER_FILTER,
             **asdict(heartbeat),
             **self._common_fields(heartbeat.at),
             "outcome": "live",
         }
-        del values["at"]  # the server's clock tells how old it is, whatever this machine's says
+        del values["at"]  # its age is measured by the server's clock, not by this machine's
         update = {"$set": values, "$currentDate": {"at": True, "finished_at": True}}
         with (
             self._warn_on_failure("heartbeat_write_failed"),
             map_driver_errors("update", self._collection),
         ):
-            # Not by a majority: while none acknowledges writes, it must tell how old the points
-            # are. It says nothing that a rollback could make untrue.
+            # Not by a majority: it must tell how old the points are also while no majority
+            # acknowledges writes. A rollback makes nothing in it untrue.
             collection = self._collection.with_options(write_concern=WriteConcern(1))
-            collection.update_one(own_id, update, upsert=True)
+            collection.update_one(heartbeat_id, update, upsert=True)
 
     def _common_fields(self, at: datetime) -> dict[str, Any]:
         return {
@@ -121,7 +121,7 @@ class History:
             return
         with map_driver_errors("find", collection):
             newest = collection.find_one(
-                {**OWNER_FILTER, **_RECOUNTS, **self._target}, sort=[("finished_at", -1)]
+                {**OWNER_FILTER, **_NOT_HEARTBEAT, **self._target}, sort=[("finished_at", -1)]
             )
         if newest is None or newest["_id"] == self._last_id:
             return
@@ -148,24 +148,18 @@ class History:
         else:
             self._warn_once.reset(event)
 
-    def check(self) -> str | None:
-        """Return why records cannot be read or written, if so.
+    def check_collection(self) -> None:
+        """Raise ConfigurationError if the collection is not one for records; any ServiceError."""
+        if self._collection is not None:
+            hint = "RECOUNTS_COLLECTION must name a collection of its own, which need not exist"
+            require_own_collection(self._collection, hint)
 
-        Raises ConfigurationError if this is no collection for them, and other ServiceErrors.
-        """
-        if self._collection is None:
-            return None
-        hint = "RECOUNTS_COLLECTION must name a collection of its own, which need not exist"
-        try:
-            require_own_collection(self._collection)
+    def check_privileges(self) -> None:
+        """Raise NoPermission if records cannot be written; any ServiceError."""
+        if self._collection is not None:
             database = self._collection.database
             wanted = {self._collection.name: ["insert", "createIndex"]}
             require_privileges(database.client, database.name, wanted)
-        except NoPermission as error:
-            return str(error)
-        except ConfigurationError as error:
-            raise ConfigurationError(f"{error}: {hint}") from error
-        return None
 
     def is_empty(self) -> bool:
         """Return whether the target has no record yet; False if that cannot be read."""
@@ -176,15 +170,15 @@ class History:
     def newest(self, limit: int, matching: Document | None = None) -> list[Document]:
         """Return the target's records, newest first. Raises ServiceError."""
         if self._collection is None:
-            raise ConfigurationError("RECOUNTS_COLLECTION is empty, so no record is kept")
-        query = {**OWNER_FILTER, **self._target, **(matching or _RECOUNTS)}
+            raise ConfigurationError("RECOUNTS_COLLECTION is none, so no records are kept")
+        query = {**OWNER_FILTER, **self._target, **(matching or _NOT_HEARTBEAT)}
         with map_driver_errors("find", self._collection):
             return list(self._collection.find(query).sort("finished_at", -1).limit(limit))
 
     def last_success(self) -> Document | None:
         """Return the newest record of a success that was not undone. Raises ServiceError."""
-        is_wanted = {**_SUCCESSES, "_id": {"$nin": self.undone_recounts()}}
-        return next(iter(self.newest(1, is_wanted)), None)
+        not_undone = {**_SUCCESSES, "_id": {"$nin": self.undone_recounts()}}
+        return next(iter(self.newest(1, not_undone)), None)
 
     def undo_since_success(self) -> Document | None:
         """Return the record of an undo after the newest success, if any. Raises ServiceError."""
@@ -220,16 +214,19 @@ class History:
         return None
 
 
-def require_own_collection(collection: Collection[Any]) -> None:
-    """Raise ConfigurationError if it is no collection, or holds documents of others."""
+def require_own_collection(collection: Collection[Any], hint: str) -> None:
+    """Raise ConfigurationError with `hint` if this is no collection, or not of this service only.
+
+    Raises NoPermission without `find`.
+    """
     kind = collection_type(collection.database, collection.name)
     if kind not in (None, "collection"):
-        raise ConfigurationError(f"{collection.full_name} is a {kind}")
+        raise ConfigurationError(f"{collection.full_name} is a {kind}: {hint}")
     with map_driver_errors("find", collection):
         foreign = collection.find_one({"recorded_by": {"$ne": OWNER_FILTER["recorded_by"]}})
     if foreign is not None:
         raise ConfigurationError(
-            f"{collection.full_name} holds documents that are not this service's"
+            f"{collection.full_name} holds documents of other programs: {hint}"
         )
 
 

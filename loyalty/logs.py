@@ -1,8 +1,8 @@
 """The log on stderr: lines for the journal, lines for people, or one JSON object a line.
 
-Every line begins with the name of its event, a constant: the first word of the format string, as in
-`log.info("connected host=%s", host)`. Where the format string is built by a function for several
-events, `extra={"event": name}` gives the name. Numbers are also in `extra={"fields": {...}}`.
+Every message begins with the name of its event, a constant: the first word of the format string, as
+in `log.info("connected host=%s", host)`. If the format string itself has a variable for the name,
+`extra={"event": name}` gives it. The values that programs need are also in `extra={"fields": {}}`.
 """
 
 from __future__ import annotations

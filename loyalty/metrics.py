@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from math import inf
 from pathlib import Path
@@ -19,8 +19,9 @@ from loyalty.state import ServiceState
 
 REFRESH_SECONDS = 60.0  # after 300 without a write, the alert says that the service is down
 
-_METRICS = {
-    "loyalty_recounts_total": "Recounts by outcome",
+_RECOUNTS = "loyalty_recounts_total"
+_COUNTERS = {_RECOUNTS: "Recounts by outcome"}
+_GAUGES = {
     "loyalty_last_success_timestamp_seconds": "When a recount last succeeded; 0: never",
     "loyalty_as_of_timestamp_seconds": "All changes before it are in the points",
     "loyalty_recount_duration_seconds": "Duration of the last successful recount",
@@ -77,27 +78,27 @@ class Metrics:
         try:
             yield
         except Exception as error:
-            updates = {}
+            values = {}
             if isinstance(error, TooManyFailedUpdates):
-                updates["loyalty_failed_updates"] = float(error.number)
-            self.write("refused" if isinstance(error, RecountRefused) else "failed", updates)
+                values["loyalty_failed_updates"] = float(error.number)
+            outcome = "refused" if isinstance(error, RecountRefused) else "failed"
+            self.write([self._sample(_RECOUNTS, outcome)], values)
             raise
 
     def record_recount(self, result: Result) -> None:
         """Write the result of a recount that did not raise."""
         totals = result.totals
-        updates: dict[str, float] = {"loyalty_failed_updates": result.failed_updates}
-        if result.outcome in ("succeeded", "incomplete"):
-            updates |= {
-                "loyalty_last_success_timestamp_seconds": result.finished_at.timestamp(),
-                "loyalty_as_of_timestamp_seconds": result.as_of.timestamp(),
-                "loyalty_recount_duration_seconds": result.seconds,
-                "loyalty_users": totals.users,
-                "loyalty_changed_users": result.written,
-                "loyalty_orders_of_unknown_customers": totals.orders_of_unknown_customers,
-                "loyalty_orders_without_customer": totals.orders_without_customer,
-            }
-        self.write(result.outcome, updates)
+        values = {
+            "loyalty_failed_updates": result.failed_updates,
+            "loyalty_last_success_timestamp_seconds": result.finished_at.timestamp(),
+            "loyalty_as_of_timestamp_seconds": result.as_of.timestamp(),
+            "loyalty_recount_duration_seconds": result.seconds,
+            "loyalty_users": totals.users,
+            "loyalty_changed_users": result.written,
+            "loyalty_orders_of_unknown_customers": totals.orders_of_unknown_customers,
+            "loyalty_orders_without_customer": totals.orders_without_customer,
+        }
+        self.write([self._sample(_RECOUNTS, result.outcome)], values)
 
     def check(self) -> str | None:
         """Return why the file cannot be written, or None."""
@@ -108,28 +109,33 @@ class Metrics:
             return f"METRICS_FILE: {self._file} cannot be written: {error.strerror}"
         return None
 
-    def write(self, outcome: str = "", updates: Mapping[str, float] | None = None) -> None:
-        """Write all metrics, with one more recount of this outcome. A failure is one warning."""
+    def write(
+        self, increments: Iterable[str] = (), values: Mapping[str, float] | None = None
+    ) -> None:
+        """Write all metrics, with these samples of counters one higher, and new values of gauges.
+
+        A failure is one warning.
+        """
         if self._file is None:
             return
         with self._lock:
             self._written_at = time.monotonic()
             try:
-                values = self._load(self._file)
-                for name, value in {**self._gauges(), **(updates or {})}.items():
-                    values[self._sample(name)] = value
+                samples = self._load(self._file)
+                for name, value in {**self._state_values(), **(values or {})}.items():
+                    samples[self._sample(name)] = value
                 as_of = self._sample("loyalty_as_of_timestamp_seconds")
                 live_as_of = self._sample("loyalty_live_as_of_timestamp_seconds")
-                values[as_of] = max(values[as_of], values[live_as_of])
-                if outcome:
-                    values[self._sample("loyalty_recounts_total", outcome)] += 1
-                _replace(self._file, _text(values))
+                samples[as_of] = max(samples[as_of], samples[live_as_of])
+                for sample in increments:
+                    samples[sample] += 1
+                _replace(self._file, _text(samples))
             except OSError as error:
                 self._warn_once("metrics_write_failed", f"{self._file}: {error.strerror}")
             else:
                 self._warn_once.reset("metrics_write_failed")
 
-    def _gauges(self) -> dict[str, float]:
+    def _state_values(self) -> dict[str, float]:
         """Return the metrics that are read from the state of the service."""
         live = self._state.live
         return {
@@ -145,10 +151,10 @@ class Metrics:
         return f"{name}{{{labels}}}"
 
     def _load(self, file: Path) -> dict[str, float]:
-        """Return all samples with their values in the file; 0 for a sample that it has not."""
-        counters, *gauges = _METRICS
-        samples = [self._sample(counters, outcome) for outcome in get_args(Outcome)]
-        values = dict.fromkeys([*samples, *map(self._sample, gauges)], 0.0)
+        """Return all samples with their values in the file; 0 for a sample that is not in it."""
+        recounts = [self._sample(_RECOUNTS, outcome) for outcome in get_args(Outcome)]
+        others = [self._sample(name) for name in (*_COUNTERS, *_GAUGES) if name != _RECOUNTS]
+        values = dict.fromkeys([*recounts, *others], 0.0)
         with suppress(OSError, ValueError):  # no file yet, or not one of ours
             for line in file.read_text(encoding="utf-8").splitlines():
                 sample, _, value = line.rpartition(" ")
@@ -164,8 +170,8 @@ def _escape(text: str) -> str:
 
 def _text(values: Mapping[str, float]) -> str:
     lines = []
-    for name, text in _METRICS.items():
-        kind = "counter" if name.endswith("_total") else "gauge"
+    for name, text in {**_COUNTERS, **_GAUGES}.items():
+        kind = "counter" if name in _COUNTERS else "gauge"
         lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
         lines += [f"{s} {value:.15g}" for s, value in values.items() if s.startswith(f"{name}{{")]
     return "\n".join(lines) + "\n"

@@ -32,7 +32,7 @@ def none_or(parser: Parser) -> Parser:
     return parse
 
 
-def collection(text: str) -> str:
+def parse_collection(text: str) -> str:
     if "$" in text or "\0" in text or ".." in text or text.strip(".") != text:
         raise ValueError(f"{text!r} is not a collection name")
     if text.startswith("system."):
@@ -40,19 +40,19 @@ def collection(text: str) -> str:
     return text
 
 
-def field(text: str) -> str:
+def parse_field(text: str) -> str:
     if not all(re.fullmatch(r"[^$\0\s][^\0]*", part) for part in text.split(".")):
         raise ValueError(f"{text!r} is not the name of a field, such as status or order.status")
     return text
 
 
-def reference_field(text: str) -> str:
+def parse_reference_field(text: str) -> str:
     """Parse the name of a field, or of the id in a DBRef, such as customer.$id."""
-    field(text.removesuffix(".$id"))
+    parse_field(text.removesuffix(".$id"))
     return text
 
 
-def order_filter(text: str) -> Mapping[str, Any]:
+def parse_order_filter(text: str) -> Mapping[str, Any]:
     """Parse one object in MongoDB Extended JSON, with a condition for each field; or none."""
     if text.lower() == "none":
         return MappingProxyType({})
@@ -68,22 +68,22 @@ def order_filter(text: str) -> Mapping[str, Any]:
     for key in conditions:
         if key.startswith("$"):
             raise ValueError(f"{key!r} is an operator; the keys must be names of fields")
-        field(re.sub(r"\.\$(id|ref|db)\Z", "", key))  # the parts of a DBRef
+        parse_field(re.sub(r"\.\$(id|ref|db)\Z", "", key))  # the parts of a DBRef
     return MappingProxyType(conditions)
 
 
 def _convert_object(pairs: list[tuple[str, Any]]) -> Any:
     names = [name for name, _ in pairs]
-    if len(set(names)) < len(names):  # JSON itself would keep the last one without a word
-        raise ValueError(f"a key twice in {names}")
+    if len(set(names)) < len(names):  # JSON itself would keep the last one silently
+        raise ValueError(f"duplicate key in {names}")
     return object_pairs_hook(pairs, JSONOptions(tz_aware=True))
 
 
-def statuses(text: str) -> tuple[str, ...]:
+def parse_statuses(text: str) -> tuple[str, ...]:
     """Parse a list of statuses, which are separated by commas and quoted as in CSV.
 
-    Whitespace around a status does not belong to it, except in quotes, and where the whole value
-    is one status: `.env`, shells and YAML drop the quotes around a value.
+    Whitespace around a status does not belong to it, except in quotes, and if the whole value is
+    one status: `.env`, shells and YAML drop the quotes around a value.
     """
     found = []
     for match in _STATUS.finditer(text):
@@ -100,16 +100,16 @@ def statuses(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(filter(None, found)))
 
 
-def whole_number(low: int, high: int) -> Parser:
+def integer_parser(low: int, high: int) -> Parser:
     def parse(text: str) -> int:
         if not re.fullmatch(r"[0-9]{1,12}", text) or not low <= int(text) <= high:
-            raise ValueError(f"{text!r} is not a whole number from {low:,} to {high:,}")
+            raise ValueError(f"{text!r} is not an integer from {low:,} to {high:,}")
         return int(text)
 
     return parse
 
 
-def duration(*, max_days: int) -> Parser:
+def duration_parser(max_days: int) -> Parser:
     def parse(text: str) -> timedelta:
         match = re.fullmatch(r"([0-9]{1,9})([smhd])", text)
         seconds = int(match[1]) * SECONDS_PER_UNIT[match[2]] if match else 0
@@ -123,7 +123,7 @@ def duration(*, max_days: int) -> Parser:
 
 
 def format_duration(time: timedelta) -> str:
-    """Return a time as `duration` parses it; from 100 units on it is rounded down."""
+    """Return a time as `duration_parser` reads it; from 100 units on it is rounded down."""
     seconds = int(time.total_seconds())
     for unit, size in SECONDS_PER_UNIT.items():
         if seconds >= size and (seconds % size == 0 or seconds >= 100 * size):
@@ -131,7 +131,7 @@ def format_duration(time: timedelta) -> str:
     return f"{seconds}s"
 
 
-def choice(*words: str) -> Parser:
+def choice_parser(*words: str) -> Parser:
     def parse(text: str) -> str:
         if found := [word for word in words if word.lower() == text.lower()]:
             return found[0]
@@ -140,11 +140,11 @@ def choice(*words: str) -> Parser:
     return parse
 
 
-def boolean(text: str) -> bool:
-    return bool(choice(*_TRUE, *_FALSE)(text) in _TRUE)
+def parse_boolean(text: str) -> bool:
+    return bool(choice_parser(*_TRUE, *_FALSE)(text) in _TRUE)
 
 
-def metrics_file(text: str) -> str:
+def parse_prom_path(text: str) -> str:
     # node_exporter reads only files with this ending.
     if not (Path(text).is_absolute() and text.endswith(".prom")):
         raise ValueError(f"{text!r} is not the absolute path of a file that ends in .prom")

@@ -1,11 +1,8 @@
-"""Retries and backoff: how long to wait after a failure, and when to give up.
-
-Every wait between attempts in this service follows one of the three policies below.
-"""
+"""Retries and backoff: how long to wait after a failure, and when to give up."""
 
 from __future__ import annotations
 
-import random as random_module
+import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,38 +10,38 @@ from itertools import count
 from math import inf
 from typing import TypeVar
 
+from loyalty.errors import ClientUnusable, DatabaseUnavailable, QueryTimeout
+
 T = TypeVar("T")
+Clock = Callable[[], float]
+Sleep = Callable[[float], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RetryPolicy:
     """When an operation that failed is tried again, and when it is not.
 
-    The pause after the n-th failure in a row is `initial_seconds * exponential ** (n - 1)`, plus a
+    The pause after the n-th failure in a row is `initial_seconds * multiplier ** (n - 1)`, plus a
     random share of it: up to `jitter` (0.5: up to half as much again). No pause is longer than
     `max_seconds`, its jitter included.
 
-    `attempts` counts the first one. `timeout_seconds` starts at the first *failure*, not at the
-    first attempt: one count may take minutes before it fails. No attempt starts after that time.
+    `timeout_seconds` starts at the first *failure*, not at the first attempt: one count may take
+    minutes before it fails. No attempt starts after that time.
     """
 
-    attempts: float = inf
     timeout_seconds: float = inf
     initial_seconds: float
     max_seconds: float
-    exponential: float = 2.0
+    multiplier: float = 2.0
     jitter: float = 0.5
 
-    def delay_seconds(
-        self, failures: int, random: Callable[[], float] = random_module.random
-    ) -> float:
+    def delay_seconds(self, failures: int, random: Callable[[], float] = random.random) -> float:
         """Return the seconds to wait after this many failures in a row; at least one."""
-        # The jitter is part of the maximum: cut off at the maximum, services that lost the same
-        # database would end up in step again.
+        # Apply the cap before the jitter; otherwise all clients would wait exactly max_seconds.
         longest = self.max_seconds / (1 + self.jitter)
         # An exponent of 1,000 would overflow a float, and is far above any maximum.
         exponent = min(failures - 1, 64)
-        delay = min(self.initial_seconds * self.exponential**exponent, longest)
+        delay = min(self.initial_seconds * self.multiplier**exponent, longest)
         return delay * (1 + self.jitter * random())
 
 
@@ -54,50 +51,42 @@ DAEMON_BACKOFF = RetryPolicy(initial_seconds=10, max_seconds=300)
 BACKOFF_RESET_SECONDS = 60.0
 """Idle time without a failure after which the daemon's next failure counts as the first."""
 
-COUNT_RETRY = RetryPolicy(timeout_seconds=30, initial_seconds=0.5, max_seconds=8)
-"""Within one recount: an election takes about 10 seconds, and may have to be repeated."""
+SHORT_OUTAGE_RETRY = RetryPolicy(timeout_seconds=30, initial_seconds=0.5, max_seconds=8)
+"""Within one command: an election takes about 10 seconds, and may have to be repeated."""
 
-ORPHANED_WRITES_POLL = RetryPolicy(
-    timeout_seconds=5, initial_seconds=0.05, max_seconds=0.5, jitter=0
-)
-"""Until the server has finished the writes of a service that was killed."""
+ORPHANED_WRITES_POLL = RetryPolicy(initial_seconds=0.05, max_seconds=0.5, jitter=0)
+"""Until the server has finished the writes of an earlier process, or connecting takes too long."""
 
 
-@dataclass(frozen=True)
-class Retry:
-    """An attempt that failed and will be repeated."""
-
-    attempt: int
-    """The number of the attempt that follows; 2 after the first failure."""
-    delay_seconds: float
-    error: Exception
+def is_retryable(error: Exception) -> bool:
+    """Return whether the same operation may succeed within seconds."""
+    # After a timeout the next attempt would take as long; a new client is the caller's task.
+    is_final = isinstance(error, QueryTimeout | ClientUnusable)
+    return isinstance(error, DatabaseUnavailable) and not is_final
 
 
 def retry(
     operation: Callable[[], T],
     policy: RetryPolicy,
     *,
-    on: type[Exception] | tuple[type[Exception], ...] | Callable[[Exception], bool],
-    on_retry: Callable[[Retry], None] = lambda _: None,
-    clock: Callable[[], float] = time.monotonic,
-    sleep: Callable[[float], None] = time.sleep,
-    random: Callable[[], float] = random_module.random,
+    on_retry: Callable[[int, Exception], None] = lambda _attempt, _error: None,
+    clock: Clock = time.monotonic,
+    sleep: Sleep = time.sleep,
 ) -> T:
-    """Return what `operation` returns; repeat it while it raises an error that `on` selects.
+    """Return what `operation` returns; repeat it while it raises an error that `is_retryable`.
 
-    `on` is an exception type, several, or a function that decides. `on_retry` is called before each
-    pause. Raises the last error when the policy gives up, and any other error at once.
+    `on_retry` is called before each pause with the number of the attempt that follows, 2 after the
+    first failure, and the error. Raises the last error when the policy gives up.
     """
-    delays = _delays(policy, clock, random)
+    delays = _delays(policy, clock)
     for attempt in count(2):
         try:
             return operation()
         except Exception as error:
-            selected = isinstance(error, on) if isinstance(on, type | tuple) else on(error)
-            delay = next(delays, None) if selected else None
+            delay = next(delays, None) if is_retryable(error) else None
             if delay is None:
                 raise
-            on_retry(Retry(attempt, delay, error))
+            on_retry(attempt, error)
         sleep(delay)
     raise AssertionError("unreachable: count() does not end")
 
@@ -106,12 +95,11 @@ def poll(
     is_done: Callable[[], bool],
     policy: RetryPolicy,
     *,
-    clock: Callable[[], float] = time.monotonic,
-    sleep: Callable[[float], None] = time.sleep,
-    random: Callable[[], float] = random_module.random,
+    clock: Clock = time.monotonic,
+    sleep: Sleep = time.sleep,
 ) -> bool:
     """Call `is_done` until it returns True; return False if the policy gives up before."""
-    delays = _delays(policy, clock, random)
+    delays = _delays(policy, clock)
     while not is_done():
         delay = next(delays, None)
         if delay is None:
@@ -120,14 +108,12 @@ def poll(
     return True
 
 
-def _delays(
-    policy: RetryPolicy, clock: Callable[[], float], random: Callable[[], float]
-) -> Iterator[float]:
+def _delays(policy: RetryPolicy, clock: Clock) -> Iterator[float]:
     """Yield the pause after each failure; end when there is to be no further attempt."""
     deadline = clock() + policy.timeout_seconds  # runs from the first next(): the first failure
     for failures in count(1):
-        delay = policy.delay_seconds(failures, random)
-        if failures >= policy.attempts or clock() + delay > deadline:
+        delay = policy.delay_seconds(failures)
+        if clock() + delay > deadline:
             return
         yield delay
 
@@ -135,8 +121,8 @@ def _delays(
 class Backoff:
     """The pauses of a task that is repeated without end, and that fails now and then.
 
-    Failures count as consecutive until `reset_seconds` pass without one. Neither the pause itself
-    nor the time in which the task works is part of them.
+    Failures count as consecutive until `reset_seconds` of idle time pass without one. Pauses and
+    working time do not count as idle.
     """
 
     def __init__(
@@ -144,13 +130,11 @@ class Backoff:
         policy: RetryPolicy = DAEMON_BACKOFF,
         *,
         reset_seconds: float = BACKOFF_RESET_SECONDS,
-        clock: Callable[[], float] = time.monotonic,
-        random: Callable[[], float] = random_module.random,
+        clock: Clock = time.monotonic,
     ) -> None:
         self._policy = policy
         self._reset_seconds = reset_seconds
         self._clock = clock
-        self._random = random
         self.reset()
 
     def reset(self) -> None:
@@ -164,9 +148,9 @@ class Backoff:
         self._failed_at += seconds
 
     def record_failure(self, started: float, *, max_seconds: float = inf) -> float:
-        """Return the seconds to wait after a failure now, of work that started then."""
+        """Return the seconds to wait after a failure now, of work that started at `started`."""
         failed_recently = started - self._failed_at < self._pause + self._reset_seconds
         self._failures = self._failures + 1 if failed_recently else 1
-        self._pause = min(self._policy.delay_seconds(self._failures, self._random), max_seconds)
+        self._pause = min(self._policy.delay_seconds(self._failures), max_seconds)
         self._failed_at = self._clock()
         return self._pause

@@ -149,14 +149,18 @@ class Service:
         if self._connection is None or not self.updater.state.has_stream:
             time.sleep(seconds)
             return None
-        try:
-            with self._stop_live_updates_on_error():
+        with self._stop_live_updates_on_error():
+            try:
                 self.updater.update(self._connection, seconds, on_progress)
                 self._read_live_state()
                 self._report_if_due(self._connection, on_progress)
-        except ResyncRequired as reason:
-            return self._resync(reason, on_progress)
-        return None
+            except ResyncRequired as error:
+                self.updater.stop_for_resync()
+                self._read_live_state()
+                reason = error
+            else:
+                return None
+        return self._resync(reason, on_progress)
 
     def _resync(self, reason: ResyncRequired, on_progress: ProgressCallback) -> RecountOutcome:
         is_repeated = time.monotonic() - self._resync_at < MIN_RESYNC_INTERVAL_SECONDS
@@ -174,10 +178,7 @@ class Service:
         try:
             yield
         except BaseException as error:
-            if isinstance(error, ResyncRequired):
-                self.updater.stop_for_resync()
-            else:
-                self.updater.stop(type(error).__name__)
+            self.updater.stop(type(error).__name__)
             self._read_live_state()
             raise
 

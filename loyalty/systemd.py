@@ -12,7 +12,7 @@ from pathlib import Path
 RELOADED_ENVIRONMENT = "environment"
 """A file in the runtime directory, see `update_environment` and ExecReload= of the unit."""
 # systemd sets these for the main process only, or with another value for each process.
-_OF_THE_MAIN_PROCESS = {
+_MAIN_PROCESS_VARIABLES = {
     "JOURNAL_STREAM",
     "NOTIFY_SOCKET",
     "SYSTEMD_EXEC_PID",
@@ -54,7 +54,7 @@ def watchdog_seconds() -> float:
 
 
 def update_environment() -> None:
-    """Let this process have the environment that `systemctl reload` found.
+    """Copy the environment written by `systemctl reload` into this process.
 
     systemd reads EnvironmentFile= again for each command of a unit, but cannot change the
     environment of a process that runs. So ExecReload= of the unit leaves its own environment in
@@ -69,7 +69,7 @@ def update_environment() -> None:
     except FileNotFoundError:
         return
     found = dict(line.split("=", 1) for line in os.fsdecode(content).split("\0") if "=" in line)
-    for name in (os.environ.keys() | found.keys()) - _OF_THE_MAIN_PROCESS:
+    for name in (os.environ.keys() | found.keys()) - _MAIN_PROCESS_VARIABLES:
         if name in found:
             os.environ[name] = found[name]
         else:

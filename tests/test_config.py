@@ -102,9 +102,9 @@ def test_help_has_one_line_for_each_setting_with_its_default() -> None:
     specs = list(setting_specs().values())
     assert [line.split()[0] for line in lines] == [spec.name for spec in specs]
     for line, spec in zip(lines, specs, strict=True):
-        assert spec.help in line
+        assert spec.description in line
         assert len(line) <= 100
-        assert line.endswith(f"(default: {spec.default})" if spec.default else spec.help)
+        assert line.endswith(f"(default: {spec.default})" if spec.default else spec.description)
 
 
 @pytest.mark.parametrize(
@@ -268,10 +268,9 @@ def test_a_filter_may_use_the_other_parts_of_the_dbref_of_the_customer() -> None
     assert problem == "ORDER_FILTER: must not contain customer.$id, the ORDER_CUSTOMER_FIELD"
 
 
-def test_a_filter_can_be_hashed_encoded_and_written_but_not_changed() -> None:
+def test_a_filter_can_be_encoded_and_written_but_not_changed() -> None:
     text = '{"deleted": {"$ne": true}, "at": {"$gte": {"$date": "2026-01-01T00:00:00Z"}}}'
     settings = load({"MONGODB_URI": URI, "ORDER_FILTER": text})
-    assert hash(settings) == hash(load({"MONGODB_URI": URI}))
     assert settings != load({"MONGODB_URI": URI})
     assert settings.to_dict()["ORDER_FILTER"] == text
     assert bson.decode(bson.encode({"$match": settings.order_filter}))["$match"]["deleted"]
@@ -336,18 +335,17 @@ def test_an_empty_variable_in_the_environment_counts_as_not_given(
 
 
 @pytest.mark.parametrize("name", ["RECOUNTS_COLLECTION", "CHANGES_COLLECTION", "METRICS_FILE"])
-def test_none_is_said_by_its_word_anywhere_and_in_a_file_by_an_empty_value(
+def test_the_word_none_switches_a_setting_off_and_an_empty_value_is_the_default(
     env_file: Path, name: str
 ) -> None:
     expected = load({"MONGODB_URI": URI, name: "none"})
     value = "/x.prom" if name == "METRICS_FILE" else "x"
-    for in_file, in_environment in (("", ""), ('""', ""), ("none", ""), (value, "none")):
+    for in_file, in_environment in (("none", ""), (value, "none")):
         env_file.write_text(f"MONGODB_URI={URI}\n{name}={in_file}\n")
         assert load_settings(env_file, NO_FILE, {name: in_environment}) == expected
-    env_file.write_text(f"MONGODB_URI={URI}\n{name}=\n")
-    assert load_settings(env_file, NO_FILE, {name: value}) == load(
-        {"MONGODB_URI": URI, name: value}
-    )
+    for empty in ("", '""'):
+        env_file.write_text(f"MONGODB_URI={URI}\n{name}={empty}\n")
+        assert load_settings(env_file, NO_FILE, {}) == load({"MONGODB_URI": URI})
 
 
 def test_a_uri_in_the_environment_replaces_both_variables_in_the_file(
@@ -382,10 +380,9 @@ def test_a_misspelt_name_is_a_problem_unless_the_setting_has_a_value(
         assert problems_in(env_file, environment) == [
             f"unknown setting {name}, did you mean {meant}?"
         ]
-    if meant != "CHANGES_COLLECTION":  # which an empty value sets to none
-        with env_file.open("a") as file:
-            file.write(f"{meant}=\n")
-        assert len(problems_in(env_file, {})) == 1
+    with env_file.open("a") as file:
+        file.write(f"{meant}=\n")
+    assert len(problems_in(env_file, {})) == 1
     assert not caplog.messages
     value = "INFO" if meant == "LOG_LEVEL" else "z"
     assert load_settings(env_file, NO_FILE, {meant: value})

@@ -112,7 +112,7 @@ def test_no_option_of_the_uri_hides_the_writes_of_a_service_that_was_killed(
             update = threading.Thread(target=killed.users.update_one, args=({"_id": 1}, change))
             update.start()
             wait_until("the update to wait for the lock", lambda: has_conflicts(shop))
-            with pytest.raises(DatabaseUnavailable, match="still updates"):
+            with pytest.raises(DatabaseUnavailable, match="are still running"):
                 connect(settings, writing=True, timeout_seconds=1)
             session.abort_transaction()
         update.join()
@@ -172,7 +172,8 @@ def test_a_transient_error_while_looking_for_orphaned_writes_is_not_ignored(
 
 
 @pytest.mark.parametrize(
-    ("ahead_seconds", "said"), [(-7200, "s behind the server's"), (7200, "s ahead of the server's")]
+    ("ahead_seconds", "said"),
+    [(-7200, 'clock="behind the server"'), (7200, 'clock="ahead of the server"')],
 )
 def test_a_clock_that_differs_from_the_servers_is_warned_of(
     uri: str, ahead_seconds: int, said: str, caplog: pytest.LogCaptureFixture
@@ -238,8 +239,7 @@ def test_missing_privileges_are_those_that_no_role_allows(
 ) -> None:
     with connect(settings_for(allow(*privileges)), verify=False) as connection:
         found = missing_privileges(connection.client, "limited", WANTED)
-    assert found is not None
-    assert [str(privilege) for privilege in found] == missing
+    assert found == missing
 
 
 def test_privileges_are_unknown_where_nobody_logs_in(uri: str) -> None:

@@ -138,7 +138,7 @@ def test_users_are_found_by_their_key_and_shown_when_they_are_up_to_date(
     database.orders.insert_many([{"customer_id": "c0", "status": "Shipped"} for _ in range(2)])
     key = {"USER_KEY_FIELD": "no"}
     expected = [("0", 2), ("2", 2)]
-    for before in ("none", "2"):
+    for before in ("null", "2"):
         assert command("--once", "--customer", "c0", "--json", **key) == 0
         (found,) = json.loads(capsys.readouterr().out)["customers"]
         assert sorted((row["user"], row["to"]) for row in found["users"]) == expected

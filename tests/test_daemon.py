@@ -42,7 +42,7 @@ class FakeJob:
         *,
         connect: Callable[[], None] = lambda: None,
         reload: Callable[[], None] = lambda: None,
-        run_between: Callable[[float], None] = time.sleep,
+        run_between: Callable[[float], RecountOutcome | None] = time.sleep,
         interval: float = 3600,
         stall_timeout: float = 60,
     ) -> None:
@@ -62,8 +62,8 @@ class FakeJob:
     def reload(self) -> None:
         self._call("reload", self._reload)
 
-    def run_between(self, seconds: float, on_progress: ProgressCallback) -> None:
-        self._call("run_between", self._run_between, seconds)
+    def run_between(self, seconds: float, on_progress: ProgressCallback) -> RecountOutcome | None:
+        return self._call("run_between", self._run_between, seconds)
 
     def count(self, name: str) -> int:
         return sum(called == name for called, _ in self.calls)
@@ -191,6 +191,21 @@ def test_a_recount_can_ask_for_an_earlier_next_recount(seconds: float) -> None:
     assert scheduled.next_run is not None
     assert scheduled.last_run is not None
     assert scheduled.next_run - scheduled.last_run > timedelta(minutes=59)
+
+
+def test_a_recount_between_the_scheduled_ones_can_ask_for_an_earlier_next_recount() -> None:
+    outcomes = [RecountOutcome("refused", retry_after_seconds=0.3)]
+
+    def run_between(seconds: float) -> RecountOutcome | None:
+        if job.count("recount") and outcomes:
+            return outcomes.pop()
+        time.sleep(seconds)
+        return None
+
+    job = FakeJob(run_between=run_between)
+    run_until(job, lambda: job.count("recount") == 2)
+    first, second = (at for name, at in job.calls if name == "recount")
+    assert second - first >= 0.3
 
 
 def test_a_recount_cannot_ask_for_a_later_next_recount(systemd: Callable[[], list[str]]) -> None:

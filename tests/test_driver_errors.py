@@ -74,7 +74,6 @@ def failure(code: int, text: str, **details: Any) -> OperationFailure:
         (2, "bad hint", ConfigurationError),
         (9, "unknown operator", ConfigurationError),
         (72, "invalid option", ConfigurationError),
-        (17217, "distinct too big, 16mb cap", ConfigurationError),
         (91, "The server is in quiesce mode and will shut down", DatabaseUnavailable),
         (26, "ns does not exist", DatabaseUnavailable),
         (14031, "available disk space is less than required", DatabaseUnavailable),
@@ -89,10 +88,13 @@ def test_the_code_of_a_server_error_decides_its_class(
     assert "\n" not in str(error)
 
 
-def test_an_unknown_code_is_transient_and_named_as_unknown() -> None:
+def test_an_unknown_code_is_transient_and_named_as_the_server_names_it() -> None:
     error = mapped(failure(12345, "new in MongoDB 12"))
     assert type(error) is DatabaseUnavailable
     assert "error code 12345 is unknown to this service" in str(error)
+    error = mapped(failure(12345, "new in MongoDB 12", codeName="NewProblem"))
+    assert type(error) is DatabaseUnavailable
+    assert "(code 12345, NewProblem)" in str(error)
 
 
 def test_a_changed_split_horizon_is_not_taken_for_a_missing_feature() -> None:
@@ -126,10 +128,6 @@ def test_a_snapshot_that_is_too_old_names_the_parameter_of_the_server(
         admin.command({"setParameter": 1, parameter: before})
 
 
-def test_a_large_distinct_is_said_plainly() -> None:
-    assert "values take more than 16 MB" in str(mapped(failure(17217, "distinct too big")))
-
-
 RENAMED = {"WriteConcernFailed": "WriteConcernTimeout"}  # in MongoDB 8.0
 # These need a document that belongs to the error; 303 closes the connection.
 WITH_DETAILS = {121, 150, 169, 249, 303, 346, 11000, 13388}
@@ -141,7 +139,7 @@ def test_the_names_of_the_codes_are_those_of_the_server(deployment: Deployment) 
     with deployment.client(appName="names") as client:
         names = {code: name_on_server(client, code) for code in codes if code not in WITH_DETAILS}
     known = {code: name for code, name in names.items() if not name.startswith("Location")}
-    assert len(known) > 100  # the others are newer than this server
+    assert len(known) > 80  # the others are newer than this server
     assert {code: RENAMED.get(name, name) for code, name in known.items()} == {
         code: codes[code] for code in known
     }

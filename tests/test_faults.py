@@ -38,7 +38,7 @@ import loyalty_microservice
 from loyalty.history import History
 from loyalty.mongo.connection import connect
 from loyalty.recount.counter import ROWS_PER_BATCH
-from loyalty.recount.index import create_index
+from loyalty.recount.index_build import create_index
 from loyalty.recount.runner import RecountRequest, run_recount
 from sandbox import faults
 from sandbox.faults import COUNTING, FETCHING, RECORDING, WRITING, FaultPoint
@@ -336,8 +336,8 @@ def test_a_server_with_a_full_disk_is_an_error_until_there_is_space(
             wait_until_reached()
             filler = fill(disk)
         wait_until("a server that stops, as its disk is full", lambda: not server.is_alive)
-        daemon.wait_for("failed error=")
-        (line,) = lines_with("failed error=", daemon)
+        daemon.wait_for(" failed error=")  # not record_write_failed
+        (line,) = lines_with(" failed error=", daemon)
         assert f"update on {harness.database.name}.users" in line
         filler.unlink()
         faults.recover(deployment)

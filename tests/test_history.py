@@ -222,8 +222,10 @@ def test_a_collection_with_foreign_documents_is_not_accepted_for_records(
     settings = settings_for(uri)
     history = History(database.loyalty_recounts, settings)
     recount_with(settings, history)
-    assert history.check() is None
+    history.check_collection()
     database.loyalty_recounts.insert_one(foreign)
-    with pytest.raises(ConfigurationError, match="loyalty_recounts holds documents that are not"):
-        history.check()
+    with pytest.raises(
+        ConfigurationError, match="loyalty_recounts holds documents of other programs"
+    ):
+        history.check_collection()
     assert len(history.newest(10)) == 1

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -166,6 +167,27 @@ def test_each_drop_or_rename_of_orders_is_one_full_recount(
     assert len(lines_with("outcome=succeeded", daemon)) == len(changes) + 1
     assert daemon.stop() == 0
     assert "Traceback" not in daemon.output
+
+
+def test_after_a_refused_recount_sighup_recounts_at_once_and_live_updates_are_back(
+    database: Database[Any], uri: str, start: Start
+) -> None:
+    users = range(30)
+    database.users.insert_many({"_id": n} for n in users)
+    database.orders.insert_many({"customer_id": n, "status": "Shipped"} for n in users)
+    daemon = start(uri)
+    database.orders.update_many({}, {"$set": {"status": "SHIPPED"}})
+    daemon.wait_for(" refused ")
+    assert len(lines_with("live_updates_started", daemon)) == 1
+    database.orders.update_many({}, {"$set": {"status": "Shipped"}})
+    time.sleep(1)
+    assert len(lines_with("outcome=succeeded", daemon)) == 1
+    daemon.send_signal(signal.SIGHUP)
+    daemon.wait_for("outcome=succeeded", times=2)
+    daemon.wait_for("live_updates_started", times=2)
+    database.orders.insert_one({"customer_id": 1, "status": "Shipped"})
+    wait_until_exact(database)
+    assert daemon.stop() == 0
 
 
 def commands(client: MongoClient[Any]) -> int:

@@ -57,7 +57,7 @@ def test_a_refused_recount_is_logged_as_refused_and_ends_with_65(
     shop.users.insert_many([{"_id": n, "loyalty_points": 1} for n in range(20)])
     assert command("--once") == 65
     said = capsys.readouterr()
-    assert 'ERROR refused reason="21 of the 21 users with points would lose some' in said.err
+    assert 'ERROR refused reason="21 of the 21 users with points would lose points' in said.err
     assert said.out == ""
     assert command("--once", "--force") == 0
 

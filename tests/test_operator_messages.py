@@ -68,7 +68,7 @@ def test_customer_lists_all_orders_by_form_of_the_id_and_status(
         "Shipped": ["7", "Shipped", "4", "40"],
         "'Shipped '": ["7", "'Shipped '", "2", "0", why],
         "['Shipped']": ["7", "['Shipped']", "1", "0", why],
-        "none": ["7", "none", "1", "0", why],
+        "none": ["7", "null", "1", "0", why],
     }
     assert out[7:] == ["  user  from  to", "  7     none  40"]
     assert find_mismatches(database, ("Shipped",), 10) == []
@@ -171,7 +171,7 @@ def test_a_compressor_that_is_not_installed_is_one_problem(service: Start) -> No
 def test_an_old_replica_set_is_not_called_standalone(uri: str) -> None:
     with connect(settings_for(uri), writing=False) as connection:
         assert connection.snapshot_unsupported_reason == ""
-        old = dataclasses.replace(connection, snapshots=False)
+        old = dataclasses.replace(connection, supports_snapshots=False)
         assert old.snapshot_unsupported_reason == "before MongoDB 5.0"
         assert (
             dataclasses.replace(old, topology="standalone").snapshot_unsupported_reason

@@ -26,7 +26,8 @@ from loyalty.errors import NoTempSpace
 from loyalty.history import History
 from loyalty.mongo.connection import Connection, connect
 from loyalty.recount.customer_ids import all_variants, indexable_variants, parse_id_argument
-from loyalty.recount.index import create_index, index_keys, inspect_plan
+from loyalty.recount.index import index_keys, inspect_plan
+from loyalty.recount.index_build import create_index
 from loyalty.recount.partitions import Partition, partition_boundaries, partitions
 from loyalty.recount.pipeline import Scope, build_pipeline
 from loyalty.recount.result import Result

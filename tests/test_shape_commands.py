@@ -17,11 +17,11 @@ from loyalty.history import History
 from loyalty.live.events import change_stream_pipeline
 from loyalty.live.opening import live_updates_blocker
 from loyalty.mongo.connection import connect
-from loyalty.recount.index import create_index, index_keys, inspect_plan
+from loyalty.recount.index import index_keys, inspect_plan
+from loyalty.recount.index_build import create_index, create_user_index
 from loyalty.recount.partitions import Partition, partition_boundaries, partitions
 from loyalty.recount.pipeline import Scope, build_pipeline
 from loyalty.recount.runner import RecountRequest, run_recount
-from loyalty.recount.user_index import create_user_index
 from sandbox.mongod import Deployment
 
 Capture = pytest.CaptureFixture[str]
@@ -247,7 +247,7 @@ def test_users_who_share_a_key_each_get_the_sum_with_a_warning(
     ship(database, 1, 1, 2, 3, None, "")
     for _ in range(2):  # users to update, and users who are up to date
         assert command("--once", **BY_NUMBER) == 0
-        warning = "safety_warning 5 users have the same customer_no as another user"
+        warning = 'safety_warning text="5 users have the same customer_no as another user'
         assert warning in capsys.readouterr().err
         assert points(database) == [2, 2, 2, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0]
     assert command("--dry-run", **BY_NUMBER) == 0

@@ -19,7 +19,8 @@ from strategies import BOUNDARIES, SHOPS
 from config import setting_specs
 from loyalty.history import History
 from loyalty.mongo.connection import Connection, connect
-from loyalty.recount.index import create_index, inspect_plan
+from loyalty.recount.index import inspect_plan
+from loyalty.recount.index_build import create_index
 from loyalty.recount.runner import RecountRequest, run_recount
 from sandbox.mongod import Deployment
 from sandbox.shop import Names, find_mismatches
@@ -116,7 +117,7 @@ def test_all_commands_work_in_a_shop_of_another_shape_by_settings_alone(
         "Shipped  92, counted",
         "Delivered  20, counted",
         "no such user  1  1  99 (1)",
-        "index sale.state, sale.buyer.id  serves recounts",
+        "index sale.state, sale.buyer.id  usable",
     ):
         assert f"  {line}\n" in out
     assert command("--dry-run", **shape) == 1

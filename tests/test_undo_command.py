@@ -160,7 +160,7 @@ def test_a_recount_into_a_wrong_field_or_collection_is_undone_by_its_id(
     assert command("--status") == 0
     assert "undone" not in capsys.readouterr().out
     assert command("--status", USER_POINTS_FIELD="age") == 1
-    assert f"Recount {mistakes[0]} was undone: 10 users got" in capsys.readouterr().out
+    assert f"Recount {mistakes[0]} was undone, 10 users restored" in capsys.readouterr().out
     assert command("--undo", "last") == 0
     assert read_users(shop) == before
 
@@ -183,21 +183,20 @@ def test_after_an_undo_the_points_are_stale_until_the_next_recount(
         "succeeded",
     ]
     assert last == (
-        f"Recount {undone} was undone: 1 user got the points from before it back. STALE until the "
-        "next recount"
+        f"Recount {undone} was undone, 1 user restored. The points are STALE until the next recount"
     )
     # A refused recount makes the points no fresher.
     shop.users.insert_many([{"_id": n, "loyalty_points": 1} for n in range(100, 300)])
     assert command("--once") == 65
     capsys.readouterr()
     assert command("--status") == 1
-    assert "was undone: 1 user got" in capsys.readouterr().out
+    assert "was undone, 1 user restored" in capsys.readouterr().out
     shop.users.delete_many({"_id": {"$gte": 100}})
 
     assert command("--undo", "last") == 0  # the recount before, as that one is undone
     capsys.readouterr()
     assert command("--status") == 1
-    assert f"Recount {first} was undone: 10 users" in capsys.readouterr().out
+    assert f"Recount {first} was undone, 10 users" in capsys.readouterr().out
     assert command("--once") == 0
     capsys.readouterr()
     assert command("--status") == 0
@@ -213,7 +212,7 @@ def test_the_safety_check_compares_with_the_last_recount_that_was_not_undone(
     mistake = {"ORDER_STATUSES": "Shipped,Paid"}
     assert command("--once", **mistake) == 0
     assert command("--dry-run") == 1
-    assert "less than half of the 370 in the last" in capsys.readouterr().out
+    assert "less than 50 % of the 370 in the last" in capsys.readouterr().out
     assert command("--once") == 65
     assert command("--undo", "last") == 0
     assert command("--once") == 0

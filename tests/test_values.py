@@ -73,7 +73,7 @@ def test_other_number_types_are_numbers_but_no_integers(stored: Any, number: boo
 @pytest.mark.parametrize(
     ("value", "text"),
     [
-        (None, "none"),
+        (None, "null"),
         (5, "5"),
         ("5", "'5'"),
         ("a\nb\x1b[31m", r"'a\nb\x1b[31m'"),

@@ -1,6 +1,6 @@
 """`--check-config`: settings, access, collections, index, statuses, and a count like `--dry-run`.
 
-It writes nothing. Everything that it prints is exact.
+It changes no document. Everything that it prints is exact.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from loyalty.commands.output import (
     print_line,
     print_table,
 )
-from loyalty.errors import ConfigurationError, Exit
+from loyalty.errors import ConfigurationError, Exit, NoPermission
 from loyalty.history import History
 from loyalty.live.opening import keeps_pre_images, live_updates_blocker
 from loyalty.metrics import Metrics
@@ -27,7 +27,8 @@ from loyalty.mongo.connection import Connection
 from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.values import Document
 from loyalty.recount.change_log import check_change_log
-from loyalty.recount.index import array_conditions, index_keys, inspect_plan
+from loyalty.recount.index import index_keys, inspect_plan
+from loyalty.recount.index_build import array_conditions
 from loyalty.recount.order_filter import is_counted
 from loyalty.recount.preflight import connect_and_verify
 from loyalty.recount.result import Result
@@ -81,11 +82,15 @@ def run(args: argparse.Namespace, settings: Settings) -> Exit:
 def _check_own_collections(
     connection: Connection, settings: Settings
 ) -> tuple[list[str], list[str]]:
-    """Return what limits the records, and what prevents the start: raised at the end."""
+    """Return which privileges records lack, and what prevents the start: raised at the end."""
     missing: list[str] = []
     errors: list[str] = []
+    history = History(connection.recounts, settings)
     try:
-        missing += filter(None, [History(connection.recounts, settings).check()])
+        history.check_collection()
+        history.check_privileges()
+    except NoPermission as error:
+        missing.append(str(error))
     except ConfigurationError as error:
         errors.append(str(error))
     try:
@@ -117,10 +122,10 @@ def _count_all(
 
 
 def _describe_index(connection: Connection, settings: Settings) -> str:
-    """Return whether the index serves a recount, what to do, and which orders prevent it."""
+    """Return whether a recount can use the index, what to do, and which orders prevent it."""
     plan, orders = inspect_plan(connection.orders, settings), connection.orders
     if not plan.hint:
-        return "serves recounts"
+        return "usable"
     fields = (settings.status_field, settings.customer_field)
     arrays = {"$or": [condition for field in fields for condition in array_conditions(field)]}
     with map_driver_errors("find", orders, if_too_slow="raise COUNT_TIMEOUT"):
@@ -153,9 +158,9 @@ def print_live_updates_check(
         True: "on",
         False: "off: deleted orders, and orders that get another customer, wait for the next full "
         f"recount; to switch them on: {command}{{enabled: true}}}})",
-        None: "unknown: to read the option takes the permission listCollections",
+        None: "unknown: to read the option takes the privilege listCollections",
     }
-    if not connection.pre_images:
+    if not connection.supports_pre_images:
         texts[False] = "none before MongoDB 6.0: deleted orders wait for the next full recount"
     print_table(
         ("live updates", f"will NOT work: {blocker}" if blocker else "will work"),

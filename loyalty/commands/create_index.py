@@ -8,8 +8,7 @@ from config import Settings
 from loyalty.commands.output import print_line
 from loyalty.errors import Exit
 from loyalty.mongo.connection import connect
-from loyalty.recount.index import create_index
-from loyalty.recount.user_index import create_user_index
+from loyalty.recount.index_build import create_index, create_user_index
 
 
 def run(args: argparse.Namespace, settings: Settings) -> Exit:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from config import Settings
 from loyalty.commands.changes import change_json
@@ -12,18 +12,17 @@ from loyalty.commands.output import format_cell, print_json, print_line, print_t
 from loyalty.errors import Exit
 from loyalty.history import History
 from loyalty.mongo.connection import Connection
-from loyalty.mongo.driver_errors import map_driver_errors
-from loyalty.mongo.values import LENIENT_CODEC, Document, format_value, get_nested, is_integer
+from loyalty.mongo.values import Document, format_value
 from loyalty.recount.change_log import find_user_changes
 from loyalty.recount.customer_ids import all_variants, indexable_variants, parse_id_argument
 from loyalty.recount.look_alikes import find_look_alikes, find_user_ids
-from loyalty.recount.order_filter import COLLATION, is_counted
+from loyalty.recount.order_filter import is_counted
+from loyalty.recount.points import points_for
 from loyalty.recount.preflight import connect_and_verify
-from loyalty.recount.result import Result
 from loyalty.recount.runner import RecountRequest, run_recount
 from loyalty.recount.safety import format_status
 from loyalty.recount.statuses import CustomerOrders, count_customer_orders
-from loyalty.recount.tally import Change
+from loyalty.recount.tally import Change, CustomerCount
 
 
 class OrderBreakdown(NamedTuple):
@@ -43,7 +42,7 @@ class CustomerReport(NamedTuple):
     argument: str
     orders: Sequence[OrderBreakdown]
     users: Sequence[Change]
-    """All users with the id; `before` and `after` are equal where nothing changes."""
+    """All users with the id; `before` and `after` are equal if nothing changes."""
     look_alikes: Sequence[str]
     """Ids of users that an unknown id may mean."""
     changes: Sequence[Document]
@@ -56,36 +55,11 @@ def run(args: argparse.Namespace, settings: Settings, *, write: bool) -> Exit:
     The exit code is FINDINGS if an id matches no user, points would change, or an update failed.
     """
     code, documents = Exit.OK, []
-    target = {"users": settings.users, "points_field": settings.points_field}
     with connect_and_verify(settings, writing=write) as connection:
         for argument in args.customer:
-            orders: list[OrderBreakdown] = []
-            users: list[Change] = []
-            ids = parse_id_argument(argument)
-            for customer in ids:
-                request = RecountRequest(
-                    customers=[(customer, all_variants(customer))], write=write
-                )
-                result = run_recount(connection, settings, History(None), request)
-                if result.totals.users:
-                    users += _find_users(connection, settings, customer, result)
-                if result.outcome != "succeeded" or (result.totals.changed and not write):
-                    code = Exit.FINDINGS
-                found = count_customer_orders(connection, settings, customer)
-                orders += _explain(settings, found, user_exists=result.totals.users > 0)
-            look_alikes: list[str] = []
-            if not users:
+            report, is_finding = _recount_customer(connection, settings, argument, write=write)
+            if is_finding:
                 code = Exit.FINDINGS
-                key = settings.user_key_field
-                found_users = [u for i in ids for u in find_look_alikes(connection.users, key, i)]
-                look_alikes = list(dict.fromkeys(map(format_value, found_users)))
-            logged: list[Document] = []
-            if connection.changes is not None:
-                keys = [form for id_ in ids for form in indexable_variants(id_)]
-                user_ids = find_user_ids(connection.users, settings.user_key_field, keys)
-                logged = find_user_changes(connection.changes, target, user_ids)
-            history = [_change_json(row) for row in logged]
-            report = CustomerReport(argument, orders, users, look_alikes, history)
             if args.json:
                 documents.append(_to_json(report))
             else:
@@ -95,20 +69,43 @@ def run(args: argparse.Namespace, settings: Settings, *, write: bool) -> Exit:
     return code
 
 
-def _find_users(
-    connection: Connection, settings: Settings, customer: Any, result: Result
-) -> list[Change]:
-    """Return the users with this id: those that the recount changes, and those up to date."""
-    changed = {change.user for change in result.totals.largest}
-    users = connection.users.with_options(codec_options=LENIENT_CODEC)
-    up_to_date = []
-    with map_driver_errors("find", users):
-        key = {settings.user_key_field: {"$in": all_variants(customer)}}
-        for user in users.find(key, {settings.points_field: 1}, collation=COLLATION):
-            text, points = format_value(user["_id"]), get_nested(user, settings.points_field)
-            if text not in changed and is_integer(points):
-                up_to_date.append(Change(0, text, format_value(points), points))
-    return [*result.totals.largest, *up_to_date]
+def _recount_customer(
+    connection: Connection, settings: Settings, argument: str, *, write: bool
+) -> tuple[CustomerReport, bool]:
+    """Recount the customers that `argument` may mean; return the report, and if it is a finding."""
+    ids, key = parse_id_argument(argument), settings.user_key_field
+    rows: list[CustomerCount] = []
+    customers = [(id_, all_variants(id_)) for id_ in ids]
+    request = RecountRequest(customers=customers, rows=rows, write=write)
+    result = run_recount(connection, settings, History(None), request)
+    orders: list[OrderBreakdown] = []
+    users: list[Change] = []
+    for id_ in ids:
+        found = [row for row in rows if row.customer == id_]
+        users += [change for row in found for change in _list_users(row, settings)]
+        counted = count_customer_orders(connection, settings, id_)
+        orders += _explain(settings, counted, user_exists=any(row.users for row in found))
+    look_alikes: list[str] = []
+    if not users:
+        found_users = [user for id_ in ids for user in find_look_alikes(connection.users, key, id_)]
+        look_alikes = list(dict.fromkeys(map(format_value, found_users)))
+    logged: list[Document] = []
+    if connection.changes is not None:
+        keys = [form for id_ in ids for form in indexable_variants(id_)]
+        user_ids = find_user_ids(connection.users, key, keys)
+        target = {"users": settings.users, "points_field": settings.points_field}
+        logged = find_user_changes(connection.changes, target, user_ids)
+    history = [_change_json(row) for row in logged]
+    would_change = result.totals.changed > 0 and not write
+    is_finding = not users or would_change or result.outcome != "succeeded"
+    return CustomerReport(argument, orders, users, look_alikes, history), is_finding
+
+
+def _list_users(row: CustomerCount, settings: Settings) -> list[Change]:
+    points = points_for(row.orders, settings)
+    return [
+        Change(0, format_value(user.id), format_value(user.points), points) for user in row.users
+    ]
 
 
 def _explain(
@@ -128,7 +125,7 @@ def _explain(
         elif not user_exists:
             why = f"no user has the {settings.user_key_field} {format_value(form)}"
         else:
-            points = number * settings.points_per_order
+            points = points_for(number, settings)
         rows.append(OrderBreakdown(format_value(form), format_status(status), number, points, why))
     return rows
 

@@ -106,8 +106,8 @@ def _print_age(
     """Print how old the points are, and whether that is fresh."""
     if undo is not None:
         print_line(
-            f"Recount {undo['undone_recount']} was undone: {pluralize(undo['changed'], 'user')} "
-            "got the points from before it back. STALE until the next recount"
+            f"Recount {undo['undone_recount']} was undone, {pluralize(undo['changed'], 'user')} "
+            "restored. The points are STALE until the next recount"
         )
         return
     if age is None:

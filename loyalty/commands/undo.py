@@ -1,4 +1,4 @@
-"""`--undo RECOUNT`: put back the points that one recount changed."""
+"""`--undo RECOUNT`: restore the points from before one recount."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from loyalty.mongo.connection import Connection
 from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.values import Document, get_nested
 from loyalty.recount.snapshot import pin_cluster_time
-from loyalty.retry import COUNT_RETRY, retry
+from loyalty.retry import SHORT_OUTAGE_RETRY, retry
 
 _MAX_IDS = 1_000  # in one command
 
@@ -39,7 +39,7 @@ def resolve_customers(
     for start in range(0, len(orders), _MAX_IDS):
         chunk = orders[start : start + _MAX_IDS]
         find = partial(_find, connection, settings, chunk, at, not_before)
-        found, at = retry(find, COUNT_RETRY, on=DatabaseUnavailable)
+        found, at = retry(find, SHORT_OUTAGE_RETRY)
         for order in found:
             changes.add_customer(get_nested(order, settings.customer_field))
     changes.orders = []

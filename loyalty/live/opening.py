@@ -8,7 +8,7 @@ from functools import partial
 from bson import ObjectId, Timestamp
 
 from config import Settings
-from loyalty.errors import ConfigurationError, DatabaseUnavailable, ServiceError
+from loyalty.errors import ConfigurationError, ServiceError
 from loyalty.live.watcher import ChangeStreamWatcher, LiveLimits
 from loyalty.mongo.connection import Connection
 from loyalty.mongo.driver_errors import map_driver_errors
@@ -28,7 +28,7 @@ def open_watcher(
     """
     limits = limits or LiveLimits()
     attempt = partial(_open_watcher, connection, settings, limits)
-    return retry(attempt, limits.opening_retry, on=DatabaseUnavailable)
+    return retry(attempt, limits.opening_retry)
 
 
 def _open_watcher(
@@ -68,7 +68,7 @@ def keeps_pre_images(connection: Connection) -> bool | None:
 
 def warn_if_pre_images_are_off(connection: Connection) -> None:
     """Warn if the orders keep none: also after a restore, which does not restore the option."""
-    if connection.pre_images and keeps_pre_images(connection) is False:
+    if connection.supports_pre_images and keeps_pre_images(connection) is False:
         log.warning(
             "pre_images_off deletes, and orders that another customer gets, wait for the next "
             "full recount; --check-config prints the command that switches pre-images on"

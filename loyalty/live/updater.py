@@ -97,7 +97,7 @@ class LiveUpdater:
         self._full_recount = result
         self._decreased = 0
         self._is_blocked = False
-        self.newest = max(self.newest, result.count.newest_snapshot or NEVER)
+        self.newest = max(self.newest, *result.count.snapshots, NEVER)
         if self._watcher is None:
             self._enter(LiveState.OFF)
             return
@@ -105,7 +105,7 @@ class LiveUpdater:
             self._warn_of_mixed_case()
             self.stop("ids in mixed case")
             return
-        oldest = result.count.oldest_snapshot or NEVER
+        oldest = min(result.count.snapshots, default=NEVER)
         self._watcher.discard_until(oldest)
         self._as_of = max(self._as_of, oldest)
         if self.state is LiveState.OPENING:
@@ -198,7 +198,7 @@ class LiveUpdater:
         on_progress: ProgressCallback,
     ) -> None:
         customers: Customers = changes.customers_with_variants()
-        if self._full_recount is not None and not self._full_recount.count.has_customer_index:
+        if self._full_recount is not None and not self._full_recount.count.supports_partitions:
             # The collection is small (see `open_watcher`), and the query reads all of its orders.
             customers = [(customer, []) for customer, _ in customers]
         request = RecountRequest(
@@ -209,7 +209,7 @@ class LiveUpdater:
         except RecountRefused as error:
             self._pause(error)
             return
-        self.newest = max(self.newest, result.count.newest_snapshot or NEVER)
+        self.newest = max(self.newest, *result.count.snapshots, NEVER)
         self._decreased += result.totals.decreased
         self._customers_updated += result.written
         self._last_update = datetime.now(UTC)

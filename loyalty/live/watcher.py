@@ -91,7 +91,9 @@ class ChangeStreamWatcher:
                 start_at_operation_time=Timestamp(start_after.time, start_after.inc + 1),
                 max_await_time_ms=MAX_AWAIT_MS,
                 batch_size=_BATCH_SIZE,
-                full_document_before_change="whenAvailable" if connection.pre_images else None,
+                full_document_before_change="whenAvailable"
+                if connection.supports_pre_images
+                else None,
             )
         threading.Thread(target=self._read, name="change-stream", daemon=True).start()
 

@@ -1,1 +1,1 @@
-"""The connection to MongoDB, its errors and its values. Knows no query."""
+"""The connection to MongoDB, its errors and its values. It contains no queries of recounts."""

@@ -9,7 +9,6 @@ from typing import Any, Self
 
 import pymongo
 from bson import ObjectId
-from bson.codec_options import CodecOptions, DatetimeConversion
 from pymongo import MongoClient, ReadPreference, WriteConcern
 from pymongo.collection import Collection
 from pymongo.read_concern import ReadConcern
@@ -19,6 +18,7 @@ from loyalty.errors import AuthenticationFailed, ConfigurationError, DatabaseUna
 from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.privileges import collection_type, require_privileges
 from loyalty.mongo.uri import parse_options, split_uri
+from loyalty.mongo.values import READABLE_CODEC
 from loyalty.retry import ORPHANED_WRITES_POLL, poll
 
 log = logging.getLogger("loyalty")
@@ -59,9 +59,9 @@ class Connection:
     server_version: str
     topology: str
     """replica_set, sharded or standalone."""
-    snapshots: bool
+    supports_snapshots: bool
     """Whether the server has snapshot reads and change streams."""
-    pre_images: bool
+    supports_pre_images: bool
     """Whether the server can report orders as they were before a change."""
 
     def __enter__(self) -> Self:
@@ -80,7 +80,7 @@ class Connection:
     @property
     def snapshot_unsupported_reason(self) -> str:
         """Why the server has no snapshot reads; "" if it has."""
-        if self.snapshots:
+        if self.supports_snapshots:
             return ""
         return "a standalone server" if self.topology == "standalone" else "before MongoDB 5.0"
 
@@ -90,14 +90,13 @@ def connect(
     *,
     writing: bool = False,
     verify: bool = True,
-    timeout_seconds: float | None = None,
+    timeout_seconds: float = CONNECT_TIMEOUT_SECONDS,
 ) -> Connection:
     """Connect, and verify that orders and users can be read and, if `writing`, users updated.
 
     Without `verify` only the connection itself is made. Raises ConfigurationError or
-    DatabaseUnavailable, within about `timeout_seconds` (CONNECT_TIMEOUT_SECONDS).
+    DatabaseUnavailable, within about `timeout_seconds`.
     """
-    timeout_seconds = timeout_seconds or CONNECT_TIMEOUT_SECONDS
     with map_driver_errors("connect", settings.hosts):
         client: MongoClient[Any] = MongoClient(settings.mongodb_uri, **_client_options(settings))
     try:
@@ -141,8 +140,8 @@ def _auth_source_hint(uri: str) -> str:
     why = ", as authSource says" if named else ""
     other = "NAME" if source == "admin" else "admin"
     return (
-        f"the user was looked up in the database {source!r}{why}: if it lives in another, say so "
-        f"with ?authSource={other}"
+        f"the user was looked up in the database {source!r}{why}: if the user is defined in "
+        f"another database, add ?authSource={other}"
     )
 
 
@@ -152,7 +151,7 @@ def _inspect_server(client: MongoClient[Any], settings: Settings) -> Connection:
         version = client.server_info()["version"]
     if hello.get("secondary"):
         if client.topology_description.topology_type_name != "Single":
-            raise DatabaseUnavailable(f"{settings.hosts} has no primary just now")  # an election
+            raise DatabaseUnavailable(f"{settings.hosts} has no primary")  # an election
         name = hello["setName"]
         raise ConfigurationError(
             f"{settings.hosts} is a secondary: name the replica set, with ?replicaSet={name} and "
@@ -166,11 +165,7 @@ def _inspect_server(client: MongoClient[Any], settings: Settings) -> Connection:
         read_concern=ReadConcern(),
         # Points that a failover could roll back would be wrong until the next recount.
         write_concern=WriteConcern("majority", wtimeout=60_000),
-        codec_options=CodecOptions(
-            tz_aware=True,
-            datetime_conversion=DatetimeConversion.DATETIME_AUTO,
-            unicode_decode_error_handler="replace",  # only for what people read
-        ),
+        codec_options=READABLE_CODEC,
     )
     sharded = hello.get("msg") == "isdbgrid"
     topology = "sharded" if sharded else "replica_set" if "setName" in hello else "standalone"
@@ -183,19 +178,20 @@ def _inspect_server(client: MongoClient[Any], settings: Settings) -> Connection:
         hosts=settings.hosts,
         server_version=version,
         topology=topology,
-        snapshots=topology != "standalone" and hello["maxWireVersion"] >= _WIRE_VERSION_MONGODB_5,
-        pre_images=hello["maxWireVersion"] >= _WIRE_VERSION_MONGODB_6,
+        supports_snapshots=topology != "standalone"
+        and hello["maxWireVersion"] >= _WIRE_VERSION_MONGODB_5,
+        supports_pre_images=hello["maxWireVersion"] >= _WIRE_VERSION_MONGODB_6,
     )
 
 
 def _warn_of_clock_skew(server_time: datetime | None) -> None:
-    """Warn if this clock and the server's differ: ages of points would be wrong by as much."""
+    """Warn if this clock and the server's differ: shown times would be wrong by as much."""
     if server_time is None:
         return
     ahead = (datetime.now(UTC) - server_time.replace(tzinfo=UTC)).total_seconds()
     if abs(ahead) > MAX_CLOCK_SKEW_SECONDS:
         relation = "ahead of" if ahead > 0 else "behind"
-        log.warning("clock_skew this clock is %d s %s the server's", abs(ahead), relation)
+        log.warning('clock_skew seconds=%d clock="%s the server"', abs(ahead), relation)
 
 
 def _verify_access(connection: Connection, settings: Settings, *, writing: bool) -> None:
@@ -212,11 +208,11 @@ def _verify_access(connection: Connection, settings: Settings, *, writing: bool)
 
 
 def _wait_for_orphaned_writes(connection: Connection, timeout_seconds: float) -> None:
-    """Wait until the server has done the updates that it is doing for this service already.
+    """Wait until the server has finished the updates of an earlier process.
 
-    A service that was killed leaves a few batches behind; one that is written after the new
-    count would put older points back. To see one's own operations takes no privilege on a replica
-    set, but it does on some hosted servers and on mongos.
+    A process that was killed leaves a few batches behind. A batch that is written after the new
+    count would restore older points. A user sees its own operations without a privilege on a
+    replica set, but not on some hosted servers and on mongos.
     """
     client, users = connection.client, connection.users.full_name
     admin = client.get_database(
@@ -237,8 +233,6 @@ def _wait_for_orphaned_writes(connection: Connection, timeout_seconds: float) ->
     try:
         orphaned = running()
         if orphaned and not poll(lambda: not orphaned & running(), policy):
-            raise DatabaseUnavailable(
-                f"the server still updates {users} for a service that has ended"
-            )
+            raise DatabaseUnavailable(f"updates of an earlier process to {users} are still running")
     except ConfigurationError as error:
         log.warning('orphaned_writes_unknown error="%s"', error)

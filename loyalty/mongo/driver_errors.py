@@ -26,7 +26,7 @@ from loyalty.errors import (
     ServiceError,
     SnapshotTooOld,
 )
-from loyalty.mongo.error_codes import CODES, ErrorClass, classify, describe, is_known
+from loyalty.mongo.error_codes import CODES, ErrorClass, classify, describe
 
 log = logging.getLogger("loyalty")
 
@@ -36,7 +36,6 @@ _TOO_LARGE = CODES[ErrorClass.PERMANENT]["BSONObjectTooLarge"]
 _ILLEGAL_OPERATION = CODES[ErrorClass.PERMANENT]["IllegalOperation"]
 _ATLAS_ERROR = CODES[ErrorClass.PERMANENT]["AtlasError"]  # any request that Atlas itself rejects
 _SPLIT_HORIZON_CHANGE = CODES[ErrorClass.TRANSIENT]["SplitHorizonChange"]
-_DISTINCT_TOO_LARGE = CODES[ErrorClass.PERMANENT]["Location17217"]
 _SNAPSHOT_TOO_OLD = CODES[ErrorClass.SNAPSHOT_TOO_OLD]["SnapshotTooOld"]
 
 _ERRORS: dict[ErrorClass, type[ServiceError]] = {
@@ -96,9 +95,11 @@ def _map(error: PyMongoError | OSError, action: str, if_too_slow: str) -> Servic
         return ConfigurationError(f"{failed}: {reason}")
     if "SSL handshake failed" in reason:
         # A server without TLS closes the connection, and so does a load balancer without servers.
-        return DatabaseUnavailable(f"{failed}: {reason}; does the server expect TLS, as the URI?")
+        return DatabaseUnavailable(
+            f"{failed}: {reason}; check that the server and the URI agree on TLS"
+        )
     if "[Errno -2]" in reason or "[Errno -5]" in reason:  # getaddrinfo's EAI_NONAME, EAI_NODATA
-        return DatabaseUnavailable(f"{failed}: no such host name, or not yet")
+        return DatabaseUnavailable(f"{failed}: the host name cannot be resolved")
     if isinstance(error, driver.NetworkTimeout):  # the driver names the options that set the limit
         return DatabaseUnavailable(f"{failed}: {str(error)[:_MAX_REASON_LENGTH]}")
     if isinstance(error, driver.InvalidOperation) and "after close" in reason:
@@ -111,15 +112,14 @@ def _map(error: PyMongoError | OSError, action: str, if_too_slow: str) -> Servic
 def _map_write_errors(details: Mapping[str, Any], action: str) -> ServiceError:
     """Return BulkUpdateErrors if the documents are the cause of every error.
 
-    Any other error ends the whole batch: it says nothing about a document. An unknown code counts
-    as one of the document's: most such codes are of an index, and the caller has tried twice.
+    Any other error ends the whole batch. A code that is not in the table counts as an error of the
+    document: most such codes are of an index, and the caller has tried twice.
     """
     errors: Sequence[Mapping[str, Any]] = details["writeErrors"]
     for error in errors:
-        error_class = classify(error["code"])
         if "write results unavailable" in error["errmsg"].lower():  # a mongos lost its shard
             return DatabaseUnavailable(f"{action} failed: {_one_line(error['errmsg'])}")
-        if is_known(error["code"]) and error_class is not ErrorClass.PERMANENT:
+        if classify(error["code"]) not in (None, ErrorClass.PERMANENT):
             return _map_server_error(error, error["code"], action, "")
     for error in errors:
         log.debug('update_failed code=%d error="%s"', error["code"], _one_line(error["errmsg"]))
@@ -146,9 +146,7 @@ def _map_server_error(
         return QueryTimeout(f"{action} took too long" + (f": {if_too_slow}" if if_too_slow else ""))
     if error_class is ErrorClass.UNSUPPORTED:
         return ConfigurationError(f"this server does not support what the service needs: {reason}")
-    message = f"{failed}: {reason} ({describe(code)})"
-    if code == _DISTINCT_TOO_LARGE:
-        message = f"{failed}: the distinct values take more than 16 MB ({describe(code)})"
+    message = f"{failed}: {reason} ({describe(code, details.get('codeName', ''))})"
     if code == _SNAPSHOT_TOO_OLD:
         message += (
             "; if this repeats, raise the server's parameter minSnapshotHistoryWindowInSeconds "
@@ -158,7 +156,7 @@ def _map_server_error(
 
 
 def _classify(code: int | None, details: Mapping[str, Any], reason: str) -> ErrorClass:
-    """Return the class of an error, also where one code has several meanings."""
+    """Return the class of an error, also if one code has several meanings."""
     if code == _ATLAS_ERROR and "not allowed to do action" in reason:
         return ErrorClass.PERMISSION
     if code == _ATLAS_ERROR and "bad auth" in reason:
@@ -166,7 +164,7 @@ def _classify(code: int | None, details: Mapping[str, Any], reason: str) -> Erro
     # Amazon DocumentDB reports an unsupported feature with this code.
     if code == _SPLIT_HORIZON_CHANGE and details.get("codeName") != "SplitHorizonChange":
         return ErrorClass.UNSUPPORTED
-    return classify(code)
+    return classify(code) or ErrorClass.TRANSIENT
 
 
 def _is_certificate_error(text: str) -> bool:

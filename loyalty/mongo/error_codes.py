@@ -1,8 +1,9 @@
 """The error codes of MongoDB servers: their names, and what each means for the service.
 
 The names are those of the server's src/mongo/base/error_codes.yml (read at 9.0). A name such as
-Location17217 is how the server names an error that has only a number. A code that is not in the
-table is treated as transient, and reported as unknown.
+Location40324 is how the server names an error that has only a number. A code that is not in the
+table is transient, except in the error of one update: there it belongs to the document. So the
+table has only those transient codes that a server may report for one update of a batch.
 """
 
 from __future__ import annotations
@@ -62,7 +63,6 @@ CODES: dict[ErrorClass, dict[str, int]] = {
         "InvalidSSLConfiguration": 140,
         "ExceededMemoryLimit": 146,
         "ReadConcernMajorityNotEnabled": 148,
-        "MaxStalenessOutOfRange": 160,
         "IncompatibleCollationVersion": 161,
         "ViewDepthLimitExceeded": 165,
         "CommandNotSupportedOnView": 166,
@@ -89,7 +89,6 @@ CODES: dict[ErrorClass, dict[str, int]] = {
         "BSONObjectTooLarge": 10334,
         "DuplicateKey": 11000,
         "Location16755": 16755,  # no valid GeoJSON for an index
-        "Location17217": 17217,  # distinct: the values take more than 16 MB
         "Location17419": 17419,  # the document would become larger than 16 MB
         "Location17420": 17420,  # the same
         "IDLDuplicateField": 40413,
@@ -100,83 +99,39 @@ CODES: dict[ErrorClass, dict[str, int]] = {
         "HostUnreachable": 6,
         "HostNotFound": 7,
         "LockTimeout": 24,
-        "NamespaceNotFound": 26,
-        "IndexNotFound": 27,
-        "CursorNotFound": 43,
-        "LockBusy": 46,
         "WriteConcernTimeout": 64,
         "ShardNotFound": 70,
-        "NodeNotFound": 74,
-        "OperationIncomplete": 77,
         "NoProgressMade": 82,
-        "RemoteResultsUnavailable": 83,
         "NetworkTimeout": 89,
         "ShutdownInProgress": 91,
-        "NotYetInitialized": 94,
-        "OperationFailed": 96,
-        "LockFailed": 107,
-        "ConfigurationInProgress": 109,
         "WriteConflict": 112,
-        "ConflictingOperationInProgress": 117,
         "FailedToSatisfyReadPreference": 133,
-        "ReadConcernMajorityNotAvailableYet": 134,
-        "SSLHandshakeFailed": 141,
-        "PooledConnectionsDropped": 145,
         "StaleEpoch": 150,
         "QueryPlanKilled": 175,
-        "LinearizableReadConcernError": 187,
         "PrimarySteppedDown": 189,
         "NetworkInterfaceExceededTimeLimit": 202,
-        "ShardingStateNotInitialized": 203,
-        "NoSuchSession": 206,
-        "TooManyLocks": 208,
-        "StaleClusterTime": 209,
-        "CannotVerifyAndSignLogicalTime": 210,
         "DatabaseDropPending": 215,
-        "ElectionInProgress": 216,
-        "CursorKilled": 237,
         "StaleDbVersion": 249,
-        "NoSuchTransaction": 251,
-        "TooManyLogicalSessions": 261,
         "ExceededTimeLimit": 262,
-        "TooManyFilesOpen": 264,
-        "IndexBuildAborted": 276,
         "ClientDisconnect": 279,
-        "IndexBuildAlreadyInProgress": 285,
         "SplitHorizonChange": 303,
-        "ObjectIsBusy": 314,
-        "ConnectionPoolExpired": 317,
         "MovePrimaryInProgress": 319,
-        "ReshardCollectionInProgress": 338,
         "ShardCannotRefreshDueToLocksHeld": 343,
-        "InterruptedDueToStorageChange": 355,
         "TemporarilyUnavailable": 365,
         "UserWritesBlocked": 371,
         "ConnectionError": 384,
         "ResourceExhausted": 402,
-        "LDAPRoleAcquisitionError": 404,
-        "MigrationBlockingOperationCoordinatorCleaningUp": 406,
         "PooledConnectionAcquisitionExceededTimeLimit": 407,
-        "AdmissionQueueOverflow": 433,
-        "RateLimitExceeded": 449,
-        "PooledConnectionAcquisitionRejected": 450,
         "InterruptedDueToReshardingCriticalSection": 453,
-        "IngressRequestRateLimitExceeded": 462,
         "SocketException": 9001,
-        "LegacyNotPrimary": 10058,
         "NotWritablePrimary": 10107,
         "InterruptedAtShutdown": 11600,
         "Interrupted": 11601,
         "InterruptedDueToReplStateChange": 11602,
-        "BackgroundOperationInProgressForDatabase": 12586,
-        "BackgroundOperationInProgressForNamespace": 12587,
         "StaleConfig": 13388,
         "NotPrimaryNoSecondaryOk": 13435,
         "NotPrimaryOrSecondary": 13436,
         "OutOfDiskSpace": 14031,
-        "ClientMarkedKilled": 46841,
-        "RetriableRemoteCommandFailure": 91331,
-        "InterruptedDueToFCVChange": 10045600,
     },
     ErrorClass.TIMEOUT: {"MaxTimeMSExpired": 50},
     ErrorClass.SNAPSHOT_TOO_OLD: {
@@ -227,18 +182,12 @@ _BY_CODE = {
 }
 
 
-def classify(code: int | None) -> ErrorClass:
-    """Return what an error code means; a code that is not in the table is transient."""
-    return _BY_CODE[code][0] if code in _BY_CODE else ErrorClass.TRANSIENT
+def classify(code: int | None) -> ErrorClass | None:
+    """Return what an error code means; None for a code that is not in the table."""
+    return _BY_CODE[code][0] if code in _BY_CODE else None
 
 
-def is_known(code: int | None) -> bool:
-    """Return whether the table has this code."""
-    return code in _BY_CODE
-
-
-def describe(code: int | None) -> str:
-    """Return the name and the number of an error code, for the operator."""
-    if code in _BY_CODE:
-        return f"code {code}, {_BY_CODE[code][1]}"
-    return f"error code {code} is unknown to this service"
+def describe(code: int | None, server_name: str = "") -> str:
+    """Return the number and the name of an error code, for the operator."""
+    name = _BY_CODE[code][1] if code in _BY_CODE else server_name
+    return f"code {code}, {name}" if name else f"error code {code} is unknown to this service"

@@ -1,9 +1,11 @@
-"""What the database user may do, and what a collection is: asked for, never tried out."""
+"""The privileges of the database user, and the type of a collection.
+
+Both are read from the server, not tested by writing.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from pymongo import MongoClient, ReadPreference
@@ -13,25 +15,13 @@ from loyalty.errors import ConfigurationError
 from loyalty.mongo.driver_errors import map_driver_errors, permission_error
 
 
-@dataclass(frozen=True, slots=True)
-class MissingPrivilege:
-    """An action on a collection that no role of the database user allows."""
-
-    action: str
-    collection: str
-    """With the name of its database."""
-
-    def __str__(self) -> str:
-        return f"{self.action} on {self.collection}"
-
-
 def missing_privileges(
     client: MongoClient[Any], database: str, wanted: Mapping[str, Sequence[str]]
-) -> list[MissingPrivilege] | None:
-    """Return which actions the database user may not do; `wanted` has them by collection.
+) -> list[str] | None:
+    """Return which actions the database user may not do, such as "find on shop.orders".
 
-    None if that is unknown: the server does not list privileges, or nobody has logged in, as on a
-    server without access control. Raises DatabaseUnavailable.
+    `wanted` has the actions by collection. None if that is unknown: the server does not list
+    privileges, or has no access control. Raises DatabaseUnavailable.
     """
     try:
         with map_driver_errors("connectionStatus", database):
@@ -42,7 +32,7 @@ def missing_privileges(
     if not privileges:
         return None
     return [
-        MissingPrivilege(action, f"{database}.{collection}")
+        f"{action} on {database}.{collection}"
         for collection, actions in wanted.items()
         for action in actions
         if not _is_allowed(privileges, database, collection, action)
@@ -67,18 +57,19 @@ def _covers(resource: Mapping[str, Any], database: str, collection: str) -> bool
         return True
     if "db" not in resource or "collection" not in resource:  # such as {cluster: true}
         return False
-    is_own = collection.startswith("system.")
+    is_system_collection = collection.startswith("system.")
     return resource["db"] in ("", database) and (
-        resource["collection"] == collection or (resource["collection"] == "" and not is_own)
+        resource["collection"] == collection
+        or (resource["collection"] == "" and not is_system_collection)
     )
 
 
 def require_privileges(
     client: MongoClient[Any], database: str, wanted: Mapping[str, Sequence[str]]
 ) -> None:
-    """Raise NoPermission if an action is not allowed. Where that is unknown, this does nothing."""
+    """Raise NoPermission if an action is not allowed. If that is unknown, this does nothing."""
     for missing in missing_privileges(client, database, wanted) or ():
-        raise permission_error(str(missing))
+        raise permission_error(missing)
 
 
 def collection_type(database: Database[Any], name: str) -> str | None:

@@ -15,12 +15,19 @@ from bson.codec_options import CodecOptions, DatetimeConversion
 
 Document = Mapping[str, Any]
 
+SIMPLE_COLLATION = {"locale": "simple"}
+"""Overrides a collection's own collation: only exactly `Shipped` is `Shipped`."""
+
 # Dates after the year 9999 become DatetimeMS, and bytes that are not UTF-8 lone surrogates. bson
 # refuses to encode the latter, so such a value is never sent back in another form.
 LENIENT_CODEC: CodecOptions[dict[str, Any]] = CodecOptions(
     tz_aware=True,
     datetime_conversion=DatetimeConversion.DATETIME_AUTO,
     unicode_decode_error_handler="surrogateescape",
+)
+# For values that are only shown.
+READABLE_CODEC: CodecOptions[dict[str, Any]] = LENIENT_CODEC.with_options(
+    unicode_decode_error_handler="replace"
 )
 
 MAX_VALUE_LENGTH = 60
@@ -35,7 +42,7 @@ def decode_documents(batch: bytes) -> list[dict[str, Any]]:
 def format_value(value: Any) -> str:
     """Return a value as one short line, with control characters escaped."""
     if value is None:
-        return "none"
+        return "null"
     if isinstance(value, Binary) and value.subtype == bson.binary.UUID_SUBTYPE:
         with suppress(ValueError):  # subtype 4, and not 16 bytes
             value = value.as_uuid()

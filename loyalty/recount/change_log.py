@@ -14,20 +14,19 @@ from typing import Any
 from bson import ObjectId, Timestamp
 from pymongo.collection import Collection
 
-from loyalty.errors import ConfigurationError, NoPermission
+from loyalty.errors import NoPermission
 from loyalty.history import OWNER_FILTER, require_own_collection
 from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.privileges import require_privileges
-from loyalty.mongo.values import LENIENT_CODEC, Document
-from loyalty.recount.order_filter import COLLATION
+from loyalty.mongo.values import LENIENT_CODEC, SIMPLE_COLLATION, Document
 
 
 @dataclass(frozen=True)
 class ChangeLog:
     """Where one recount logs its changes: `{…, changes: [{user, before, after}]}`.
 
-    `before` is missing where the user had no points field. Where even the document around a nested
-    field was missing, `created` is the path of the outermost part that the update creates.
+    `before` is missing if the user had no points field. If even the document around a nested field
+    was missing, `created` is the path of the outermost part that the update creates.
     """
 
     collection: Collection[Any]
@@ -59,12 +58,10 @@ def check_change_log(collection: Collection[Any]) -> None:
     database = collection.database
     try:
         require_privileges(database.client, database.name, {collection.name: ["find", "insert"]})
-        require_own_collection(collection)
+        hint = "CHANGES_COLLECTION must name a collection of its own, or none"
+        require_own_collection(collection, hint)
     except NoPermission as error:
         raise NoPermission(f"{error}; or keep no change log: CHANGES_COLLECTION=none") from error
-    except ConfigurationError as error:
-        hint = "CHANGES_COLLECTION must name a collection of its own, or none"
-        raise ConfigurationError(f"{error}: {hint}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,14 +100,14 @@ def find_user_changes(
 
     `target` is `{users, points_field}`. Raises ServiceError.
     """
-    is_wanted = {"$in": ["$$this.user", {"$literal": list(users)}]}
+    is_wanted_expr = {"$in": ["$$this.user", {"$literal": list(users)}]}
     stages: list[Document] = [
         {"$match": {**OWNER_FILTER, **target, "changes.user": {"$in": list(users)}}},
-        {"$set": {"changes": {"$filter": {"input": "$changes", "cond": is_wanted}}}},
+        {"$set": {"changes": {"$filter": {"input": "$changes", "cond": is_wanted_expr}}}},
         {"$unwind": "$changes"},
         {"$sort": {"at": -1, "_id": -1}},
         {"$project": {"_id": 0, "recount": 1, "at": 1, "change": "$changes"}},
     ]
     lenient = collection.with_options(codec_options=LENIENT_CODEC)
     with map_driver_errors("find", collection):
-        return list(lenient.aggregate(stages, collation=COLLATION))
+        return list(lenient.aggregate(stages, collation=SIMPLE_COLLATION))

@@ -9,6 +9,8 @@ from functools import partial
 from typing import Any
 
 from bson import Timestamp
+from bson.codec_options import CodecOptions
+from bson.raw_bson import RawBSONDocument
 from pymongo.collection import Collection
 
 from config import Settings
@@ -16,35 +18,37 @@ from loyalty.concurrency import Progress, ProgressCallback, map_ordered
 from loyalty.errors import SnapshotTooOld
 from loyalty.mongo.connection import Connection
 from loyalty.mongo.driver_errors import map_driver_errors
+from loyalty.mongo.values import SIMPLE_COLLATION
 from loyalty.recount.customer_ids import MIXED_CASE_HEX_ID
 from loyalty.recount.index import inspect_plan
-from loyalty.recount.order_filter import COLLATION, counted_orders
+from loyalty.recount.order_filter import counted_orders
 from loyalty.recount.partitions import Partition, partition_boundaries, partitions
 from loyalty.recount.pipeline import Scope, build_pipeline, parse_rows
 from loyalty.recount.result import CountResult
-from loyalty.recount.snapshot import SnapshotTimes, pin_cluster_time
+from loyalty.recount.snapshot import pin_cluster_time
 from loyalty.recount.spool import Spool
 from loyalty.recount.tally import CustomerCount, UpToDate
 
 log = logging.getLogger("loyalty")
 
 ROWS_PER_BATCH = 5_000
-"""In one reply of the server; its own limit of 16 MB becomes 100 MB in Python."""
+"""Per reply. The server's own limit, 16 MB of BSON, needs about 100 MB in Python."""
 PREFETCH = 8
-"""Partitions counted before their turn: where a few customers order a lot, one takes several times
-as long as the others."""
+"""Partitions counted before their turn: if a few customers order a lot, one takes several times as
+long as the others."""
 MAX_IDS_PER_QUERY = 4_000
+_RAW_CODEC = CodecOptions(document_class=RawBSONDocument)
 
 Customers = Sequence[tuple[Any, Sequence[Any]]]
 """Canonical ids, each with the forms that an index finds; without any form, all orders are read."""
 
 OnRow = Callable[[CustomerCount | UpToDate], None]
-Boundaries = Callable[[Collection[Any], str], list[Any]]
+FindBoundaries = Callable[[Collection[Any], str], list[Any]]
 """Returns keys of the users in a collection, from the index on a field."""
 
 
 class Counter:
-    """Counts at one cluster time, where the server can, and hands each row to a callback.
+    """Counts at one cluster time, if the server can, and hands each row to a callback.
 
     The cluster time is `not_before` or later; without snapshots the result is as of `started_at`.
     """
@@ -57,7 +61,7 @@ class Counter:
         *,
         started_at: datetime | None = None,
         not_before: Timestamp | None = None,
-        find_boundaries: Boundaries = partition_boundaries,
+        find_boundaries: FindBoundaries = partition_boundaries,
         use_snapshot: bool = True,
     ) -> None:
         self._connection = connection
@@ -69,26 +73,27 @@ class Counter:
         self._use_snapshot = use_snapshot
 
     def count_all(self, on_row: OnRow, *, single_query: bool = False) -> CountResult:
-        """Count all customers, in partitions where the index allows it.
+        """Count all customers, in partitions if the index allows it.
 
         Raises ServiceError, and NonCanonicalIdFound if a single query is needed instead.
         """
-        snapshot = self._pin_snapshot()
+        snapshots = self._pin_snapshot()
         # After pinning: an index that has no array now had none at that time.
         plan = inspect_plan(self._connection.orders, self._settings)
         count = partial(
             self._aggregate,
-            snapshot,
+            snapshots,
             status_may_be_array=plan.status_is_multikey,
             index_hint=plan.hint,
         )
         if plan.supports_partitions and not single_query:
-            self._count_partitions(on_row, snapshot, count)
+            self._count_partitions(on_row, snapshots, count)
         else:
             _handle_rows(count(Scope()), Scope(), on_row)
-        return self._describe(
-            snapshot,
-            has_customer_index=plan.supports_partitions,
+        return CountResult(
+            self._started_at,
+            snapshots,
+            supports_partitions=plan.supports_partitions,
             has_mixed_case_ids=single_query and self._find_mixed_case_ids(),
         )
 
@@ -98,7 +103,7 @@ class Counter:
         Raises ServiceError.
         """
         # The caller has read at `not_before`: to ask for a newer time is one more round trip.
-        snapshot = SnapshotTimes([self._not_before]) if self._not_before else self._pin_snapshot()
+        snapshots = [self._not_before] if self._not_before else self._pin_snapshot()
         for chunk in _chunks(customers):
             forms = [form for _, forms in chunk for form in forms]
             scope = Scope(
@@ -108,32 +113,23 @@ class Counter:
             )
             count = partial(self._aggregate, status_may_be_array=True)
             try:
-                spool = count(snapshot, scope)
+                spool = count(snapshots, scope)
             except SnapshotTooOld:
                 # Also after an index was created: no older snapshot of its collection can be read.
-                snapshot.pinned.append(pin_cluster_time(self._connection, self._not_before))
-                spool = count(snapshot, scope)
+                snapshots += self._pin_snapshot()
+                spool = count(snapshots, scope)
             _handle_rows(spool, scope, on_row)
-        return self._describe(snapshot)
+        return CountResult(self._started_at, snapshots)
 
-    def _pin_snapshot(self) -> SnapshotTimes:
+    def _pin_snapshot(self, not_before: Timestamp | None = None) -> list[Timestamp]:
+        """Return the cluster time to read at; none without snapshots."""
         if not self._use_snapshot:
-            return SnapshotTimes([None])
-        return SnapshotTimes([pin_cluster_time(self._connection, self._not_before)])
-
-    def _describe(self, snapshot: SnapshotTimes, **found: bool) -> CountResult:
-        """Return the result; the oldest time is the one that readers of freshness need."""
-        first, *later = snapshot.pinned
-        return CountResult(
-            as_of=self._started_at if first is None else first.as_datetime(),
-            cluster_time=None if later else first,
-            oldest_snapshot=first,
-            newest_snapshot=snapshot.current,
-            **found,
-        )
+            return []
+        pinned = pin_cluster_time(self._connection, not_before or self._not_before)
+        return [] if pinned is None else [pinned]
 
     def _count_partitions(
-        self, on_row: OnRow, snapshot: SnapshotTimes, count: Callable[[Scope], Spool]
+        self, on_row: OnRow, snapshots: list[Timestamp], count: Callable[[Scope], Spool]
     ) -> None:
         users = self._connection.users
         with map_driver_errors("find", users):
@@ -155,7 +151,7 @@ class Counter:
                 )
                 done_at_pin = done
                 # Each customer is still counted at one time, but not all of them at the same.
-                snapshot.pinned.append(pin_cluster_time(self._connection, snapshot.current))
+                snapshots += self._pin_snapshot(snapshots[-1] if snapshots else None)
 
     def _map_scopes(
         self, count: Callable[[Scope], Spool], scopes: Sequence[Scope]
@@ -166,7 +162,7 @@ class Counter:
 
     def _aggregate(
         self,
-        snapshot: SnapshotTimes,
+        snapshots: Sequence[Timestamp],
         scope: Scope,
         *,
         status_may_be_array: bool,
@@ -175,23 +171,27 @@ class Counter:
         """Return all batches of the result, so that a partition is counted whole or not at all."""
         orders, spool = self._connection.orders, Spool()
         options: dict[str, Any] = {}
-        if snapshot.current is not None:
+        if snapshots:
             # Not a snapshot session, which several threads cannot share.
-            read_concern = {"level": "snapshot", "atClusterTime": snapshot.current}
+            read_concern = {"level": "snapshot", "atClusterTime": snapshots[-1]}
             options = {"readConcern": read_concern}
         advice = "raise COUNT_TIMEOUT"
         if index_hint:
-            advice += f"; the index: {index_hint}"
+            advice += f"; {index_hint}"
+        pipeline = build_pipeline(self._settings, scope, status_may_be_array=status_may_be_array)
+        options |= {
+            "allowDiskUse": True,
+            "batchSize": ROWS_PER_BATCH,
+            "collation": SIMPLE_COLLATION,
+            "maxTimeMS": self._settings.count_ms,
+        }
         with map_driver_errors("find", orders, if_too_slow=advice):
-            batches = orders.aggregate_raw_batches(
-                build_pipeline(self._settings, scope, status_may_be_array=status_may_be_array),
-                allowDiskUse=True,
-                batchSize=ROWS_PER_BATCH,
-                collation=COLLATION,
-                maxTimeMS=self._settings.count_ms,
-                **options,
-            )
-            for batch in batches:
+            if scope.customers:
+                # `aggregate_raw_batches` asks for an empty first batch: one more round trip.
+                rows = orders.with_options(codec_options=_RAW_CODEC).aggregate(pipeline, **options)
+                spool.add(b"".join(row.raw for row in rows))
+                return spool
+            for batch in orders.aggregate_raw_batches(pipeline, **options):
                 spool.add(batch)
                 self._on_progress("")
         return spool
@@ -201,9 +201,9 @@ class Counter:
         connection, settings = self._connection, self._settings
         in_orders = {**counted_orders(settings), settings.customer_field: MIXED_CASE_HEX_ID}
         in_users = {settings.user_key_field: MIXED_CASE_HEX_ID}
-        for collection, condition in ((connection.orders, in_orders), (connection.users, in_users)):
+        for collection, query in ((connection.orders, in_orders), (connection.users, in_users)):
             with map_driver_errors("find", collection):
-                if collection.find_one(condition, {"_id": 1}, collation=COLLATION) is not None:
+                if collection.find_one(query, {"_id": 1}, collation=SIMPLE_COLLATION) is not None:
                     return True
         return False
 

@@ -1,28 +1,27 @@
-"""The index on orders with which a count fetches no order: what a plan tells, and creating it."""
+"""The covering index on orders, and the index on the key of users: whether the server uses them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from itertools import combinations
 from typing import Any
 
 from pymongo.collection import Collection
 
 from config import Settings
-from loyalty.errors import ConfigurationError, ServiceError
+from loyalty.errors import ServiceError
 from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.privileges import collection_type
-from loyalty.mongo.values import Document, format_value
-from loyalty.recount.index_build import build_index, hidden_index_hint, is_parallel_arrays_error
-from loyalty.recount.order_filter import counted_orders, equality_fields
-from loyalty.recount.query_plan import EMPTY_RANGE, UNBOUNDED, explain, index_scans
-from loyalty.recount.user_index import inspect_user_index
+from loyalty.mongo.values import SIMPLE_COLLATION, Document
+from loyalty.recount.order_filter import counted_orders, equality_fields, other_conditions
 
 LARGE_COLLECTION_DOCUMENTS = 100_000
 """A count of fewer orders, or users, is fast without an index."""
 
-_NO_INDEX = "none that serves a recount: create it with --create-index"
+_NO_INDEX = "no usable index; create one with --create-index"
+_UNBOUNDED = (["[MinKey, MaxKey]"], ["[MaxKey, MinKey]"])
+_EMPTY_RANGE = {"$gt": "", "$lt": "\x01"}
 _ALL_BUT_ONE = {"$ne": "\x01"}  # with bounds, and on every shard
 
 
@@ -44,16 +43,25 @@ class Plan:
     """Fields of ORDER_FILTER that the index lacks."""
 
 
+@dataclass(frozen=True, slots=True)
+class Index:
+    """An index in use; without one, `name` is ""."""
+
+    name: str = ""
+    hint: str = ""
+    """Why partitions cannot use it, and what to do; "" if they can."""
+
+
 def index_keys(settings: Settings) -> list[tuple[str, int]]:
     """Return the keys of the index: fields with fixed values, the customer, other conditions."""
     first = [*equality_fields(settings), settings.status_field, settings.customer_field]
-    return [(name, 1) for name in dict.fromkeys([*first, *settings.order_filter])]
+    return [(name, 1) for name in dict.fromkeys([*first, *other_conditions(settings)])]
 
 
 def inspect_plan(orders: Collection[Any], settings: Settings) -> Plan:
-    """Ask the server how it would read a partition; the worst case where it does not answer."""
+    """Ask the server how it would read a partition; the worst case if it does not answer."""
     try:
-        plan = _inspect_orders(orders, settings)
+        plan = inspect_orders_plan(orders, settings)
         if not plan.supports_partitions:
             return plan
         users = inspect_user_index(orders.database[settings.users], settings.user_key_field)
@@ -62,35 +70,39 @@ def inspect_plan(orders: Collection[Any], settings: Settings) -> Plan:
     return replace(plan, supports_partitions=False, hint=users.hint) if users.hint else plan
 
 
-def _inspect_orders(orders: Collection[Any], settings: Settings) -> Plan:
-    """Judge indexes by their key patterns, bounds and multikey paths, never by their names."""
+def inspect_orders_plan(orders: Collection[Any], settings: Settings) -> Plan:
+    """Return the plan with the best index on orders. Raises ServiceError.
+
+    Indexes are judged by their key patterns, bounds and multikey paths, never by their names.
+    """
     customer = settings.customer_field
     counted = counted_orders(settings)
-    # Rejected plans included: of an empty range, several indexes are equally good.
-    candidates = explain(orders, {**counted, customer: EMPTY_RANGE}, customer)
-    names = [scan["indexName"] for scan in index_scans(candidates) if _is_bounded(scan, settings)]
+    # Rejected plans included: for an empty range, the planner ranks several indexes equally.
+    candidates = _explain(orders, {**counted, customer: _EMPTY_RANGE}, customer)
+    names = [scan["indexName"] for scan in _index_scans(candidates) if _is_bounded(scan, settings)]
     plans = []
     for name in dict.fromkeys(names):
         # Once more for all customers, as the first plan may be that of one shard. A partial index
         # that lacks some of the customers has no bounds here.
-        stages = explain(orders, {**counted, customer: _ALL_BUT_ONE}, customer, name)
-        if all(_is_bounded(scan, settings) for scan in index_scans(stages)):
-            plans.append(_describe(str(name), stages, settings))
+        stages = _explain(orders, {**counted, customer: _ALL_BUT_ONE}, customer, name)
+        if all(_is_bounded(scan, settings) for scan in _index_scans(stages)):
+            plans.append(_build_plan(str(name), stages, settings))
     if plans:
         return min(plans, key=lambda plan: (len(plan.missing_fields), plan.needs_fetch))
     if collection_type(orders.database, orders.name) == "view":
-        return Plan(hint=_view_hint(orders))
+        return Plan(hint=view_hint(orders))
     return Plan()
 
 
-def _describe(name: str, stages: list[Document], settings: Settings) -> Plan:
+def _build_plan(name: str, stages: list[Document], settings: Settings) -> Plan:
     """Return the plan with an index of the right keys."""
-    scans = index_scans(stages)
+    scans = _index_scans(stages)
     keys = [settings.status_field, settings.customer_field]
     # An index knows of each of its fields whether any order has ever held an array there.
     paths = [scan.get("multiKeyPaths", {}) for scan in scans]
     multikey = [key for key in keys if not paths or any(path.get(key) != [] for path in paths)]
-    missing = [f for f in settings.order_filter if any(f not in s["keyPattern"] for s in scans)]
+    conditions = other_conditions(settings)
+    missing = [f for f in conditions if any(f not in s["keyPattern"] for s in scans)]
     kinds = {stage["stage"] for stage in stages}
     hint = ""
     if multikey:
@@ -108,9 +120,9 @@ def _describe(name: str, stages: list[Document], settings: Settings) -> Plan:
         why = ""
         if "SHARDING_FILTER" in kinds:
             why = ", because the index lacks the shard key"
-        elif settings.order_filter:
+        elif conditions:
             why = ", for a condition in ORDER_FILTER that no index answers alone"
-        hint = f"there; orders are fetched all the same{why}"
+        hint = f"{name} is used, but orders are fetched as well{why}"
     return Plan(
         supports_partitions=settings.customer_field not in multikey,
         status_is_multikey=settings.status_field in multikey,
@@ -132,7 +144,7 @@ def _is_bounded(scan: Document, settings: Settings) -> bool:
     for name, direction in pattern.items():
         if name not in allowed or direction not in (1, -1):
             return False
-        if scan["indexBounds"][name] in UNBOUNDED:
+        if scan["indexBounds"][name] in _UNBOUNDED:
             return False
         wanted.discard(name)
         if not wanted:
@@ -140,12 +152,37 @@ def _is_bounded(scan: Document, settings: Settings) -> bool:
     return False
 
 
-def _view_hint(orders: Collection[Any]) -> str:
-    return f"{orders.full_name} is a view: create the index on the collection that it reads"
+def inspect_user_index(users: Collection[Any], key: str) -> Index:
+    """Ask the server for the index on `key`. Raises ServiceError.
+
+    A partial or sparse index can be used if it holds every user that has a key.
+    """
+    stages = _explain(users, {key: _EMPTY_RANGE}, key)
+    scans = _index_scans(stages)
+    is_bounded = all(stage["stage"] != "COLLSCAN" for stage in stages) and all(
+        scan.get("indexBounds", {}).get(key) not in _UNBOUNDED for scan in scans
+    )
+    is_multikey = any(scan.get("multiKeyPaths", {}).get(key) != [] for scan in scans)
+    name, why = "", ""
+    if key == "_id":
+        name = "_id_"
+        if not is_bounded:
+            why = f"with the collation of {users.full_name}, each partition would read all users"
+    elif not is_bounded or not scans:
+        why = f"{users.full_name} has no index on {key}; create it with --create-index"
+    else:
+        name = str(scans[0]["indexName"])
+        if is_multikey:
+            why = (
+                f"{name} on {users.full_name} is multikey: a user holds, or once held, an array in "
+                f"{key}. Correct such users, drop the index, and create it again with "
+                "--create-index"
+            )
+    return Index(name, why and f"one query counts all customers, because {why}")
 
 
 def missing_index_hint(orders: Collection[Any], settings: Settings) -> str:
-    """Return what to do where the shop is large and partitions are not supported; else ""."""
+    """Return what to do if the shop is large and partitions are not supported; else ""."""
     with suppress(ServiceError), map_driver_errors("count", orders):
         largest = orders.estimated_document_count()
         if settings.user_key_field != "_id":
@@ -157,47 +194,39 @@ def missing_index_hint(orders: Collection[Any], settings: Settings) -> str:
     return ""
 
 
-def create_index(orders: Collection[Any], settings: Settings) -> str:
-    """Create the index unless an equal one serves, and return its name. Raises ServiceError."""
-    kind = collection_type(orders.database, orders.name)
-    if kind is None:
-        raise ConfigurationError(f"there is no collection {orders.full_name} to make an index on")
-    if kind == "view":
-        raise ConfigurationError(_view_hint(orders))
-    plan = _inspect_orders(orders, settings)
-    if not plan.index_name or plan.missing_fields:
-        try:
-            name = build_index(orders, index_keys(settings))
-        except ServiceError as error:
-            if is_parallel_arrays_error(error):
-                raise ConfigurationError(_parallel_arrays_hint(orders, settings)) from error
-            raise
-        plan = _inspect_orders(orders, settings)
-        if not plan.index_name or plan.missing_fields:
-            # To create an index that is there, and hidden, succeeds.
-            raise ConfigurationError(hidden_index_hint(orders, name))
-    if not plan.supports_partitions:
-        raise ConfigurationError(plan.hint)
-    return plan.index_name
+def view_hint(orders: Collection[Any]) -> str:
+    return f"{orders.full_name} is a view: create the index on the collection that it reads"
 
 
-def _parallel_arrays_hint(orders: Collection[Any], settings: Settings) -> str:
-    names = [name for name, _ in index_keys(settings)]
-    pairs = [
-        {"$and": [{"$or": array_conditions(one)}, {"$or": array_conditions(other)}]}
-        for one, other in combinations(names, 2)
-    ]
-    both = pairs[0] if len(pairs) == 1 else {"$or": pairs}
-    with map_driver_errors("find", orders):
-        found = [format_value(order["_id"]) for order in orders.find(both, {"_id": 1}).limit(5)]
-    fields = f"both {' and '.join(names)}" if len(names) == 2 else f"two of {', '.join(names)}"
-    return (
-        f"no index can be made on {orders.full_name} while an order holds arrays in {fields}, such "
-        "as the order with _id " + ", ".join(found)
-    )
+def _explain(
+    collection: Collection[Any], query: Document, group_by: str, index_name: str = ""
+) -> list[Document]:
+    """Return every stage of the plan for a query that is grouped by one of its fields."""
+    group = {"_id": f"${group_by}", "count": {"$sum": 1}}
+    command: dict[str, Any] = {
+        "aggregate": collection.name,
+        "pipeline": [{"$match": query}, {"$group": group}],
+        "cursor": {},
+        "collation": SIMPLE_COLLATION,
+    }
+    if index_name:
+        command["hint"] = index_name
+    with map_driver_errors("find", collection):
+        reply = collection.database.command("explain", command, verbosity="queryPlanner")
+    return list(_stages(reply))
 
 
-def array_conditions(field: str) -> list[Document]:
-    """Return conditions, one of which is true if `field`, or a field above it, is an array."""
-    parts = field.split(".")
-    return [{".".join(parts[:n]): {"$type": "array"}} for n in range(1, len(parts) + 1)]
+def _stages(plan: Any) -> Iterator[Document]:
+    """Yield every stage of a plan, however the server nests them."""
+    if isinstance(plan, dict):
+        if isinstance(plan.get("stage"), str):
+            yield plan
+        for part in plan.values():
+            yield from _stages(part)
+    elif isinstance(plan, list):
+        for part in plan:
+            yield from _stages(part)
+
+
+def _index_scans(stages: list[Document]) -> list[Document]:
+    return [stage for stage in stages if stage["stage"] == "IXSCAN"]

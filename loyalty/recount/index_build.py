@@ -1,53 +1,104 @@
-"""Creating an index, whatever other indexes there are."""
+"""The creation of the indexes on orders and users, whatever other indexes there are."""
 
 from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable
+from itertools import combinations
 from typing import Any
 
 from pymongo.collection import Collection
 from pymongo.errors import NetworkTimeout
 
-from loyalty.errors import DatabaseUnavailable, ServiceError
+from config import Settings
+from loyalty.errors import ConfigurationError, DatabaseUnavailable, ServiceError
 from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.error_codes import CODES, ErrorClass
-from loyalty.recount.order_filter import COLLATION
+from loyalty.mongo.privileges import collection_type
+from loyalty.mongo.values import SIMPLE_COLLATION, Document, format_value
+from loyalty.recount.index import (
+    Index,
+    index_keys,
+    inspect_orders_plan,
+    inspect_user_index,
+    view_hint,
+)
 
 log = logging.getLogger("loyalty")
 
-IndexKeys = list[tuple[str, int]]
+_Keys = list[tuple[str, int]]
 
-_SECOND_NAME = "loyalty_counts"  # where another index has the default name
+_SECOND_NAME = "loyalty_counts"  # if another index has the default name
 _CODES = CODES[ErrorClass.PERMANENT]
 
 
-def build_index(collection: Collection[Any], keys: IndexKeys) -> str:
-    """Create an index and return its name, also if it is there already. Raises ServiceError."""
+def create_index(orders: Collection[Any], settings: Settings) -> str:
+    """Create the index on orders unless one can be used, and return its name.
+
+    Raises ServiceError.
+    """
+
+    def inspect() -> Index:
+        plan = inspect_orders_plan(orders, settings)
+        name = "" if plan.missing_fields else plan.index_name
+        return Index(name, "" if plan.supports_partitions else plan.hint)
+
+    try:
+        return _ensure_index(orders, index_keys(settings), inspect)
+    except ServiceError as error:
+        if _code(error) == _CODES["CannotIndexParallelArrays"]:
+            raise ConfigurationError(_parallel_arrays_hint(orders, settings)) from error
+        raise
+
+
+def create_user_index(users: Collection[Any], settings: Settings) -> str:
+    """Create the index on the key of users unless one can be used, and return its name.
+
+    Raises ServiceError.
+    """
+    key = settings.user_key_field
+    return _ensure_index(users, [(key, 1)], lambda: inspect_user_index(users, key))
+
+
+def _ensure_index(collection: Collection[Any], keys: _Keys, inspect: Callable[[], Index]) -> str:
+    kind = collection_type(collection.database, collection.name)
+    if kind is None:
+        raise ConfigurationError(f"cannot create an index: no collection {collection.full_name}")
+    if kind == "view":
+        raise ConfigurationError(view_hint(collection))
+    index = inspect()
+    if not index.name:
+        name = _build_index(collection, keys)
+        index = inspect()
+        if not index.name:  # create_index succeeds for an existing hidden index
+            raise ConfigurationError(
+                f"the index {name} exists, but the server does not use it. If it is hidden: "
+                f"db.{collection.name}.unhideIndex({name!r})"
+            )
+    if index.hint:
+        raise ConfigurationError(index.hint)
+    return index.name
+
+
+def _build_index(collection: Collection[Any], keys: _Keys) -> str:
     try:
         return _wait_for_build(collection, keys)
     except ServiceError as error:
-        code = getattr(error.__cause__, "code", None)
-        if code == _CODES["IndexKeySpecsConflict"]:  # a partial one, or of another collation
+        if _code(error) == _CODES["IndexKeySpecsConflict"]:  # partial, or with another collation
             return _wait_for_build(collection, keys, name=_SECOND_NAME)
-        # Where the same index has another name it is hidden, or still being built.
+        # The same index with another name is hidden, or still being built.
         other = re.search(r"already exists with a different name: (.+) \(code", str(error))
-        if code == _CODES["IndexOptionsConflict"] and other:
+        if _code(error) == _CODES["IndexOptionsConflict"] and other:
             return _wait_for_build(collection, keys, name=other[1])
         raise
 
 
-def is_parallel_arrays_error(error: ServiceError) -> bool:
-    """Return whether a document has arrays in two fields of the index."""
-    code = getattr(error.__cause__, "code", None)
-    return code == _CODES["CannotIndexParallelArrays"]
-
-
-def _wait_for_build(collection: Collection[Any], keys: IndexKeys, **options: Any) -> str:
+def _wait_for_build(collection: Collection[Any], keys: _Keys, **options: Any) -> str:
     while True:
         try:
             with map_driver_errors("createIndex", collection):
-                return collection.create_index(keys, collation=COLLATION, **options)
+                return collection.create_index(keys, collation=SIMPLE_COLLATION, **options)
         except DatabaseUnavailable as error:
             if not isinstance(error.__cause__, NetworkTimeout):
                 raise
@@ -55,9 +106,27 @@ def _wait_for_build(collection: Collection[Any], keys: IndexKeys, **options: Any
             log.info("index_build_in_progress collection=%s", collection.full_name)
 
 
-def hidden_index_hint(collection: Collection[Any], name: str) -> str:
-    """Return what to do where an index was created, and is not used."""
+def _code(error: ServiceError) -> int | None:
+    return getattr(error.__cause__, "code", None)
+
+
+def _parallel_arrays_hint(orders: Collection[Any], settings: Settings) -> str:
+    names = [name for name, _ in index_keys(settings)]
+    pairs = [
+        {"$and": [{"$or": array_conditions(one)}, {"$or": array_conditions(other)}]}
+        for one, other in combinations(names, 2)
+    ]
+    with map_driver_errors("find", orders):
+        found = orders.find({"$or": pairs}, {"_id": 1}).limit(5)
+        ids = ", ".join(format_value(order["_id"]) for order in found)
+    fields = f"both {' and '.join(names)}" if len(names) == 2 else f"two of {', '.join(names)}"
     return (
-        f"the index {name} is there, but the server does not use it. If it is hidden: "
-        f"db.{collection.name}.unhideIndex({name!r})"
+        f"no index can be made on {orders.full_name} while an order holds arrays in {fields}, such "
+        f"as the order with _id {ids}"
     )
+
+
+def array_conditions(field: str) -> list[Document]:
+    """Return conditions, one of which is true if `field`, or a field above it, is an array."""
+    parts = field.split(".")
+    return [{".".join(parts[:n]): {"$type": "array"}} for n in range(1, len(parts) + 1)]

@@ -10,9 +10,8 @@ from bson import DBRef, ObjectId
 from pymongo.collection import Collection
 
 from loyalty.mongo.driver_errors import map_driver_errors
-from loyalty.mongo.values import LENIENT_CODEC, Document, format_value, get_nested
+from loyalty.mongo.values import LENIENT_CODEC, SIMPLE_COLLATION, Document, format_value, get_nested
 from loyalty.recount.customer_ids import parse_id_argument
-from loyalty.recount.order_filter import COLLATION
 from loyalty.recount.spool import Spool
 from loyalty.recount.unknown import OBJECT_ID_CALL, classify_unknown
 
@@ -84,5 +83,5 @@ def find_user_ids(users: Collection[Any], key: str, values: Sequence[Any]) -> li
         return list(values)
     lenient = users.with_options(codec_options=LENIENT_CODEC)
     with map_driver_errors("find", users):
-        found = lenient.find({key: {"$in": list(values)}}, {"_id": 1}, collation=COLLATION)
+        found = lenient.find({key: {"$in": list(values)}}, {"_id": 1}, collation=SIMPLE_COLLATION)
         return [user["_id"] for user in found]

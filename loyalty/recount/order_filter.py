@@ -1,4 +1,4 @@
-"""Which orders are counted: the one filter that every query, event and plan uses."""
+"""The condition for counted orders. Queries, events and indexes take it from here."""
 
 from __future__ import annotations
 
@@ -8,21 +8,25 @@ from bson import Regex
 
 from config import Settings
 
-COLLATION = {"locale": "simple"}
-"""Overrides a collection's own collation: only exactly `Shipped` is `Shipped`."""
-
 
 def counted_orders(settings: Settings, prefix: str = "") -> dict[str, Any]:
     """Return the filter for counted orders; `prefix` leads to the order, as in "fullDocument."."""
-    return {
-        f"{prefix}{settings.status_field}": {"$in": list(settings.order_statuses)},
-        **{f"{prefix}{name}": condition for name, condition in settings.order_filter.items()},
+    conditions = {
+        settings.status_field: {"$in": list(settings.order_statuses)},
+        **other_conditions(settings),
     }
+    return {f"{prefix}{name}": condition for name, condition in conditions.items()}
+
+
+def other_conditions(settings: Settings) -> dict[str, Any]:
+    """Return the conditions of a counted order besides the status, by field: ORDER_FILTER."""
+    return dict(settings.order_filter)
 
 
 def equality_fields(settings: Settings) -> list[str]:
-    """Return the fields for which ORDER_FILTER names one value: an index should begin with them."""
-    return [name for name, condition in settings.order_filter.items() if _is_equality(condition)]
+    """Return the fields for which a condition names one value: an index should begin with them."""
+    conditions = other_conditions(settings)
+    return [name for name, condition in conditions.items() if _is_equality(condition)]
 
 
 def _is_equality(condition: Any) -> bool:

@@ -1,8 +1,8 @@
 """How all ids are cut into partitions, so that each is counted in the server's memory.
 
-A partition is an interval of canonical ids: from one boundary up to, and without, the next. The
-server compares values of one type only (MQL's type bracketing), so a partition has an interval for
-each type of id in it. Whatever the boundaries are, the partitions together hold every id once.
+A partition is a half-open interval of canonical ids, [boundary, next boundary). The server compares
+values of one type only (MQL's type bracketing), so a partition has an interval for each type of id
+in it. Whatever the boundaries are, the partitions together hold every id once.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ import bson
 from bson import Binary, ObjectId
 from pymongo.collection import Collection
 
-from loyalty.mongo.values import LENIENT_CODEC, Document, get_nested
+from loyalty.mongo.values import LENIENT_CODEC, SIMPLE_COLLATION, Document, get_nested
 from loyalty.recount.customer_ids import is_hex_id
-from loyalty.recount.order_filter import COLLATION
 
 USERS_PER_PARTITION = 25_000
 """Few enough that neither the server nor this process needs the disk, and that two workers get
@@ -37,7 +36,7 @@ _LEAST: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Partition:
-    """An id is in it if it satisfies all operators of one of `intervals`, each an index scan."""
+    """Intervals are combined by OR, the operators in an interval by AND; each is an index scan."""
 
     intervals: Sequence[Sequence[Document]]
 
@@ -50,7 +49,7 @@ def partition_boundaries(
 ) -> list[Any]:
     """Return every `size`-th key of the users, from the index on `key` alone.
 
-    Keys of each type that can be cut are walked for themselves. A key that many users share is a
+    Each type that can be cut is scanned separately. A key that many users share is a
     boundary once, as each step begins after the last boundary.
     """
     boundaries: list[Any] = []
@@ -59,7 +58,7 @@ def partition_boundaries(
     for least in _LEAST.values():
         bounds, skip = {"$gte": least}, size
         while True:
-            step = lenient.find({key: bounds}, projection, collation=COLLATION)
+            step = lenient.find({key: bounds}, projection, collation=SIMPLE_COLLATION)
             document = next(step.sort(key, 1).skip(skip).limit(1), None)
             if document is None or not _is_encodable(document):
                 break  # after a key that Python cannot hold, one long partition
@@ -80,7 +79,7 @@ def _is_encodable(document: Document) -> bool:
 def partitions(boundaries: Iterable[Any]) -> list[Partition]:
     """Return the partitions between boundaries of any type and in any order, and the rest.
 
-    Numbers and binaries are cut at boundaries of their own type, where there are any. Strings and
+    Numbers and binaries are cut at boundaries of their own type, if there are any. Strings and
     ObjectIds are cut together. All other types, and a missing id, are the rest.
     """
     by_type: dict[str, set[Any]] = {name: set() for name in _LEAST}

@@ -15,15 +15,14 @@ from loyalty.mongo.values import Document, decode_documents
 from loyalty.recount.customer_ids import NO_CUSTOMER, canonical_expr, is_non_canonical_expr
 from loyalty.recount.order_filter import counted_orders
 from loyalty.recount.partitions import EVERYTHING, Partition
+from loyalty.recount.points import points_expr
 from loyalty.recount.tally import CustomerCount, UpToDate, User
 
-# The group key of all non-canonical ids. A `_id` is never an array, and partitions are not used
-# where a customer id may be one.
+# The group key of all non-canonical ids. A `_id` is never an array, and partitions are not used if
+# a customer id may be one.
 _NON_CANONICAL = ["non_canonical"]
-
-
-# In the group key of each user whose key is no value that an order can refer to. It is random, so
-# that no stored customer id equals it.
+# In the group key of users with a null, empty or array key. It is random, so that no stored
+# customer id equals it.
 _NO_KEY = os.urandom(16)
 
 
@@ -64,22 +63,23 @@ def build_pipeline(
     )
     if scope.customers:
         stages.append({"$match": {"_id": {"$in": list(scope.customers)}}})
-    is_up_to_date: Document = {"$literal": False}
+    up_to_date: Document = {"$literal": False}
     if not scope.include_up_to_date:
-        is_up_to_date = _is_up_to_date(settings)
+        up_to_date = _up_to_date_expr(settings)
     customer = {"$cond": ["$up_to_date", None, "$_id"]}
-    number = {"$size": "$users"}
+    user_count = {"$size": "$users"}
+    points = points_expr("$orders", settings)
     totals: dict[str, Any] = {
         "orders": {"$sum": "$orders"},
         "users": {"$first": "$users"},
-        "number": {"$sum": number},
-        "holders": {"$sum": {"$cond": [{"$gt": ["$orders", 0]}, number, 0]}},
+        "user_count": {"$sum": user_count},
+        "users_with_points": {"$sum": {"$cond": [{"$gt": [points, 0]}, user_count, 0]}},
     }
     if settings.user_key_field != "_id":
-        totals["sharing_a_key"] = {"$sum": {"$cond": [{"$gt": [number, 1]}, number, 0]}}
+        totals["sharing_a_key"] = {"$sum": {"$cond": [{"$gt": [user_count, 1]}, user_count, 0]}}
     return [
         *stages,
-        {"$set": {"up_to_date": is_up_to_date}},
+        {"$set": {"up_to_date": up_to_date}},
         # One row for all customers who are up to date.
         {"$group": {"_id": {"up_to_date": "$up_to_date", "customer": customer}, **totals}},
     ]
@@ -94,8 +94,7 @@ def _count_orders(
 ) -> list[Document]:
     counted: Any = 1
     if status_may_be_array:  # $match accepts an array that contains a counted status
-        is_array = {"$eq": [{"$type": f"${settings.status_field}"}, "array"]}
-        counted = {"$cond": [is_array, 0, 1]}
+        counted = {"$cond": [{"$isArray": f"${settings.status_field}"}, 0, 1]}
     customer = settings.customer_field
     return [
         {"$match": {**counted_orders(settings), **_match(customer, bounds)}},
@@ -114,20 +113,20 @@ def _read_users(settings: Settings, scope: Scope, bounds: Sequence[Document]) ->
         group_key = _separate_users_without_key(group_key)
     return [
         {"$match": _match(key, bounds)},
-        # $project would descend into a field `user` of the user's own, were it an array.
+        # $project would treat an existing array `user` as a path.
         {"$replaceWith": {"_id": group_key, "user": user}},
     ]
 
 
 def _separate_users_without_key(group_key: Document) -> Document:
-    """Return the group key of a user: `group_key`, or one of the user's own where that is no key.
+    """Return the group key of a user: `group_key`, or a unique one if that is null, "" or an array.
 
     A million users without the field, in one group, would exceed the 16 MB of a document.
     """
     no_key = {"no_key": {"$literal": _NO_KEY}, "user": "$_id"}
-    is_no_key = {"$or": [{"$in": ["$$key", [None, ""]]}, {"$isArray": "$$key"}]}
-    if_key = {"$cond": [is_no_key, no_key, "$$key"]}
-    return {"$let": {"vars": {"key": group_key}, "in": if_key}}
+    has_no_key_expr = {"$or": [{"$in": ["$$key", [None, ""]]}, {"$isArray": "$$key"}]}
+    key_expr = {"$cond": [has_no_key_expr, no_key, "$$key"]}
+    return {"$let": {"vars": {"key": group_key}, "in": key_expr}}
 
 
 def _created_path(points_field: str) -> Document:
@@ -149,23 +148,22 @@ def _group_key(scope: Scope, value: str, if_missing: Any) -> Document:
     canonical = canonical_expr(value, if_missing)
     if scope.is_complete:
         return canonical
-    is_non_canonical = is_non_canonical_expr(value, "$$customer")
-    key = {"$cond": [is_non_canonical, _NON_CANONICAL, "$$customer"]}
+    non_canonical = is_non_canonical_expr(value, "$$customer")
+    key = {"$cond": [non_canonical, _NON_CANONICAL, "$$customer"]}
     return {"$let": {"vars": {"customer": canonical}, "in": key}}
 
 
-def _is_up_to_date(settings: Settings) -> Document:
-    points = {"$multiply": ["$orders", settings.points_per_order]}
-    is_equal = {
+def _up_to_date_expr(settings: Settings) -> Document:
+    is_equal_expr = {
         "$and": [
             {"$in": [{"$type": "$$this.points"}, ["int", "long"]]},
-            {"$eq": ["$$this.points", points]},
+            {"$eq": ["$$this.points", points_expr("$orders", settings)]},
         ]
     }
     return {
         "$and": [
             {"$ne": ["$users", []]},
-            {"$allElementsTrue": [{"$map": {"input": "$users", "in": is_equal}}]},
+            {"$allElementsTrue": [{"$map": {"input": "$users", "in": is_equal_expr}}]},
             {"$ne": ["$_id", _NON_CANONICAL]},
         ]
     }
@@ -175,8 +173,12 @@ def parse_rows(batch: bytes, scope: Scope) -> Iterator[CustomerCount | UpToDate]
     """Parse a raw batch of the results for `scope`. Raises NonCanonicalIdFound."""
     for row in decode_documents(batch):
         if row["_id"]["up_to_date"]:
-            sharing = row.get("sharing_a_key", 0)
-            yield UpToDate(row["orders"], row["number"], row["holders"], sharing)
+            yield UpToDate(
+                orders=row["orders"],
+                users=row["user_count"],
+                users_with_points=row["users_with_points"],
+                users_sharing_a_key=row.get("sharing_a_key", 0),
+            )
             continue
         customer = row["_id"].get("customer")
         if customer == _NON_CANONICAL and not scope.is_complete:

@@ -12,7 +12,6 @@ from loyalty.concurrency import ignore_progress
 from loyalty.errors import ConfigurationError, DatabaseUnavailable, NoPermission, ServiceError
 from loyalty.history import History
 from loyalty.mongo.connection import Connection, connect
-from loyalty.mongo.error_codes import is_known
 from loyalty.recount.change_log import check_change_log
 from loyalty.recount.counter import Counter
 from loyalty.recount.index import index_keys, missing_index_hint
@@ -30,18 +29,19 @@ def connect_and_verify(settings: Settings, *, writing: bool, recording: bool = T
     log.info("connected %s", connection.description)
     if connection.snapshot_unsupported_reason:
         log.warning(
-            "snapshot_unsupported %s cannot read at one cluster time: an order that changes during "
-            "a recount may be missed or counted twice",
+            'snapshot_unsupported server="%s" effect="an order that changes during a recount may '
+            'be missed or counted twice"',
             connection.snapshot_unsupported_reason,
         )
     try:
         with suppress(DatabaseUnavailable):  # the first recount reports that, and retries
-            _count_unused_customer(connection, settings)
+            _probe_aggregation(connection, settings)
         if hint := missing_index_hint(connection.orders, settings):
             fields = ", ".join(name for name, _ in index_keys(settings))
-            log.warning("index_missing {%s} on %s: %s", fields, connection.orders.full_name, hint)
+            name = connection.orders.full_name
+            log.warning('index_missing collection=%s fields="%s" hint="%s"', name, fields, hint)
         if writing and recording:
-            History(connection.recounts, settings).check()
+            History(connection.recounts, settings).check_collection()
             if connection.changes is not None:
                 check_change_log(connection.changes)
     except BaseException:
@@ -50,17 +50,24 @@ def connect_and_verify(settings: Settings, *, writing: bool, recording: bool = T
     return connection
 
 
-def _count_unused_customer(connection: Connection, settings: Settings) -> None:
-    """Let the server judge the aggregation, and ORDER_FILTER in it. Raises ServiceError."""
+def _probe_aggregation(connection: Connection, settings: Settings) -> None:
+    """Count a customer who does not exist, so that the server checks the aggregation.
+
+    Raises ServiceError; ConfigurationError if ORDER_FILTER is not a valid query.
+    """
     unused = ObjectId()
     counter = Counter(connection, settings, ignore_progress)
     try:
         counter.count_customers(lambda _: None, [(unused, [unused])])
     except ServiceError as error:
-        code = getattr(error.__cause__, "code", None)
-        is_bad_query = isinstance(error, ConfigurationError) and not isinstance(error, NoPermission)
-        # The parser of a condition has a code of its own for nearly every mistake.
-        is_bad_query |= code is not None and not is_known(code)
-        if settings.order_filter and is_bad_query:
+        if settings.order_filter and _is_bad_query(error):
             raise ConfigurationError(f"{error}; is ORDER_FILTER right?") from error
         raise
+
+
+def _is_bad_query(error: ServiceError) -> bool:
+    # The parser of conditions reports nearly every mistake with a code that has no name.
+    details = getattr(error.__cause__, "details", None) or {}
+    has_unnamed_code = str(details.get("codeName", "")).startswith("Location")
+    is_permanent = isinstance(error, ConfigurationError) and not isinstance(error, NoPermission)
+    return has_unnamed_code or is_permanent

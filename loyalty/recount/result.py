@@ -1,8 +1,9 @@
-"""What came of a recount: the source of its record, its log line and the commands' output."""
+"""The result of a recount: the source of its record, its log line and the commands' output."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Literal
@@ -10,26 +11,38 @@ from typing import Any, Literal
 from bson import ObjectId, Timestamp
 
 from config import VERSION
-from loyalty.recount.tally import RECORDED_TOTALS, FailedUpdates, Totals
+from loyalty.recount.tally import RECORDED_TOTALS, Totals
+from loyalty.recount.updates import FailedUpdates
 
 log = logging.getLogger("loyalty")
 
 Outcome = Literal["succeeded", "incomplete", "refused", "failed"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class CountResult:
-    """When a count was made, and how: `as_of` is the oldest time that anything was read at."""
+    """When a count was made, and how."""
 
-    as_of: datetime
-    cluster_time: Timestamp | None = None
-    """What everything was read at; None if there is no such time, see `exact`."""
-    oldest_snapshot: Timestamp | None = None
-    newest_snapshot: Timestamp | None = None
-    has_customer_index: bool = False
-    """Whether an index leads to the orders of one customer."""
+    started_at: datetime
+    snapshots: Sequence[Timestamp] = ()
+    """The cluster times that were read at, the oldest first.
+
+    There are none without snapshots, and several if the server forgot one during the count.
+    """
+    supports_partitions: bool = False
+    """Whether indexes lead to the orders and the users of one customer."""
     has_mixed_case_ids: bool = False
-    """Whether a hex id is neither all lower nor all upper case; False if that was not looked at."""
+    """Whether a hex id is neither all lower nor all upper case; False if that was not checked."""
+
+    @property
+    def as_of(self) -> datetime:
+        """The oldest time that anything was read at."""
+        return self.snapshots[0].as_datetime() if self.snapshots else self.started_at
+
+    @property
+    def cluster_time(self) -> Timestamp | None:
+        """The time that everything was read at, if there is one."""
+        return self.snapshots[0] if len(self.snapshots) == 1 else None
 
     @property
     def exact(self) -> bool:
@@ -39,7 +52,7 @@ class CountResult:
 
 @dataclass(slots=True, kw_only=True)
 class Result:
-    """One recount, as far as it came."""
+    """One recount, complete or partial."""
 
     id: ObjectId = field(default_factory=ObjectId)
     """The `_id` of its record."""

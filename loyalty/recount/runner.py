@@ -8,33 +8,26 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 
 from bson import Timestamp
 
 from config import Settings
 from loyalty.concurrency import ProgressCallback, ignore_progress
-from loyalty.errors import (
-    ClientUnusable,
-    DatabaseUnavailable,
-    QueryTimeout,
-    RecountRefused,
-    ServiceError,
-    SnapshotTooOld,
-    TooManyFailedUpdates,
-)
+from loyalty.errors import RecountRefused, ServiceError, SnapshotTooOld, TooManyFailedUpdates
 from loyalty.history import History
 from loyalty.mongo.connection import Connection
 from loyalty.recount.change_log import ChangeLog
-from loyalty.recount.counter import Boundaries, Counter, Customers
+from loyalty.recount.counter import Counter, Customers, FindBoundaries
 from loyalty.recount.look_alikes import UnknownCustomerList
 from loyalty.recount.partitions import partition_boundaries
 from loyalty.recount.pipeline import NonCanonicalIdFound
 from loyalty.recount.result import CountResult, Result, build_record, log_result
-from loyalty.recount.safety import PreviousRecounts, check_totals, is_failure
+from loyalty.recount.safety import PreviousRecounts, check_totals, has_too_many_failed_updates
 from loyalty.recount.statuses import check_uncounted
-from loyalty.recount.tally import Tally, Totals
+from loyalty.recount.tally import CustomerCount, Tally, Totals, UpToDate
 from loyalty.recount.updates import LogChanges, PendingUpdates
-from loyalty.retry import COUNT_RETRY, Retry, RetryPolicy, retry
+from loyalty.retry import SHORT_OUTAGE_RETRY, RetryPolicy, retry
 
 log = logging.getLogger("loyalty")
 
@@ -51,8 +44,10 @@ class RecountRequest:
     """Returns why it is refused; replaces the safety checks of a full recount."""
     unknown: UnknownCustomerList | None = None
     """Collects all unknown customers, if it is given."""
-    find_boundaries: Boundaries = partition_boundaries
-    retry_policy: RetryPolicy = COUNT_RETRY
+    rows: list[CustomerCount] | None = None
+    """Collects the row of each customer, if it is given."""
+    find_boundaries: FindBoundaries = partition_boundaries
+    retry_policy: RetryPolicy = SHORT_OUTAGE_RETRY
 
 
 FULL_RECOUNT = RecountRequest()
@@ -75,7 +70,7 @@ def run_recount(
     Raises RecountRefused by the safety checks, and any ServiceError that ended it.
     """
     started_at = datetime.now(UTC)
-    result = Result(started_at=started_at, count=CountResult(as_of=started_at))
+    result = Result(started_at=started_at, count=CountResult(started_at))
     clock = time.monotonic()
     is_recorded = request.write and request.customers is None
     try:
@@ -83,9 +78,9 @@ def run_recount(
             _count(connection, settings, request, updates, result, on_progress)
             _check(connection, settings, history, request, result)
             if request.write:
-                log_changes = None
-                if is_recorded:
-                    log_changes = _open_change_log(connection, settings, result)
+                log_changes = (
+                    _open_change_log(connection, settings, result) if is_recorded else None
+                )
                 _write(connection, updates, log_changes, result, on_progress)
     except Exception as error:
         result.outcome = "refused" if isinstance(error, RecountRefused) else "failed"
@@ -114,50 +109,70 @@ def _count(
     on_progress: ProgressCallback,
 ) -> None:
     """Count, and collect the updates. A failed count starts again at a new cluster time."""
+    started_at = result.started_at
+    attempt = partial(
+        _attempt_count, connection, settings, request, updates, started_at, on_progress
+    )
 
-    def count(*, use_snapshot: bool = True, single_query: bool = False) -> None:
-        updates.clear()
-        if request.unknown is not None:
-            request.unknown.clear()
-        on_unknown = request.unknown.add if request.unknown is not None else None
-        tally = Tally(settings, updates.add, on_unknown)
-        counter = Counter(
-            connection,
-            settings,
-            on_progress,
-            started_at=result.started_at,
-            not_before=request.not_before,
-            find_boundaries=request.find_boundaries,
-            use_snapshot=use_snapshot,
-        )
+    def count(*, use_snapshot: bool = True) -> tuple[CountResult, Totals]:
         try:
-            if request.customers is None:
-                result.count = counter.count_all(tally.add, single_query=single_query)
-            else:
-                result.count = counter.count_customers(tally.add, request.customers)
+            return attempt(use_snapshot=use_snapshot)
         except NonCanonicalIdFound:
-            log.info("single_query_count reason=%s", "upper-case or mixed-case hex ids")
-            count(use_snapshot=use_snapshot, single_query=True)
-        else:
-            result.totals = tally.totals
+            log.info('single_query_count reason="upper-case or mixed-case hex ids"')
+            return attempt(use_snapshot=use_snapshot, single_query=True)
 
-    def report_retry(attempt: Retry) -> None:
-        log.warning('count_retry attempt=%d error="%s"', attempt.attempt, attempt.error)
+    def report_retry(number: int, error: Exception) -> None:
+        log.warning('count_retry attempt=%d error="%s"', number, error)
         on_progress("")
-
-    def is_retryable(error: Exception) -> bool:
-        # After a timeout the next attempt would take as long; a new client is the caller's task.
-        is_final = isinstance(error, QueryTimeout | ClientUnusable)
-        return isinstance(error, DatabaseUnavailable) and not is_final
 
     try:
         # The driver does not retry a cursor that was lost with its primary.
-        retry(count, request.retry_policy, on=is_retryable, on_retry=report_retry)
+        result.count, result.totals = retry(count, request.retry_policy, on_retry=report_retry)
     except SnapshotTooOld as error:
         if request.customers is not None:
             raise  # live updates must not write anything older than `not_before`
         log.warning('snapshot_unavailable error="%s"', error)
-        count(use_snapshot=False)
+        result.count, result.totals = count(use_snapshot=False)
+
+
+def _attempt_count(
+    connection: Connection,
+    settings: Settings,
+    request: RecountRequest,
+    updates: PendingUpdates,
+    started_at: datetime,
+    on_progress: ProgressCallback,
+    *,
+    use_snapshot: bool,
+    single_query: bool = False,
+) -> tuple[CountResult, Totals]:
+    """Count once. Raises NonCanonicalIdFound if a single query is needed, and ServiceError."""
+    updates.clear()
+    on_unknown = None
+    if request.unknown is not None:
+        request.unknown.clear()
+        on_unknown = request.unknown.add
+    tally = Tally(settings, updates.add, on_unknown)
+    if request.rows is not None:
+        request.rows.clear()
+
+    def on_row(row: CustomerCount | UpToDate) -> None:
+        tally.add(row)
+        if request.rows is not None and isinstance(row, CustomerCount):
+            request.rows.append(row)
+
+    counter = Counter(
+        connection,
+        settings,
+        on_progress,
+        started_at=started_at,
+        not_before=request.not_before,
+        find_boundaries=request.find_boundaries,
+        use_snapshot=use_snapshot,
+    )
+    if request.customers is None:
+        return counter.count_all(on_row, single_query=single_query), tally.totals
+    return counter.count_customers(on_row, request.customers), tally.totals
 
 
 def _check(
@@ -181,7 +196,7 @@ def _check(
         raise RecountRefused(result.refusal)
     if request.customers is None:
         for warning in result.warnings:
-            log.warning("safety_warning %s", warning)
+            log.warning('safety_warning text="%s"', warning)
         if replaced := result.totals.non_numeric_values:
             log.warning("non_numeric_points users=%d field=%s", replaced, settings.points_field)
             log.debug("non_numeric_points sample=%s", result.totals.non_numeric_sample)
@@ -226,14 +241,11 @@ def _write(
         result.written, result.failed = updates.result.written, updates.result.failed
     if not result.failed:
         return
-    text = (
-        f"{result.failed_updates:,} of {result.totals.changed:,} updates failed ({result.failed})"
-    )
+    failed, changed = result.failed_updates, result.totals.changed
     log.debug("failed_updates users=%s", ", ".join(result.failed.sample))
-    if is_failure(result.failed_updates, result.totals.users):
-        raise TooManyFailedUpdates(text, result.failed_updates)
+    if has_too_many_failed_updates(failed, result.totals.users):
+        text = f"{failed:,} of {changed:,} updates failed ({result.failed})"
+        raise TooManyFailedUpdates(text, failed)
     result.outcome = "incomplete"
-    log.warning(
-        'incomplete failed_updates=%d changed=%d errors="%s"',
-        *(result.failed_updates, result.totals.changed, result.failed),
-    )
+    errors = str(result.failed)
+    log.warning('incomplete failed_updates=%d changed=%d errors="%s"', failed, changed, errors)

@@ -1,6 +1,6 @@
 """Safety checks: every rule that refuses a recount or warns about it, with its threshold and text.
 
-A refused recount writes nothing. It imports no driver: the caller provides what was counted.
+A refused recount writes nothing. This module makes no database calls.
 """
 
 from __future__ import annotations
@@ -16,18 +16,20 @@ from loyalty.recount.order_filter import is_counted
 from loyalty.recount.tally import Totals
 
 MIN_USERS = 10
-"""Fewer users than this never make a recount refused: a small shop may change that much."""
+"""The checks of a percentage of users apply from this many affected users on."""
 MIN_ORDERS = 10
 WARN_DECREASE_PERCENT = 10
+"""Of the users with points; live updates pause at the same percentage."""
 WARN_CHANGED_PERCENT = 50
 WARN_EARNING_NOTHING_PERCENT = 1
-MAX_ORDER_LOSS_PERCENT = 50
+MIN_REMAINING_ORDERS_PERCENT = 50
 MIN_PREVIOUS_ORDERS = 100
+MAX_NON_NUMERIC_PERCENT = 50
 MAX_FAILED_PERCENT = 1
 MIN_FAILED_UPDATES = 10
 MAX_STATUSES_SHOWN = 10
 
-_FORCE = "If this is intended, let one recount through with --once --force"
+_FORCE = "If this is intended, run once with --once --force"
 
 StatusCounts = Sequence[tuple[Any, int]]
 """The statuses that orders have, with the number of orders, the most frequent first."""
@@ -54,14 +56,11 @@ class SafetyReport:
 
 @dataclass(frozen=True, slots=True)
 class PreviousRecounts:
-    """What is known of earlier recounts of the same users: None is unknown, or there is none."""
+    """Earlier recounts of the same users. The defaults are for when they are unknown."""
 
     is_first: bool = False
     counted_orders: int | None = None
-    """Of the last one that succeeded."""
-
-
-NOTHING_KNOWN = PreviousRecounts()
+    """Of the last one that succeeded. None: unknown, or no such recount."""
 
 
 def exceeds_share(part: int, whole: int, percent: int, minimum: int = MIN_USERS) -> bool:
@@ -82,18 +81,19 @@ def check_totals(totals: Totals, settings: Settings, previous: PreviousRecounts)
     if totals.users_sharing_a_key:
         report.warnings.append(
             f"{totals.users_sharing_a_key:,} users have the same {settings.user_key_field} as "
-            "another user, and each of them gets the points of all its orders"
+            "another user: each of these users gets the points of every order with that key"
         )
-    if exceeds_share(totals.changed_holders, totals.users_with_points_before, WARN_CHANGED_PERCENT):
+    changed, with_points = totals.users_with_points_changed, totals.users_with_points_before
+    if exceeds_share(changed, with_points, WARN_CHANGED_PERCENT):
         report.warnings.append(
-            f"{totals.changed_holders:,} of the {totals.users_with_points_before:,} users with "
-            "points get another number: are POINTS_PER_ORDER and ORDER_STATUSES right?"
+            f"{changed:,} of the {with_points:,} users with points would have different points: "
+            "are POINTS_PER_ORDER and ORDER_STATUSES right?"
         )
     return report
 
 
 def _check_values(totals: Totals, settings: Settings, report: SafetyReport) -> None:
-    if exceeds_share(totals.non_numeric_values, totals.users_with_a_value, 50):
+    if exceeds_share(totals.non_numeric_values, totals.users_with_a_value, MAX_NON_NUMERIC_PERCENT):
         report.refusals.append(
             f"{totals.non_numeric_values:,} of the {totals.users_with_a_value:,} users who have "
             f"{settings.points_field} hold no number in it, and it would be overwritten: is "
@@ -119,9 +119,10 @@ def _check_orders(
             f"{totals.orders_without_customer:,} without customer"
         )
     last = previous.counted_orders or 0
-    if last >= MIN_PREVIOUS_ORDERS and 100 * counted < MAX_ORDER_LOSS_PERCENT * last:
+    percent = MIN_REMAINING_ORDERS_PERCENT
+    if last >= MIN_PREVIOUS_ORDERS and 100 * counted < percent * last:
         report.refusals.append(
-            f"{counted:,} orders are counted, less than half of the {last:,} in the last "
+            f"{counted:,} orders are counted, less than {percent} % of the {last:,} in the last "
             "successful recount: are the orders complete, and is ORDER_STATUSES right?"
         )
 
@@ -129,30 +130,31 @@ def _check_orders(
 def _check_decrease(
     totals: Totals, settings: Settings, previous: PreviousRecounts, report: SafetyReport
 ) -> None:
-    losing, holders = totals.decreased, totals.users_with_points_before
+    losing, with_points = totals.decreased, totals.users_with_points_before
     percent = settings.max_decrease_percent
-    sentence = f"{losing:,} of the {holders:,} {'user' if holders == 1 else 'users'} with points"
-    if exceeds_share(losing, holders, percent):
+    users = "user" if with_points == 1 else "users"
+    sentence = f"{losing:,} of the {with_points:,} {users} with points"
+    if exceeds_share(losing, with_points, percent):
         report.refusals.append(
-            f"{sentence} would lose some, more than MAX_DECREASE_PERCENT={percent} allows: are "
+            f"{sentence} would lose points, more than MAX_DECREASE_PERCENT={percent} allows: are "
             "ORDER_STATUSES and MONGODB_DATABASE right?"
         )
     elif losing and previous.is_first:
-        report.warnings.append(f"{sentence} lose some in the first recount")
-    elif exceeds_share(losing, holders, WARN_DECREASE_PERCENT):
-        report.warnings.append(f"{sentence} lose some")
+        report.warnings.append(f"{sentence} lose points in the first recount")
+    elif exceeds_share(losing, with_points, WARN_DECREASE_PERCENT):
+        report.warnings.append(f"{sentence} lose points")
 
 
-def check_live_update(losing: int, holders: int, settings: Settings) -> str | None:
+def check_live_update(losing: int, with_points: int, settings: Settings) -> str | None:
     """Return why live updates must pause: `losing` users since the last full recount."""
     if settings.max_decrease_percent == 100 or not exceeds_share(
-        losing, holders, WARN_DECREASE_PERCENT
+        losing, with_points, WARN_DECREASE_PERCENT
     ):
         return None
-    return f"live updates would take points from {losing:,} of {holders:,} users with points"
+    return f"live updates would take points from {losing:,} of {with_points:,} users with points"
 
 
-def is_failure(failed: int, users: int) -> bool:
+def has_too_many_failed_updates(failed: int, users: int) -> bool:
     """Return whether so many failed updates make the recount failed, not incomplete."""
     return exceeds_share(failed, users, MAX_FAILED_PERCENT, MIN_FAILED_UPDATES)
 
@@ -166,7 +168,7 @@ def check_collections(missing: Sequence[str], existing: Sequence[str]) -> str | 
 
 
 def check_statuses(statuses: StatusCounts, settings: Settings) -> SafetyReport:
-    """Judge the statuses of all orders where no order is counted."""
+    """Judge the statuses of all orders if no order is counted."""
     report = SafetyReport()
     if not statuses and settings.order_filter:
         report.warnings.append("no order matches ORDER_FILTER")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 from bson import ObjectId, Timestamp
@@ -16,9 +15,10 @@ def pin_cluster_time(
 ) -> Timestamp | None:
     """Return the newest cluster time that everything can be read at; None without snapshots.
 
-    A new primary may be behind: then it waits until `not_before` can be read. Raises ServiceError.
+    A new primary may be behind: then the server waits until `not_before` can be read.
+    Raises ServiceError.
     """
-    if not connection.snapshots:
+    if not connection.supports_snapshots:
         return None
     time = _read_cluster_time(connection, {"level": "snapshot"})
     if not_before is not None and time is not None and time < not_before:
@@ -37,14 +37,3 @@ def _read_cluster_time(connection: Connection, read_concern: dict[str, Any]) -> 
         if time is None and users.find_one({}, {"_id": 1}) is None:
             time = reply.get("operationTime")
     return time
-
-
-@dataclass(slots=True)
-class SnapshotTimes:
-    """The cluster times that a count reads at: one, unless the server forgets it meanwhile."""
-
-    pinned: list[Timestamp | None] = field(default_factory=list)
-
-    @property
-    def current(self) -> Timestamp | None:
-        return self.pinned[-1]

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 from config import Settings
 from loyalty.mongo.connection import Connection
 from loyalty.mongo.driver_errors import map_driver_errors
-from loyalty.mongo.values import Document
+from loyalty.mongo.values import SIMPLE_COLLATION, Document
 from loyalty.recount.customer_ids import NO_CUSTOMER, all_variants, canonical_expr
-from loyalty.recount.order_filter import COLLATION, counted_orders
+from loyalty.recount.order_filter import counted_orders, other_conditions
 from loyalty.recount.safety import (
     SafetyReport,
     StatusCounts,
@@ -31,17 +31,14 @@ class CustomerOrders(NamedTuple):
     """Whether they match ORDER_FILTER."""
 
 
-def count_statuses(connection: Connection, settings: Settings) -> StatusCounts:
+def count_statuses(
+    connection: Connection, settings: Settings, *, filtered: bool = True
+) -> StatusCounts:
     """Return the number of orders by status, the most frequent 1,000 first.
 
-    Only orders that match ORDER_FILTER. Raises ServiceError.
+    Only orders that match ORDER_FILTER, if `filtered`. Raises ServiceError.
     """
-    return _count_statuses(connection, settings, dict(settings.order_filter))
-
-
-def _count_statuses(
-    connection: Connection, settings: Settings, condition: Document
-) -> StatusCounts:
+    condition = other_conditions(settings) if filtered else {}
     orders = connection.orders
     stages: list[Document] = [
         *([{"$match": condition}] if condition else []),
@@ -51,7 +48,7 @@ def _count_statuses(
     ]
     with map_driver_errors("find", orders):
         rows = orders.aggregate(
-            stages, collation=COLLATION, allowDiskUse=True, maxTimeMS=settings.count_ms
+            stages, collation=SIMPLE_COLLATION, allowDiskUse=True, maxTimeMS=settings.count_ms
         )
         return [(row["_id"], row["n"]) for row in rows]
 
@@ -82,9 +79,12 @@ def check_uncounted(connection: Connection, settings: Settings) -> SafetyReport:
     users = connection.users
     with map_driver_errors("find", users):
         swapped = users.find_one(
-            counted_orders(settings), {"_id": 1}, max_time_ms=settings.count_ms
+            counted_orders(settings),
+            {"_id": 1},
+            collation=SIMPLE_COLLATION,
+            max_time_ms=settings.count_ms,
         )
-    if swapped is not None and (report.refusals or report.warnings):
+    if swapped is not None:
         report.refusals.append(check_swapped_collections(settings))
     return report
 
@@ -101,19 +101,19 @@ def count_customer_orders(
     if customer == "":
         customer, variants = NO_CUSTOMER, ["", None]
     match: dict[str, Any] = {settings.customer_field: {"$in": variants}}
-    known = [value for value, _ in _count_statuses(connection, settings, {})]
+    known = [value for value, _ in count_statuses(connection, settings, filtered=False)]
     if len(known) < MAX_STATUSES:
         # Naming every status makes the index's second field usable; null finds missing ones.
         match[status] = {"$in": [*known, None]}
     key = {"form": f"${settings.customer_field}", "status": f"${status}"}
-    is_customer = {"$eq": [canonical_expr("$_id.form", NO_CUSTOMER), {"$literal": customer}]}
+    is_customer_expr = {"$eq": [canonical_expr("$_id.form", NO_CUSTOMER), {"$literal": customer}]}
     count: list[Document] = [
         {"$group": {"_id": key, "n": {"$sum": 1}}},
-        {"$match": {"$expr": is_customer}},
+        {"$match": {"$expr": is_customer_expr}},
         {"$sort": {"n": -1, "_id": 1}},
     ]
     stages: list[Document] = [{"$match": match}, *count]
-    if condition := dict(settings.order_filter):
+    if condition := other_conditions(settings):
         matching, other = ([{"$match": c}, *count] for c in (condition, {"$nor": [condition]}))
         parts = {"matching": matching, "other": [*other, {"$set": {"is_other": True}}]}
         rows = {"$concatArrays": ["$matching", "$other"]}
@@ -125,7 +125,7 @@ def count_customer_orders(
             {"$replaceWith": "$rows"},
         ]
     with map_driver_errors("find", orders):
-        found = orders.aggregate(stages, collation=COLLATION, maxTimeMS=settings.count_ms)
+        found = orders.aggregate(stages, collation=SIMPLE_COLLATION, maxTimeMS=settings.count_ms)
         return [
             CustomerOrders(
                 row["_id"].get("form"), row["_id"].get("status"), row["n"], "is_other" not in row

@@ -1,22 +1,20 @@
-"""What the rows of a count add up to: totals, changes, and unknown customers.
+"""The sums of the rows of a count: totals, changes, and unknown customers.
 
-It imports no driver: rows come from `counter`, changes go to `updates`.
+It makes no database calls: rows come from `counter`, changes go to `updates`.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from config import Settings
 from loyalty.mongo.values import format_value, is_integer, is_number, numeric_or_zero
 from loyalty.recount.customer_ids import NO_CUSTOMER
-from loyalty.recount.unknown import UnknownCustomers, classify_unknown
+from loyalty.recount.points import points_for
+from loyalty.recount.unknown import UnknownCustomers, classify_unknown, push_if_large
 
-MAX_SAMPLES = 5
 MAX_LARGEST = 10
 
 RECORDED_TOTALS = (
@@ -35,7 +33,7 @@ RECORDED_TOTALS = (
 class User:
     """A user as stored: `points` is the value of the points field, None if it is missing.
 
-    `created_path` is set where the document around a nested points field is missing: the outermost
+    `created_path` is set if the document around a nested points field is missing: the outermost
     part that an update would create, "loyalty" of "loyalty.points".
     """
 
@@ -64,8 +62,7 @@ class UpToDate:
     users_sharing_a_key: int = 0
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Change:
+class Change(NamedTuple):
     """One user's change, formatted for a person."""
 
     size: float
@@ -76,7 +73,7 @@ class Change:
 
 @dataclass(slots=True)
 class Totals:
-    """What a recount counted."""
+    """The sums over all customers of a recount."""
 
     users: int = 0
     users_with_points_before: int = 0
@@ -87,12 +84,12 @@ class Totals:
     changed: int = 0
     increased: int = 0
     decreased: int = 0
-    changed_holders: int = 0
-    """Users who have points before, and another number after."""
+    users_with_points_changed: int = 0
+    """Users who have points before, and a different number after."""
     users_with_a_value: int = 0
-    """Users who have anything but null in the points field."""
+    """Users who have a non-null value in the points field."""
     non_numeric_values: int = 0
-    """Users who have a string, a document or the like in the points field."""
+    """Users who have a value that is not null and no number in the points field."""
     non_numeric_sample: str = ""
     initialized_to_zero: int = 0
     """Users who have no points, and get 0."""
@@ -106,24 +103,6 @@ class Totals:
     @property
     def orders_that_earn_nothing(self) -> int:
         return self.orders_without_customer + self.orders_of_unknown_customers
-
-
-@dataclass(slots=True)
-class FailedUpdates:
-    """Users whose update the server did not accept: how many by error code name, and a few ids.
-
-    The server's own text is left out: it quotes the user's document.
-    """
-
-    codes: Counter[str] = field(default_factory=Counter)
-    sample: list[str] = field(default_factory=list)
-    """Formatted ids, for DEBUG only."""
-
-    def __len__(self) -> int:
-        return self.codes.total()
-
-    def __str__(self) -> str:
-        return ", ".join(f"{code}: {number:,}" for code, number in self.codes.most_common(3))
 
 
 class Tally:
@@ -141,9 +120,8 @@ class Tally:
     ) -> None:
         self.totals = Totals()
         self._on_unknown = on_unknown
-        self._is_key_unique = settings.user_key_field == "_id"
-        self._points_per_order = settings.points_per_order
         self._on_change = on_change
+        self._settings = settings
 
     def add(self, row: CustomerCount | UpToDate) -> None:
         """Add a row to the totals, and report the users in it that have to be updated."""
@@ -156,10 +134,11 @@ class Tally:
             totals.users_with_points_before += row.users_with_points
             totals.users_with_points_after += row.users_with_points
         elif row.users:
-            if len(row.users) > 1 and not self._is_key_unique:
+            if len(row.users) > 1 and self._settings.user_key_field != "_id":
                 totals.users_sharing_a_key += len(row.users)
+            points = points_for(row.orders, self._settings)
             for user in row.users:
-                self._add_user(user, row.orders * self._points_per_order)
+                self._add_user(user, points)
         elif row.orders:
             self._add_unknown(row)
 
@@ -183,7 +162,7 @@ class Tally:
         totals.users_with_points_after += after > 0
         totals.increased += after > before
         totals.decreased += after < before
-        totals.changed_holders += before > 0 and after != before
+        totals.users_with_points_changed += before > 0 and after != before
         totals.initialized_to_zero += stored is None and after == 0
         totals.users_with_a_value += stored is not None
         if stored is not None and not is_number(stored):
@@ -193,13 +172,11 @@ class Tally:
         if is_integer(stored) and stored == after:
             return
         totals.changed += 1
-        self._add_if_large(user, abs(after - before), after)
+        size = abs(after - before)
+        push_if_large(
+            totals.largest,
+            MAX_LARGEST,
+            size,
+            lambda: Change(size, format_value(user.id), format_value(stored), after),
+        )
         self._on_change(user, after)
-
-    def _add_if_large(self, user: User, size: float, after: int) -> None:
-        largest = self.totals.largest
-        if len(largest) < MAX_LARGEST or size > largest[0].size:
-            change = Change(size, format_value(user.id), format_value(user.points), after)
-            heapq.heappush(largest, change)
-            if len(largest) > MAX_LARGEST:
-                heapq.heappop(largest)

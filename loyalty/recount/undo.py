@@ -1,4 +1,4 @@
-"""Undo: put back the points that one recount changed, from the change log."""
+"""Undo: restore the points that one recount changed, from the change log."""
 
 from __future__ import annotations
 
@@ -15,19 +15,14 @@ from pymongo.collection import Collection
 
 from config import Settings
 from loyalty.concurrency import ProgressCallback, map_ordered
-from loyalty.errors import (
-    BulkUpdateErrors,
-    ConfigurationError,
-    DatabaseUnavailable,
-    RecountNotFound,
-)
+from loyalty.errors import BulkUpdateErrors, ConfigurationError, RecountNotFound
 from loyalty.history import History
 from loyalty.mongo.connection import Connection
 from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.values import LENIENT_CODEC, Document, get_nested, is_integer
 from loyalty.recount.change_log import LoggedRecount, find_changes, find_recount
 from loyalty.recount.updates import MAX_WRITERS
-from loyalty.retry import COUNT_RETRY, retry
+from loyalty.retry import SHORT_OUTAGE_RETRY, retry
 
 MISSING = object()
 """The value of a field that a user does not have."""
@@ -48,17 +43,17 @@ def resolve_recount(
     "last" is about the collection and the field in the settings. Raises RecountNotFound, and other
     ServiceErrors.
     """
-    log = change_log_collection(connection)
+    change_log = change_log_collection(connection)
     if text == "last":
         target = {"users": settings.users, "points_field": settings.points_field}
-        found = find_recount(log, {**target, "recount": {"$nin": history.undone_recounts()}})
+        found = find_recount(change_log, {**target, "recount": {"$nin": history.undone_recounts()}})
         hint = f"no recount of {settings.users}.{settings.points_field} that could be undone"
     elif ObjectId.is_valid(text):
-        found, hint = find_recount(log, {"recount": ObjectId(text)}), f"no recount {text}"
+        found, hint = find_recount(change_log, {"recount": ObjectId(text)}), f"no recount {text}"
     else:
         raise RecountNotFound(f"{text!r} is neither the id of a recount nor the word last")
     if found is None:
-        raise RecountNotFound(f"{log.full_name} holds {hint}; --status lists the recounts")
+        raise RecountNotFound(f"{change_log.full_name} holds {hint}; --status lists the recounts")
     return found
 
 
@@ -94,19 +89,19 @@ def undo_recount(
     on_not_restored: Callable[[NotRestored], None],
     on_progress: ProgressCallback,
 ) -> UndoResult:
-    """Put back the old points of every user whose points are still what the recount wrote.
+    """Restore the old points of every user whose points are still what the recount wrote.
 
     It uses the collection and the field that the recount wrote, whatever the settings are now, and
     touches no other field. Repeating it is harmless. Raises ServiceError.
     """
-    log = change_log_collection(connection)
-    users = log.database.get_collection(recount.users, codec_options=LENIENT_CODEC)
+    change_log = change_log_collection(connection)
+    users = change_log.database.get_collection(recount.users, codec_options=LENIENT_CODEC)
 
     def undo(changes: Sequence[Document]) -> tuple[UndoResult, list[NotRestored]]:
         return _undo_batch(users, recount.points_field, changes, write=write)
 
     total = UndoResult()
-    batches = find_changes(log, recount.id)
+    batches = find_changes(change_log, recount.id)
     with map_ordered(undo, batches, MAX_WRITERS) as results:
         for result, not_restored in results:
             total.restored += result.restored
@@ -153,7 +148,7 @@ def _write(users: Collection[Any], points_field: str, changes: Sequence[Document
 
     updates = _build_updates(points_field, changes)
     try:
-        return retry(lambda: write(updates), COUNT_RETRY, on=DatabaseUnavailable)
+        return retry(lambda: write(updates), SHORT_OUTAGE_RETRY)
     except BulkUpdateErrors:
         # An UpdateMany stops at the first user whose update fails. The caller lists those users.
         with suppress(BulkUpdateErrors):
@@ -183,16 +178,16 @@ def _build_updates(points_field: str, changes: Sequence[Document]) -> list[Updat
     updates = []
     for group in groups.values():
         change, ids = group[0], [change["user"] for change in group]
-        is_ours = {"$eq": change["after"], "$type": ["int", "long"]}
-        condition = {"_id": {"$in": ids}, points_field: is_ours}
+        recount_points = {"$eq": change["after"], "$type": ["int", "long"]}
+        condition = {"_id": {"$in": ids}, points_field: recount_points}
         if "before" in change:
             updates.append(UpdateMany(condition, {"$set": {points_field: change["before"]}}))
             continue
         if created := change.get("created"):
             # Remove the document that the update created, unless it has other fields by now.
             document = _nest(points_field.removeprefix(f"{created}."), change["after"])
-            is_created = {"_id": {"$in": ids}, created: document}
-            updates.append(UpdateMany(is_created, {"$unset": {created: ""}}))
+            condition_created = {"_id": {"$in": ids}, created: document}
+            updates.append(UpdateMany(condition_created, {"$unset": {created: ""}}))
         updates.append(UpdateMany(condition, {"$unset": {points_field: ""}}))
     return updates
 

@@ -1,20 +1,23 @@
-"""Unknown customers: ids of counted orders that no user has, by the likely reason.
+"""Unknown customers: ids of counted orders that no user has, classified by the form of the id.
 
-Nothing is guessed: such orders earn nothing, also where a user looks alike.
+Their orders earn nothing: no order is assigned to a user with a similar id.
 """
 
 from __future__ import annotations
 
 import heapq
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from loyalty.mongo.values import format_value, is_dbref
 
 Kind = Literal[
     "no such user", "DBRef", "array", "whitespace around", "number as string", "ObjectId as string"
 ]
+
+T = TypeVar("T", bound=tuple[Any, ...])
 
 MAX_LARGEST_OF_KIND = 5
 OBJECT_ID_CALL = re.compile(r"""ObjectId\(["']?([0-9A-Fa-f]{24})["']?\)""")
@@ -37,6 +40,14 @@ def classify_unknown(customer: Any) -> Kind:
     return "no such user"
 
 
+def push_if_large(heap: list[T], limit: int, size: float, make_item: Callable[[], T]) -> None:
+    """Keep the `limit` largest items in a heap; `size` is the first element of the new item."""
+    if len(heap) < limit:
+        heapq.heappush(heap, make_item())
+    elif size > heap[0][0]:
+        heapq.heapreplace(heap, make_item())
+
+
 @dataclass(slots=True)
 class UnknownCustomers:
     """The unknown customers of one kind; `largest` are those with most orders, as a heap."""
@@ -48,7 +59,6 @@ class UnknownCustomers:
     def add(self, customer: Any, orders: int) -> None:
         self.customers += 1
         self.orders += orders
-        if len(self.largest) < MAX_LARGEST_OF_KIND or orders > self.largest[0][0]:
-            heapq.heappush(self.largest, (orders, format_value(customer)))
-            if len(self.largest) > MAX_LARGEST_OF_KIND:
-                heapq.heappop(self.largest)
+        push_if_large(
+            self.largest, MAX_LARGEST_OF_KIND, orders, lambda: (orders, format_value(customer))
+        )

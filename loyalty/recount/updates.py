@@ -1,11 +1,12 @@
 """Pending updates: spooled to a file, then written in overlapping batches.
 
-A batch that fails is repeated user by user, so that one user whose update fails stops no other.
+A batch that fails is repeated with one update for each user, so that one user whose update fails
+stops no other.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,9 +23,10 @@ from loyalty.errors import BulkUpdateErrors, DatabaseUnavailable
 from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.values import LENIENT_CODEC, Document, format_value
 from loyalty.recount.spool import Spool
-from loyalty.recount.tally import MAX_SAMPLES, FailedUpdates, User
+from loyalty.recount.tally import User
 
 MAX_WRITERS = 8
+MAX_SAMPLES = 5
 MAX_BATCH_BYTES = 4 * 1024 * 1024
 """Of ids and old values in one batch; a command may have 16 MB."""
 _OBJECT_ID_BYTES = 20  # with its place in an array; to measure each would take time
@@ -36,8 +38,26 @@ LogChanges = Callable[[Sequence[Document]], None]
 
 
 @dataclass(slots=True)
+class FailedUpdates:
+    """Users whose update the server did not accept: how many by error code name, and a few ids.
+
+    The server's own text is left out: it quotes the user's document.
+    """
+
+    codes: Counter[str] = field(default_factory=Counter)
+    sample: list[str] = field(default_factory=list)
+    """Formatted ids, for DEBUG only."""
+
+    def __len__(self) -> int:
+        return self.codes.total()
+
+    def __str__(self) -> str:
+        return ", ".join(f"{code}: {number:,}" for code, number in self.codes.most_common(3))
+
+
+@dataclass(slots=True)
 class WriteResult:
-    """What became of the updates; `missing` users were deleted after the count."""
+    """The results of the updates; `missing` users were deleted after the count."""
 
     written: int = 0
     missing: int = 0
@@ -66,8 +86,8 @@ class PendingUpdates:
         """Discard all that was added."""
         self._total = 0
         self.result = WriteResult()
-        """What became of the updates so far."""
-        self._spool = Spool()  # the one before closes itself
+        """The results of the updates so far."""
+        self._spool = Spool()  # the old spool is closed by its destructor
         self._begin_batch()
 
     def _begin_batch(self) -> None:
@@ -87,9 +107,10 @@ class PendingUpdates:
             del change["before"]
             if user.created_path:
                 change["created"] = user.created_path
-        is_small = isinstance(user.id, ObjectId) and isinstance(user.points, int | float | None)
-        created_bytes = len(user.created_path or "")
-        size = _OBJECT_ID_BYTES + created_bytes if is_small else self._measure(change)
+        if isinstance(user.id, ObjectId) and isinstance(user.points, int | float | None):
+            size: int | None = _OBJECT_ID_BYTES + len(user.created_path or "")
+        else:
+            size = self._measure(change)
         if size is None:
             return
         self._batch.append(change)
@@ -98,7 +119,7 @@ class PendingUpdates:
             self._end_batch()
 
     def _measure(self, change: Document) -> int | None:
-        """Return the size of a change in bytes, or None where it cannot be encoded."""
+        """Return the size of a change in bytes, or None if it cannot be encoded."""
         try:
             return len(bson.encode(change))
         except (InvalidBSON, InvalidDocument, InvalidStringData, UnicodeEncodeError):
@@ -118,7 +139,7 @@ class PendingUpdates:
     ) -> None:
         """Set the points, each batch after its changes are logged. Raises ServiceError.
 
-        `result` is complete then; after an error it is what was known.
+        `result` is complete then; after an error it covers the finished batches.
         """
         if self._batch:
             self._end_batch()
@@ -156,10 +177,10 @@ def _write_batch(
     if matched == len(changes):
         return WriteResult(written=matched)
     # A chunk migration can hide a user from an UpdateMany; a deleted user stays missing.
-    return _write_one_by_one(users, points_field, changes)
+    return _write_each_user(users, points_field, changes)
 
 
-def _write_one_by_one(
+def _write_each_user(
     users: Collection[Any], points_field: str, changes: Sequence[Document]
 ) -> WriteResult:
     updates = [UpdateOne({"_id": c["user"]}, {"$set": {points_field: c["after"]}}) for c in changes]
