@@ -374,7 +374,7 @@ def test_the_steps_of_the_first_installation_keep_and_restore_the_points(
 
 
 @pytest.mark.xdist_group("oms_db")
-def test_the_repair_of_each_kind_of_unknown_customer_gives_the_points_to_the_user(
+def test_the_documented_repairs_make_unknown_customers_known(
     shop: Database[Any], deployment: Deployment, service: Start
 ) -> None:
     ada = ObjectId("66abcdefabcdefabcdefabcd")

@@ -320,9 +320,7 @@ def test_a_count_whose_cursor_is_killed_is_repeated_once(
 
 
 @pytest.mark.machine
-def test_a_server_with_a_full_disk_is_an_error_until_there_is_space(
-    tmp_path: Path, service: Start
-) -> None:
+def test_recounts_fail_while_the_disk_of_the_server_is_full(tmp_path: Path, service: Start) -> None:
     # Small files of the journal: the server soon needs space for the next one.
     journal = "log=(enabled=true,remove=true,path=journal,prealloc=false,file_max=100KB)"
     options = [*faults.OPTIONS, "--wiredTigerEngineConfigString", journal]
@@ -419,7 +417,7 @@ def test_after_a_kill_at_a_random_moment_the_next_recount_is_exact(
         harness.assert_exact()
 
 
-def test_the_next_start_waits_for_the_batch_of_a_service_that_was_killed(
+def test_the_next_start_waits_for_the_batch_of_a_killed_service(
     harness: FaultHarness, service: Start
 ) -> None:
     once = service("--once", MONGODB_URI=harness.uri)
@@ -541,7 +539,7 @@ def set_clock(tmp_path: Path) -> Callable[[datetime], str]:
     return set_to
 
 
-def test_a_clock_that_jumps_ten_hours_delays_no_recount_by_more_than_an_interval(
+def test_a_jump_of_the_clock_delays_recounts_by_at_most_one_interval(
     harness: FaultHarness, service: Start, set_clock: Callable[[datetime], str], tmp_path: Path
 ) -> None:
     interval = 1
@@ -628,7 +626,7 @@ def test_an_internal_error_is_logged_with_its_traceback_and_the_daemon_continues
 
 
 @pytest.mark.size(60, deep=600)
-def test_many_recounts_in_a_row_leave_memory_and_open_files_flat(
+def test_many_recounts_do_not_leak_memory_or_files(
     deployment: Deployment, service: Start, size: int
 ) -> None:
     with start_harness(deployment, users=50, orders=300) as harness:
@@ -728,7 +726,9 @@ def test_no_combination_of_wrong_settings_causes_a_traceback_or_shows_the_passwo
     assert_no_secret(said.getvalue())
 
 
-def test_an_env_file_that_others_can_read_is_a_warning(service: Start, tmp_path: Path) -> None:
+def test_a_settings_file_that_others_can_read_causes_a_warning(
+    service: Start, tmp_path: Path
+) -> None:
     file = tmp_path / ".env"
     for mode, warnings in ((0o644, 1), (0o600, 0)):
         file.write_text("MONGODB_URI=http://\n")
@@ -834,7 +834,7 @@ def test_the_role_allows_everything_but_creating_the_index(
 @pytest.mark.parametrize(
     ("collection", "action"), [("orders", "find"), ("users", "find"), ("users", "update")]
 )
-def test_a_missing_permission_at_start_is_named_and_ends_the_daemon_with_78(
+def test_a_missing_privilege_at_start_ends_the_daemon_with_78(
     secured: Secured, service: Start, collection: str, action: str
 ) -> None:
     secured.allow_all_but(collection, action)
@@ -848,7 +848,7 @@ def test_a_missing_permission_at_start_is_named_and_ends_the_daemon_with_78(
 
 @pytest.mark.xdist_group("auth")
 @pytest.mark.parametrize("action", ["insert", "createIndex"])
-def test_a_missing_permission_for_the_record_is_one_warning(
+def test_a_missing_privilege_for_the_record_causes_one_warning(
     secured: Secured, service: Start, action: str
 ) -> None:
     secured.allow_all_but("loyalty_recounts", action)
@@ -862,7 +862,7 @@ def test_a_missing_permission_for_the_record_is_one_warning(
 
 
 @pytest.mark.xdist_group("auth")
-def test_without_permission_to_find_records_only_the_commands_that_read_them_fail(
+def test_without_find_on_records_only_commands_that_read_them_fail(
     secured: Secured, service: Start
 ) -> None:
     secured.allow_all_but("loyalty_recounts", "find")
@@ -918,7 +918,7 @@ def assert_recovers(secured: Secured, running: Process) -> None:
 @pytest.mark.parametrize(
     ("collection", "action"), [("orders", "find"), ("users", "find"), ("users", "update")]
 )
-def test_a_permission_taken_away_while_running_is_an_error_until_it_is_back(
+def test_recounts_fail_while_a_privilege_is_revoked(
     secured: Secured, running: Process, collection: str, action: str
 ) -> None:
     secured.allow_all_but(collection, action)
@@ -929,7 +929,7 @@ def test_a_permission_taken_away_while_running_is_an_error_until_it_is_back(
 
 
 @pytest.mark.xdist_group("auth")
-def test_a_user_dropped_while_running_is_an_error_until_it_is_back(
+def test_recounts_fail_while_the_database_user_is_missing(
     secured: Secured, running: Process
 ) -> None:
     secured.database.client.admin.command("dropUser", secured.user)
@@ -940,7 +940,7 @@ def test_a_user_dropped_while_running_is_an_error_until_it_is_back(
 
 
 @pytest.mark.xdist_group("auth")
-def test_a_password_changed_while_running_is_an_error_until_it_is_in_the_file(
+def test_a_changed_password_is_an_error_until_the_file_has_it(
     secured: Secured, running: Process, tmp_path: Path
 ) -> None:
     new = PASSWORD[::-1]

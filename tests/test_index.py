@@ -53,7 +53,7 @@ def orders(database: Database[Any]) -> Collection[Any]:
         ([*KEYS, ("created", 1)], {}),
     ],
 )
-def test_an_index_that_leads_to_a_customers_counted_orders_serves(
+def test_an_index_on_status_and_customer_is_used(
     orders: Collection[Any],
     command: Command,
     capsys: Capture,
@@ -85,7 +85,7 @@ def test_an_index_that_leads_to_a_customers_counted_orders_serves(
         (KEYS, {"collation": CASE_INSENSITIVE}),
     ],
 )
-def test_any_other_index_is_none_and_a_second_one_is_created(
+def test_other_indexes_are_ignored_and_the_right_one_is_created(
     orders: Collection[Any], command: Command, keys: Any, options: dict[str, Any]
 ) -> None:
     orders.create_index(keys, **options)
@@ -98,7 +98,7 @@ def test_any_other_index_is_none_and_a_second_one_is_created(
         assert len(orders.index_information()) == 3
 
 
-def test_a_partial_index_serves_only_the_statuses_that_it_holds(orders: Collection[Any]) -> None:
+def test_a_partial_index_is_used_only_for_its_statuses(orders: Collection[Any]) -> None:
     orders.create_index(KEYS, partialFilterExpression={"status": "Shipped"})
     more = settings_for("mongodb://x/", ORDER_STATUSES="Shipped,Sent")
     assert inspect_plan(orders, SETTINGS) == GOOD
@@ -300,7 +300,7 @@ def keys_examined(orders: Collection[Any]) -> int:
 
 @settings(max_examples=examples(25, 150))
 @given(indexes=st.lists(st.tuples(PATTERNS, OPTIONS), min_size=1, max_size=3))
-def test_an_index_that_is_taken_reads_at_most_twice_the_keys_of_the_right_one(
+def test_an_accepted_index_reads_at_most_twice_the_keys_of_the_recommended_index(
     mixed_orders: Collection[Any], indexes: list[tuple[Any, Any]]
 ) -> None:
     mixed_orders.drop_indexes()
