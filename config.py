@@ -104,10 +104,7 @@ class Settings:
         "RECOUNT_INTERVAL", "2h", duration_parser(366), "time between recounts, 1s to 366d"
     )
     live_updates: bool = setting(
-        "LIVE_UPDATES",
-        "no",
-        parse_boolean,
-        "live updates, yes or no; need a replica set or a sharded cluster",
+        "LIVE_UPDATES", "no", parse_boolean, "live updates, yes or no; not on a standalone server"
     )
     # The server takes maxTimeMS as a 32-bit number, which ends after 24 days.
     count_timeout: timedelta = setting(
@@ -120,7 +117,7 @@ class Settings:
         "MAX_DECREASE_PERCENT",
         "90",
         integer_parser(0, 100),
-        "refuse if a larger percentage of the users with points would lose points, 0 to 100",
+        "percentage of users with points who may lose points, 0 to 100",
     )
     batch_size: int = setting(
         "BATCH_SIZE", "1000", integer_parser(1, 100_000), "users in one write, 1 to 100,000"

@@ -91,7 +91,7 @@ def measure(deployment: Deployment, shop: Shop, *, tiny: bool = False) -> LiveRe
     with _start_service(deployment, shop) as service:
         single = orders.measure_latency(10 if tiny else 40, pause=0.25).p50
         steady, cpu = orders.measure_cpu(service.pid, 100 if tiny else _CPU_ORDERS)
-        fast = orders.measure_latency(int(50 * seconds), pause=0.02, batch=20)
+        fast = orders.measure_latency(3 if tiny else 250, pause=0.02, batch=20)
         sustained, delay = 0, 0.0
         for rate in _RATES[:1] if tiny else _RATES:
             done, behind = orders.measure_delay(rate, seconds)

@@ -25,7 +25,7 @@ class ServiceError(Exception):
     The message is one line for the operator, without secrets.
     """
 
-    exit_code: ClassVar[Exit]
+    exit_code: ClassVar[Exit] = Exit.UNAVAILABLE
 
 
 class ConfigurationError(ServiceError):
@@ -49,10 +49,12 @@ class AuthenticationFailed(ConfigurationError):
     """The server rejects the user name or the password."""
 
 
+class UnsupportedServer(ConfigurationError):
+    """The server lacks a feature that the service needs."""
+
+
 class DatabaseUnavailable(ServiceError):
     """The database cannot do this now; a later attempt may succeed."""
-
-    exit_code = Exit.UNAVAILABLE
 
 
 class QueryTimeout(DatabaseUnavailable):
@@ -74,8 +76,6 @@ class ClientUnusable(DatabaseUnavailable):
 class NoTempSpace(ServiceError):
     """There is no temporary disk space; nothing was written."""
 
-    exit_code = Exit.UNAVAILABLE
-
 
 class RecountRefused(ServiceError):
     """The safety check refused the recount. Nothing was written."""
@@ -86,32 +86,20 @@ class RecountRefused(ServiceError):
 class ResyncRequired(ServiceError):
     """Live updates cannot continue, and a full recount replaces them. Planned, not an error."""
 
-    exit_code = Exit.UNAVAILABLE
-
 
 class BulkUpdateErrors(ServiceError):
     """Some updates of a batch failed because of their documents; all others are done.
 
-    `codes` maps the position of an update in the batch to the server's error code, and `names` a
-    code to its name. `matched` counts the users that were found. The server's own text is left out:
-    it may quote the document.
+    `reasons` has the name of the server's error code by the position of the update in the batch.
+    `matched` counts the users that were found. The server's own text is left out: it may quote the
+    document.
     """
 
-    exit_code = Exit.UNAVAILABLE
-
-    def __init__(
-        self, codes: Mapping[int, int], names: Mapping[int, str], matched: int = 0
-    ) -> None:
-        reasons = ", ".join(sorted({names[code] for code in codes.values()}))
-        super().__init__(f"{len(codes)} updates failed: {reasons}")
-        self.codes = dict(codes)
-        self.names = dict(names)
+    def __init__(self, reasons: Mapping[int, str], matched: int = 0) -> None:
+        text = ", ".join(sorted(set(reasons.values())))
+        super().__init__(f"{len(reasons)} updates failed: {text}")
+        self.reasons = dict(reasons)
         self.matched = matched
-
-    @property
-    def reasons(self) -> dict[int, str]:
-        """The name of the error code, by the position of the update."""
-        return {position: self.names[code] for position, code in self.codes.items()}
 
 
 class TooManyFailedUpdates(ServiceError):

@@ -20,7 +20,7 @@ class Heartbeat:
     """All changes before this cluster time are in the points."""
     last_event: datetime | None
     last_update: datetime | None
-    customers_updated: int
+    users_updated: int
     waiting: int
     """Pending changes: orders and customers that are not counted yet."""
     at: datetime = field(default_factory=lambda: datetime.now(UTC))

@@ -54,16 +54,16 @@ class Service:
         self._heartbeat_at = self._resync_at = -inf
         self._connection: Connection | None = None
         self.state = ServiceState()
-        self._use(settings)
+        self._apply_settings(settings)
 
-    def _use(self, settings: Settings) -> None:
+    def _apply_settings(self, settings: Settings) -> None:
         self.settings = settings
         self.metrics = Metrics(settings, self.state)
         self.updater = LiveUpdater(settings, self._limits)
         self._history = History(None, settings)
 
     def connect(self) -> None:
-        """Connect with the present settings. Raises ServiceError.
+        """Connect with the current settings. Raises ServiceError.
 
         A rejected login reads the URI again, and nothing else: the password may have changed, and
         the file that holds it.
@@ -93,11 +93,11 @@ class Service:
     def reload(self) -> None:
         """Read all settings again, and use them from the next recount on.
 
-        Raises ConfigurationError if they are wrong; then the present settings stay.
+        Raises ConfigurationError if they are wrong; then the current settings stay.
         """
         settings = self._load_settings()
         self.disconnect()
-        self._use(settings)
+        self._apply_settings(settings)
 
     @property
     def interval(self) -> timedelta:

@@ -18,7 +18,7 @@ from loyalty.concurrency import ignore_progress
 from loyalty.history import History
 from loyalty.mongo.connection import Connection, connect
 from loyalty.recount.counter import Counter
-from loyalty.recount.customer_ids import indexable_variants
+from loyalty.recount.customer_ids import indexable_forms
 from loyalty.recount.index_build import create_index
 from loyalty.recount.pipeline import NonCanonicalIdFound
 from loyalty.recount.result import CountResult
@@ -215,7 +215,7 @@ def test_each_requested_customer_has_a_row(connection: Connection) -> None:
     connection.users.insert_many([{"_id": ADA, "loyalty_points": 2}, {"_id": BOB}, {"_id": 5}])
     ship(connection, str(ADA), str(ADA).upper(), BOB, 5, "unknown", "other")
     rows: list[Row] = []
-    customers = [(c, indexable_variants(c)) for c in (ADA, 5, "unknown", EVE)]
+    customers = [(c, indexable_forms(c)) for c in (ADA, 5, "unknown", EVE)]
     result = Counter(connection, SETTINGS, ignore_progress).count_customers(rows.append, customers)
     found = {
         row.customer: (row.orders, len(row.users)) for row in rows if isinstance(row, CustomerCount)

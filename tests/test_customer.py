@@ -33,7 +33,7 @@ def test_one_customer_is_shown_and_written_and_no_other(
     assert command("--once", "--customer", str(ADA).upper(), "--customer", "nobody") == 1
     out = capsys.readouterr().out
     assert f"{str(ADA).upper()}\n  customer_id " in out
-    assert "  66abcdefabcdefabcdefabcd  none  3\n" in out
+    assert "  66abcdefabcdefabcdefabcd  null  3\n" in out
     assert "nobody\n  no orders\n  no user has this id" in out
     assert {u["_id"]: u["loyalty_points"] for u in shop.users.find()} == {ADA: 3, "bob": 9}
     assert command("--once", "--customer", str(ADA)) == 0
@@ -97,7 +97,7 @@ def test_an_empty_id_shows_the_orders_without_customer(
     out = capsys.readouterr().out
     assert out.startswith('""\n')
     assert re.search(r"^  '' +Shipped +1 +0 +an order without customer$", out, re.MULTILINE)
-    assert re.search(r"^  none +Shipped +\d +0 +an order without customer$", out, re.MULTILINE)
+    assert re.search(r"^  null +Shipped +\d +0 +an order without customer$", out, re.MULTILINE)
 
 
 def test_orders_without_customer_earn_nothing_for_an_empty_user_id(

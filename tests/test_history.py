@@ -140,7 +140,7 @@ def test_two_shops_in_one_database_read_only_their_own_records_and_heartbeats(
 ) -> None:
     now = datetime.now(UTC).replace(microsecond=0)
     heartbeat = Heartbeat(
-        live_since=now, as_of=now, last_event=None, last_update=None, customers_updated=1, waiting=0
+        live_since=now, as_of=now, last_event=None, last_update=None, users_updated=1, waiting=0
     )
     one, other = (
         History(database.loyalty_recounts, settings_for(uri, **{setting: name}))
@@ -153,9 +153,9 @@ def test_two_shops_in_one_database_read_only_their_own_records_and_heartbeats(
     assert other.is_empty()
     assert other.age(now) is None
     assert other.heartbeat() is None
-    other.write_heartbeat(replace(heartbeat, customers_updated=2))
+    other.write_heartbeat(replace(heartbeat, users_updated=2))
     found = [history.heartbeat() for history in (one, other)]
-    assert [beat and beat.customers_updated for beat in found] == [1, 2]
+    assert [beat and beat.users_updated for beat in found] == [1, 2]
 
 
 OTHER_SETTINGS = [

@@ -151,7 +151,7 @@ def test_the_heartbeat_of_live_updates_has_the_documented_keys(
 ) -> None:
     now = datetime.now(UTC)
     heartbeat = Heartbeat(
-        live_since=now, as_of=now, last_event=None, last_update=now, customers_updated=1, waiting=2
+        live_since=now, as_of=now, last_event=None, last_update=now, users_updated=1, waiting=2
     )
     History(shop.loyalty_recounts, settings_for(uri)).write_heartbeat(heartbeat)
     assert command("--status", "--json") == 1  # no full recount has succeeded
@@ -197,7 +197,7 @@ def test_the_log_as_json_has_the_same_events_as_the_text(
         (["--once"], 0, {}),
         (["--once"], 65, {"ORDER_STATUSES": "shipped"}),
         (["--once"], 78, {"BATCH_SIZE": "x"}),
-        (["--status"], 78, {"RECOUNTS_COLLECTION": ""}),
+        (["--status"], 78, {"RECOUNTS_COLLECTION": "none"}),
     ):
         assert command(*arguments, **values) == code
         events = text_events()

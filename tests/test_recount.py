@@ -25,7 +25,7 @@ from strategies import BOUNDARIES, OBJECT_IDS, SHOPS
 from loyalty.errors import NoTempSpace
 from loyalty.history import History
 from loyalty.mongo.connection import Connection, connect
-from loyalty.recount.customer_ids import all_variants, indexable_variants, parse_id_argument
+from loyalty.recount.customer_ids import all_forms, indexable_forms, parse_id_argument
 from loyalty.recount.index import index_keys, inspect_plan
 from loyalty.recount.index_build import create_index
 from loyalty.recount.partitions import Partition, partition_boundaries, partitions
@@ -359,7 +359,7 @@ def test_a_customer_argument_finds_ids_of_each_type(
     )
     expected = count_points(shop)
     settings = settings_for("mongodb://unused/x")
-    customers = [(customer, all_variants(customer)) for customer in parse_id_argument(text)]
+    customers = [(customer, all_forms(customer)) for customer in parse_id_argument(text)]
     request = RecountRequest(customers=customers)
     result = run_recount(connection, settings, History(None), request)
     stored = {canonical_key(u["_id"]): u["loyalty_points"] for u in connection.users.find()}
@@ -460,7 +460,7 @@ def test_one_customer_is_counted_without_a_collection_scan(uri: str, customer: s
         Shop(connection.users.database, random.Random(2)).fill(100, 1_000)
         connection.orders.create_index(index_keys(settings))
         customers = parse_id_argument(customer)
-        variants = [variant for c in customers for variant in indexable_variants(c)]
+        variants = [variant for c in customers for variant in indexable_forms(c)]
         scope = Scope(Partition([[{"$in": variants}]]), customers=customers)
         pipeline = build_pipeline(settings, scope, status_may_be_array=False)
         stages = find_values(explain(connection, pipeline), "stage")

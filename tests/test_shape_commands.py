@@ -15,7 +15,7 @@ from test_recount import count_fetched_orders, explain, find_values
 
 from loyalty.history import History
 from loyalty.live.events import change_stream_pipeline
-from loyalty.live.opening import live_updates_blocker
+from loyalty.live.opening import find_live_updates_problem
 from loyalty.mongo.connection import connect
 from loyalty.recount.index import index_keys, inspect_plan
 from loyalty.recount.index_build import create_index, create_user_index
@@ -65,7 +65,7 @@ def test_the_default_settings_take_no_stage_for_other_shapes() -> None:
         {"$group": {"_id": "$_id", "orders": {"$sum": "$orders"}, "users": {"$push": "$user"}}},
     ]
     assert [next(iter(stage)) for stage in pipeline[5:]] == ["$set", "$group"]
-    totals = {"_id", "orders", "users", "number", "holders"}
+    totals = {"_id", "orders", "users", "user_count", "users_with_points"}
     assert set(pipeline[6]["$group"]) == totals
     (insert,) = [
         event
@@ -391,7 +391,7 @@ def test_live_updates_of_many_users_need_the_index_on_the_key(
     with connect(settings, writing=True) as connection:
         ship(database, 1)
         create_index(connection.orders, settings)
-        blocker = live_updates_blocker(connection, settings) or ""
-        assert "has no index on customer_no; create it with --create-index" in blocker
+        problem = find_live_updates_problem(connection, settings) or ""
+        assert "has no index on customer_no; create it with --create-index" in problem
         create_user_index(connection.users, settings)
-        assert live_updates_blocker(connection, settings) is None
+        assert find_live_updates_problem(connection, settings) is None

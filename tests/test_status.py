@@ -135,7 +135,7 @@ def test_live_updates_are_running_while_their_heartbeat_is_recent(
     assert "Live updates: NOT running, there is no heartbeat" in capsys.readouterr().out
     now = datetime.now(UTC)
     beat = Heartbeat(
-        live_since=now, as_of=now, last_event=None, last_update=now, customers_updated=1, waiting=2
+        live_since=now, as_of=now, last_event=None, last_update=now, users_updated=1, waiting=2
     )
     History(shop.loyalty_recounts, settings_for(uri)).write_heartbeat(beat)
     assert command("--status") == 0
@@ -181,7 +181,7 @@ def test_while_live_updates_run_points_are_fresh_for_thirty_seconds(
         as_of=now - timedelta(seconds=seconds),
         last_event=None,
         last_update=None,
-        customers_updated=0,
+        users_updated=0,
         waiting=0,
     )
     History(shop.loyalty_recounts, settings_for(uri)).write_heartbeat(beat)

@@ -21,7 +21,7 @@ from loyalty.commands.output import (
 )
 from loyalty.errors import ConfigurationError, Exit, NoPermission
 from loyalty.history import History
-from loyalty.live.opening import keeps_pre_images, live_updates_blocker
+from loyalty.live.opening import find_live_updates_problem, keeps_pre_images
 from loyalty.metrics import Metrics
 from loyalty.mongo.connection import Connection
 from loyalty.mongo.driver_errors import map_driver_errors
@@ -55,11 +55,13 @@ def run(args: argparse.Namespace, settings: Settings) -> Exit:
     with connect_and_verify(settings, writing=True, recording=False) as connection:
         missing, errors = _check_own_collections(connection, settings)
         permissions = "; ".join([*missing, *errors]) or None
-        blocker = live_updates_blocker(connection, settings) if settings.live_updates else None
+        live_problem = (
+            find_live_updates_problem(connection, settings) if settings.live_updates else None
+        )
         if not args.json:  # before the queries that read all orders, which take their time
             _print_settings(settings, connection, permissions)
             if settings.live_updates:
-                print_live_updates_check(connection, blocker, keeps_pre_images(connection))
+                print_live_updates_check(connection, live_problem, keeps_pre_images(connection))
             flush_results()
         index, found = _describe_index(connection, settings), count_statuses(connection, settings)
         if not args.json:
@@ -69,14 +71,14 @@ def run(args: argparse.Namespace, settings: Settings) -> Exit:
         if not args.json:
             _print_count(result, problems)
         elif not errors:
-            problems += [f"live updates will not work: {blocker}"] if blocker else []
+            problems += [f"live updates will not work: {live_problem}"] if live_problem else []
             details = _details_json(connection, settings, found, result)
             print_json(
                 {"problems": problems, "permissions": permissions, "index": index, **details}
             )
     if errors:
         raise ConfigurationError(*errors)
-    return Exit.FINDINGS if problems or permissions or blocker else Exit.OK
+    return Exit.FINDINGS if problems or permissions or live_problem else Exit.OK
 
 
 def _check_own_collections(
@@ -149,7 +151,7 @@ def _print_settings(settings: Settings, connection: Connection, permissions: str
 
 
 def print_live_updates_check(
-    connection: Connection, blocker: str | None, pre_images: bool | None
+    connection: Connection, live_problem: str | None, pre_images: bool | None
 ) -> None:
     """Print whether live updates will work, and which changes they will see at once."""
     orders = connection.orders
@@ -163,7 +165,7 @@ def print_live_updates_check(
     if not connection.supports_pre_images:
         texts[False] = "none before MongoDB 6.0: deleted orders wait for the next full recount"
     print_table(
-        ("live updates", f"will NOT work: {blocker}" if blocker else "will work"),
+        ("live updates", f"will NOT work: {live_problem}" if live_problem else "will work"),
         ("pre-images", texts[pre_images]),
     )
 

@@ -14,7 +14,7 @@ from loyalty.history import History
 from loyalty.mongo.connection import Connection
 from loyalty.mongo.values import Document, format_value
 from loyalty.recount.change_log import find_user_changes
-from loyalty.recount.customer_ids import all_variants, indexable_variants, parse_id_argument
+from loyalty.recount.customer_ids import all_forms, indexable_forms, parse_id_argument
 from loyalty.recount.look_alikes import find_look_alikes, find_user_ids
 from loyalty.recount.order_filter import is_counted
 from loyalty.recount.points import points_for
@@ -75,7 +75,7 @@ def _recount_customer(
     """Recount the customers that `argument` may mean; return the report, and if it is a finding."""
     ids, key = parse_id_argument(argument), settings.user_key_field
     rows: list[CustomerCount] = []
-    customers = [(id_, all_variants(id_)) for id_ in ids]
+    customers = [(id_, all_forms(id_)) for id_ in ids]
     request = RecountRequest(customers=customers, rows=rows, write=write)
     result = run_recount(connection, settings, History(None), request)
     orders: list[OrderBreakdown] = []
@@ -91,7 +91,7 @@ def _recount_customer(
         look_alikes = list(dict.fromkeys(map(format_value, found_users)))
     logged: list[Document] = []
     if connection.changes is not None:
-        keys = [form for id_ in ids for form in indexable_variants(id_)]
+        keys = [form for id_ in ids for form in indexable_forms(id_)]
         user_ids = find_user_ids(connection.users, key, keys)
         target = {"users": settings.users, "points_field": settings.points_field}
         logged = find_user_changes(connection.changes, target, user_ids)

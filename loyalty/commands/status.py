@@ -136,7 +136,7 @@ def _print_live_updates(heartbeat: Heartbeat | None, now: datetime, *, wanted: b
         print_line(
             f"Live updates: running since {format_cell(heartbeat.live_since)} UTC, "
             f"as of {format_cell(heartbeat.as_of)} UTC, "
-            f"{pluralize(heartbeat.customers_updated, 'update')}, "
+            f"{pluralize(heartbeat.users_updated, 'update')}, "
             f"{pluralize(heartbeat.waiting, 'pending change')}"
         )
     elif wanted:

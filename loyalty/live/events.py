@@ -11,8 +11,8 @@ from bson import Regex, Timestamp
 
 from config import Settings
 from loyalty.mongo.values import Document
-from loyalty.recount.customer_ids import canonicalize, indexable_variants, is_mixed_case
-from loyalty.recount.order_filter import counted_orders
+from loyalty.recount.customer_ids import canonicalize, indexable_forms, is_mixed_case
+from loyalty.recount.order_filter import counted_orders, other_conditions
 
 INVALIDATING_EVENTS = ["drop", "rename", "dropDatabase", "invalidate"]
 """Events of the collection as a whole. The change stream ends after one of them."""
@@ -25,9 +25,9 @@ def change_stream_pipeline(settings: Settings) -> list[Document]:
         {"$ifNull": ["$updateDescription.removedFields", []]},
     ]
     names = [settings.status_field, settings.customer_field]
-    if settings.order_filter:
+    if conditions := other_conditions(settings):
         # The whole of an outer document: a change of an array's element has a number in its path.
-        names += sorted({name.split(".")[0] for name in settings.order_filter})
+        names += sorted({name.split(".")[0] for name in conditions})
         truncated_arrays = {"$ifNull": ["$updateDescription.truncatedArrays", []]}
         changed_fields.append({"$map": {"input": truncated_arrays, "in": "$$this.field"}})
     # A change of `a.b` touches the fields `a` and `a.b.c` as well.
@@ -89,9 +89,9 @@ class PendingChanges:
             self.customers[bson.encode({"": canonical})] = canonical
             self.has_mixed_case_ids |= is_mixed_case(customer)
 
-    def customers_with_variants(self) -> list[tuple[Any, list[Any]]]:
+    def customers_with_forms(self) -> list[tuple[Any, list[Any]]]:
         """Return each customer's canonical id with the values that an index lookup needs."""
-        return [(customer, indexable_variants(customer)) for customer in self.customers.values()]
+        return [(customer, indexable_forms(customer)) for customer in self.customers.values()]
 
 
 def read_watermark(resume_token: Mapping[str, Any] | None) -> Timestamp:

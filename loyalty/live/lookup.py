@@ -6,23 +6,17 @@ from functools import partial
 from typing import Any
 
 from bson import Timestamp
-from bson.codec_options import CodecOptions, DatetimeConversion
 
 from config import Settings
 from loyalty.errors import DatabaseUnavailable
 from loyalty.live.events import PendingChanges
 from loyalty.mongo.connection import Connection
 from loyalty.mongo.driver_errors import map_driver_errors
-from loyalty.mongo.values import Document, get_nested
+from loyalty.mongo.values import READABLE_CODEC, Document, get_nested
 from loyalty.recount.snapshot import pin_cluster_time
 from loyalty.retry import SHORT_OUTAGE_RETRY, retry
 
 _MAX_IDS = 1_000  # in one command
-
-# A value without a Python equivalent must not end the stream; full recounts count such ids.
-LENIENT_CODEC: CodecOptions[dict[str, Any]] = CodecOptions(
-    datetime_conversion=DatetimeConversion.DATETIME_AUTO, unicode_decode_error_handler="replace"
-)
 
 
 def resolve_customers(
@@ -30,7 +24,7 @@ def resolve_customers(
 ) -> Timestamp:
     """Add the customers of updated orders; return the cluster time to count at.
 
-    That is the newest one, and `not_before` or later: where two services run, an older count of the
+    That is the newest one, and `not_before` or later: if two services run, an older count of the
     slower one would replace the newer count of the other. One round trip for up to 1,000 orders. A
     deleted order has an event of its own. Raises ServiceError.
     """
@@ -67,7 +61,7 @@ def _find(
         "readConcern": read_concern,
     }
     with map_driver_errors("find", orders):
-        cursor = orders.database.command(command, codec_options=LENIENT_CODEC)["cursor"]
+        cursor = orders.database.command(command, codec_options=READABLE_CODEC)["cursor"]
     read_at: Timestamp | None = cursor.get("atClusterTime")  # None: the collection was dropped
     if read_at is not None and read_at < not_before:  # a new primary may be behind
         return _find(connection, settings, ids, not_before, not_before)

@@ -39,11 +39,11 @@ def _open_watcher(
         server = connection.snapshot_unsupported_reason or "a server without snapshots"
         raise ConfigurationError(f"{server} has no change streams for this")
     if hint := missing_index_hint(connection.orders, settings):
-        raise ConfigurationError(f"each update would read all orders; the index: {hint}")
+        raise ConfigurationError(f"each update would read all orders: {hint}")
     return ChangeStreamWatcher(connection, settings, start_after, limits), start_after
 
 
-def live_updates_blocker(connection: Connection, settings: Settings) -> str | None:
+def find_live_updates_problem(connection: Connection, settings: Settings) -> str | None:
     """Return the reason why live updates cannot work, or None. Raises DatabaseUnavailable."""
     recounts = connection.recounts
     try:
@@ -70,8 +70,8 @@ def warn_if_pre_images_are_off(connection: Connection) -> None:
     """Warn if the orders keep none: also after a restore, which does not restore the option."""
     if connection.supports_pre_images and keeps_pre_images(connection) is False:
         log.warning(
-            "pre_images_off deletes, and orders that another customer gets, wait for the next "
-            "full recount; --check-config prints the command that switches pre-images on"
+            'pre_images_off effect="deletes, and orders that another customer gets, wait for the '
+            'next full recount" fix="--check-config prints the command that switches them on"'
         )
 
 

@@ -59,10 +59,10 @@ class LiveUpdater:
         self._paused_at = self._last_pause_at = self._updated_at = -inf
         self._as_of = NEVER
         self._last_update: datetime | None = None
-        self._customers_updated = 0
+        self._users_updated = 0
 
     def _enter(self, state: LiveState) -> None:
-        """Go to another state; the change stream is closed where the state has none."""
+        """Go to another state; the change stream is closed if the state has none."""
         if state is self.state:
             return
         assert (self.state, state) in TRANSITIONS, f"{self.state} -> {state}"
@@ -89,7 +89,7 @@ class LiveUpdater:
         self._failed_openings = 0
         warn_if_pre_images_are_off(connection)
         self._enter(LiveState.OPENING)
-        self._last_update, self._customers_updated = None, 0
+        self._last_update, self._users_updated = None, 0
         return max(start_after, self.newest)
 
     def finish_recount(self, result: Result) -> None:
@@ -171,7 +171,7 @@ class LiveUpdater:
         The full recount that follows does not open the stream, until the index is there again.
         """
         if hint := missing_index_hint(connection.orders, self._settings):
-            raise ResyncRequired(f"each update would read all orders; the index: {hint}")
+            raise ResyncRequired(f"each update would read all orders: {hint}")
 
     def heartbeat(self) -> Heartbeat | None:
         """Return the progress of live updates, or None in every state but `live`."""
@@ -182,7 +182,7 @@ class LiveUpdater:
             as_of=self._as_of.as_datetime(),
             last_event=self._watcher.last_event,
             last_update=self._last_update,
-            customers_updated=self._customers_updated,
+            users_updated=self._users_updated,
             waiting=self._watcher.pending_count(),
         )
 
@@ -197,10 +197,10 @@ class LiveUpdater:
         at: Timestamp,
         on_progress: ProgressCallback,
     ) -> None:
-        customers: Customers = changes.customers_with_variants()
+        customers: Customers = changes.customers_with_forms()
         if self._full_recount is not None and not self._full_recount.count.supports_partitions:
             # The collection is small (see `open_watcher`), and the query reads all of its orders.
-            customers = [(customer, []) for customer, _ in customers]
+            customers = [(customer, None) for customer, _ in customers]
         request = RecountRequest(
             customers=customers, not_before=at, safety_check=self._check_decreases
         )
@@ -211,7 +211,7 @@ class LiveUpdater:
             return
         self.newest = max(self.newest, *result.count.snapshots, NEVER)
         self._decreased += result.totals.decreased
-        self._customers_updated += result.written
+        self._users_updated += result.written
         self._last_update = datetime.now(UTC)
         log.debug("live_update customers=%d changed=%d", len(customers), result.totals.changed)
 
@@ -224,8 +224,8 @@ class LiveUpdater:
         """
         if self._full_recount is None:
             return None
-        holders = self._full_recount.totals.users_with_points_after
-        return check_live_update(self._decreased + totals.decreased, holders, self._settings)
+        with_points = self._full_recount.totals.users_with_points_after
+        return check_live_update(self._decreased + totals.decreased, with_points, self._settings)
 
     def _pause(self, reason: RecountRefused) -> None:
         """Pause until the mass change is over; then a full recount checks the whole of it.

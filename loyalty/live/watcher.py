@@ -25,10 +25,9 @@ from loyalty.live.events import (
     change_stream_pipeline,
     read_watermark,
 )
-from loyalty.live.lookup import LENIENT_CODEC
 from loyalty.mongo.connection import Connection
 from loyalty.mongo.driver_errors import map_driver_errors
-from loyalty.mongo.values import Document, get_nested
+from loyalty.mongo.values import READABLE_CODEC, Document, get_nested
 from loyalty.retry import RetryPolicy
 
 log = logging.getLogger("loyalty")
@@ -43,10 +42,6 @@ waits, and changes that come one after another share updates, which saves CPU ti
 OPENING_RETRY = RetryPolicy(timeout_seconds=5, initial_seconds=0.5, max_seconds=4)
 """Within one opening: for example, no snapshot of a collection can be read that was just made."""
 _BATCH_SIZE = 1_000
-
-# CappedPositionLost, CloseChangeStream, ChangeStreamFatalError, ChangeStreamHistoryLost,
-# BSONObjectTooLarge: the stream cannot be resumed, and only a full recount helps.
-_UNRESUMABLE_CODES = {136, 234, 280, 286, 10334}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +71,7 @@ class ChangeStreamWatcher:
         self._customer_field = settings.customer_field
         # "majority" whatever the URI says: a change stream accepts nothing else.
         self._orders = connection.orders.with_options(
-            codec_options=LENIENT_CODEC, read_concern=ReadConcern("majority")
+            codec_options=READABLE_CODEC, read_concern=ReadConcern("majority")
         )
         self._pending = PendingChanges()
         self._condition = threading.Condition()  # of an RLock
@@ -158,8 +153,7 @@ class ChangeStreamWatcher:
                         time.sleep(EMPTY_POLL_DELAY_SECONDS)
             self._fail(ResyncRequired(f"the change stream on {self._orders.full_name} has ended"))
         except ServiceError as error:
-            unresumable = getattr(error.__cause__, "code", None) in _UNRESUMABLE_CODES
-            self._fail(ResyncRequired(str(error)) if unresumable else error)
+            self._fail(error)
         except Exception as error:
             log.exception("internal_error")
             self._fail(DatabaseUnavailable(f"the change stream ended: {type(error).__name__}"))

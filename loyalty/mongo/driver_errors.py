@@ -25,26 +25,19 @@ from loyalty.errors import (
     ResyncRequired,
     ServiceError,
     SnapshotTooOld,
+    UnsupportedServer,
 )
-from loyalty.mongo.error_codes import CODES, ErrorClass, classify, describe
+from loyalty.mongo.error_codes import CODES, classify, describe
 
 log = logging.getLogger("loyalty")
 
 _MAX_REASON_LENGTH = 300
 
-_TOO_LARGE = CODES[ErrorClass.PERMANENT]["BSONObjectTooLarge"]
-_ILLEGAL_OPERATION = CODES[ErrorClass.PERMANENT]["IllegalOperation"]
-_ATLAS_ERROR = CODES[ErrorClass.PERMANENT]["AtlasError"]  # any request that Atlas itself rejects
-_SPLIT_HORIZON_CHANGE = CODES[ErrorClass.TRANSIENT]["SplitHorizonChange"]
-_SNAPSHOT_TOO_OLD = CODES[ErrorClass.SNAPSHOT_TOO_OLD]["SnapshotTooOld"]
-
-_ERRORS: dict[ErrorClass, type[ServiceError]] = {
-    ErrorClass.PERMANENT: ConfigurationError,
-    ErrorClass.TRANSIENT: DatabaseUnavailable,
-    ErrorClass.SNAPSHOT_TOO_OLD: SnapshotTooOld,
-    ErrorClass.NEW_CLIENT: ClientUnusable,
-    ErrorClass.RESYNC: ResyncRequired,
-}
+_TOO_LARGE = CODES[ConfigurationError]["BSONObjectTooLarge"]
+_ILLEGAL_OPERATION = CODES[ConfigurationError]["IllegalOperation"]
+_ATLAS_ERROR = CODES[ConfigurationError]["AtlasError"]  # any request that Atlas itself rejects
+_SPLIT_HORIZON_CHANGE = CODES[DatabaseUnavailable]["SplitHorizonChange"]
+_SNAPSHOT_TOO_OLD = CODES[SnapshotTooOld]["SnapshotTooOld"]
 
 
 class _Named(Protocol):
@@ -119,13 +112,12 @@ def _map_write_errors(details: Mapping[str, Any], action: str) -> ServiceError:
     for error in errors:
         if "write results unavailable" in error["errmsg"].lower():  # a mongos lost its shard
             return DatabaseUnavailable(f"{action} failed: {_one_line(error['errmsg'])}")
-        if classify(error["code"]) not in (None, ErrorClass.PERMANENT):
+        if classify(error["code"]) not in (None, ConfigurationError):
             return _map_server_error(error, error["code"], action, "")
     for error in errors:
         log.debug('update_failed code=%d error="%s"', error["code"], _one_line(error["errmsg"]))
-    codes = {error["index"]: error["code"] for error in errors}
-    names = {code: describe(code) for code in codes.values()}
-    return BulkUpdateErrors(codes, names, details["nMatched"])
+    reasons = {error["index"]: describe(error["code"]) for error in errors}
+    return BulkUpdateErrors(reasons, details["nMatched"])
 
 
 def _map_server_error(
@@ -135,36 +127,36 @@ def _map_server_error(
     failed, reason = f"{action} failed", _one_line(str(details.get("errmsg", "no reason given")))
     if code == _ILLEGAL_OPERATION and "writeErrors" in details:  # the driver's own reply, no text
         reason = "this server does not support retryable writes: add retryWrites=false to the URI"
-    error_class = _classify(code, details, reason)
+    error_type = _classify(code, details, reason)
     if code == _TOO_LARGE and action.startswith("watch "):  # of an event, which no resume can skip
-        error_class = ErrorClass.RESYNC
-    if error_class is ErrorClass.PERMISSION:
+        error_type = ResyncRequired
+    if error_type is NoPermission:
         return permission_error(action, has_user="requires authentication" not in reason)
-    if error_class is ErrorClass.AUTHENTICATION:
+    if error_type is AuthenticationFailed:
         return AuthenticationFailed("the server rejects the user name or password in MONGODB_URI")
-    if error_class is ErrorClass.TIMEOUT:
+    if error_type is QueryTimeout:
         return QueryTimeout(f"{action} took too long" + (f": {if_too_slow}" if if_too_slow else ""))
-    if error_class is ErrorClass.UNSUPPORTED:
-        return ConfigurationError(f"this server does not support what the service needs: {reason}")
+    if error_type is UnsupportedServer:
+        return UnsupportedServer(f"this server does not support what the service needs: {reason}")
     message = f"{failed}: {reason} ({describe(code, details.get('codeName', ''))})"
     if code == _SNAPSHOT_TOO_OLD:
         message += (
             "; if this repeats, raise the server's parameter minSnapshotHistoryWindowInSeconds "
             "above the time that the count of one partition takes"
         )
-    return _ERRORS[error_class](message)
+    return error_type(message)
 
 
-def _classify(code: int | None, details: Mapping[str, Any], reason: str) -> ErrorClass:
-    """Return the class of an error, also if one code has several meanings."""
+def _classify(code: int | None, details: Mapping[str, Any], reason: str) -> type[ServiceError]:
+    """Return the type of an error, also if one code has several meanings."""
     if code == _ATLAS_ERROR and "not allowed to do action" in reason:
-        return ErrorClass.PERMISSION
+        return NoPermission
     if code == _ATLAS_ERROR and "bad auth" in reason:
-        return ErrorClass.AUTHENTICATION
+        return AuthenticationFailed
     # Amazon DocumentDB reports an unsupported feature with this code.
     if code == _SPLIT_HORIZON_CHANGE and details.get("codeName") != "SplitHorizonChange":
-        return ErrorClass.UNSUPPORTED
-    return classify(code) or ErrorClass.TRANSIENT
+        return UnsupportedServer
+    return classify(code) or DatabaseUnavailable
 
 
 def _is_certificate_error(text: str) -> bool:

@@ -39,8 +39,8 @@ long as the others."""
 MAX_IDS_PER_QUERY = 4_000
 _RAW_CODEC = CodecOptions(document_class=RawBSONDocument)
 
-Customers = Sequence[tuple[Any, Sequence[Any]]]
-"""Canonical ids, each with the forms that an index finds; without any form, all orders are read."""
+Customers = Sequence[tuple[Any, Sequence[Any] | None]]
+"""Canonical ids, each with the forms to look up in an index; None for all: read all orders."""
 
 OnRow = Callable[[CustomerCount | UpToDate], None]
 FindBoundaries = Callable[[Collection[Any], str], list[Any]]
@@ -105,7 +105,7 @@ class Counter:
         # The caller has read at `not_before`: to ask for a newer time is one more round trip.
         snapshots = [self._not_before] if self._not_before else self._pin_snapshot()
         for chunk in _chunks(customers):
-            forms = [form for _, forms in chunk for form in forms]
+            forms = [form for _, forms in chunk for form in forms or ()]
             scope = Scope(
                 Partition([[{"$in": forms}]] if forms else [[]]),
                 customers=[customer for customer, _ in chunk],
@@ -217,12 +217,12 @@ def _handle_rows(spool: Spool, scope: Scope, on_row: OnRow) -> None:
 
 def _chunks(customers: Customers) -> Iterator[Customers]:
     """Cut so that no aggregation asks for many more ids than MAX_IDS_PER_QUERY."""
-    chunk: list[tuple[Any, Sequence[Any]]] = []
+    chunk: list[tuple[Any, Sequence[Any] | None]] = []
     size = 0
     for customer, forms in customers:
         chunk.append((customer, forms))
-        size += 1 + len(forms)
-        if size >= MAX_IDS_PER_QUERY and forms:
+        size += 1 + len(forms or ())
+        if size >= MAX_IDS_PER_QUERY and forms is not None:
             yield chunk
             chunk, size = [], 0
     if chunk:

@@ -29,15 +29,22 @@ _UUID_REPRESENTATIONS = (
 )
 
 
-def canonical_expr(value: str, if_missing: Any) -> Document:
+def canonical_expr(value: str, if_missing: Any, *, mostly_hex: bool = True) -> Document:
     """Return the expression for the canonical id of the field path `value`.
 
-    Null and missing become `if_missing`; so does "", unless `if_missing` is null.
+    Null and missing become `if_missing`; so does "", unless `if_missing` is null. Where few values
+    are hex strings, only strings of their length are converted: a conversion that fails takes the
+    server some 30 us, which made a count of numbers 4 times as slow as one of hex strings.
     """
     other: Any = value
     if if_missing is not None:
         other = {"$cond": [{"$eq": [value, ""]}, if_missing, value]}
-    return {"$convert": {"input": value, "to": "objectId", "onError": other, "onNull": if_missing}}
+    convert = {"input": value, "to": "objectId", "onError": other, "onNull": if_missing}
+    if mostly_hex:
+        return {"$convert": convert}
+    text = {"$cond": [{"$eq": [{"$type": value}, "string"]}, value, ""]}
+    is_hex_length = {"$eq": [{"$strLenBytes": text}, 24]}
+    return {"$cond": [is_hex_length, {"$convert": convert}, {"$ifNull": [other, if_missing]}]}
 
 
 def is_non_canonical_expr(value: str, canonical: Any) -> Document:
@@ -66,14 +73,14 @@ def canonicalize(value: Any) -> Any:
     return ObjectId(value) if is_hex_id(value) else value
 
 
-def indexable_variants(customer: Any) -> list[Any]:
+def indexable_forms(customer: Any) -> list[Any]:
     """Return the forms of a canonical id that an index finds; mixed case is not among them."""
     if isinstance(customer, ObjectId):
         return [customer, str(customer), str(customer).upper()]
     return [customer]
 
 
-def all_variants(customer: Any) -> list[Any]:
+def all_forms(customer: Any) -> list[Any]:
     """Return values for `$in` that find every form of a canonical id.
 
     The pattern makes the server read every string in the index.

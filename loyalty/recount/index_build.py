@@ -14,7 +14,7 @@ from pymongo.errors import NetworkTimeout
 from config import Settings
 from loyalty.errors import ConfigurationError, DatabaseUnavailable, ServiceError
 from loyalty.mongo.driver_errors import map_driver_errors
-from loyalty.mongo.error_codes import CODES, ErrorClass
+from loyalty.mongo.error_codes import CODES
 from loyalty.mongo.privileges import collection_type
 from loyalty.mongo.values import SIMPLE_COLLATION, Document, format_value
 from loyalty.recount.index import (
@@ -30,7 +30,7 @@ log = logging.getLogger("loyalty")
 _Keys = list[tuple[str, int]]
 
 _SECOND_NAME = "loyalty_counts"  # if another index has the default name
-_CODES = CODES[ErrorClass.PERMANENT]
+_CODES = CODES[ConfigurationError]
 
 
 def create_index(orders: Collection[Any], settings: Settings) -> str:

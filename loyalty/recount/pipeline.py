@@ -99,7 +99,7 @@ def _count_orders(
     return [
         {"$match": {**counted_orders(settings), **_match(customer, bounds)}},
         {"$group": {"_id": f"${customer}", "orders": {"$sum": counted}}},
-        {"$project": {"_id": _group_key(scope, "$_id", NO_CUSTOMER), "orders": 1}},
+        {"$project": {"_id": _group_key(settings, scope, "$_id", NO_CUSTOMER), "orders": 1}},
     ]
 
 
@@ -108,7 +108,7 @@ def _read_users(settings: Settings, scope: Scope, bounds: Sequence[Document]) ->
     if "." in settings.points_field:
         user = {**user, "created_path": _created_path(settings.points_field)}
     key = settings.user_key_field
-    group_key = _group_key(scope, f"${key}", None)
+    group_key = _group_key(settings, scope, f"${key}", None)
     if key != "_id":
         group_key = _separate_users_without_key(group_key)
     return [
@@ -143,9 +143,10 @@ def _match(field: str, bounds: Sequence[Document]) -> Document:
     return {"$and": [{field: operator} for operator in bounds]} if bounds else {}
 
 
-def _group_key(scope: Scope, value: str, if_missing: Any) -> Document:
+def _group_key(settings: Settings, scope: Scope, value: str, if_missing: Any) -> Document:
     """Return the expression for the key that orders and users of one customer share."""
-    canonical = canonical_expr(value, if_missing)
+    mostly_hex = settings.user_key_field == "_id"
+    canonical = canonical_expr(value, if_missing, mostly_hex=mostly_hex)
     if scope.is_complete:
         return canonical
     non_canonical = is_non_canonical_expr(value, "$$customer")

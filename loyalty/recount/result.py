@@ -17,6 +17,7 @@ from loyalty.recount.updates import FailedUpdates
 log = logging.getLogger("loyalty")
 
 Outcome = Literal["succeeded", "incomplete", "refused", "failed"]
+"""Of a recount. The record of an undo has "undone", and a heartbeat "live"."""
 
 
 @dataclass(frozen=True, slots=True)

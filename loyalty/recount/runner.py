@@ -8,7 +8,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 
 from bson import Timestamp
 
@@ -71,17 +70,15 @@ def run_recount(
     """
     started_at = datetime.now(UTC)
     result = Result(started_at=started_at, count=CountResult(started_at))
+    recount = _Recount(connection, settings, history, request, on_progress, result)
     clock = time.monotonic()
     is_recorded = request.write and request.customers is None
     try:
         with PendingUpdates(settings.batch_size, settings.points_field) as updates:
-            _count(connection, settings, request, updates, result, on_progress)
-            _check(connection, settings, history, request, result)
+            recount.count(updates)
+            recount.check()
             if request.write:
-                log_changes = (
-                    _open_change_log(connection, settings, result) if is_recorded else None
-                )
-                _write(connection, updates, log_changes, result, on_progress)
+                recount.write(updates, recount.open_change_log() if is_recorded else None)
     except Exception as error:
         result.outcome = "refused" if isinstance(error, RecountRefused) else "failed"
         # The text of an exception that is not ours could contain anything.
@@ -100,106 +97,126 @@ def run_recount(
     return result
 
 
-def _count(
-    connection: Connection,
-    settings: Settings,
-    request: RecountRequest,
-    updates: PendingUpdates,
-    result: Result,
-    on_progress: ProgressCallback,
-) -> None:
-    """Count, and collect the updates. A failed count starts again at a new cluster time."""
-    started_at = result.started_at
-    attempt = partial(
-        _attempt_count, connection, settings, request, updates, started_at, on_progress
-    )
+@dataclass(frozen=True)
+class _Recount:
+    """The steps of one recount; each adds to `result`."""
 
-    def count(*, use_snapshot: bool = True) -> tuple[CountResult, Totals]:
+    connection: Connection
+    settings: Settings
+    history: History
+    request: RecountRequest
+    on_progress: ProgressCallback
+    result: Result
+
+    def count(self, updates: PendingUpdates) -> None:
+        """Count, and collect the updates. A failed count starts again at a new cluster time."""
+        result, request = self.result, self.request
+
+        def count() -> tuple[CountResult, Totals]:
+            return self._count_once(updates, use_snapshot=True)
+
+        def report_retry(attempt: int, error: Exception) -> None:
+            log.warning('count_retry attempt=%d error="%s"', attempt, error)
+            self.on_progress("")
+
         try:
-            return attempt(use_snapshot=use_snapshot)
+            # The driver does not retry a cursor that was lost with its primary.
+            result.count, result.totals = retry(count, request.retry_policy, on_retry=report_retry)
+        except SnapshotTooOld as error:
+            if request.customers is not None:
+                raise  # live updates must not write anything older than `not_before`
+            log.warning('snapshot_unavailable error="%s"', error)
+            result.count, result.totals = self._count_once(updates, use_snapshot=False)
+
+    def _count_once(
+        self, updates: PendingUpdates, *, use_snapshot: bool, single_query: bool = False
+    ) -> tuple[CountResult, Totals]:
+        request = self.request
+        updates.clear()
+        on_unknown = None
+        if request.unknown is not None:
+            request.unknown.clear()
+            on_unknown = request.unknown.add
+        tally = Tally(self.settings, updates.add, on_unknown)
+        if request.rows is not None:
+            request.rows.clear()
+
+        def on_row(row: CustomerCount | UpToDate) -> None:
+            tally.add(row)
+            if request.rows is not None and isinstance(row, CustomerCount):
+                request.rows.append(row)
+
+        counter = Counter(
+            self.connection,
+            self.settings,
+            self.on_progress,
+            started_at=self.result.started_at,
+            not_before=request.not_before,
+            find_boundaries=request.find_boundaries,
+            use_snapshot=use_snapshot,
+        )
+        if request.customers is not None:
+            return counter.count_customers(on_row, request.customers), tally.totals
+        try:
+            return counter.count_all(on_row, single_query=single_query), tally.totals
         except NonCanonicalIdFound:
             log.info('single_query_count reason="upper-case or mixed-case hex ids"')
-            return attempt(use_snapshot=use_snapshot, single_query=True)
+            return self._count_once(updates, use_snapshot=use_snapshot, single_query=True)
 
-    def report_retry(number: int, error: Exception) -> None:
-        log.warning('count_retry attempt=%d error="%s"', number, error)
-        on_progress("")
+    def check(self) -> None:
+        """Let the safety checks judge the totals. Raises RecountRefused."""
+        result, request, settings = self.result, self.request, self.settings
+        if request.safety_check is not None:
+            result.refusal = request.safety_check(result.totals)
+        elif request.customers is None:
+            report = check_totals(result.totals, settings, _read_previous(self.history))
+            if not result.totals.counted_orders or not result.totals.users:
+                report.add(check_uncounted(self.connection, settings))
+            result.refusal, result.warnings = report.refusal, report.warnings
+        if not request.write:
+            return
+        if result.refusal and not request.force:
+            raise RecountRefused(result.refusal)
+        if request.customers is None:
+            for warning in result.warnings:
+                log.warning('safety_warning text="%s"', warning)
+            if replaced := result.totals.non_numeric_values:
+                log.warning("non_numeric_points users=%d field=%s", replaced, settings.points_field)
+                log.debug("non_numeric_points sample=%s", result.totals.non_numeric_sample)
 
-    try:
-        # The driver does not retry a cursor that was lost with its primary.
-        result.count, result.totals = retry(count, request.retry_policy, on_retry=report_retry)
-    except SnapshotTooOld as error:
-        if request.customers is not None:
-            raise  # live updates must not write anything older than `not_before`
-        log.warning('snapshot_unavailable error="%s"', error)
-        result.count, result.totals = count(use_snapshot=False)
+    def open_change_log(self) -> LogChanges | None:
+        """Return the function that logs changes; None if there is nothing to log."""
+        result, changes = self.result, self.connection.changes
+        if changes is None or not result.totals.changed:
+            return None
+        change_log = ChangeLog(
+            changes,
+            users=self.settings.users,
+            points_field=self.settings.points_field,
+            recount=result.id,
+            at=result.started_at,
+            cluster_time=result.count.cluster_time,
+            expires_at=result.started_at + self.settings.retention,
+        )
+        return change_log.insert
 
-
-def _attempt_count(
-    connection: Connection,
-    settings: Settings,
-    request: RecountRequest,
-    updates: PendingUpdates,
-    started_at: datetime,
-    on_progress: ProgressCallback,
-    *,
-    use_snapshot: bool,
-    single_query: bool = False,
-) -> tuple[CountResult, Totals]:
-    """Count once. Raises NonCanonicalIdFound if a single query is needed, and ServiceError."""
-    updates.clear()
-    on_unknown = None
-    if request.unknown is not None:
-        request.unknown.clear()
-        on_unknown = request.unknown.add
-    tally = Tally(settings, updates.add, on_unknown)
-    if request.rows is not None:
-        request.rows.clear()
-
-    def on_row(row: CustomerCount | UpToDate) -> None:
-        tally.add(row)
-        if request.rows is not None and isinstance(row, CustomerCount):
-            request.rows.append(row)
-
-    counter = Counter(
-        connection,
-        settings,
-        on_progress,
-        started_at=started_at,
-        not_before=request.not_before,
-        find_boundaries=request.find_boundaries,
-        use_snapshot=use_snapshot,
-    )
-    if request.customers is None:
-        return counter.count_all(on_row, single_query=single_query), tally.totals
-    return counter.count_customers(on_row, request.customers), tally.totals
-
-
-def _check(
-    connection: Connection,
-    settings: Settings,
-    history: History,
-    request: RecountRequest,
-    result: Result,
-) -> None:
-    """Let the safety checks judge the totals. Raises RecountRefused."""
-    if request.safety_check is not None:
-        result.refusal = request.safety_check(result.totals)
-    elif request.customers is None:
-        report = check_totals(result.totals, settings, _read_previous(history))
-        if not result.totals.counted_orders or not result.totals.users:
-            report.add(check_uncounted(connection, settings))
-        result.refusal, result.warnings = report.refusal, report.warnings
-    if not request.write:
-        return
-    if result.refusal and not request.force:
-        raise RecountRefused(result.refusal)
-    if request.customers is None:
-        for warning in result.warnings:
-            log.warning('safety_warning text="%s"', warning)
-        if replaced := result.totals.non_numeric_values:
-            log.warning("non_numeric_points users=%d field=%s", replaced, settings.points_field)
-            log.debug("non_numeric_points sample=%s", result.totals.non_numeric_sample)
+    def write(self, updates: PendingUpdates, log_changes: LogChanges | None) -> None:
+        """Write the updates. Raises TooManyFailedUpdates, and other ServiceErrors."""
+        result = self.result
+        try:
+            updates.write(self.connection.users, self.on_progress, log_changes)
+        finally:
+            result.written, result.failed = updates.result.written, updates.result.failed
+        if not result.failed:
+            return
+        failed, changed = result.failed_updates, result.totals.changed
+        log.debug("failed_updates users=%s", ", ".join(result.failed.sample))
+        if has_too_many_failed_updates(failed, result.totals.users):
+            text = f"{failed:,} of {changed:,} updates failed ({result.failed})"
+            raise TooManyFailedUpdates(text, failed)
+        result.outcome = "incomplete"
+        errors = str(result.failed)
+        log.warning('incomplete failed_updates=%d changed=%d errors="%s"', failed, changed, errors)
 
 
 def _read_previous(history: History) -> PreviousRecounts:
@@ -208,44 +225,3 @@ def _read_previous(history: History) -> PreviousRecounts:
         counted_orders = last["counted_orders"] if last else None
         return PreviousRecounts(is_first=history.is_empty(), counted_orders=counted_orders)
     return PreviousRecounts()
-
-
-def _open_change_log(
-    connection: Connection, settings: Settings, result: Result
-) -> LogChanges | None:
-    if connection.changes is None or not result.totals.changed:
-        return None
-    change_log = ChangeLog(
-        connection.changes,
-        users=settings.users,
-        points_field=settings.points_field,
-        recount=result.id,
-        at=result.started_at,
-        cluster_time=result.count.cluster_time,
-        expires_at=result.started_at + settings.retention,
-    )
-    return change_log.insert
-
-
-def _write(
-    connection: Connection,
-    updates: PendingUpdates,
-    log_changes: LogChanges | None,
-    result: Result,
-    on_progress: ProgressCallback,
-) -> None:
-    """Write the updates. Raises TooManyFailedUpdates, and other ServiceErrors."""
-    try:
-        updates.write(connection.users, on_progress, log_changes)
-    finally:
-        result.written, result.failed = updates.result.written, updates.result.failed
-    if not result.failed:
-        return
-    failed, changed = result.failed_updates, result.totals.changed
-    log.debug("failed_updates users=%s", ", ".join(result.failed.sample))
-    if has_too_many_failed_updates(failed, result.totals.users):
-        text = f"{failed:,} of {changed:,} updates failed ({result.failed})"
-        raise TooManyFailedUpdates(text, failed)
-    result.outcome = "incomplete"
-    errors = str(result.failed)
-    log.warning('incomplete failed_updates=%d changed=%d errors="%s"', failed, changed, errors)

@@ -8,7 +8,7 @@ from config import Settings
 from loyalty.mongo.connection import Connection
 from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.values import SIMPLE_COLLATION, Document
-from loyalty.recount.customer_ids import NO_CUSTOMER, all_variants, canonical_expr
+from loyalty.recount.customer_ids import NO_CUSTOMER, all_forms, canonical_expr
 from loyalty.recount.order_filter import counted_orders, other_conditions
 from loyalty.recount.safety import (
     SafetyReport,
@@ -97,10 +97,10 @@ def count_customer_orders(
     `customer` is a canonical id; "" stands for the orders without customer.
     """
     orders, status = connection.orders, settings.status_field
-    variants = all_variants(customer)
+    forms = all_forms(customer)
     if customer == "":
-        customer, variants = NO_CUSTOMER, ["", None]
-    match: dict[str, Any] = {settings.customer_field: {"$in": variants}}
+        customer, forms = NO_CUSTOMER, ["", None]
+    match: dict[str, Any] = {settings.customer_field: {"$in": forms}}
     known = [value for value, _ in count_statuses(connection, settings, filtered=False)]
     if len(known) < MAX_STATUSES:
         # Naming every status makes the index's second field usable; null finds missing ones.

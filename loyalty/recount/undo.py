@@ -116,24 +116,28 @@ def undo_recount(
 def _undo_batch(
     users: Collection[Any], points_field: str, changes: Sequence[Document], *, write: bool
 ) -> tuple[UndoResult, list[NotRestored]]:
+    """Undo one batch of changes, or count what that would do."""
     # The filters match only users who still have the points of the recount.
     matched = _write(users, points_field, changes) if write else 0
     if matched == len(changes):
         return UndoResult(matched), []
-    has_old_points = has_new_points = 0
-    not_restored = []
+    with_old_points = 0
+    with_new_points, with_other_points = [], []
     for change, found, is_deleted in _read_points(users, points_field, changes):
         before = change.get("before", MISSING)
+        user = NotRestored(change["user"], before, change["after"], found, is_deleted)
         if not is_deleted and _is_same(found, before):
-            has_old_points += 1
-        elif not write and is_integer(found) and found == change["after"]:
-            has_new_points += 1
+            with_old_points += 1
+        elif is_integer(found) and found == change["after"]:
+            with_new_points.append(user)
         else:
-            user = NotRestored(change["user"], before, change["after"], found, is_deleted)
-            not_restored.append(user)
-    restored = (has_old_points if matched is None else matched) if write else has_new_points
-    unchanged = has_old_points - restored if write else has_old_points
-    return UndoResult(restored, len(not_restored), unchanged), not_restored
+            with_other_points.append(user)
+    if not write:
+        result = UndoResult(len(with_new_points), len(with_other_points), with_old_points)
+        return result, with_other_points
+    restored = with_old_points if matched is None else matched
+    not_restored = [*with_new_points, *with_other_points]  # the former: their updates failed
+    return UndoResult(restored, len(not_restored), with_old_points - restored), not_restored
 
 
 def _write(users: Collection[Any], points_field: str, changes: Sequence[Document]) -> int | None:
