@@ -1,4 +1,4 @@
-"""Settings: accepted values, and that all problems are reported at once, without secrets."""
+"""Settings: accepted values, and that all problems are reported together, without secrets."""
 
 from __future__ import annotations
 

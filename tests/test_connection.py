@@ -106,7 +106,7 @@ def test_no_uri_option_hides_the_writes_of_a_killed_service(
     settings = settings_for(with_options(uri, options))
     with connect(settings, writing=True) as killed, shop.client.start_session() as session:
         with session.start_transaction():
-            # A lock holds up the update, as a busy server would.
+            # A lock delays the update, as a busy server would.
             shop.users.update_one({"_id": 1}, {"$set": {"busy": True}}, session=session)
             change: dict[str, Any] = {"$set": {"loyalty_points": 7}}
             update = threading.Thread(target=killed.users.update_one, args=({"_id": 1}, change))

@@ -1,4 +1,4 @@
-"""One count on a real server: each customer once, at one cluster time, whatever happens."""
+"""One count on a real server: each customer once, at one cluster time, also after errors."""
 
 from __future__ import annotations
 

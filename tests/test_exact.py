@@ -247,7 +247,7 @@ NO_RETRY = RetryPolicy(timeout_seconds=0, initial_seconds=1, max_seconds=1)
 def test_without_a_usable_snapshot_all_customers_are_counted_without_one(
     wrong_shop: Connection, deployment: Deployment, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A server may forget each snapshot at once: minSnapshotHistoryWindowInSeconds=0."""
+    """A server may forget each snapshot immediately: minSnapshotHistoryWindowInSeconds=0."""
     request = RecountRequest(force=True, retry_policy=NO_RETRY)
     with faults.fail_command(deployment.servers[0], "aggregate", 1, errorCode=239):
         result = run_recount(wrong_shop, settings_for("mongodb://unused/"), History(None), request)

@@ -196,7 +196,7 @@ def test_users_with_a_collation_are_counted_by_one_query(
     plan = inspect_plan(database.orders, SETTINGS)
     assert plan.supports_partitions is (collation is None)
     assert ("each partition would read all users" in plan.hint) is (collation is not None)
-    assert command("--create-index") == 0  # of orders, that is the right one
+    assert command("--create-index") == 0  # the index on orders is the recommended one
     assert command("--once") == 0
     assert database.users.count_documents({"loyalty_points": 1}) == 4
 
@@ -236,12 +236,12 @@ ANY_PROGRAM = {"$ne": ""}
 
 
 def builds(client: MongoClient[Any], app_name: Any) -> bool:
-    """Return whether such a program waits for the build of an index."""
+    """Return whether a program with this name waits for the build of an index."""
     wanted = {"command.createIndexes": "orders", "active": True, "appName": app_name}
     return bool(list(client.admin.aggregate([{"$currentOp": {}}, {"$match": wanted}])))
 
 
-# Of random indexes.
+# Parts of random indexes.
 
 FIELDS = ["status", "customer_id", "created", "total"]
 PATTERNS = st.lists(
@@ -319,6 +319,6 @@ def test_an_accepted_index_reads_at_most_twice_the_keys_of_the_recommended_index
 
 
 def same_index(one: tuple[Any, Any], other: tuple[Any, Any]) -> bool:
-    """Return whether the server takes two for the same, but for their names."""
+    """Return whether the server regards two indexes as equal except for their names."""
     kinds = [{k: v for k, v in options.items() if k != "hidden"} for _, options in (one, other)]
     return bool(one[0] == other[0]) and kinds[0] == kinds[1]

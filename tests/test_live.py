@@ -842,7 +842,7 @@ def test_all_changes_before_as_of_of_the_heartbeat_are_counted(small: LiveHarnes
     while as_of() <= inserted_at:
         assert as_of() <= datetime.now(UTC)
         time.sleep(0.1)
-        small.shop.other.insert_one({})  # the time of an idle server stands still for 10 s
+        small.shop.other.insert_one({})  # an idle server advances its time every 10 s
         small.update()
     assert points(small.shop) == [2, 1, 1]
 

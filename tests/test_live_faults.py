@@ -214,7 +214,7 @@ def test_live_updates_start_after_the_privilege_is_granted(
     authenticated_deployment: Deployment, caplog: pytest.LogCaptureFixture
 ) -> None:
     name, _, plain = role()
-    granted = role(create_index=True)[2]  # with all that stands there to be uncommented
+    granted = role(create_index=True)[2]  # with all optional privileges of the file
     with authenticated_deployment.client() as client, ExitStack() as stack:
         shop = client[name]
         stack.callback(client.drop_database, name)

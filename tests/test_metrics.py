@@ -175,7 +175,7 @@ def test_live_updates_are_in_the_metrics_while_they_are_active(
         assert state.live_lag_seconds == 0
 
         def read_newer_time() -> float | None:
-            database.other.insert_one({})  # the time of an idle server stands still for 10 s
+            database.other.insert_one({})  # an idle server advances its time every 10 s
             harness.update(0.2)
             assert state.live
             assert state.result

@@ -1,4 +1,4 @@
-"""Pending updates: all users are written, whatever the server does in the middle."""
+"""Pending updates: all users are written, also if the server fails between batches."""
 
 from __future__ import annotations
 
