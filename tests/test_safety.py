@@ -131,7 +131,7 @@ def test_a_points_field_with_mostly_other_values_than_numbers_is_refused(
         (101, False, "101 of the 1,000 users with points lose points"),
     ],
 )
-def test_lost_points_cause_a_warning_in_the_first_recount_or_above_a_tenth(
+def test_lost_points_cause_a_warning_at_first_or_above_a_tenth(
     losing: int, is_first: bool, words: str | None
 ) -> None:
     refusal, warnings = check(healthy(decreased=losing), PreviousRecounts(is_first=is_first))
