@@ -107,7 +107,9 @@ def shop_with_all_ids(
 ) -> Iterator[LiveHarness]:
     """Make a small shop with all kinds of ids, and do live updates of it."""
     shop = client[f"live_{uuid4().hex[:12]}"]
-    images = {"changeStreamPreAndPostImages": {"enabled": True}} if pre_images else {}
+    images: dict[str, Any] = {}
+    if pre_images:  # an unknown option for MongoDB 5.0
+        images["changeStreamPreAndPostImages"] = {"enabled": True}
     shop.create_collection("orders", **images)
     shop.users.insert_many([{"_id": user_id} for user_id in USERS])
     shop.orders.insert_many(
