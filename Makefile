@@ -9,9 +9,9 @@ USERS ?= 100000
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 STAMP := $(VENV)/installed-for-$(VERSION)
 RUN := $(VENV)/bin/python
-# The tests whose result depends on the server's version.
+# The tests whose result depends on the version of the server.
 SERVER_TESTS := $(addprefix tests/test_,$(addsuffix .py,\
-  counting driver_errors exact harm history live live_faults recount shape_commands undo))
+  change_log counter driver_errors exact history index live live_faults recount shape_commands undo))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo pictures dashboard lock test test-deep test-servers soak bench lint format clean

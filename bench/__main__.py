@@ -17,8 +17,8 @@ from sandbox.mongod import Deployment, NoMongod
 
 BASELINES = ["count_only", SERVICE, "merge", "bulk"]
 GROWTH_BASELINES = ["count_only", SERVICE, "merge"]
-MAX_CLIENT_ORDERS = 1_000_000  # above, no baselines that count or write all users in the client
-MAX_ORDERS = 10_000_000  # above, quiet passes only: the others would take an hour
+MAX_CLIENT_ORDERS = 1_000_000  # above, no baselines that count in the client
+MAX_ORDERS = 10_000_000  # above, only recounts without changes: the others would take an hour
 FOLDER = Path(__file__).parent
 SIZES = (100_000, 1_000_000, 3_000_000, 10_000_000, 30_000_000)
 
@@ -96,7 +96,7 @@ def _run(args: argparse.Namespace, results: Report) -> list[Results]:
                 states[state] |= bench.rounds(1, ["loop"], state)
             results.set_section(state, report.state_table(title, states[state]))
         results.set_section("profile", report.profile_table(shop.profile_recount()))
-        title = "quiet pass without the index, once"
+        title = "recount without changes, without the index, once"
         results.set_section("no index", report.state_table(title, no_index))
         times = measure_interference(bench.deployment, shop)
         results.set_section("interference", report.interference_table(times))

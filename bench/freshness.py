@@ -17,10 +17,10 @@ from sandbox.service import Process
 from sandbox.shop import Document, Shop
 
 RECOUNTS_PER_DAY = 12  # one every two hours
-_INTERVAL_SECONDS = 5  # stands for two hours
-_CHANGES = 12  # of the customer's orders: each ships an order, except for one
+_INTERVAL_SECONDS = 5  # represents two hours
+_CHANGES = 12  # changes of the customer's orders: all but one ship an order
 _RETURN = 8  # the number of the change that returns an order
-_CUSTOMER = 500  # of a thousand: one with a few orders
+_CUSTOMER = 500  # the number of a customer with a few orders, of 1,000
 _POLL_SECONDS = 0.01
 _SEED = 58
 
@@ -40,7 +40,7 @@ class Timeline:
 
 @dataclass(frozen=True)
 class FreshnessResult:
-    """The measurement; `interval` is the number of seconds that stood for two hours."""
+    """The measurement; `interval` is the number of seconds that represents two hours."""
 
     interval: int
     expected: Timeline = field(default_factory=Timeline)

@@ -38,7 +38,7 @@ def p50_and_p99(times: list[float]) -> tuple[float, float]:
 
 
 def measure_interference(deployment: Deployment, shop: Shop) -> dict[str, RequestTimes]:
-    """Measure requests without a recount, then during a quiet pass with 1, 2 and 4 workers."""
+    """Measure requests without a recount, then during recounts with 1, 2 and 4 workers."""
     shop.restore("quiet")
     results = {"none": _send_requests(deployment, shop, 0)}
     for workers in (1, 2, 4):

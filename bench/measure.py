@@ -32,7 +32,7 @@ print(json.dumps([os.waitstatus_to_exitcode(status), *numbers]))
 
 @dataclass(frozen=True)
 class Run:
-    """The costs of one process, and the users with wrong points after it.
+    """The costs of one process, and the users with wrong points afterwards.
 
     `recount_seconds` is the recount without the start of the process, 0 for a baseline.
     """

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from bench.freshness import RECOUNTS_PER_DAY, FreshnessResult, Timeline
 from bench.measure import SERVICE, Results, median_run
 
-# Mid-tones, which are readable on white and on black: a picture does not know its background.
+# Mid-tones, which are readable on white and on black: the background of the page is unknown.
 _COLOURS = {"count_only": "#8b95a1", SERVICE: "#2f9e6e", "merge": "#d9822b", "bulk": "#7c83db"}
 _TEXT = "#848d97"
 _LABELS = {
@@ -80,7 +80,7 @@ class _Chart:
 
 
 def draw_growth(sizes: Mapping[int, Results]) -> str:
-    """Draw the seconds of a quiet pass over the number of orders."""
+    """Draw the seconds of a recount without changes over the number of orders."""
     largest = max(sizes)
     slowest = max(median_run(runs) for results in sizes.values() for runs in results.values())
     chart = _Chart(

@@ -1,4 +1,4 @@
-"""A relay in front of a server that adds latency, as of a server that is far away."""
+"""A relay in front of a server that adds latency, like a distant server."""
 
 from __future__ import annotations
 

@@ -32,14 +32,14 @@ NAMES = {
 LATENCY = """## A server with a round trip of {:g} ms
 
 A relay in front of the server adds the latency. `near` is the same relay without latency."""
-PROFILE = """## Stages of a quiet pass on the server
+PROFILE = """## Stages of a recount without changes on the server
 
 By the server's `explain`, which makes it somewhat slower: the sums over all partitions, counted one
 after another. The index scan and the first `$group` are the count that every solution needs."""
 INTERFERENCE = """## Interference with the shop
 
 Milliseconds of the shop's requests, one after another with pauses of 5 ms, without a recount and
-during a quiet pass."""
+during a recount without changes."""
 GROWTH = """## Growth
 
 Ten orders for each user, with the index, one run each except at the size above. Seconds, and peak
@@ -65,7 +65,7 @@ FRESHNESS = """## Freshness over a day
 ![A customer's points over a day](day.svg)
 
 Two equal shops of 1,000 customers, with the same {changes} changes of one customer's orders at
-random times; one change returns an order. {recounts} intervals of {interval} s stand for two hours
+random times; one change returns an order. {recounts} intervals of {interval} s represent two hours
 each: the day took {seconds} s. The table has the time from each change until it is in the points:
 with recounts alone in hours of that day, with live updates as measured, since their latency does
 not depend on the interval."""
@@ -121,14 +121,14 @@ def state_table(title: str, results: Results) -> str:
     columns = [
         "",
         "seconds",
-        "/ lower bound",
-        "/ service",
+        "ratio to lower bound",
+        "ratio to service",
         "users written",
         "client, MB",
         "server CPU, s",
     ]
     return f"## {title.capitalize()}\n\n" + _table(
-        [*columns, "network, MB", "wrong points after it"], rows
+        [*columns, "network, MB", "users with wrong points"], rows
     )
 
 

@@ -1,4 +1,4 @@
-"""Measure quiet passes of one shop by several settings: `python -m bench.shapes`.
+"""Measure recounts without changes of one shop with several settings: `python -m bench.shapes`.
 
 The shop has one order in two counted; its documents have a field for each of the shapes.
 """
@@ -47,7 +47,7 @@ def main() -> None:
     args = parser.parse_args()
     with Deployment(parent=args.parent) as deployment:
         uri = deployment.uri_for(database="shapes")
-        # A points field for each shape, so that all passes but the first are quiet.
+        # A points field for each shape, so that only the first recount of each changes points.
         fields = {name: {"USER_POINTS_FIELD": f"points.{n}"} for n, name in enumerate(SHAPES)}
         every = {
             name: load({"MONGODB_URI": uri, **values, **fields[name]})

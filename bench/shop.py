@@ -27,7 +27,7 @@ from sandbox.shop import STATUSES, Document
 DATABASE = "oms_db"
 STATES = {
     "first": "first fill: no user has points yet",
-    "quiet": "quiet pass: all points are correct",
+    "quiet": "recount without changes: all points are correct",
     "ordinary": "ordinary pass: 0.1 % of the customers changed",
 }
 _BATCH = 5_000
@@ -115,7 +115,7 @@ class Shop:
         return self._points[_user_number(user)]
 
     def profile_recount(self) -> list[StageProfile]:
-        """Return the stages of a quiet pass by the server's explain, summed over all partitions."""
+        """Return the stages of a recount by the server's explain, summed over all partitions."""
         self.restore("quiet")
         stages: list[StageProfile] = []
         for part in partitions(partition_boundaries(self._database.users)):

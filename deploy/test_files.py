@@ -67,6 +67,13 @@ def test_the_documented_alerts_are_those_of_the_rules() -> None:
     assert documented == re.findall(r"- alert: (\w+)", rules)
 
 
+def test_promtool_accepts_the_documented_additional_alerts(promtool: str, tmp_path: Path) -> None:
+    page = (debian.TOP / "docs/operation.md").read_text(encoding="utf-8")
+    (documented,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "additional.yml").write_text(documented, encoding="utf-8")
+    assert "2 rules found" in _output(promtool, "check", "rules", str(tmp_path / "additional.yml"))
+
+
 def test_prometheus_accepts_the_documented_configuration(promtool: str, tmp_path: Path) -> None:
     readme = (DEPLOY / "README.md").read_text(encoding="utf-8")
     (documented,) = re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL)

@@ -146,7 +146,8 @@ class History:
         except ServiceError as error:
             self._warn_once(event, error)
         else:
-            self._warn_once.reset(event)
+            if event != "expiry_index_failed":  # it concerns two collections
+                self._warn_once.reset(event)
 
     def check_collection(self) -> None:
         """Raise ConfigurationError if the collection is not one for records; any ServiceError."""

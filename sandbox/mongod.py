@@ -33,7 +33,7 @@ T = TypeVar("T")
 _recent_ports: deque[int] = deque(maxlen=100)
 
 DEADLINE_SECONDS = 60.0  # for an operation that takes about one second on an idle machine
-_MIN_MAJOR_VERSION = 5  # the first with snapshot reads outside of transactions
+_MIN_MAJOR_VERSION = 5  # the first version with snapshot reads outside of transactions
 
 # Asks the kernel for a signal when the parent dies, then executes the command. Not a preexec_fn:
 # that runs Python between fork and exec, which can hang in a process with threads.
@@ -46,8 +46,8 @@ if sys.platform == "linux":
 if os.getppid() == int(parent):
     os.execv(command[0], command)
 """
-# Its standard input ends when the parent closes it or dies. It repeats the removal, since the
-# servers may still write then.
+# Removes the folder when its standard input ends: the parent has closed it or died. It repeats the
+# removal, because the servers may still write.
 _JANITOR = """
 import os, shutil, sys, time
 sys.stdin.read()
@@ -64,7 +64,7 @@ class NoMongod(Exception):
 
 
 class SandboxError(Exception):
-    """A server or the service did not do in time what the sandbox waits for."""
+    """A server or the service did not reach the expected state in time."""
 
 
 def find_mongod() -> Path:
@@ -73,7 +73,7 @@ def find_mongod() -> Path:
     folders = (package and package.submodule_search_locations) or []
     candidates = [shutil.which("mongod"), *(f"{folder}/db/bin/mongod" for folder in folders)]
     if os.environ.get("MONGOD"):
-        candidates = [os.environ["MONGOD"]]  # this one or none
+        candidates = [os.environ["MONGOD"]]  # no other
     problems = []
     for candidate in filter(None, candidates):
         problem = _find_problem(candidate)
@@ -342,7 +342,7 @@ class Deployment:
             )
 
     def stop(self) -> None:
-        """Kill every server and remove the folder. Calling it again does no harm."""
+        """Kill every server and remove the folder. A second call has no effect."""
         for server in self.servers:
             server.signal(signal.SIGKILL)
         for server in self.servers:

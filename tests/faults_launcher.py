@@ -58,7 +58,7 @@ def run_daemon(service: Service, backoff: Backoff | None = None) -> None:
     logging.getLogger("loyalty").setLevel(service.settings.log_level)
     Daemon(service, backoff=backoff).run()
     logging.shutdown()
-    os._exit(0)  # as the service itself does: not waiting for servers that do not answer
+    os._exit(0)  # as the service does: it does not wait for servers that do not answer
 
 
 def run_with_pauses(settings: config.Settings, seconds: str) -> None:
@@ -94,7 +94,7 @@ def run_with_bugs(settings: config.Settings, listed: str) -> None:
 
 
 def wait_for_closed_clients() -> None:
-    """Wait until the driver's threads are those of one client, or for 5 s if they never are."""
+    """Wait until only one client has threads of the driver, at most 5 s."""
     deadline = time.monotonic() + 5
     while time.monotonic() < deadline:
         names = [thread.name for thread in threading.enumerate()]
@@ -104,7 +104,7 @@ def wait_for_closed_clients() -> None:
 
 
 def measure_recounts(settings: config.Settings, number: int) -> None:
-    """Do recounts as the daemon does them, each with something to write, some after reconnecting.
+    """Recount like the daemon, each time with something to write, sometimes after reconnecting.
 
     Prints the memory in KiB and the number of open files and threads, after each sixth of them.
     """
@@ -122,7 +122,7 @@ def measure_recounts(settings: config.Settings, number: int) -> None:
             samples.append(
                 (memory, len([*Path("/proc/self/fd").iterdir()]), threading.active_count())
             )
-        if done % RECONNECT_EVERY == 0:  # as after a permission was missing
+        if done % RECONNECT_EVERY == 0:  # as after a missing privilege
             service.disconnect()
     print(json.dumps(samples))
 

@@ -59,9 +59,7 @@ def read_changes(connection: Connection) -> list[Document]:
     return sorted(changes, key=lambda change: str(change["user"]))
 
 
-def test_a_document_for_each_batch_holds_the_points_before_and_after(
-    connection: Connection,
-) -> None:
+def test_a_document_for_each_batch_has_the_points_before_and_after(connection: Connection) -> None:
     fill(connection, *({"_id": n, "loyalty_points": n} for n in range(10)))
     result = recount(connection, BATCH_SIZE="4", RETENTION="7d")
     documents = list(log_collection(connection).find())

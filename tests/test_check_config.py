@@ -101,9 +101,7 @@ def test_a_count_that_the_safety_check_would_refuse_is_a_problem(
     assert "Traceback" not in err
 
 
-def test_a_warning_of_the_safety_checks_is_printed_and_is_no_problem(
-    shop: Database[Any], check: Check
-) -> None:
+def test_a_warning_of_the_safety_checks_is_not_a_problem(shop: Database[Any], check: Check) -> None:
     shop.users.update_many({"_id": {"$lt": 10}}, {"$set": {"loyalty_points": 2}})
     code, out, _ = check()
     assert code == 0
@@ -131,7 +129,7 @@ def test_missing_collections_are_named_with_those_that_exist(
     assert "no_such_shop" not in shop.client.list_database_names()
 
 
-def test_orders_with_arrays_that_make_the_index_useless_are_counted(
+def test_orders_with_arrays_are_counted_by_a_single_query(
     shop: Database[Any], check: Check, command: Command
 ) -> None:
     name = "index status, customer_id"
@@ -155,7 +153,7 @@ def test_orders_with_arrays_that_make_the_index_useless_are_counted(
     assert cell(name, out) == "usable"
 
 
-def test_a_count_that_takes_too_long_ends_with_69_after_the_settings_are_printed(
+def test_a_slow_count_ends_with_69_after_printing_the_settings(
     shop: Database[Any], check: Check, deployment: Deployment
 ) -> None:
     counts = {"errorCode": 50, "namespace": f"{shop.name}.orders"}
@@ -190,9 +188,7 @@ def test_each_mistake_is_found_and_does_not_hide_the_others(
     assert (code, "PROBLEM" in out) == (0, False)
 
 
-def test_a_status_that_no_order_has_is_a_problem_even_if_the_recount_is_not_refused(
-    database: Database[Any], check: Check
-) -> None:
+def test_a_status_that_no_order_has_is_a_problem(database: Database[Any], check: Check) -> None:
     database.users.insert_one({"_id": 1})
     database.orders.insert_one({"customer_id": 1, "status": "Delivered"})
     code, out, _ = check()
@@ -228,7 +224,7 @@ def limited(authenticated_deployment: Deployment) -> Iterator[Callable[..., str]
 
 
 @pytest.mark.xdist_group("auth")
-def test_a_missing_permission_on_the_records_is_found_and_no_other_is_needed(
+def test_check_config_finds_a_missing_privilege_on_the_records(
     limited: Callable[..., str], check: Check, authenticated_deployment: Deployment
 ) -> None:
     uri = limited(
@@ -250,7 +246,7 @@ def test_a_missing_permission_on_the_records_is_found_and_no_other_is_needed(
 
 @pytest.mark.xdist_group("auth")
 @pytest.mark.parametrize("actions", [["insert"], ["find"], []], ids=str)
-def test_a_missing_permission_on_the_change_log_ends_with_78_as_a_start_does(
+def test_a_missing_privilege_on_the_change_log_ends_with_78(
     limited: Callable[..., str], check: Check, command: Command, actions: list[str]
 ) -> None:
     uri = limited(
@@ -272,7 +268,7 @@ def test_a_missing_permission_on_the_change_log_ends_with_78_as_a_start_does(
 
 
 @pytest.mark.xdist_group("auth")
-def test_creating_the_index_needs_no_other_permission(
+def test_creating_the_index_needs_no_other_privilege(
     limited: Callable[..., str], command: Command
 ) -> None:
     uri = limited(orders=["find", "createIndex"], users=["find", "update"])

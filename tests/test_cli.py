@@ -33,7 +33,7 @@ def shop(database: Database[Any]) -> Database[Any]:
     return fill(database)
 
 
-def test_the_daemon_recounts_at_once_and_after_every_interval_until_it_is_stopped(
+def test_the_daemon_recounts_at_start_and_after_every_interval(
     shop: Database[Any], uri: str, service: Start
 ) -> None:
     daemon = service(MONGODB_URI=uri, RECOUNT_INTERVAL="2s")
@@ -106,7 +106,7 @@ def test_a_daemon_keeps_running_and_recounts_when_its_terminal_closes(
         daemon.wait()
 
 
-def test_without_settings_the_log_says_what_to_do_and_the_exit_code_is_78(
+def test_without_settings_the_log_has_advice_and_the_code_is_78(
     service: Start, tmp_path: Path
 ) -> None:
     nothing = service()
@@ -181,7 +181,7 @@ def test_a_closed_stdout_or_stderr_does_not_fail_a_recount(
         ("--once --customer nobody", "true", 1),
     ],
 )
-def test_a_reader_that_stops_reading_does_not_change_the_exit_code(
+def test_a_closed_pipe_does_not_change_the_exit_code(
     shop: Database[Any], uri: str, arguments: str, reader: str, code: int
 ) -> None:
     shop.users.insert_many([{"_id": n} for n in range(5)])
@@ -209,9 +209,7 @@ RECORD = {
 
 
 @pytest.mark.parametrize("arguments", ["--once", "--once --json", "--dry-run", "--check-config"])
-def test_a_full_stdout_is_an_error_of_its_own(
-    shop: Database[Any], uri: str, arguments: str
-) -> None:
+def test_a_full_disk_at_stdout_ends_with_1(shop: Database[Any], uri: str, arguments: str) -> None:
     ran = run_in_shell(f"$LOYALTY {arguments} > /dev/full", uri)
     assert ran.returncode == 1
     assert 'ERROR results_not_written error="stdout: No space left on device"' in ran.stderr
@@ -258,7 +256,7 @@ def test_an_internal_error_is_logged_with_its_traceback_and_ends_with_70(
     assert " ERROR internal_error\nTraceback " in said
 
 
-def test_ctrl_c_during_a_command_ends_it_with_130_and_without_a_traceback(
+def test_ctrl_c_ends_a_command_with_130_without_a_traceback(
     shop: Database[Any],
     command: Command,
     monkeypatch: pytest.MonkeyPatch,
@@ -314,7 +312,7 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.xdist_group("auth")
-def test_not_being_allowed_to_record_is_one_warning_and_no_failure(
+def test_a_missing_privilege_to_record_causes_one_warning(
     authenticated_deployment: Deployment, service: Start
 ) -> None:
     with authenticated_deployment.client() as client:

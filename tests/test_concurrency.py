@@ -32,7 +32,7 @@ def test_after_a_failure_no_further_item_is_started() -> None:
     assert sorted(started) == [0, 1]
 
 
-def test_results_come_in_the_order_of_the_items_although_later_ones_are_done_before() -> None:
+def test_results_have_the_order_of_the_items() -> None:
     both_started = Barrier(2)
 
     def do(item: int) -> int:

@@ -1,4 +1,4 @@
-"""Settings: accepted values, and that all problems are reported at once, without secrets."""
+"""Settings: accepted values, and that all problems are reported together, without secrets."""
 
 from __future__ import annotations
 
@@ -261,7 +261,7 @@ def test_points_are_not_written_to_the_field_that_orders_refer_to(
         assert problem.startswith("USER_POINTS_FIELD")
 
 
-def test_a_filter_may_use_the_other_parts_of_the_dbref_of_the_customer() -> None:
+def test_a_filter_may_use_the_other_fields_of_the_dbref() -> None:
     values = {"ORDER_CUSTOMER_FIELD": "customer.$id"}
     assert load({"MONGODB_URI": URI, **values, "ORDER_FILTER": '{"customer.$ref": "users"}'})
     (problem,) = problems_of(values | {"ORDER_FILTER": '{"customer.$id": 1}'})
@@ -335,9 +335,7 @@ def test_an_empty_variable_in_the_environment_counts_as_not_given(
 
 
 @pytest.mark.parametrize("name", ["RECOUNTS_COLLECTION", "CHANGES_COLLECTION", "METRICS_FILE"])
-def test_the_word_none_switches_a_setting_off_and_an_empty_value_is_the_default(
-    env_file: Path, name: str
-) -> None:
+def test_none_switches_a_setting_off_and_empty_is_the_default(env_file: Path, name: str) -> None:
     expected = load({"MONGODB_URI": URI, name: "none"})
     value = "/x.prom" if name == "METRICS_FILE" else "x"
     for in_file, in_environment in (("none", ""), (value, "none")):
@@ -407,7 +405,7 @@ def test_a_misspelt_name_is_a_problem_unless_the_setting_has_a_value(
         "CUSTOMERS_COLLECTION",
     ],
 )
-def test_the_name_of_another_program_is_only_a_warning(
+def test_the_name_of_another_program_causes_only_a_warning(
     env_file: Path, name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     uri_file = tmp_path / "uri"
@@ -644,9 +642,7 @@ SECRET = st.text(st.sampled_from("/?#%@:$&=,[]{}\\\"'` ;+!XYZ0"), min_size=4, ma
 @example(secret="SECRET/hunter2", tail="/shop")
 @example(secret="SECRET?hunter2=1", tail="")
 @example(secret="%hunter2", tail="")
-def test_no_part_of_a_password_that_is_not_encoded_is_in_a_problem_or_a_repr(
-    secret: str, tail: str
-) -> None:
+def test_a_password_that_is_not_encoded_is_never_shown(secret: str, tail: str) -> None:
     password = f"qJ7{secret}qJ7"
     try:
         settings = load({"MONGODB_URI": f"mongodb://user:{password}@host{tail}"})

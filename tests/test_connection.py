@@ -100,13 +100,13 @@ def test_no_option_of_the_uri_weakens_a_recount(
 
 
 @pytest.mark.parametrize("options", [o for o in OPTIONS if o.startswith(("read", "time", "max"))])
-def test_no_option_of_the_uri_hides_the_writes_of_a_service_that_was_killed(
+def test_no_uri_option_hides_the_writes_of_a_killed_service(
     shop: Database[Any], uri: str, options: str
 ) -> None:
     settings = settings_for(with_options(uri, options))
     with connect(settings, writing=True) as killed, shop.client.start_session() as session:
         with session.start_transaction():
-            # A lock holds up the update, as a busy server would.
+            # A lock delays the update, as a busy server would.
             shop.users.update_one({"_id": 1}, {"$set": {"busy": True}}, session=session)
             change: dict[str, Any] = {"$set": {"loyalty_points": 7}}
             update = threading.Thread(target=killed.users.update_one, args=({"_id": 1}, change))
@@ -242,7 +242,7 @@ def test_missing_privileges_are_those_that_no_role_allows(
     assert found == missing
 
 
-def test_privileges_are_unknown_where_nobody_logs_in(uri: str) -> None:
+def test_privileges_are_unknown_without_a_login(uri: str) -> None:
     with connect(settings_for(uri)) as connection:
         assert missing_privileges(connection.client, "any", WANTED) is None
 
@@ -290,9 +290,7 @@ def test_to_create_the_index_needs_no_privilege_on_users(
 
 
 @pytest.mark.xdist_group("auth")
-def test_the_type_of_a_collection_needs_no_privilege_but_to_find_in_it(
-    allow: Callable[..., str],
-) -> None:
+def test_reading_the_type_of_a_collection_needs_only_find(allow: Callable[..., str]) -> None:
     uri = allow((on("users"), ["find"]))
     with connect(settings_for(uri), verify=False) as connection:
         database = connection.users.database

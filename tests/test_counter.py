@@ -1,4 +1,4 @@
-"""One count on a real server: each customer once, at one cluster time, whatever happens."""
+"""One count on a real server: each customer once, at one cluster time, also after errors."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_each_customer_has_one_row_with_the_orders_of_both_canonical_forms(
 @pytest.mark.parametrize("cuts", CUTS, ids=CUT_NAMES)
 @pytest.mark.parametrize("form", [str(ADA).upper(), MIXED_ADA], ids=["upper", "mixed"])
 @pytest.mark.parametrize("is_user", [False, True], ids=["order", "user"])
-def test_a_non_canonical_id_makes_the_count_start_over_with_a_single_exact_query(
+def test_a_non_canonical_id_causes_a_single_exact_query(
     connection: Connection,
     cuts: list[Any],
     workers: str,
@@ -117,7 +117,7 @@ def test_a_non_canonical_id_makes_the_count_start_over_with_a_single_exact_query
 
 
 @pytest.mark.parametrize("cuts", CUTS, ids=CUT_NAMES)
-def test_users_who_seem_up_to_date_until_the_other_form_is_read_are_counted_once(
+def test_users_with_orders_under_both_forms_are_counted_once(
     connection: Connection, cuts: list[Any]
 ) -> None:
     two = [{"_id": user_id, "loyalty_points": 2} for user_id in (ADA, str(ADA).upper())]
@@ -197,7 +197,7 @@ def test_a_customer_id_that_is_an_array_is_counted_once(connection: Connection) 
 @pytest.mark.parametrize(
     "options", [{"hidden": True}, {"partialFilterExpression": {"status": "Shipped"}}]
 )
-def test_without_a_usable_index_one_query_counts_everybody(
+def test_without_an_index_a_single_query_counts_all_customers(
     connection: Connection, options: dict[str, Any]
 ) -> None:
     connection.users.insert_one({"_id": ADA})
@@ -211,7 +211,7 @@ def test_without_a_usable_index_one_query_counts_everybody(
     assert find_mismatches(connection.users.database) == []
 
 
-def test_some_customers_have_a_row_each_also_if_they_are_up_to_date(connection: Connection) -> None:
+def test_each_requested_customer_has_a_row(connection: Connection) -> None:
     connection.users.insert_many([{"_id": ADA, "loyalty_points": 2}, {"_id": BOB}, {"_id": 5}])
     ship(connection, str(ADA), str(ADA).upper(), BOB, 5, "unknown", "other")
     rows: list[Row] = []
@@ -337,9 +337,7 @@ def test_a_count_without_snapshots_is_as_of_its_start(connection: Connection) ->
         assert (result.cluster_time, result.snapshots) == (None, [])
 
 
-def test_a_field_of_a_user_of_any_name_and_type_does_not_disturb_the_count(
-    connection: Connection,
-) -> None:
+def test_other_fields_of_a_user_do_not_change_the_count(connection: Connection) -> None:
     fields = ("user", "users", "customer", "orders", "points", "up_to_date", "number")
     values: tuple[Any, ...] = ([], [1], {"_id": 7}, "text")
     connection.users.insert_many(
@@ -356,7 +354,7 @@ def once(action: Callable[[], None]) -> Callable[[str], None]:
     return lambda _: actions.pop()() if actions else None
 
 
-def test_a_first_counted_order_that_comes_after_the_count_is_no_reason_to_refuse(
+def test_an_order_that_arrives_after_the_count_does_not_refuse_the_recount(
     connection: Connection,
 ) -> None:
     connection.users.insert_one({"_id": ADA})

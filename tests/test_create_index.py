@@ -17,7 +17,7 @@ def shop(database: Database[Any]) -> Database[Any]:
     return fill(database)
 
 
-def test_a_large_collection_without_the_index_is_a_warning_until_it_is_created(
+def test_a_large_collection_without_the_index_causes_a_warning(
     shop: Database[Any], command: Command, capsys: Capture
 ) -> None:
     assert command("--once") == 0

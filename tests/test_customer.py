@@ -67,7 +67,7 @@ def test_one_customer_is_shown_and_written_and_no_other(
     ],
     ids=str,
 )
-def test_an_id_is_found_whatever_its_type(
+def test_an_id_of_any_type_is_found(
     database: Database[Any], command: Command, capsys: Capture, argument: str, stored: Any
 ) -> None:
     database.users.insert_one({"_id": stored})
@@ -100,7 +100,7 @@ def test_an_empty_id_shows_the_orders_without_customer(
     assert re.search(r"^  null +Shipped +\d +0 +an order without customer$", out, re.MULTILINE)
 
 
-def test_a_user_whose_id_is_empty_gets_no_points_from_orders_without_customer(
+def test_orders_without_customer_earn_nothing_for_an_empty_user_id(
     shop: Database[Any], command: Command, capsys: Capture
 ) -> None:
     shop.users.insert_one({"_id": "", "loyalty_points": 0})
@@ -131,7 +131,7 @@ def test_orders_that_earn_nothing_are_explained(
     assert capsys.readouterr().out.startswith("x\\n\\x1b[2J\n")
 
 
-def test_users_are_found_by_their_key_and_shown_when_they_are_up_to_date(
+def test_up_to_date_users_are_found_by_their_key_and_shown(
     database: Database[Any], command: Command, capsys: Capture
 ) -> None:
     database.users.insert_many([{"_id": n, "no": f"c{n % 2}"} for n in range(3)])

@@ -148,7 +148,7 @@ def test_the_default_interval_is_scheduled_as_two_hours() -> None:
     assert (job.interval, job.unit) == (7200, "seconds")
 
 
-def test_the_first_recount_is_at_once_and_the_second_after_the_interval() -> None:
+def test_the_first_recount_is_at_start_and_the_second_after_the_interval() -> None:
     job = FakeJob()
     daemon = make(job)
     run_until(job, lambda: job.count("recount"), daemon)
@@ -193,7 +193,7 @@ def test_a_recount_can_ask_for_an_earlier_next_recount(seconds: float) -> None:
     assert scheduled.next_run - scheduled.last_run > timedelta(minutes=59)
 
 
-def test_a_recount_between_the_scheduled_ones_can_ask_for_an_earlier_next_recount() -> None:
+def test_an_unscheduled_recount_can_request_an_earlier_recount() -> None:
     outcomes = [RecountOutcome("refused", retry_after_seconds=0.3)]
 
     def run_between(seconds: float) -> RecountOutcome | None:
@@ -243,9 +243,7 @@ def test_failures_are_retried_after_pauses_that_double(caplog: pytest.LogCapture
     assert fields[2] == {"error": "ValueError", "retry_in": 0.05}
 
 
-def test_the_time_of_a_recount_does_not_count_as_time_without_a_failure(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_recount_time_is_not_idle_time(caplog: pytest.LogCaptureFixture) -> None:
     fail = raising(DOWN, DOWN)
     ended: list[bool] = []
 
@@ -306,7 +304,7 @@ def reload_settings() -> None:
     os.kill(os.getpid(), signal.SIGHUP)
 
 
-def test_sighup_reloads_the_settings_and_recounts_at_once() -> None:
+def test_sighup_reloads_the_settings_and_recounts_immediately() -> None:
     job = FakeJob()
 
     def script() -> None:
@@ -318,7 +316,7 @@ def test_sighup_reloads_the_settings_and_recounts_at_once() -> None:
     assert job.steps == ["connect", "recount", "reload", "recount"]
 
 
-def test_sighup_during_a_recount_waits_for_its_end_and_several_count_as_one() -> None:
+def test_several_sighups_during_a_recount_cause_one_reload() -> None:
     go_on = threading.Event()
     job = FakeJob(lambda _: wait_for(go_on))
 

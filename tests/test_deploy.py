@@ -89,7 +89,7 @@ def _needed(name: str) -> set[str]:
     return {name}.union(*map(_needed, wanted))
 
 
-def test_the_lock_file_has_the_pinned_packages_and_what_they_require_with_hashes() -> None:
+def test_the_lock_file_has_hashes_of_all_required_packages() -> None:
     text = (TOP / "requirements.lock").read_text(encoding="utf-8")
     locked = dict(re.findall(r"^([a-z][\w-]*)==(\S+) \\\n    --hash=sha256:", text, re.MULTILINE))
     assert _pinned().items() <= locked.items(), "run make lock"
@@ -101,7 +101,7 @@ def test_the_lock_file_has_the_pinned_packages_and_what_they_require_with_hashes
     assert lines == []
 
 
-def test_the_installation_and_the_image_accept_only_the_hashes_of_the_lock_file() -> None:
+def test_installation_and_image_accept_only_hashes_of_the_lock_file() -> None:
     for file in ("deploy/install.mk", "deploy/Dockerfile"):
         text = (TOP / file).read_text(encoding="utf-8")
         assert " --require-hashes --requirement requirements.lock\n" in text
@@ -267,7 +267,7 @@ def test_loyalty_env_and_env_example_have_the_same_settings() -> None:
     ("file", "pattern"),
     [
         ("CHANGELOG.md", r"^## (\S+) \("),
-        ("docs/json-and-metrics.md", r'"version": "(.*?)"'),
+        ("docs/json.md", r'"version": "(.*?)"'),
         ("deploy/Dockerfile", r"^LABEL .*version=(\S+)"),
         ("deploy/cronjob.yaml", r"image: .*:(\S+)"),
         ("deploy/deployment.yaml", r"image: .*:(\S+)"),

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
+from bson import DBRef, ObjectId
 from conftest import MEMORY, ROOT
 from pymongo import MongoClient
 from pymongo.database import Database
@@ -116,6 +117,7 @@ def test_the_readme_lists_every_page() -> None:
 # One word for one thing: each of these has a standard term in the glossary.
 NONSTANDARD = (
     r"\bguard\b|\bnobody\b|\bwhoever\b|\bcapitals\b|\bblanks?\b|\bin one piece\b|\bheld back\b|"
+    r"\beverybody\b|\bwhatever\b|\blooks? alike\b|\blet through\b|\bquiet pass|\bheld up\b|"
     r"\bright points\b|\brefuses? (?:the|their|its) update|\bas above\b|\bof those\b|, too\b"
 )
 
@@ -266,7 +268,7 @@ def _check_shell(snippet: Snippet, options: set[str]) -> None:
 
 def _check_text(snippet: Snippet) -> None:
     """Check examples of output: events of the log, and the cron table."""
-    events = {_codes(row[0])[0] for row in _table("docs/json-and-metrics.md", "Log events")}
+    events = {_codes(row[0])[0] for row in _table("docs/logs-and-metrics.md", "Log events")}
     for event in re.findall(r"loyalty-microservice\[\d+\]: (\w+)", snippet.text):
         assert event in events
 
@@ -299,27 +301,149 @@ CHECKS: dict[str, Callable[[Snippet], None]] = {
     "text": _check_text,
     "yaml": _check_elsewhere,
 }
-ELSEWHERE = {"json": "docs/json-and-metrics.md", "yaml": "deploy/README.md"}
+ELSEWHERE = {
+    "json": ("docs/json.md", "docs/logs-and-metrics.md"),
+    "yaml": ("deploy/README.md", "docs/operation.md"),
+}
 # Python and JavaScript are run, by tests of their own. A language without a check fails.
 NOT_RUN = [snippet for snippet in SNIPPETS if snippet not in _in_language("python", "js")]
 
 
 @pytest.mark.parametrize("snippet", NOT_RUN, ids=str)
 def test_a_snippet_is_correct(snippet: Snippet, capsys: pytest.CaptureFixture[str]) -> None:
-    assert ELSEWHERE.get(snippet.language, snippet.page) == snippet.page
+    assert snippet.page in ELSEWHERE.get(snippet.language, PAGES)
     if snippet.language == "sh":
         _check_shell(snippet, set(re.findall(r"--[a-z][a-z-]+", _help(capsys))))
     else:
         CHECKS[snippet.language](snippet)
 
 
-@pytest.mark.parametrize("snippet", _in_language("js"), ids=str)
-def test_a_mongosh_snippet_runs(snippet: Snippet, database: Database[Any]) -> None:
-    (command,) = re.findall(r"^db\.runCommand\((\{.*\})\)$", snippet.text, re.MULTILINE)
+def _mongosh_snippets(page: str, heading: str = "") -> list[str]:
+    """Return the mongosh commands of a page, or of one of its sections."""
+    text = PAGES[page]
+    if heading:
+        text = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    blocks = re.findall(r"^ *```js\n(.*?)^ *```$", text, re.MULTILINE | re.DOTALL)
+    return [textwrap.dedent(block) for block in blocks]
+
+
+def _run_mongosh(database: Database[Any], text: str) -> Any:
+    """Run one command on a collection; return the documents, or the number that it changed."""
+    found = re.fullmatch(r"db\.(\w+)\.(updateMany|aggregate|find)\((.*)\)\n", text, re.DOTALL)
+    assert found, text
+    collection, name, arguments = found.groups()
+    method = getattr(database[collection], "update_many" if name == "updateMany" else name)
+    result = method(*json.loads(f"[{arguments}]"))
+    return result.modified_count if name == "updateMany" else list(result)
+
+
+def test_the_mongosh_command_for_pre_images_switches_them_on(
+    database: Database[Any], pre_images: None
+) -> None:
+    (snippet,) = _mongosh_snippets("docs/live-updates.md")
+    (command,) = re.findall(r"^db\.runCommand\((\{.*\})\)$", snippet, re.MULTILINE)
     database.create_collection("orders")
     database.command(json.loads(re.sub(r"(\w+):", r'"\1":', command)))
     (orders,) = database.list_collections()
     assert orders["options"]["changeStreamPreAndPostImages"] == {"enabled": True}
+
+
+@pytest.mark.xdist_group("oms_db")
+def test_the_steps_of_the_first_installation_keep_and_restore_the_points(
+    shop: Database[Any], deployment: Deployment, service: Start
+) -> None:
+    """The user has 5 points and 7 counted orders."""
+    page, heading = "docs/operation.md", "First installation on a shop with points"
+    section = PAGES[page].split(f"## {heading}")[1].split("\n## ")[0]
+    save, compare, remove, restore = _mongosh_snippets(page, heading)
+    assert _program_calls(section) == [["--check-config"], ["--dry-run"], ["--once"], ["--once"]]
+    before = shop.users.find_one()
+    assert before == {"_id": 17, "name": "Ada", "loyalty_points": 5}
+    _run_mongosh(shop, save)
+    assert service("--check-config", MONGODB_URI=deployment.uri).wait() == 0
+    assert service("--dry-run", MONGODB_URI=deployment.uri).wait() == 1
+    new_field = {"USER_POINTS_FIELD": "loyalty_points_new"}
+    assert "USER_POINTS_FIELD=loyalty_points_new" in section
+    assert service("--once", MONGODB_URI=deployment.uri, **new_field).wait() == 0
+    assert _run_mongosh(shop, compare) == [{**before, "loyalty_points_new": 7}]
+    assert service("--once", MONGODB_URI=deployment.uri).wait() == 0
+    assert _run_mongosh(shop, compare) == []
+    assert _run_mongosh(shop, remove) == 1
+    assert shop.users.find_one() == {**before, "loyalty_points": 7}
+    _run_mongosh(shop, restore)
+    assert list(shop.users.find()) == [before]
+
+
+@pytest.mark.xdist_group("oms_db")
+def test_the_documented_repairs_make_unknown_customers_known(
+    shop: Database[Any], deployment: Deployment, service: Start
+) -> None:
+    ada = ObjectId("66abcdefabcdefabcdefabcd")
+    shop.users.insert_many([{"_id": ada}, {"_id": "bob@example.com"}])
+    # In the order of the page: the commands are run in this order.
+    unknown: list[tuple[Any, str, Any]] = [
+        (" bob@example.com\n", "whitespace around", "bob@example.com"),
+        ("17", "number as string", 17),
+        (f'ObjectId("{ada}")', "ObjectId as string", ada),
+        (DBRef("users", 17), "DBRef", 17),
+        ([ada], "array", ada),
+        ("Bob@Example.com", "no such user", "bob@example.com"),
+    ]
+    shop.orders.delete_many({})
+    shop.orders.insert_many([{"customer_id": one, "status": "Shipped"} for one, *_ in unknown])
+    listed = service("--unknown-customers", MONGODB_URI=deployment.uri)
+    assert listed.wait() == 0
+    for _, kind, _ in unknown:
+        assert f'"kind": "{kind}"' in listed.output
+    commands = _mongosh_snippets("docs/operation.md", "Unknown customers")
+    assert len(commands) == len(unknown)
+    for command in commands:
+        assert _run_mongosh(shop, command) == 1
+        assert service("--once", MONGODB_URI=deployment.uri).wait() == 0
+    repaired = [order["customer_id"] for order in shop.orders.find(sort=[("_id", 1)])]
+    assert repaired == [user for *_, user in unknown]
+    assert {user["loyalty_points"] for user in shop.users.find()} == {2}
+
+
+@pytest.mark.xdist_group("oms_db")
+def test_the_page_on_operation_shows_orders_without_customer(
+    shop: Database[Any], deployment: Deployment, service: Start
+) -> None:
+    shop.orders.insert_many([{"customer_id": "", "status": "Shipped"}, {"status": "Shipped"}])
+    (command,) = _mongosh_snippets("docs/operation.md", "Orders without customer")
+    assert len(_run_mongosh(shop, command)) == 2
+    process = service("--dry-run", "--customer", "", MONGODB_URI=deployment.uri)
+    assert process.wait() == 1
+    assert "an order without customer" in process.output
+
+
+@pytest.mark.xdist_group("oms_db")
+def test_points_stored_as_strings_are_refused_until_they_are_converted(
+    shop: Database[Any], deployment: Deployment, service: Start
+) -> None:
+    shop.users.insert_many([{"_id": n, "loyalty_points": "0"} for n in range(100, 120)])
+    assert service("--once", MONGODB_URI=deployment.uri).wait() == 65
+    (command,) = _mongosh_snippets("docs/operation.md", "Points stored as strings")
+    assert _run_mongosh(shop, command) == 20
+    assert service("--once", MONGODB_URI=deployment.uri).wait() == 0
+
+
+def test_the_page_on_operation_has_every_alert_and_only_metrics_that_exist() -> None:
+    rules = (ROOT / "deploy/alerts.yml").read_text(encoding="utf-8")
+    table = [
+        _codes(row[0])[0] for row in _table("docs/operation.md", "First command for each alert")
+    ]
+    assert set(table) == {"loyalty-microservice-alert@", *re.findall(r"- alert: (\w+)", rules)}
+    metrics = {_codes(row[0])[0] for row in _table("docs/logs-and-metrics.md", "Metrics")}
+    assert set(re.findall(r"\bloyalty_(?:orders|live)\w+", PAGES["docs/operation.md"])) <= metrics
+
+
+def test_make_test_servers_names_test_files_that_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (found,) = re.findall(r"^SERVER_TESTS :=.*\\\n(.*)\)\)$", makefile, re.MULTILINE)
+    names = found.split()
+    assert len(names) > 5
+    assert [name for name in names if not (ROOT / f"tests/test_{name}.py").exists()] == []
 
 
 # Settings and commands
@@ -371,7 +495,7 @@ def _logged_events() -> set[str]:
 
 
 def test_the_table_of_log_events_has_every_event_that_is_logged() -> None:
-    rows = _table("docs/json-and-metrics.md", "Log events")
+    rows = _table("docs/logs-and-metrics.md", "Log events")
     assert {_codes(row[0])[0] for row in rows} == _logged_events()
 
 
@@ -391,9 +515,7 @@ def test_the_table_of_record_fields_has_every_field(
     assert service("--once", MONGODB_URI=deployment.uri).wait() == 0
     record = shop.loyalty_recounts.find_one()
     assert record
-    assert {_codes(row[0])[0] for row in _table("docs/json-and-metrics.md", "Records")} == set(
-        record
-    )
+    assert {_codes(row[0])[0] for row in _table("docs/json.md", "Records")} == set(record)
 
 
 # Measured numbers

@@ -322,7 +322,7 @@ def test_a_certificate_that_does_not_verify_is_permanent(
             connect(settings_for(uri), verify=False, timeout_seconds=1.5)
 
 
-def test_a_ca_file_that_is_gone_is_permanent(certificate: tuple[str, str], tmp_path: Path) -> None:
+def test_a_missing_ca_file_is_permanent(certificate: tuple[str, str], tmp_path: Path) -> None:
     file = tmp_path / "ca.pem"
     file.write_bytes(Path(certificate[0]).read_bytes())
     settings = settings_for(f"mongodb://127.0.0.1:1/?tls=true&tlsCAFile={file}")

@@ -45,7 +45,7 @@ def test_a_dry_run_says_that_the_safety_check_would_refuse(
     assert "\n  users with points        21 before\n" in out
 
 
-def test_a_stored_value_with_control_characters_is_escaped_on_stdout_and_in_the_log(
+def test_control_characters_of_stored_values_are_escaped(
     shop: Database[Any], command: Command, capsys: Capture
 ) -> None:
     shop.users.insert_one({"_id": "x\x1b[2J\ny", "loyalty_points": "\u202e9\n"})

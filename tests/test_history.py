@@ -36,7 +36,7 @@ def record(at: datetime, outcome: str = "succeeded") -> dict[str, Any]:
     return {"finished_at": at, "as_of": at, "outcome": outcome}
 
 
-def test_a_record_holds_the_result_and_the_settings(database: Database[Any], uri: str) -> None:
+def test_a_record_has_the_result_and_the_settings(database: Database[Any], uri: str) -> None:
     Shop(database, random.Random(5)).fill(100, 1_000, dirty=0.3)
     settings = settings_for(uri, RETENTION="30d")
     with connect(settings, writing=True) as connection:
@@ -195,7 +195,7 @@ def test_another_service_with_other_settings_is_one_warning_that_names_it(
 @pytest.mark.parametrize(
     "interference", ["the same settings", "another target", "earlier settings"]
 )
-def test_records_of_the_same_settings_or_of_another_target_are_no_warning(
+def test_records_of_the_same_settings_or_another_target_cause_no_warning(
     database: Database[Any], uri: str, caplog: pytest.LogCaptureFixture, interference: str
 ) -> None:
     values = {

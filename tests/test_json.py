@@ -19,7 +19,8 @@ from loyalty.heartbeat import Heartbeat
 from loyalty.history import History
 from loyalty_microservice import main
 
-DOCUMENT = (ROOT / "docs/json-and-metrics.md").read_text()
+PAGES = ("docs/json.md", "docs/logs-and-metrics.md")
+DOCUMENT = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
 ADA = ObjectId("66abcdefabcdefabcdefabcd")
 Capture = pytest.CaptureFixture[str]
 Shop = Database[Any]
@@ -155,7 +156,7 @@ def test_the_heartbeat_of_live_updates_has_the_documented_keys(
     History(shop.loyalty_recounts, settings_for(uri)).write_heartbeat(heartbeat)
     assert command("--status", "--json") == 1  # no full recount has succeeded
     found = json.loads(capsys.readouterr().out)["heartbeat"]
-    (keys,) = re.findall(r"`heartbeat`, once live updates have been\s+at work: (.*?)\)", DOCUMENT)
+    (keys,) = re.findall(r"`heartbeat` is .*? Its keys are (.*?)\.\n", DOCUMENT, re.DOTALL)
     assert set(re.findall(r"`(\w+)`", keys)) == found.keys()
     assert (found["alive"], found["waiting"], found["last_event"]) == (True, 2, None)
 

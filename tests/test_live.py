@@ -107,7 +107,10 @@ def shop_with_all_ids(
 ) -> Iterator[LiveHarness]:
     """Make a small shop with all kinds of ids, and do live updates of it."""
     shop = client[f"live_{uuid4().hex[:12]}"]
-    shop.create_collection("orders", changeStreamPreAndPostImages={"enabled": pre_images})
+    images: dict[str, Any] = {}
+    if pre_images:  # an unknown option for MongoDB 5.0
+        images["changeStreamPreAndPostImages"] = {"enabled": True}
+    shop.create_collection("orders", **images)
     shop.users.insert_many([{"_id": user_id} for user_id in USERS])
     shop.orders.insert_many(
         {"customer_id": user_id, "status": "Shipped" if n % 2 else "Paid"}
@@ -120,6 +123,7 @@ def shop_with_all_ids(
         yield stack.enter_context(live_service(deployment, shop))
 
 
+@pytest.mark.usefixtures("pre_images")
 @given(edits=EDITS, with_index=st.booleans())
 @settings(max_examples=examples(8, 150), suppress_health_check=[HealthCheck.too_slow])
 def test_after_any_edits_live_updates_make_all_points_exact(
@@ -135,7 +139,7 @@ def test_after_any_edits_live_updates_make_all_points_exact(
 
 @given(edits=EDITS, with_index=st.booleans())
 @settings(max_examples=examples(8, 150), suppress_health_check=[HealthCheck.too_slow])
-def test_without_pre_images_points_are_those_of_an_earlier_moment_until_the_full_recount(
+def test_without_pre_images_points_may_be_older_until_the_full_recount(
     client: MongoClient[Any], deployment: Deployment, edits: list[Any], *, with_index: bool
 ) -> None:
     options = {"with_index": with_index, "pre_images": False}
@@ -199,9 +203,7 @@ def test_exactly_the_writes_after_the_snapshot_are_pending(
         assert changes.cluster_time == written_at
 
 
-def test_a_change_during_a_full_recount_is_counted_by_the_next_live_update(
-    small: LiveHarness,
-) -> None:
+def test_the_next_live_update_counts_changes_during_a_full_recount(small: LiveHarness) -> None:
     inserted: list[Any] = []
 
     def on_progress(_: str) -> None:  # called after the first answer, read at the snapshot
@@ -214,9 +216,7 @@ def test_a_change_during_a_full_recount_is_counted_by_the_next_live_update(
     assert points(small.shop) == [2, 1, 1]
 
 
-def test_a_full_recount_reads_no_older_snapshot_than_a_live_update_has_read(
-    small: LiveHarness,
-) -> None:
+def test_a_full_recount_never_reads_before_the_last_live_update(small: LiveHarness) -> None:
     small.shop.orders.insert_one(shipped(IDS[0]))
     small.update_until_exact()
     requested = []
@@ -236,7 +236,7 @@ def test_a_full_recount_reads_no_older_snapshot_than_a_live_update_has_read(
     ("code", "kind", "is_live"),
     [(8, DatabaseUnavailable, True), (286, ResyncRequired, True), (286, ResyncRequired, False)],
 )
-def test_live_updates_stop_when_a_full_recount_fails_and_start_with_the_next(
+def test_live_updates_stop_until_a_full_recount_succeeds(
     small: LiveHarness, deployment: Deployment, code: int, kind: type[Exception], *, is_live: bool
 ) -> None:
     small.shop.orders.insert_one(shipped(IDS[0]))
@@ -271,7 +271,7 @@ def test_pending_changes_are_not_lost_when_a_live_update_fails(
     assert points(small.shop) == [2, 1, 1]
 
 
-def test_a_failed_update_is_a_warning_and_not_counted_as_updated(
+def test_a_failed_update_causes_a_warning_and_is_not_counted(
     small: LiveHarness, caplog: pytest.LogCaptureFixture
 ) -> None:
     allowed = {"$or": [{"_id": {"$ne": IDS[0]}}, {"loyalty_points": {"$lte": 1}}]}
@@ -304,7 +304,7 @@ def test_one_changed_order_takes_three_commands_after_its_event(
     assert find_mismatches(small.shop) == []
 
 
-def test_a_lone_change_does_not_wait_and_the_next_one_waits_for_the_minimum_interval(
+def test_only_a_change_after_a_recent_update_waits_for_the_minimum_interval(
     deployment: Deployment, small_shop: Database[Any]
 ) -> None:
     seconds = 1.0
@@ -322,7 +322,7 @@ def test_a_lone_change_does_not_wait_and_the_next_one_waits_for_the_minimum_inte
     assert second > seconds / 2
 
 
-def test_without_the_index_a_large_shop_has_no_live_updates_and_one_warning(
+def test_a_large_shop_without_the_index_has_no_live_updates(
     deployment: Deployment, small_shop: Database[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     small_shop.orders.insert_many({"status": "Paid"} for _ in range(100_001))
@@ -338,7 +338,7 @@ def test_without_the_index_a_large_shop_has_no_live_updates_and_one_warning(
         assert harness.is_live
 
 
-def test_live_updates_stop_when_the_index_is_dropped_and_are_back_with_it(
+def test_live_updates_run_only_while_the_index_exists(
     deployment: Deployment, small_shop: Database[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     small_shop.orders.insert_many({"status": "Paid"} for _ in range(100_001))
@@ -358,6 +358,7 @@ def test_live_updates_stop_when_the_index_is_dropped_and_are_back_with_it(
         assert harness.is_live
 
 
+@pytest.mark.usefixtures("pre_images")
 def test_each_opening_of_the_stream_warns_that_pre_images_are_off(
     deployment: Deployment, small_shop: Database[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -375,7 +376,7 @@ def test_each_opening_of_the_stream_warns_that_pre_images_are_off(
 
 
 @pytest.mark.parametrize("connections", [1, 2])
-def test_live_updates_work_whatever_pool_size_the_uri_names(
+def test_live_updates_work_with_any_pool_size_of_the_uri(
     deployment: Deployment, small_shop: Database[Any], connections: int
 ) -> None:
     uri = deployment.uri_for(database=small_shop.name)
@@ -390,7 +391,7 @@ def test_live_updates_work_whatever_pool_size_the_uri_names(
 # --- ids in upper and mixed case
 
 
-def test_a_burst_of_customers_with_upper_case_ids_is_exact_within_five_seconds(
+def test_a_burst_of_upper_case_ids_is_exact_within_five_seconds(
     deployment: Deployment, database: Database[Any]
 ) -> None:
     user_ids = [ObjectId(f"ab{n:022x}") for n in range(5_000)]
@@ -424,7 +425,7 @@ def test_an_id_in_mixed_case_means_no_live_updates_and_one_warning(
         assert "$toLower" in warnings[0]
 
 
-def test_a_changed_order_with_a_mixed_case_id_is_one_full_recount_and_ends_live_updates(
+def test_a_mixed_case_id_causes_a_full_recount_and_ends_live_updates(
     small: LiveHarness, caplog: pytest.LogCaptureFixture
 ) -> None:
     small.shop.orders.insert_one(shipped(MIXED_CASE))
@@ -448,7 +449,7 @@ def test_a_changed_order_with_a_mixed_case_id_is_one_full_recount_and_ends_live_
     assert find_mismatches(small.shop) == []
 
 
-def test_a_mixed_case_id_that_no_full_recount_meets_is_no_loop_of_recounts(
+def test_a_mixed_case_id_outside_the_count_causes_no_repeated_recounts(
     small: LiveHarness, caplog: pytest.LogCaptureFixture
 ) -> None:
     # Not counted, so the full recount does not meet the id; but each change is an event.
@@ -467,7 +468,7 @@ def test_a_mixed_case_id_that_no_full_recount_meets_is_no_loop_of_recounts(
 
 
 @pytest.mark.size(3_000, deep=100_000)
-def test_a_status_renamed_by_one_command_pauses_live_updates_and_the_recount_is_refused(
+def test_renaming_a_status_pauses_live_updates_and_refuses_the_recount(
     deployment: Deployment, database: Database[Any], size: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     users = size // 5
@@ -491,7 +492,7 @@ def test_a_status_renamed_by_one_command_pauses_live_updates_and_the_recount_is_
         assert find_mismatches(database) == []
 
 
-def test_a_status_renamed_in_small_batches_stops_live_updates_until_the_next_recount(
+def test_renaming_a_status_in_batches_stops_live_updates(
     deployment: Deployment, database: Database[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     users = 200
@@ -513,7 +514,7 @@ def test_a_status_renamed_in_small_batches_stops_live_updates_until_the_next_rec
         assert points(database).count(1) > 0.5 * users
 
 
-def test_users_who_gain_points_do_not_make_up_for_users_who_lose_them(
+def test_increases_do_not_offset_decreases(
     deployment: Deployment, database: Database[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     database.users.insert_many({"_id": n} for n in range(100))
@@ -526,7 +527,7 @@ def test_users_who_gain_points_do_not_make_up_for_users_who_lose_them(
         harness.update_until(lambda: "live_updates_paused" in caplog.text)
 
 
-def test_a_pause_ends_though_the_shop_is_never_quiet(
+def test_a_pause_ends_after_its_maximum(
     deployment: Deployment, database: Database[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     database.users.insert_many({"_id": n} for n in range(50))
@@ -576,7 +577,7 @@ def test_with_the_safety_check_turned_off_live_updates_are_never_paused(
 
 
 @pytest.mark.parametrize("code", [280, 286, 10334])
-def test_a_stream_that_cannot_be_resumed_is_a_resync_and_not_an_error(
+def test_a_stream_that_cannot_be_resumed_causes_a_resync(
     small: LiveHarness, deployment: Deployment, caplog: pytest.LogCaptureFixture, code: int
 ) -> None:
     with faults.fail_command(deployment.servers[0], "getMore", 1, errorCode=code):
@@ -584,13 +585,13 @@ def test_a_stream_that_cannot_be_resumed_is_a_resync_and_not_an_error(
     (line,) = [m for m in caplog.messages if m.startswith("resync ")]
     assert f"(code {code}" in line
     serious = [r.getMessage() for r in caplog.records if r.levelname in ("WARNING", "ERROR")]
-    assert [message.split()[0] for message in serious] == ["pre_images_off"]
+    assert {message.split()[0] for message in serious} <= {"pre_images_off"}
     small.recount()
     small.shop.orders.insert_one(shipped(IDS[1]))
     small.update_until_exact()
 
 
-def test_a_second_resync_within_seconds_is_an_error_so_that_the_daemon_waits(
+def test_a_second_resync_within_seconds_is_an_error(
     small: LiveHarness, caplog: pytest.LogCaptureFixture
 ) -> None:
     def replace_orders() -> None:
@@ -678,7 +679,7 @@ def test_too_many_pending_changes_are_a_resync(
 
 
 @pytest.mark.parametrize("level", ["local", "available", "majority", "linearizable"])
-def test_live_updates_work_whatever_read_concern_the_uri_names(
+def test_live_updates_work_with_any_read_concern_of_the_uri(
     deployment: Deployment, small_shop: Database[Any], level: str
 ) -> None:
     uri = deployment.uri_for(database=small_shop.name)
@@ -690,7 +691,7 @@ def test_live_updates_work_whatever_read_concern_the_uri_names(
         assert harness.is_live
 
 
-def test_a_stream_that_fails_to_open_once_is_opened_before_the_same_recount(
+def test_a_stream_that_fails_to_open_is_retried_before_the_recount(
     small: LiveHarness, deployment: Deployment, caplog: pytest.LogCaptureFixture
 ) -> None:
     small.service.disconnect()
@@ -702,7 +703,7 @@ def test_a_stream_that_fails_to_open_once_is_opened_before_the_same_recount(
 
 
 @pytest.mark.parametrize(("code", "is_transient"), [(8, True), (13, False)])
-def test_a_stream_that_does_not_open_does_not_keep_the_recount_from_running(
+def test_a_stream_that_does_not_open_does_not_stop_the_recount(
     deployment: Deployment,
     small_shop: Database[Any],
     caplog: pytest.LogCaptureFixture,
@@ -733,7 +734,7 @@ def test_a_stream_that_does_not_open_does_not_keep_the_recount_from_running(
 
 
 @pytest.mark.parametrize("target", [None, "orders_old"])
-def test_when_orders_are_gone_the_resync_is_refused_and_repeated_until_they_are_back(
+def test_the_resync_is_refused_while_the_orders_are_missing(
     deployment: Deployment, database: Database[Any], target: str | None
 ) -> None:
     database.users.insert_many([{"_id": n} for n in range(20)])
@@ -766,9 +767,7 @@ def test_every_state_and_transition_is_in_the_documents() -> None:
     assert [name for name, _ in states] == [*LiveState]
 
 
-def test_the_watermark_is_the_cluster_time_of_the_event_and_advances_without_events(
-    database: Database[Any],
-) -> None:
+def test_the_watermark_advances_with_and_without_events(database: Database[Any]) -> None:
     with database.orders.watch(max_await_time_ms=200) as stream:
         with database.client.start_session() as session:
             database.orders.insert_one({}, session=session)
@@ -786,9 +785,7 @@ def test_the_watermark_is_the_cluster_time_of_the_event_and_advances_without_eve
     assert events.read_watermark(None) == events.read_watermark({"_data": b"?"}) == Timestamp(0, 0)
 
 
-def test_the_stream_passes_only_events_that_can_change_a_count_with_ids_only(
-    database: Database[Any],
-) -> None:
+def test_the_stream_returns_only_events_that_can_change_a_count(database: Database[Any]) -> None:
     settings = settings_for("mongodb://localhost", ORDER_STATUS_FIELD="a.status")
     orders = database.orders
     orders.insert_one({"_id": 0})
@@ -833,9 +830,7 @@ def test_the_heartbeat_is_written_once_an_interval_with_the_progress(
     assert (last["users_updated"], last["waiting"]) == (1, 0)
 
 
-def test_the_heartbeat_names_the_cluster_time_that_all_changes_before_it_are_counted_at(
-    small: LiveHarness,
-) -> None:
+def test_all_changes_before_as_of_of_the_heartbeat_are_counted(small: LiveHarness) -> None:
     def as_of() -> datetime:
         assert small.service.state.live
         return small.service.state.live.as_of
@@ -849,14 +844,12 @@ def test_the_heartbeat_names_the_cluster_time_that_all_changes_before_it_are_cou
     while as_of() <= inserted_at:
         assert as_of() <= datetime.now(UTC)
         time.sleep(0.1)
-        small.shop.other.insert_one({})  # the time of an idle server stands still for 10 s
+        small.shop.other.insert_one({})  # an idle server advances its time every 10 s
         small.update()
     assert points(small.shop) == [2, 1, 1]
 
 
-def test_the_time_of_the_heartbeat_is_the_servers_whatever_this_clock_says(
-    small: LiveHarness,
-) -> None:
+def test_the_time_of_the_heartbeat_is_the_time_of_the_server(small: LiveHarness) -> None:
     small.update()
     live = small.service.state.live
     assert live
@@ -911,7 +904,7 @@ def test_a_reload_uses_the_new_settings_with_a_new_connection(
     reloaded.disconnect()
 
 
-def test_a_reload_of_wrong_settings_is_an_error_and_the_present_ones_stay(
+def test_after_a_wrong_reload_the_current_settings_stay(
     deployment: Deployment, small_shop: Database[Any]
 ) -> None:
     uri = deployment.uri_for(database=small_shop.name)
@@ -931,7 +924,8 @@ def test_a_reload_of_wrong_settings_is_an_error_and_the_present_ones_stay(
 # --- --check-config
 
 
-def test_check_config_says_whether_live_updates_will_work_and_pre_images_are_on(
+@pytest.mark.usefixtures("pre_images")
+def test_check_config_reports_live_updates_and_pre_images(
     small: LiveHarness, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command("--check-config") == 0
@@ -941,7 +935,7 @@ def test_check_config_says_whether_live_updates_will_work_and_pre_images_are_on(
     assert re.search("live updates +will work\n", said)
     found = re.search(r"pre-images +off: .* switch them on: db.runCommand\((.*)\)", said)
     assert found
-    # The command as it stands there, for the shell, is this one.
+    # The printed command is for mongosh; this is the same command for the driver.
     assert found[1] == "{collMod: 'orders', changeStreamPreAndPostImages: {enabled: true}}"
     small.shop.command("collMod", "orders", changeStreamPreAndPostImages={"enabled": True})
     command("--check-config", LIVE_UPDATES="yes")

@@ -169,7 +169,7 @@ def test_each_drop_or_rename_of_orders_is_one_full_recount(
     assert "Traceback" not in daemon.output
 
 
-def test_after_a_refused_recount_sighup_recounts_at_once_and_live_updates_are_back(
+def test_sighup_after_a_refused_recount_starts_live_updates_again(
     database: Database[Any], uri: str, start: Start
 ) -> None:
     users = range(30)
@@ -210,11 +210,11 @@ def test_a_standalone_server_is_one_warning_and_full_recounts_only(
 
 
 @pytest.mark.xdist_group("auth")
-def test_live_updates_start_at_the_next_recount_after_the_permission_is_granted(
+def test_live_updates_start_after_the_privilege_is_granted(
     authenticated_deployment: Deployment, caplog: pytest.LogCaptureFixture
 ) -> None:
     name, _, plain = role()
-    granted = role(create_index=True)[2]  # with all that stands there to be uncommented
+    granted = role(create_index=True)[2]  # with all optional privileges of the file
     with authenticated_deployment.client() as client, ExitStack() as stack:
         shop = client[name]
         stack.callback(client.drop_database, name)
@@ -240,7 +240,7 @@ def test_live_updates_start_at_the_next_recount_after_the_permission_is_granted(
 
 @pytest.mark.xdist_group("frozen")
 @pytest.mark.size(20, deep=60)
-def test_while_the_commit_point_stalls_status_heartbeat_and_metrics_show_older_and_older_points(
+def test_points_are_reported_as_older_while_the_commit_point_stalls(
     command: Command, capsys: pytest.CaptureFixture[str], tmp_path: Path, size: int
 ) -> None:
     metrics = tmp_path / "loyalty.prom"

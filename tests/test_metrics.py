@@ -97,7 +97,7 @@ def test_metrics_count_recounts_by_outcome_and_keep_the_last_success(
     assert [entry.name for entry in tmp_path.iterdir()] == [file.name]
 
 
-def test_users_who_could_not_be_updated_are_failed_updates_and_not_changed_users(
+def test_failed_updates_are_not_counted_as_changed_users(
     shop: Shop, command: Command, tmp_path: Path
 ) -> None:
     file = tmp_path / "loyalty.prom"
@@ -175,7 +175,7 @@ def test_live_updates_are_in_the_metrics_while_they_are_active(
         assert state.live_lag_seconds == 0
 
         def read_newer_time() -> float | None:
-            database.other.insert_one({})  # the time of an idle server stands still for 10 s
+            database.other.insert_one({})  # an idle server advances its time every 10 s
             harness.update(0.2)
             assert state.live
             assert state.result
@@ -221,7 +221,7 @@ def test_a_file_that_cannot_be_written_is_one_warning_and_no_failure(
     assert f"METRICS_FILE: {file} cannot be written: No such file" in output
 
 
-def test_a_file_that_cannot_be_written_is_a_warning_again_after_it_could(
+def test_a_repeated_write_failure_warns_again_after_a_success(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "later"

@@ -20,7 +20,7 @@ def test_the_picture_shows_the_visible_lines_and_loads_nothing_from_other_sites(
     assert "@import" not in picture
 
 
-def test_a_long_output_is_shortened_and_the_number_of_omitted_lines_is_shown() -> None:
+def test_a_shortened_output_shows_the_number_of_omitted_lines() -> None:
     lines = parse_lines("".join(f"{n}\n" for n in range(MAX_LINES + 5)))
     kept = [line.plain for line in shorten(lines)]
     assert kept[FIRST_LINES] == f"  [{MAX_LINES + 5 - FIRST_LINES - LAST_LINES} lines omitted]"

@@ -180,9 +180,7 @@ FAR_DATE = b"\x09\xff\xff\xff\xff\xff\xff\xff\x7f"  # in the year 292277026
 SHIPPED = b"\x02\x08\x00\x00\x00Shipped\x00"
 
 
-def test_a_user_whose_id_python_cannot_hold_is_a_failed_update_and_all_others_are_written(
-    connection: Connection,
-) -> None:
+def test_a_user_with_an_unrepresentable_id_is_a_failed_update(connection: Connection) -> None:
     connection.users.insert_many([raw_document(_id=value) for value in (NOT_UTF_8, FAR_DATE)])
     connection.users.insert_one({"_id": 1})
     unknown = NOT_UTF_8.replace(b"\xfe", b"\xfd")
@@ -222,9 +220,7 @@ def test_a_user_whose_old_points_python_cannot_hold_is_a_failed_update(
     assert (mismatch.user, mismatch.stored) == (0, "\udcff\udcfe")
 
 
-def test_a_user_whose_id_python_cannot_hold_but_who_is_up_to_date_is_no_failed_update(
-    connection: Connection,
-) -> None:
+def test_an_up_to_date_user_with_an_unrepresentable_id_succeeds(connection: Connection) -> None:
     zero = b"\x10\x00\x00\x00\x00"
     connection.users.insert_one(raw_document(_id=NOT_UTF_8, loyalty_points=zero))
     assert recount(connection).outcome == "succeeded"
@@ -255,9 +251,7 @@ def test_other_names_statuses_and_points_per_order_are_settings(
     client.drop_database(shop.name)
 
 
-def test_a_dirty_shop_is_up_to_date_after_one_recount_and_unchanged_by_the_next(
-    connection: Connection,
-) -> None:
+def test_one_recount_makes_a_dirty_shop_up_to_date(connection: Connection) -> None:
     shop = connection.users.database
     generated = Shop(shop, random.Random(7))
     generated.fill(600, 5_000, dirty=0.2)
@@ -349,7 +343,7 @@ def test_changes_larger_than_the_memory_of_a_spool_are_all_written(connection: C
         ("66aBcDeFaBcDeFaBcDeFaBcD", [ObjectId("66abcdefabcdefabcdefabcd")]),
     ],
 )
-def test_one_customer_is_found_by_an_argument_of_text_whatever_the_type_of_the_id(
+def test_a_customer_argument_finds_ids_of_each_type(
     connection: Connection, text: str, ids: list[Any]
 ) -> None:
     shop = connection.users.database
@@ -472,7 +466,7 @@ def test_one_customer_is_counted_without_a_collection_scan(uri: str, customer: s
         assert "COLLSCAN" not in stages
 
 
-def test_the_index_serves_a_collection_with_a_collation(uri: str) -> None:
+def test_the_index_is_used_for_a_collection_with_a_collation(uri: str) -> None:
     with connect(settings_for(uri), writing=True) as connection:
         shop = connection.orders.database
         shop.create_collection("orders", collation={"locale": "en", "strength": 2})

@@ -45,7 +45,7 @@ def check(
     return report.refusal or "", report.warnings
 
 
-def test_a_healthy_recount_is_neither_refused_nor_warned_about() -> None:
+def test_a_recount_without_problems_is_neither_refused_nor_warned_about() -> None:
     assert check(healthy(), PreviousRecounts(counted_orders=5_000)) == ("", [])
 
 
@@ -61,7 +61,7 @@ def test_a_healthy_recount_is_neither_refused_nor_warned_about() -> None:
         (100, 100, 100, False),  # turned off
     ],
 )
-def test_a_recount_is_refused_if_too_large_a_share_of_the_holders_would_lose_points(
+def test_a_recount_is_refused_if_too_many_users_would_lose_points(
     holders: int, losing: int, percent: int, is_refused: bool
 ) -> None:
     totals = healthy(users_with_points_before=holders, decreased=losing)
@@ -84,7 +84,7 @@ def test_a_recount_is_refused_if_too_large_a_share_of_the_holders_would_lose_poi
         (1, None, False),  # nothing is known
     ],
 )
-def test_a_recount_is_refused_if_it_counts_less_than_half_of_the_last_successful_one(
+def test_a_recount_with_less_than_half_of_the_previous_orders_is_refused(
     counted: int, last: int | None, is_refused: bool
 ) -> None:
     refusal, _ = check(healthy(counted_orders=counted), PreviousRecounts(counted_orders=last))
@@ -113,7 +113,7 @@ def test_a_recount_is_refused_if_no_counted_order_matches_a_user(
     ("values", "non_numeric", "is_refused"),
     [(9, 9, False), (12, 10, True), (20, 10, False), (21, 11, True), (1_000, 500, False)],
 )
-def test_a_recount_is_refused_if_most_values_of_the_points_field_are_no_numbers(
+def test_a_points_field_with_mostly_other_values_than_numbers_is_refused(
     values: int, non_numeric: int, is_refused: bool
 ) -> None:
     totals = healthy(users_with_a_value=values, non_numeric_values=non_numeric)
@@ -131,7 +131,7 @@ def test_a_recount_is_refused_if_most_values_of_the_points_field_are_no_numbers(
         (101, False, "101 of the 1,000 users with points lose points"),
     ],
 )
-def test_users_who_lose_points_are_a_warning_in_the_first_recount_or_above_a_tenth(
+def test_lost_points_cause_a_warning_at_first_or_above_a_tenth(
     losing: int, is_first: bool, words: str | None
 ) -> None:
     refusal, warnings = check(healthy(decreased=losing), PreviousRecounts(is_first=is_first))
@@ -142,7 +142,7 @@ def test_users_who_lose_points_are_a_warning_in_the_first_recount_or_above_a_ten
     ("holders", "changed", "is_warned"),
     [(9, 9, False), (10, 10, True), (1_000, 500, False), (1_000, 501, True)],
 )
-def test_more_than_half_of_the_holders_changing_is_a_warning(
+def test_changed_points_of_more_than_half_of_the_users_cause_a_warning(
     holders: int, changed: int, is_warned: bool
 ) -> None:
     totals = healthy(
@@ -156,7 +156,7 @@ def test_more_than_half_of_the_holders_changing_is_a_warning(
 @pytest.mark.parametrize(
     ("unknown", "without", "is_warned"), [(25, 25, False), (26, 25, True), (0, 51, True)]
 )
-def test_more_than_one_percent_of_orders_that_earn_nothing_is_a_warning(
+def test_more_than_one_percent_of_orders_without_points_cause_a_warning(
     unknown: int, without: int, is_warned: bool
 ) -> None:
     totals = healthy(orders_of_unknown_customers=unknown, orders_without_customer=without)
@@ -165,7 +165,7 @@ def test_more_than_one_percent_of_orders_that_earn_nothing_is_a_warning(
     assert any("earn nothing" in warning for warning in warnings) is is_warned
 
 
-def test_all_reasons_for_a_refusal_are_given_at_once() -> None:
+def test_all_reasons_for_a_refusal_are_given_together() -> None:
     totals = healthy(decreased=1_000, counted_orders=0)
     refusal, _ = check(totals, PreviousRecounts(counted_orders=5_000))
     assert "would lose points" in refusal
@@ -176,7 +176,7 @@ def test_all_reasons_for_a_refusal_are_given_at_once() -> None:
     ("failed", "users", "is_failed"),
     [(9, 9, False), (10, 999, True), (10, 1_000, False), (11, 1_000, True), (500, 500, True)],
 )
-def test_a_recount_has_failed_if_more_than_one_percent_of_the_updates_failed(
+def test_more_than_one_percent_of_failed_updates_is_a_failure(
     failed: int, users: int, is_failed: bool
 ) -> None:
     assert has_too_many_failed_updates(failed, users) is is_failed
@@ -186,7 +186,7 @@ def test_a_recount_has_failed_if_more_than_one_percent_of_the_updates_failed(
     ("losing", "holders", "percent", "is_paused"),
     [(9, 9, 90, False), (10, 99, 90, True), (10, 100, 90, False), (100, 100, 100, False)],
 )
-def test_live_updates_pause_above_a_tenth_of_the_holders(
+def test_live_updates_pause_above_a_tenth_of_the_users_with_points(
     losing: int, holders: int, percent: int, is_paused: bool
 ) -> None:
     settings = settings_for(URI, MAX_DECREASE_PERCENT=str(percent))
@@ -232,7 +232,7 @@ def test_other_unicode_forms_of_one_status_are_told_apart() -> None:
     assert "no order has status Envoyé; found: 'Envoye\\u0301' (4)" in refusal
 
 
-def test_statuses_that_only_look_related_are_a_warning() -> None:
+def test_unrelated_statuses_cause_a_warning() -> None:
     report = judge("Sent", None, "Ship")
     assert report.refusals == []
     assert report.warnings == ["no order has status Shipped; found: Sent (4), null (4), Ship (4)"]

@@ -40,7 +40,7 @@ def drop_orders(shop: Database[Any]) -> None:
 
 
 @pytest.mark.parametrize("mistake", [rename_status, empty_orders, drop_orders])
-def test_a_mistake_that_takes_points_from_all_users_is_refused_and_writes_nothing(
+def test_a_recount_that_takes_points_from_all_users_is_refused(
     database: Database[Any], command: Command, mistake: Callable[[Any], None], capsys: Capture
 ) -> None:
     fill(database, 30, 2)
@@ -70,7 +70,7 @@ def test_orders_of_another_database_are_refused(database: Database[Any], command
 
 
 @pytest.mark.parametrize("holders", [1, 9, 30])
-def test_a_missing_collection_of_orders_is_refused_in_a_shop_of_any_size(
+def test_a_missing_collection_of_orders_is_always_refused(
     database: Database[Any], command: Command, capsys: Capture, holders: int
 ) -> None:
     fill(database, holders, 2)
@@ -104,7 +104,7 @@ def test_a_first_fill_is_not_refused(database: Database[Any], command: Command) 
         (100, 100, 100, 0),  # turned off
     ],
 )
-def test_only_users_who_hold_points_are_in_the_share_that_is_refused(
+def test_only_users_with_points_are_in_the_share_that_is_refused(
     database: Database[Any], command: Command, users: int, losing: int, percent: int, code: int
 ) -> None:
     fill(database, users, 2)
@@ -140,7 +140,7 @@ def test_a_recount_in_the_middle_of_a_restore_is_refused(
     assert {u["loyalty_points"] for u in database.users.find()} == {2}
 
 
-def test_another_number_of_points_per_order_is_a_warning(
+def test_another_number_of_points_per_order_causes_a_warning(
     database: Database[Any], command: Command, capsys: Capture
 ) -> None:
     fill(database, 30, 2)
@@ -149,7 +149,7 @@ def test_another_number_of_points_per_order_is_a_warning(
     assert warning in capsys.readouterr().err
 
 
-def test_users_who_lose_points_in_the_first_recount_or_above_a_tenth_are_a_warning(
+def test_lost_points_cause_a_warning_at_first_or_above_a_tenth(
     database: Database[Any], command: Command, capsys: Capture
 ) -> None:
     database.users.insert_many([{"_id": n, "loyalty_points": 2} for n in range(100)])
@@ -229,7 +229,7 @@ def test_one_counted_order_is_enough_for_a_recount(
     assert find_mismatches(database) == []
 
 
-def test_no_counted_order_is_a_warning_that_lists_the_statuses_that_exist(
+def test_the_warning_about_no_counted_order_lists_the_existing_statuses(
     database: Database[Any], command: Command, capsys: Capture
 ) -> None:
     database.users.insert_one({"_id": 1})
@@ -251,7 +251,7 @@ def test_a_status_field_that_no_order_has_is_refused(
     assert database.users.count_documents({"loyalty_points": {"$exists": True}}) == 0
 
 
-def test_a_points_field_that_holds_documents_is_not_overwritten(
+def test_a_points_field_with_documents_is_not_overwritten(
     database: Database[Any], command: Command, capsys: Capture
 ) -> None:
     tier = {"points": 1, "tier": "gold"}
@@ -277,7 +277,7 @@ def test_a_points_field_that_only_some_users_have_is_not_overwritten(
     assert list(database.users.find()) == before
 
 
-def test_a_few_values_that_are_no_numbers_are_overwritten_with_a_warning(
+def test_a_few_values_other_than_numbers_are_overwritten_with_a_warning(
     database: Database[Any], command: Command, capsys: Capture
 ) -> None:
     """The values may be personal data: they are logged at DEBUG only."""
@@ -346,7 +346,7 @@ def test_the_daemon_logs_and_records_a_refusal_and_recounts_again_on_schedule(
     assert find_mismatches(database) == []
 
 
-def test_a_failed_update_makes_a_recount_incomplete_and_no_more(
+def test_a_failed_update_makes_a_recount_incomplete(
     database: Database[Any], uri: str, service: Start, command: Command, capsys: Capture
 ) -> None:
     locked = ObjectId()

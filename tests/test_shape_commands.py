@@ -132,7 +132,7 @@ def test_with_the_indexes_no_partition_fetches_an_order_or_reads_all_users(
         assert {u["loyalty_points"] for u in connection.users.find()} == {expected}
 
 
-def test_an_index_without_the_fields_of_the_filter_is_used_and_create_index_makes_a_better_one(
+def test_create_index_adds_the_filter_fields_although_another_index_is_usable(
     database: Database[Any], command: Command, capsys: Capture
 ) -> None:
     ship(database, *range(30), deleted=False)
@@ -175,7 +175,7 @@ def test_a_condition_that_no_index_answers_alone_is_said_to_fetch_orders(
         ({"hidden": True}, False),
     ],
 )
-def test_an_index_on_the_key_that_holds_all_users_with_a_key_is_used(
+def test_any_index_with_all_keys_of_the_users_is_used(
     database: Database[Any], command: Command, options: dict[str, Any] | None, *, is_used: bool
 ) -> None:
     database.users.insert_many([{"_id": n, "customer_no": f"c{n}"} for n in range(9)])
@@ -197,7 +197,7 @@ def test_an_index_on_the_key_that_holds_all_users_with_a_key_is_used(
     assert points(database) == [1] * 9 + [0] * 5
 
 
-def test_an_array_in_the_key_makes_one_query_count_everybody(
+def test_an_array_in_the_key_causes_a_single_query(
     database: Database[Any], command: Command, capsys: Capture
 ) -> None:
     database.users.insert_many([{"_id": 1, "customer_no": [5, 7]}, {"_id": 2, "customer_no": 5}])
@@ -281,7 +281,7 @@ def test_undo_restores_the_users_of_a_recount_by_another_key(
     assert list(database.users.find().sort("_id")) == before
 
 
-def test_a_customer_is_shown_by_the_key_with_the_orders_outside_of_the_filter(
+def test_a_customer_is_found_by_the_key_and_excluded_orders_are_shown(
     database: Database[Any], command: Command, capsys: Capture
 ) -> None:
     database.users.insert_many([{"_id": "u1", "customer_no": 17}, {"_id": 17, "customer_no": 1}])
@@ -357,7 +357,7 @@ def test_the_filter_and_the_key_are_in_the_settings_of_the_record(
     ],
 )
 @pytest.mark.parametrize("argument", ["--once", "--dry-run", "--check-config"])
-def test_a_filter_that_the_server_does_not_accept_ends_with_78_and_one_line(
+def test_a_filter_that_the_server_rejects_ends_with_78(
     database: Database[Any], command: Command, capsys: Capture, text: str, argument: str
 ) -> None:
     database.users.insert_one({"_id": 1, "loyalty_points": 3})

@@ -215,7 +215,7 @@ def open_shop(deployment: Deployment, shape: Shape) -> Iterator[tuple[Connection
     with_index=st.booleans(),
     user_index=st.sampled_from(USER_INDEXES),
 )
-def test_in_a_shop_of_any_shape_every_user_has_the_points_that_plain_python_counts(
+def test_users_of_any_shape_have_the_points_that_python_counts(
     deployment: Deployment,
     shop: Any,
     cuts: list[Any] | None,

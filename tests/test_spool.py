@@ -33,7 +33,7 @@ def limited_file_size(max_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_is_an_error_at_once_and_closing_the_spool_is_none() -> None:
+def test_a_full_disk_is_an_error_of_add_and_not_of_close() -> None:
     with Spool(max_memory_bytes=100) as spool, limited_file_size(1_000):
         spool.add(b"x" * 500)
         with pytest.raises(NoTempSpace, match="no temporary disk space: File too large"):

@@ -194,6 +194,6 @@ def test_while_live_updates_run_points_are_fresh_for_thirty_seconds(
     assert ("acknowledges no write by a majority" in out) is bool(code)
     # Without live updates, the limit is two intervals.
     assert command("--status") == 0
-    # Points of a newer recount are fresh, whatever the heartbeat says.
+    # Points of a newer recount are fresh, also with an old heartbeat.
     assert command("--once") == 0
     assert command("--status", LIVE_UPDATES="yes") == 0

@@ -99,7 +99,7 @@ def ship(connection: Connection, *customers: Any) -> None:
     second=st.lists(st.integers(0, 9), max_size=15),
     interference=st.dictionaries(st.integers(0, 9), st.sampled_from(["delete", 77, "points"])),
 )
-def test_after_an_undo_every_user_is_bit_for_bit_as_before_or_is_listed(
+def test_undo_restores_every_user_bit_for_bit_or_lists_the_user(
     shop: tuple[Connection, Settings],
     points: list[tuple[Any, int]],
     first: list[int],
@@ -161,7 +161,7 @@ def test_after_an_undo_every_user_is_bit_for_bit_as_before_or_is_listed(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(points=st.lists(st.tuples(POINTS, st.integers(0, 2)), min_size=1, max_size=10))
-def test_the_first_recount_of_a_shop_can_be_undone_whatever_its_points_were(
+def test_the_first_recount_can_be_undone_for_points_of_any_type(
     shop: tuple[Connection, Settings], points: list[tuple[Any, int]]
 ) -> None:
     connection, told = shop

@@ -53,7 +53,7 @@ def recount_id(shop: Shop) -> ObjectId:
 
 
 @pytest.mark.parametrize("by_id", [False, True], ids=["last", "by id"])
-def test_undo_shows_and_then_restores_all_points_and_says_what_to_do_first(
+def test_undo_restores_what_its_dry_run_showed(
     shop: Shop, command: Command, capsys: Capture, by_id: bool
 ) -> None:
     before = read_users(shop)
@@ -140,7 +140,7 @@ def test_a_recount_that_is_not_in_the_change_log_ends_with_1(
     assert read_users(shop) == before
 
 
-def test_a_recount_into_a_wrong_field_or_collection_is_undone_by_its_id(
+def test_a_recount_into_a_wrong_field_is_undone_by_its_id(
     shop: Shop, command: Command, capsys: Capture
 ) -> None:
     shop.users.update_many({}, {"$set": {"age": 40}})

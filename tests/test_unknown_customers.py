@@ -95,7 +95,7 @@ def test_unknown_customers_are_shown_by_kind_with_those_that_have_most_orders(
     [(customer, user) for customer, _, _, user in UNKNOWN if isinstance(customer, str | int)],
     ids=repr,
 )
-def test_a_customer_whom_no_user_has_is_shown_beside_users_who_look_alike(
+def test_an_unknown_customer_is_shown_with_similar_ids_of_users(
     shop: Shop, command: Command, capsys: Capture, customer: Any, look_alike: str | None
 ) -> None:
     if customer in ("17", 42):  # an argument finds the user with the number and with the string

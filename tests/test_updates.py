@@ -1,4 +1,4 @@
-"""Pending updates: all users are written, whatever the server does in the middle."""
+"""Pending updates: all users are written, also if the server fails between batches."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_batch_that_fails_with_a_transient_error_is_written_again(
 
 
 @pytest.mark.parametrize("code", TRANSIENT_CODES, ids=TRANSIENT_CODES.values())
-def test_a_transient_error_that_stays_ends_the_recount_and_is_no_failed_update(
+def test_a_persistent_transient_error_ends_the_recount(
     connection: Connection, deployment: Deployment, code: int
 ) -> None:
     settings = settings_for("mongodb://unused/")
@@ -115,7 +115,7 @@ class RejectingUsers:
 
 @pytest.mark.parametrize("code", TRANSIENT_CODES, ids=TRANSIENT_CODES.values())
 @pytest.mark.parametrize("times", [1, 99])
-def test_a_transient_error_of_one_update_in_a_batch_is_no_failed_update(
+def test_a_transient_error_of_one_update_is_not_a_failed_update(
     connection: Connection, code: int, times: int
 ) -> None:
     """A router reports it so for the updates of one shard."""
@@ -129,9 +129,7 @@ def test_a_transient_error_of_one_update_in_a_batch_is_no_failed_update(
             write_points(users, range(10), batch_size=10)
 
 
-def test_an_error_of_the_document_itself_is_a_failed_update_of_that_user(
-    connection: Connection,
-) -> None:
+def test_an_error_of_one_document_is_a_failed_update(connection: Connection) -> None:
     updates = write_points(RejectingUsers(connection, 121, 2), range(10), batch_size=10)
     result = updates.result
     assert (result.written, result.missing, len(result.failed)) == (9, 0, 1)
@@ -173,7 +171,7 @@ def test_a_user_who_is_deleted_after_the_count_is_no_failed_update(connection: C
 
 
 @pytest.mark.parametrize(("failing", "users"), [(10, 999), (11, 1_050)])
-def test_a_recount_fails_if_more_than_one_percent_of_the_updates_fail_and_writes_all_others(
+def test_more_than_one_percent_of_failed_updates_fail_the_recount(
     connection: Connection, failing: int, users: int
 ) -> None:
     connection.users.insert_many([{"_id": n} for n in range(10, users)])
