@@ -245,7 +245,7 @@ def test_points_are_reported_as_older_while_the_commit_point_stalls(
 ) -> None:
     metrics = tmp_path / "loyalty.prom"
     options = {"heartbeat_interval": timedelta(seconds=0.5)}
-    # The stall is longer than both limits, 2 * 4 s and 30 s.
+    # The stall lasts longer than the limit: twice the interval, at most MAX_LIVE_AGE.
     interval = "4s" if size < 40 else "2h"
     limit = 8 if size < 40 else MAX_LIVE_AGE.total_seconds()
     with Deployment(3, arbiter=True, parent=MEMORY) as deployment, deployment.client() as client:
