@@ -39,7 +39,7 @@ def test_a_missing_collection_gets_no_index(
     shop: Database[Any], command: Command, capsys: Capture
 ) -> None:
     assert command("--create-index", ORDERS_COLLECTION="Orders") == 78
-    assert f"there is no collection {shop.name}.Orders" in capsys.readouterr().err
+    assert f"no collection {shop.name}.Orders" in capsys.readouterr().err
     assert set(shop.list_collection_names()) == {"orders", "users"}
 
 
