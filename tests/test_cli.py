@@ -89,7 +89,7 @@ def test_a_daemon_keeps_running_and_recounts_when_its_terminal_closes(
         stdin=its_side,
         stdout=its_side,
         stderr=its_side,
-        start_new_session=True,  # it leads a session of its own, as a shell's terminal has
+        start_new_session=True,  # a session of its own, like the shell of a terminal
     )
     os.close(its_side)
     try:
@@ -186,7 +186,7 @@ def test_a_closed_pipe_does_not_change_the_exit_code(
 ) -> None:
     shop.users.insert_many([{"_id": n} for n in range(5)])
     shop.loyalty_recounts.insert_many(
-        # More than a pipe and the buffers hold.
+        # More text than fits into a pipe and the buffers.
         [{**RECORD, "error": "x" * 50_000} for _ in range(10)]
     )
     values = {"MAX_DECREASE_PERCENT": "100", "MONGODB_DATABASE": shop.name}

@@ -80,7 +80,7 @@ def run(connection: Connection, settings: Settings) -> Totals:
 def count_false_changes(
     connection: Connection, settings: Settings, *, recounts: int
 ) -> tuple[int, int]:
-    """Recount beside the writers; return the number of recounts and of changes that they saw.
+    """Recount beside the writers; return the number of recounts and of changes that they found.
 
     Nothing is written, so that each false change is seen by itself. The first one ends it.
     """
@@ -182,7 +182,7 @@ def test_after_one_of_two_services_is_killed_the_next_recount_is_exact(
     connection, settings = busy
     shop, statuses = connection.users.database, settings.order_statuses
     env = {"MONGODB_URI": settings.mongodb_uri, "ORDER_STATUSES": ",".join(statuses)}
-    env["MAX_DECREASE_PERCENT"] = "100"  # the writers may well take points from nearly everyone
+    env["MAX_DECREASE_PERCENT"] = "100"  # the writers may take points from nearly all users
     with writers(settings.mongodb_uri, "change", "change"):
         one, two = (service(**env, RECOUNT_INTERVAL="1s") for _ in range(2))
         one.wait_for("outcome=succeeded", times=size)

@@ -370,7 +370,7 @@ def test_each_opening_of_the_stream_warns_that_pre_images_are_off(
         assert warnings() == 0
         orders = list(small_shop.orders.find())
         small_shop.orders.drop()
-        small_shop.orders.insert_many(orders)  # as a restore does: without the option
+        small_shop.orders.insert_many(orders)  # as after a restore without the option
         harness.update_until(lambda: warnings() == 1)
         harness.update_until_exact()
 
@@ -433,7 +433,7 @@ def test_a_mixed_case_id_causes_a_full_recount_and_ends_live_updates(
     assert points(small.shop) == [1, 2, 1]
     assert not small.is_live
     assert sum(m.startswith("resync ") for m in caplog.messages) == 1
-    # The command in the warning normalizes the ids, and then live updates are back.
+    # The command in the warning normalizes the ids. Then live updates start again.
     found = re.search(r"updateMany\((\{.*?\}), \[(.*?)\]\)\. A", caplog.text)
     assert found
     matching = "{'customer_id': {$regex: '^[0-9A-Fa-f]{24}$', $not: {$type: 'array'}}}"
@@ -452,7 +452,7 @@ def test_a_mixed_case_id_causes_a_full_recount_and_ends_live_updates(
 def test_a_mixed_case_id_outside_the_count_causes_no_repeated_recounts(
     small: LiveHarness, caplog: pytest.LogCaptureFixture
 ) -> None:
-    # Not counted, so the full recount does not meet the id; but each change is an event.
+    # The order is not counted, so the full recount does not find the id. Each change is an event.
     small.shop.orders.insert_one({"_id": 1, "customer_id": MIXED_CASE, "status": "Paid"})
     small.shop.orders.update_one({"_id": 1}, {"$set": {"status": "Packed"}})
     small.update_until(lambda: "resync reason=" in caplog.text)
@@ -486,7 +486,7 @@ def test_renaming_a_status_pauses_live_updates_and_refuses_the_recount(
         unchanged = [number for number in points(database) if number == 5]
         assert len(unchanged) > 0.8 * users
         assert "ERROR" not in {r.levelname for r in caplog.records if "refused" not in r.message}
-        # Renamed back, the next recount makes all points exact.
+        # After the status is renamed back, the next recount makes all points exact.
         database.orders.update_many({}, {"$set": {"status": "Shipped"}})
         harness.recount()
         assert find_mismatches(database) == []
@@ -612,7 +612,7 @@ def test_a_second_resync_within_seconds_is_an_error(
 def test_after_the_oplog_has_lost_history_a_resync_makes_the_points_exact(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    # A checkpoint a second: the server may delete what is older than the last one.
+    # One checkpoint each second: the server may delete oplog entries before the last checkpoint.
     small_oplog = Deployment(oplog_mb=1, options=["--syncdelay", "1"], parent=MEMORY)
     with small_oplog as deployment, deployment.client() as client:
         shop, oplog = client["shop"], client.local["oplog.rs"]
@@ -722,7 +722,7 @@ def test_a_stream_that_does_not_open_does_not_stop_the_recount(
         assert points(small_shop) == [2, 1, 1]
         assert "live_updates_unavailable" in caplog.text
         assert not harness.is_live
-        # Only an error that can pass by itself brings the next recount forward.
+        # Only a transient error causes an earlier recount.
         if is_transient:
             assert outcome.retry_after_seconds
             assert 60 <= outcome.retry_after_seconds <= 90

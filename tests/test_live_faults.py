@@ -120,7 +120,7 @@ def test_when_one_of_two_services_is_killed_all_points_become_exact(
     harness: FaultHarness, start: Start, size: int
 ) -> None:
     with ExitStack() as stack:
-        # So many orders are returned in a few seconds that the safety check would pause updates.
+        # Many orders are returned within seconds: the safety check would pause live updates.
         survivor = start(harness.uri, MAX_DECREASE_PERCENT="100")
         for _ in range(size):
             other = start(harness.uri, MAX_DECREASE_PERCENT="100")
@@ -132,7 +132,7 @@ def test_when_one_of_two_services_is_killed_all_points_become_exact(
                 harness.shop.ship_orders(20)
                 harness.shop.return_orders(20)
             wait_until_exact(harness.database)
-            # Whatever the other one has left on the server is done by now.
+            # The operations that the other service has left on the server have ended by now.
             time.sleep(0.2)
             assert find_mismatches(harness.database) == []
         assert len(lines_with("outcome=succeeded", survivor)) == 1
@@ -245,7 +245,7 @@ def test_points_are_reported_as_older_while_the_commit_point_stalls(
 ) -> None:
     metrics = tmp_path / "loyalty.prom"
     options = {"heartbeat_interval": timedelta(seconds=0.5)}
-    # So that the limit of 2 * 4 s, or else that of 30 s, is passed within the time of the stall.
+    # The stall is longer than both limits, 2 * 4 s and 30 s.
     interval = "4s" if size < 40 else "2h"
     limit = 8 if size < 40 else MAX_LIVE_AGE.total_seconds()
     with Deployment(3, arbiter=True, parent=MEMORY) as deployment, deployment.client() as client:
