@@ -25,7 +25,7 @@ def test_a_dry_run_shows_the_largest_changes_and_writes_nothing(
     out = capsys.readouterr().out
     assert "\n  unknown customers        1 with 1 order\n" in out
     assert "  'bob'                     9     0\n" in out
-    assert "  66abcdefabcdefabcdefabcd  none  3\n" in out
+    assert "  66abcdefabcdefabcdefabcd  null  3\n" in out
     assert out.index("bob") < out.index("66abc")
     assert list(shop.users.find()) == before
     assert set(shop.list_collection_names()) == {"orders", "users"}

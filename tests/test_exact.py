@@ -264,6 +264,7 @@ def test_without_a_usable_snapshot_a_recount_of_some_customers_fails(
     """It could count orders as they were before `not_before`. An attempt can read twice."""
     request = RecountRequest(customers=[(1, [1])], retry_policy=NO_RETRY)
     with (
+        # One more: some customers are counted again at a new snapshot at once.
         faults.fail_command(deployment.servers[0], "aggregate", 2, errorCode=239),
         pytest.raises(SnapshotTooOld),
     ):

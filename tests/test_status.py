@@ -42,7 +42,7 @@ def test_without_a_record_the_points_are_not_fresh(
     assert command("--status") == 1
     assert capsys.readouterr().out == "No recount has succeeded yet\n"
     assert command("--status", RECOUNTS_COLLECTION="none") == 78
-    assert "no record is kept" in capsys.readouterr().err
+    assert "no records are kept" in capsys.readouterr().err
 
 
 def test_a_recount_that_succeeded_is_one_row_and_the_points_are_fresh(
