@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from bson import ObjectId
+
 from config import VERSION, Settings, settings_help
 from loyalty.commands import (
     changes,
@@ -165,21 +167,32 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--version", action="version", version=VERSION)
     args = parser.parse_args(argv)
+    _check_recount_arguments(parser, args)
+    _check_combinations(parser, args)
+    return args
+
+
+def _check_recount_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    for recount in (args.undo, args.changes):
+        if recount is not None and recount != "last" and not ObjectId.is_valid(recount):
+            parser.error(f"{recount!r} is neither the id of a recount nor the word last")
     if args.undo is not None:
         if args.run not in (_run_daemon, dry_run.run) or args.changes is not None or args.customer:
             parser.error("--undo can only be combined with --dry-run")
         args.dry_run, args.run = args.run is dry_run.run, undo.run
     elif args.changes is not None:
         args.run = changes.run
+
+
+def _check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.customer and args.run not in (once.run, dry_run.run):
         parser.error("--customer needs --once or --dry-run")
     if any("\udc80" <= character <= "\udcff" for character in "".join(args.customer)):
         parser.error("--customer: the id is not valid in this terminal's encoding")
     if args.force and (args.run is not once.run or args.customer):
         parser.error("--force needs --once, without --customer")
-    if args.json and args.run in (_run_daemon, create_index.run, unknown_customers.run):
+    if args.json and args.run in (_run_daemon, create_index.run):
         parser.error("--json needs a command that prints results")
-    return args
 
 
 def _run_daemon(args: argparse.Namespace, settings: Settings) -> Exit:

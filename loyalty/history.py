@@ -188,12 +188,22 @@ class History:
 
     def undone_recounts(self) -> list[ObjectId]:
         """Return the ids of the recounts that were undone; none without records."""
+        return self._find_ids("undone_recount", {"outcome": "undone"})
+
+    def recounts_without_effect(self) -> list[ObjectId]:
+        """Return the ids of recounts that were undone, or whose updates all failed."""
+        idle = {"outcome": {"$nin": ["undone", "live"]}, "changed": 0}
+        return self.undone_recounts() + self._find_ids("_id", idle)
+
+    def has_record(self, recount: ObjectId) -> bool:
+        """Return whether a recount has ended: one that was interrupted has no record."""
+        return self._collection is None or bool(self._find_ids("_id", {"_id": recount}))
+
+    def _find_ids(self, field: str, condition: Document) -> list[ObjectId]:
         if self._collection is None:
             return []
-        fields = {"undone_recount": 1}
         with map_driver_errors("find", self._collection):
-            found = self._collection.find({**OWNER_FILTER, "outcome": "undone"}, fields)
-            return [record["undone_recount"] for record in found]
+            return self._collection.distinct(field, {**OWNER_FILTER, **condition})
 
     def age(self, now: datetime, heartbeat: Heartbeat | None = None) -> timedelta | None:
         """Return the age of the points; None if no recount has succeeded. Raises ServiceError.

@@ -21,7 +21,14 @@ from loyalty.history import History
 from loyalty.mongo.connection import Connection, connect
 from loyalty.recount.change_log import find_user_changes
 from loyalty.recount.runner import RecountRequest, run_recount
-from loyalty.recount.undo import MISSING, NotRestored, UndoResult, resolve_recount, undo_recount
+from loyalty.recount.undo import (
+    MISSING,
+    NotRestored,
+    UndoResult,
+    find_interrupted,
+    resolve_recount,
+    undo_recount,
+)
 from sandbox.mongod import Deployment
 
 Document = dict[str, Any]
@@ -219,6 +226,42 @@ def test_last_is_the_newest_recount_that_changed_something_and_is_not_undone(
 
 
 @pytest.mark.parametrize("shop", ["loyalty_points"], indirect=True)
+def test_last_skips_recounts_in_which_every_update_failed(
+    shop: tuple[Connection, Settings],
+) -> None:
+    connection, told = shop
+    connection.users.insert_many([{"_id": n, "locked": n == 3} for n in range(6)])
+    ship(connection, *range(6))
+    rule = {"$or": [{"locked": False}, {"loyalty_points": {"$exists": False}}]}
+    connection.users.database.command("collMod", "users", validator=rule)
+    effective = recount(connection, told)
+    for _ in range(2):  # the locked user is logged again, and not written
+        recount(connection, told)
+    logged = resolve_recount(connection, told, History(connection.recounts, told), "last")
+    assert logged.id == effective
+    assert undo(connection, told)[0].restored == 5
+    assert connection.users.count_documents({"loyalty_points": {"$exists": True}}) == 0
+
+
+@pytest.mark.parametrize("shop", ["loyalty_points"], indirect=True)
+def test_a_recount_without_a_record_is_writing_or_was_interrupted(
+    shop: tuple[Connection, Settings],
+) -> None:
+    connection, told = shop
+    connection.users.insert_one({"_id": 1})
+    ship(connection, 1)
+    history = History(connection.recounts, told)
+    assert find_interrupted(connection, told, history) is None
+    last = recount(connection, told)
+    assert find_interrupted(connection, told, history) is None
+    assert connection.recounts is not None
+    connection.recounts.delete_one({"_id": last})
+    found = find_interrupted(connection, told, history)
+    assert found is not None
+    assert found.id == last
+
+
+@pytest.mark.parametrize("shop", ["loyalty_points"], indirect=True)
 @pytest.mark.parametrize("text", ["last", "first", "5" * 24, ""])
 def test_a_recount_that_is_not_in_the_change_log_is_named(
     shop: tuple[Connection, Settings], text: str
@@ -226,7 +269,7 @@ def test_a_recount_that_is_not_in_the_change_log_is_named(
     connection, told = shop
     with pytest.raises(
         RecountNotFound,
-        match={"last": "could be undone", "first": "neither", "": "neither"}.get(text, text),
+        match={"last": "is not undone", "first": "neither", "": "neither"}.get(text, text),
     ):
         resolve_recount(connection, told, History(connection.recounts, told), text)
 

@@ -127,9 +127,8 @@ def test_a_recount_that_is_not_in_the_change_log_ends_with_1(
 ) -> None:
     before = read_users(shop)
     for argument, text in (
-        ("last", "holds no recount of users.loyalty_points that could be undone"),
+        ("last", "holds no recount that changed users.loyalty_points and is not undone"),
         ("5" * 24, f"holds no recount {'5' * 24}"),
-        ("first", "'first' is neither the id of a recount nor the word last"),
     ):
         assert command(option, argument) == 1
         said = capsys.readouterr()
@@ -137,6 +136,11 @@ def test_a_recount_that_is_not_in_the_change_log_ends_with_1(
         assert text in said.err
     assert command(option, "last", CHANGES_COLLECTION="none") == 78
     assert "CHANGES_COLLECTION is none" in capsys.readouterr().err
+    for argument in ("first", "", "5" * 23):
+        with pytest.raises(SystemExit) as ended:
+            command(option, argument)
+        assert ended.value.code == 2
+        assert "is neither the id of a recount nor the word last" in capsys.readouterr().err
     assert read_users(shop) == before
 
 

@@ -5,20 +5,24 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from itertools import takewhile
 
 from config import Settings
 from loyalty.commands.output import format_cell, pluralize, print_json, print_line, print_table
-from loyalty.errors import Exit
+from loyalty.errors import Exit, NoPermission
 from loyalty.heartbeat import Heartbeat, max_age
 from loyalty.history import History
 from loyalty.mongo.connection import Connection, connect
 from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.values import Document
 from loyalty.parsers import format_duration
+from loyalty.recount.undo import find_interrupted
 
 MAX_RECORDS = 10
+MAX_WRITE_TIME = timedelta(minutes=10)
+"""A recount that has no record after this time was interrupted."""
 _NO_SUCCESS = ("refused", "failed")
 
 
@@ -27,14 +31,20 @@ def run(args: argparse.Namespace, settings: Settings) -> Exit:
         history, now = History(connection.recounts, settings), _read_server_time(connection)
         records, heartbeat = history.newest(MAX_RECORDS), history.heartbeat()
         age, undo = history.age(now, heartbeat), history.undo_since_success()
+        interrupted = None
+        with suppress(NoPermission):  # a monitoring user may read the records only
+            interrupted = find_interrupted(connection, settings, history)
     is_live = settings.live_updates and heartbeat is not None and heartbeat.is_alive(now)
     is_fresh = age is not None and age <= max_age(settings.recount_interval, is_live=is_live)
     is_fresh = is_fresh and undo is None
+    if interrupted is not None and now - interrupted.at > MAX_WRITE_TIME:
+        is_fresh = False
     if args.json:
         print_json(
             {
                 "fresh": is_fresh,
                 "undone_recount": undo and undo["undone_recount"],
+                "interrupted_recount": interrupted and interrupted.id,
                 "age_seconds": age,
                 "interval_seconds": settings.recount_interval,
                 "live_updates": settings.live_updates,
@@ -47,6 +57,12 @@ def run(args: argparse.Namespace, settings: Settings) -> Exit:
         _print_records(records)
         _print_live_updates(heartbeat, now, wanted=settings.live_updates)
         _print_last_outcome(records)
+        if interrupted is not None:
+            print_line(
+                f"Recount {interrupted.id} of {format_cell(interrupted.at)} UTC has no record: it "
+                "is writing, or it was interrupted and has written some users. The next successful "
+                f"recount makes all points exact; --undo {interrupted.id} restores them"
+            )
         _print_age(records, undo, age, settings.recount_interval, is_live=is_live)
     return Exit.OK if is_fresh else Exit.FINDINGS
 

@@ -177,6 +177,8 @@ class _Recount:
             return
         if result.refusal and not request.force:
             raise RecountRefused(result.refusal)
+        if result.refusal:
+            log.warning('safety_check_overridden reason="%s"', result.refusal)
         if request.customers is None:
             for warning in result.warnings:
                 log.warning('safety_warning text="%s"', warning)

@@ -35,19 +35,34 @@ def change_log_collection(connection: Connection) -> Collection[Any]:
     return connection.changes
 
 
+def find_interrupted(
+    connection: Connection, settings: Settings, history: History
+) -> LoggedRecount | None:
+    """Return the newest recount of the target if it has logged changes and no record.
+
+    It is writing, or it was interrupted. Raises ServiceError.
+    """
+    if connection.changes is None:
+        return None
+    target = {"users": settings.users, "points_field": settings.points_field}
+    newest = find_recount(connection.changes, target)
+    return newest if newest is not None and not history.has_record(newest.id) else None
+
+
 def resolve_recount(
     connection: Connection, settings: Settings, history: History, text: str
 ) -> LoggedRecount:
-    """Return the logged recount with the id `text`, or for "last" the newest one not yet undone.
+    """Return the logged recount with the id `text`, or for "last" the newest one with an effect.
 
-    "last" is about the collection and the field in the settings. Raises RecountNotFound, and other
-    ServiceErrors.
+    That one wrote the collection and the field in the settings, changed users, and is not undone.
+    Raises RecountNotFound, and other ServiceErrors.
     """
     change_log = change_log_collection(connection)
     if text == "last":
         target = {"users": settings.users, "points_field": settings.points_field}
-        found = find_recount(change_log, {**target, "recount": {"$nin": history.undone_recounts()}})
-        hint = f"no recount of {settings.users}.{settings.points_field} that could be undone"
+        others = {"recount": {"$nin": history.recounts_without_effect()}}
+        found = find_recount(change_log, {**target, **others})
+        hint = f"no recount that changed {settings.users}.{settings.points_field} and is not undone"
     elif ObjectId.is_valid(text):
         found, hint = find_recount(change_log, {"recount": ObjectId(text)}), f"no recount {text}"
     else:
