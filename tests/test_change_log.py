@@ -86,7 +86,7 @@ OLD_VALUES: list[Any] = [None, "3", 1.0, 2.5, True, [1], {"w": 1}, b"5", ObjectI
 
 
 @pytest.mark.parametrize("before", OLD_VALUES, ids=lambda value: type(value).__name__)
-def test_a_value_of_any_type_is_logged_as_it_was(connection: Connection, before: Any) -> None:
+def test_values_of_each_type_are_logged_unchanged(connection: Connection, before: Any) -> None:
     fill(connection, {"_id": 1, "loyalty_points": before})
     recount(connection)
     (change,) = read_changes(connection)
