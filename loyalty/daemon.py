@@ -70,7 +70,7 @@ class Job(Protocol):
     def reload(self) -> None:
         """Read the settings again; the next `recount`, or `connect`, uses them.
 
-        Raises ConfigurationError if one of them is wrong; then all the old ones stay.
+        Raises ConfigurationError if a setting is wrong. The current settings then stay in use.
         """
 
 

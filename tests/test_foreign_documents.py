@@ -42,13 +42,13 @@ def test_a_document_of_another_program_never_expires(
     assert list(shop.jobs.index_information()) == ["_id_"]
 
     assert command("--once", MONGODB_URI=uri) == 0
-    for name, own in (("loyalty_recounts", 1), ("loyalty_changes", 1)):
+    for name, own_documents in (("loyalty_recounts", 1), ("loyalty_changes", 1)):
         expired = {**OWNER_FILTER, "expires_at": LONG_AGO}
         # A document of another program comes into the collection later.
         shop[name].insert_many([{"expires_at": LONG_AGO, "outcome": "succeeded"}, expired])
         wait_until("expiry", lambda: not shop[name].count_documents(expired))  # noqa: B023 -- now
         assert shop[name].count_documents({"expires_at": LONG_AGO}) == 1
-        assert shop[name].count_documents(OWNER_FILTER) == own
+        assert shop[name].count_documents(OWNER_FILTER) == own_documents
     assert shop.jobs.count_documents({}) == 5
 
 

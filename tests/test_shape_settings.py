@@ -198,7 +198,7 @@ USER_INDEXES: list[dict[str, Any] | None] = [None, {}, {"sparse": True}]
 
 
 @contextmanager
-def open_shop(deployment: Deployment, shape: Shape) -> Iterator[tuple[Connection, Settings]]:
+def connect_to_shop(deployment: Deployment, shape: Shape) -> Iterator[tuple[Connection, Settings]]:
     uri = deployment.uri_for(database=f"shop_{uuid4().hex[:12]}")
     values = settings_for(uri, **shape.values)
     with connect(values, writing=True) as connection:
@@ -224,7 +224,7 @@ def test_users_of_any_shape_have_the_points_that_python_counts(
     with_index: bool,
 ) -> None:
     shape, users, found, more = shop
-    with open_shop(deployment, shape) as (connection, values):
+    with connect_to_shop(deployment, shape) as (connection, values):
         database = connection.users.database
         number = insert_users(database, users)
         database.orders.insert_many([*found, *more])

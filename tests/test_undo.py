@@ -131,15 +131,15 @@ def test_undo_restores_every_user_bit_for_bit_or_lists_the_user(
     ship(connection, *second)
     last = recount(connection, told)
     written = read_users(connection)
-    changed = {own for own in before if before[own] != written[own]}
+    changed = {user for user in before if before[user] != written[user]}
     if not changed:
         return
 
-    for own, kind in interference.items():
+    for user_id, kind in interference.items():
         if kind == "delete":
-            connection.users.delete_one({"_id": own})
+            connection.users.delete_one({"_id": user_id})
         else:
-            connection.users.update_one({"_id": own}, {"$set": {told.points_field: kind}})
+            connection.users.update_one({"_id": user_id}, {"$set": {told.points_field: kind}})
     disturbed = read_users(connection)
     planned, planned_list = undo(connection, told, last, write=False)
     assert read_users(connection) == disturbed
