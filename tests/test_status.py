@@ -197,3 +197,25 @@ def test_while_live_updates_run_points_are_fresh_for_thirty_seconds(
     # Points of a newer recount are fresh, also with an old heartbeat.
     assert command("--once") == 0
     assert command("--status", LIVE_UPDATES="yes") == 0
+
+
+@pytest.mark.parametrize(("minutes", "code"), [(0, 0), (9, 0), (11, 1)])
+def test_a_recount_without_a_record_is_reported_and_makes_points_stale_after_ten_minutes(
+    shop: Database[Any], command: Command, capsys: Capture, minutes: int, code: int
+) -> None:
+    """It is writing at first; later it was interrupted, and the points are a mixture."""
+    assert command("--once") == 0
+    shop.users.update_many({}, {"$set": {"loyalty_points": 77}})
+    assert command("--once", "--force") == 0
+    last = shop.loyalty_recounts.find_one_and_delete({}, sort=[("_id", -1)])
+    assert last is not None
+    at = datetime.now(UTC) - timedelta(minutes=minutes)
+    shop.loyalty_changes.update_many({"recount": last["_id"]}, {"$set": {"at": at}})
+    capsys.readouterr()
+    assert command("--status") == code
+    out = capsys.readouterr().out
+    assert f"Recount {last['_id']} of " in out
+    assert ("STALE" in out, "fresh" in out) == (bool(code), not code)
+    assert command("--status", "--json") == code
+    document = json.loads(capsys.readouterr().out)
+    assert (document["fresh"], document["interrupted_recount"]) == (not code, str(last["_id"]))

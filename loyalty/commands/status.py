@@ -37,8 +37,8 @@ def run(args: argparse.Namespace, settings: Settings) -> Exit:
     is_live = settings.live_updates and heartbeat is not None and heartbeat.is_alive(now)
     is_fresh = age is not None and age <= max_age(settings.recount_interval, is_live=is_live)
     is_fresh = is_fresh and undo is None
-    if interrupted is not None and now - interrupted.at > MAX_WRITE_TIME:
-        is_fresh = False
+    is_mixture = interrupted is not None and now - interrupted.at > MAX_WRITE_TIME
+    is_fresh = is_fresh and not is_mixture
     if args.json:
         print_json(
             {
@@ -63,7 +63,10 @@ def run(args: argparse.Namespace, settings: Settings) -> Exit:
                 "is writing, or it was interrupted and has written some users. The next successful "
                 f"recount makes all points exact; --undo {interrupted.id} restores them"
             )
-        _print_age(records, undo, age, settings.recount_interval, is_live=is_live)
+        if is_mixture:
+            print_line("The points are STALE until the next successful recount")
+        else:
+            _print_age(records, undo, age, settings.recount_interval, is_live=is_live)
     return Exit.OK if is_fresh else Exit.FINDINGS
 
 
