@@ -30,7 +30,8 @@ from sandbox.shop import find_mismatches
 def test_a_signal_during_the_imports_ends_the_process_without_a_traceback(
     tmp_path: Path, arguments: list[str], number: signal.Signals, code: int
 ) -> None:
-    slow = "import time\nprint('importing', flush=True)\ntime.sleep(60)\n"
+    # Short sleeps: a signal just before a sleep is answered only after it.
+    slow = "import time\nprint('importing', flush=True)\nfor _ in range(600): time.sleep(0.1)\n"
     (tmp_path / "schedule.py").write_text(slow)  # found before the real one
     with subprocess.Popen(
         [sys.executable, str(ROOT / "loyalty_microservice.py"), *arguments],
