@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from bench import freshness, live, pictures, report
+from bench import freshness, live, pictures, report, undo
 from bench.interference import measure_interference
 from bench.measure import ONE_WORKER, SERVICE, Bench, MeasurementError, Results, max_mismatches
 from bench.relay import relay
@@ -95,6 +95,8 @@ def _run(args: argparse.Namespace, results: Report) -> list[Results]:
             if state == "first" and in_client:
                 states[state] |= bench.rounds(1, ["loop"], state)
             results.set_section(state, report.state_table(title, states[state]))
+        changes = undo.measure(bench, shop, rounds)
+        results.set_section("change log", report.change_log_table(*changes))
         results.set_section("profile", report.profile_table(shop.profile_recount()))
         title = "recount without changes, without the index, once"
         results.set_section("no index", report.state_table(title, no_index))

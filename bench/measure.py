@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -16,7 +16,13 @@ from bench.shop import DATABASE, MismatchCount, Shop
 from sandbox.mongod import Deployment
 
 ROOT = Path(__file__).parents[1]
-SERVICE, ONE_WORKER = "service", "one_worker"  # with the default of two workers, and with one
+SERVICE, ONE_WORKER, NO_CHANGE_LOG = "service", "one_worker", "no_change_log"
+_PROGRAM = ["loyalty_microservice.py", "--env-file", os.devnull]
+_SETTINGS: dict[str, dict[str, str]] = {
+    SERVICE: {},
+    ONE_WORKER: {"COUNT_WORKERS": "1"},
+    NO_CHANGE_LOG: {"CHANGES_COLLECTION": "none"},
+}
 
 # Runs the command and measures it. It is a small process, since the peak memory of a child starts
 # with the memory of its parent.
@@ -59,8 +65,6 @@ class Bench:
     def __init__(self, deployment: Deployment, shop: Shop) -> None:
         self.deployment = deployment
         self._shop = shop
-        self._empty = deployment.folder / "empty.env"
-        self._empty.touch(mode=0o600)
         self.port = deployment.servers[0].port
 
     def rounds(self, n: int, names: Sequence[str], state: str, *, port: int = 0) -> Results:
@@ -73,19 +77,25 @@ class Bench:
                 results[name].append(run)
         return results
 
+    def run_service(self, *arguments: str, **settings: str) -> Run:
+        """Run one command of the service on the shop as it is."""
+        return self._measure([*_PROGRAM, *arguments], settings)
+
     def _run(self, name: str, state: str, port: int) -> Run:
-        baseline = ["-m", "bench.baselines", name]
-        service = ["loyalty_microservice.py", "--once", "--env-file", str(self._empty)]
-        command = [sys.executable, *(service if name in (SERVICE, ONE_WORKER) else baseline)]
+        self._shop.restore(state)
+        command = [*_PROGRAM, "--once"] if name in _SETTINGS else ["-m", "bench.baselines", name]
+        return self._measure(command, _SETTINGS.get(name, {}), port)
+
+    def _measure(self, command: Sequence[str], settings: Mapping[str, str], port: int = 0) -> Run:
+        """Run a command of Python as a process. Raises MeasurementError if it fails."""
         uri = self.deployment.uri_for(database=DATABASE)
         if port:  # direct: the addresses in the replica set's configuration would bypass the relay
             uri = f"mongodb://127.0.0.1:{port}/{DATABASE}?directConnection=true"
-        self._shop.restore(state)
         before = self._counters()
         process = subprocess.run(
-            [sys.executable, "-I", "-S", "-c", _MEASURE_COMMAND, *command],
+            [sys.executable, "-I", "-S", "-c", _MEASURE_COMMAND, sys.executable, *command],
             cwd=ROOT,
-            env={"MONGODB_URI": uri, **({"COUNT_WORKERS": "1"} if name == ONE_WORKER else {})},
+            env={"MONGODB_URI": uri, **settings},
             capture_output=True,
             text=True,
             check=True,
@@ -93,8 +103,8 @@ class Bench:
         cpu, wire, written = (b - a for a, b in zip(before, self._counters(), strict=True))
         code, seconds, memory = json.loads(process.stdout.splitlines()[-1])
         recount = re.search(r"exact=true seconds=([\d.]+)", process.stderr)
-        if code or (name == SERVICE and not recount):
-            raise MeasurementError(f"{name}: exit code {code}\n{process.stderr}")
+        if code or ("--once" in command and not recount):
+            raise MeasurementError(f"{' '.join(command)}: exit code {code}\n{process.stderr}")
         recount_seconds = float(recount[1]) if recount else 0.0
         mismatches = self._shop.count_mismatches()
         return Run(seconds, recount_seconds, memory, cpu, wire / 1e6, written, mismatches)

@@ -16,13 +16,25 @@ import pymongo
 from bench.freshness import RECOUNTS_PER_DAY, FreshnessResult
 from bench.interference import RequestTimes, p50_and_p99
 from bench.live import LiveResult
-from bench.measure import ONE_WORKER, ROOT, SERVICE, Results, max_mismatches, median_run
+from bench.measure import (
+    NO_CHANGE_LOG,
+    ONE_WORKER,
+    ROOT,
+    SERVICE,
+    Results,
+    max_mismatches,
+    median_run,
+)
 from bench.shop import Shop, StageProfile
+from bench.undo import CUSTOMER, UNDO
 
 NAMES = {
     "count_only": "lower bound: count, write nothing",
     SERVICE: "this service",
     ONE_WORKER: "this service, `COUNT_WORKERS=1`",
+    NO_CHANGE_LOG: "first fill, `CHANGES_COLLECTION=none`",
+    CUSTOMER: "`--dry-run --customer` of one user, after it",
+    UNDO: "`--undo last` of it",
     "merge": "aggregate, `$merge`",
     "bulk": "aggregate, `bulk_write` of all users",
     "loop": "find, count in Python, `update_one` of each user",
@@ -36,6 +48,10 @@ PROFILE = """## Stages of a recount without changes on the server
 
 By the server's `explain`, which makes it somewhat slower: the sums over all partitions, counted one
 after another. The index scan and the first `$group` are the count that every solution needs."""
+CHANGE_LOG = """## Change log and undo
+
+The first fill writes a change for each user. At the end, the change log holds {:,} changes. After
+each undo, no user has points."""
 INTERFERENCE = """## Interference with the shop
 
 Milliseconds of the shop's requests, one after another with pauses of 5 ms, without a recount and
@@ -138,6 +154,23 @@ def profile_table(stages: Iterable[StageProfile]) -> str:
         for stage in stages
     ]
     return PROFILE + "\n\n" + _table(["stage", "seconds", "documents out", "spills to disk"], rows)
+
+
+def change_log_table(results: Results, logged_changes: int) -> str:
+    fill = median_run(results[SERVICE])
+    rows = [
+        [
+            "first fill" if name == SERVICE else NAMES[name],
+            f"{median_run(runs):.2f}",
+            f"{median_run(runs) / fill:.2f}",
+            f"{median_run(runs, lambda r: r.users_written):,.0f}",
+            f"{median_run(runs, lambda r: r.client_mb):.0f}",
+            f"{median_run(runs, lambda r: r.server_cpu_seconds):.2f}",
+        ]
+        for name, runs in results.items()
+    ]
+    columns = ["", "seconds", "ratio to first fill", "users written", "client, MB", "server CPU, s"]
+    return CHANGE_LOG.format(logged_changes) + "\n\n" + _table(columns, rows)
 
 
 def interference_table(results: Mapping[str, RequestTimes]) -> str:

@@ -114,6 +114,21 @@ class Shop:
     def expected_points(self, user: ObjectId) -> int:
         return self._points[_user_number(user)]
 
+    def find_customer(self) -> Any:
+        """Return the id of one user."""
+        user = self._database.users.find_one({}, {"_id": 1})
+        assert user
+        return user["_id"]
+
+    def count_users_with_points(self) -> int:
+        return self._database.users.count_documents(
+            {self._settings.points_field: {"$exists": True}}
+        )
+
+    def count_logged_changes(self) -> int:
+        total = {"$group": {"_id": None, "n": {"$sum": {"$size": "$changes"}}}}
+        return sum(row["n"] for row in self._database.loyalty_changes.aggregate([total]))
+
     def profile_recount(self) -> list[StageProfile]:
         """Return the stages of a recount by the server's explain, summed over all partitions."""
         self.restore("quiet")
