@@ -27,7 +27,7 @@ from loyalty.parsers import (
     parse_statuses,
 )
 
-VERSION = "1.0.0"
+VERSION = "1.1.0"
 
 
 @dataclass(frozen=True, slots=True)
