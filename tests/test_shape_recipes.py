@@ -20,7 +20,7 @@ from sandbox.service import Process
 Start = Callable[..., Process]
 
 PAGE = (ROOT / "docs/shapes.md").read_text(encoding="utf-8")
-WITHOUT_RECIPE = {"Cost"}
+WITHOUT_RECIPE = {"CPU time"}
 VIEW = "A view"
 
 
@@ -84,7 +84,7 @@ def test_the_page_has_all_recipes() -> None:
         "Soft deletes",
         "One programme year",
         "Two stores",
-        "Gifts in a field of their own",
+        "Gifts in a separate field",
         VIEW,
     ]
 
