@@ -1,6 +1,6 @@
 """Simple scripts that a shop could run instead of the service: `python -m bench.baselines NAME`.
 
-As for the service, MONGODB_URI is the address.
+MONGODB_URI is the connection string, as for the service.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ _RATE_SECONDS = 5.0  # for each rate
 _BATCHES_PER_SECOND = 50
 _MAX_ORDERS = 60_000  # unshipped orders, for all measurements
 _BURST_CUSTOMERS = 10_000
-_MAX_DELAY_SECONDS = 2  # behind the writers, for a rate that is sustained
+_MAX_DELAY_SECONDS = 2  # after the last order, for a sustained rate
 _FAR_MS = 20.0
 _CPU_ORDERS = 1_000
 
@@ -74,7 +74,7 @@ class LiveResult:
     """Customers with one new order each, inserted as fast as possible."""
     burst_seconds: float
     cpu_percent: float
-    """Of one core, by the idle service."""
+    """CPU usage of the idle service, in percent of one core."""
     memory_mb: float
 
 
@@ -174,7 +174,7 @@ class _OrderWriter:
                 number -= 1
                 shipped = [self._ship() for _ in range(batch)]
                 self._orders.bulk_write([update for _, update in shipped], ordered=False)
-                # Of several pending orders of one customer, the newest counts.
+                # If a customer has several pending orders, the time of the newest is used.
                 waiting.update(dict.fromkeys((c for c, _ in shipped), time.monotonic()))
                 if not number and (late := time.monotonic() - end) > 1:
                     print(f"  live: {late:.1f} s late", file=sys.stderr, flush=True)

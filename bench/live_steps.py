@@ -30,7 +30,7 @@ _COMMANDS = {
 
 
 class _Recorder(monitoring.CommandListener):
-    """Notes when the service's commands succeed, and how long each has taken."""
+    """Records when each command of the service succeeds, and its duration."""
 
     def __init__(self) -> None:
         self.replies: list[tuple[str, float, float]] = []
@@ -69,7 +69,7 @@ def main() -> None:
 def _measure(shop: Shop, service: Service, recorder: _Recorder) -> dict[str, list[float]]:
     orders = shop.find_unshipped(_NUMBER)
     steps: dict[str, list[float]] = {name: [] for name in _COMMANDS.values()}
-    steps |= {"Python, threads": [], "**in all**": []}
+    steps |= {"Python, threads": [], "**total**": []}
     has_ended = threading.Event()
 
     def work() -> None:
@@ -95,7 +95,7 @@ def _measure(shop: Shop, service: Service, recorder: _Recorder) -> dict[str, lis
                 steps[_COMMANDS[name]].append(milliseconds)
                 known += milliseconds
             steps["Python, threads"].append(total - known)
-            steps["**in all**"].append(total)
+            steps["**total**"].append(total)
     finally:
         has_ended.set()
         worker.join()

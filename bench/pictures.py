@@ -112,7 +112,7 @@ def draw_freshness(result: FreshnessResult) -> str:
     chart = _Chart(
         "Points of one customer over a day: expected, with recounts, and with live updates",
         f"A customer's points over a day, measured in {result.seconds} s: "
-        f"{result.interval} s stand for two hours",
+        f"{result.interval} s represent two hours",
         24,
         max_points,
     )

@@ -33,8 +33,8 @@ NAMES = {
     SERVICE: "this service",
     ONE_WORKER: "this service, `COUNT_WORKERS=1`",
     NO_CHANGE_LOG: "first fill, `CHANGES_COLLECTION=none`",
-    CUSTOMER: "`--dry-run --customer` of one user, after it",
-    UNDO: "`--undo last` of it",
+    CUSTOMER: "`--dry-run --customer` of one user, after the first fill",
+    UNDO: "`--undo last` of the first fill",
     "merge": "aggregate, `$merge`",
     "bulk": "aggregate, `bulk_write` of all users",
     "loop": "find, count in Python, `update_one` of each user",
@@ -46,45 +46,50 @@ LATENCY = """## A server with a round trip of {:g} ms
 A relay in front of the server adds the latency. `near` is the same relay without latency."""
 PROFILE = """## Stages of a recount without changes on the server
 
-By the server's `explain`, which makes it somewhat slower: the sums over all partitions, counted one
-after another. The index scan and the first `$group` are the count that every solution needs."""
+The numbers come from the server's `explain`, which makes the recount somewhat slower. They are sums
+over all partitions, which are counted one after another. Every solution needs the index scan and
+the first `$group`."""
 CHANGE_LOG = """## Change log and undo
 
 The first fill writes a change for each user. At the end, the change log holds {:,} changes. After
 each undo, no user has points."""
 INTERFERENCE = """## Interference with the shop
 
-Milliseconds of the shop's requests, one after another with pauses of 5 ms, without a recount and
-during a recount without changes."""
+The table shows the latency of the shop's requests in milliseconds, without a recount and during a
+recount without changes. The requests are sent one after another, with pauses of 5 ms."""
 GROWTH = """## Growth
 
-Ten orders for each user, with the index, one run each except at the size above. Seconds, and peak
-memory of the client.
+Each shop has ten orders for each user, and the index. Each size is measured once, except the size
+of the previous sections. The tables show seconds, and the peak memory of the client.
 
 ![Seconds over orders](growth.svg)"""
 
 
 LIVE = """## Live updates
 
-With `LIVE_UPDATES=yes`. The writer of the orders and the reader of the points run on the same
-machine. Latency is the time from the acknowledgement of a shipped order (`w: majority`) until the
-customer's points are correct: of single orders without other changes (median), of the same with a
-round trip of 20 ms to the server, at 100 orders a second, and at 1,000 a second in batches of 20.
-CPU is that of the service and of the server for 1,000 orders, 100 a second; the server's includes
-the writer and the reader. Sustained is the highest rate (250 to 4,000 orders a second for 5 s,
-limited by the writer) after which all points were correct within 2 s. Burst is the time until all
-points are correct after one order for each of many customers was inserted at once. Idle is the
-service without changes."""
+The service runs with `LIVE_UPDATES=yes`. The writer of the orders and the reader of the points run
+on the same machine.
+
+- Latency: the time from the acknowledgement of a shipped order (`w: majority`) until the customer's
+  points are correct. It is measured for single orders (median), for single orders with a round trip
+  of 20 ms to the server, at 100 orders a second, and at 1,000 orders a second in batches of 20.
+- CPU: the CPU time of the service and of the server for 1,000 orders at 100 orders a second. The
+  server's time includes the writer and the reader.
+- Sustained: the highest rate (250 to 4,000 orders a second for 5 s) after which all points were
+  correct within 2 s.
+- Burst: the time until all points are correct after the insert of one order for each of many
+  customers.
+- Idle: the service while no orders change."""
 
 FRESHNESS = """## Freshness over a day
 
 ![A customer's points over a day](day.svg)
 
-Two equal shops of 1,000 customers, with the same {changes} changes of one customer's orders at
-random times; one change returns an order. {recounts} intervals of {interval} s represent two hours
-each: the day took {seconds} s. The table has the time from each change until it is in the points:
-with recounts alone in hours of that day, with live updates as measured, since their latency does
-not depend on the interval."""
+Two equal shops of 1,000 customers get the same {changes} changes of one customer's orders at random
+times. {recounts} intervals of {interval} s represent two hours each, so the day took {seconds} s.
+The table shows the time from each change until the points include it. Without live updates, the
+time is converted to hours of that day. With live updates, it is the measured time, which does not
+depend on the interval."""
 
 
 def title_section(shop: Shop, rounds: int) -> str:
@@ -101,8 +106,8 @@ def title_section(shop: Shop, rounds: int) -> str:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return (
         "# Benchmark results\n\nGenerated by `python -m bench`. Each row is the median of several "
-        "processes, run in turn. Seconds are\nof the whole process, with start and connection. "
-        "Server and client share the machine.\n\n"
+        "processes, run in turn. The\nseconds include the start of the process. Server and client "
+        "share the machine.\n\n"
         f"- {os.cpu_count()} cores ({model}), {memory:.0f} GB of memory\n"
         f"- MongoDB {shop.version()} (one node, 4 GB cache), Python {platform.python_version()}, "
         f"pymongo {pymongo.version}\n"

@@ -100,7 +100,7 @@ def _fill(connection: Connection, orders: int, users: int) -> None:
 def _measure(connection: Connection, every: dict[str, Settings], rounds: int, server: int) -> None:
     """Measure all shapes in each round, as other programs may slow down some rounds.
 
-    The processor time of the server hardly depends on other programs.
+    The CPU time of the server hardly depends on other programs.
     """
     passes: dict[str, list[tuple[float, float]]] = {name: [] for name in every}
     for name, settings in every.items():

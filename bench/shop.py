@@ -1,4 +1,4 @@
-"""A large shop without dirty data, inserted fast. Its points are known from its generation."""
+"""A large generated shop without unusual values, and the points that are correct for it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DATABASE = "oms_db"
 STATES = {
     "first": "first fill: no user has points yet",
     "quiet": "recount without changes: all points are correct",
-    "ordinary": "ordinary pass: 0.1 % of the customers changed",
+    "ordinary": "ordinary recount: 0.1 % of the customers changed",
 }
 _BATCH = 5_000
 _FIRST_USER_TIME = 1_600_000_000

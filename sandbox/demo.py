@@ -100,8 +100,8 @@ class Demo:
     def run(self) -> int:
         """Show everything and return the exit code."""
         say = self._screen.print
-        say("Loyalty Microservice, the demo", BOLD)
-        say("The real service on a temporary MongoDB; about 30 seconds, Ctrl-C ends it.\n")
+        say("Demo of the Loyalty Microservice", BOLD)
+        say("The service runs on a temporary MongoDB for about 30 seconds. Ctrl-C ends the demo.\n")
         self._screen.show_progress("  Starting MongoDB ...")
         with Deployment() as deployment, deployment.client() as client:
             database = client["oms_db"]
@@ -122,7 +122,7 @@ class Demo:
                 self._stop(service)
         say("The database and its folder are removed.\n")
         if self.failures:
-            say("A CHECK FAILED; the output above says which.", RED)
+            say("A CHECK FAILED: see the output.", RED)
             return 1
         say("With your own database:", BOLD)
         say("  cp .env.example .env                                # put your MONGODB_URI there")
@@ -230,8 +230,9 @@ class Demo:
         up, down = record["increased"], record["decreased"]
         initialized = record["changed"] - up - down  # users without orders and without points
         screen.print(
-            f"\nRecount {number}: {record['changed']:,} of {len(after):,} customers changed: "
-            f"{up:,} up, {down:,} down" + (f", {initialized:,} set to 0" if initialized else ""),
+            f"\nRecount {number}: {record['changed']:,} of {len(after):,} users changed: "
+            f"{up:,} increased, {down:,} decreased"
+            + (f", {initialized:,} initialized to 0" if initialized else ""),
             BOLD,
         )
         screen.print(f"  {'top customers':<16} {'before':>7}    {'after':>6}", DIM)
@@ -244,7 +245,7 @@ class Demo:
             row = f"  {name:<16} {str(old)[:7]:>7} -> {new:>6,}"
             screen.print(row + (screen.style(f"{difference:+7,}", style) if difference else ""))
         screen.print(
-            f"  without points: {record['orders_without_customer']:,} orders without customer, "
+            f"  orders that earn nothing: {record['orders_without_customer']:,} without customer, "
             f"{record['orders_of_unknown_customers']:,} of unknown customers",
             DIM,
         )
@@ -252,12 +253,10 @@ class Demo:
     def _compare(self, database: Database[Document], users: int) -> None:
         mismatches = find_mismatches(database)
         if not mismatches:
-            self._screen.print(f"  An independent count agrees on all {users:,} customers.", GREEN)
+            self._screen.print(f"  An independent count agrees for all {users:,} users.", GREEN)
             return
         self.failures += 1
-        self._screen.print(
-            f"  AN INDEPENDENT COUNT DIFFERS for {len(mismatches):,} customers:", RED
-        )
+        self._screen.print(f"  AN INDEPENDENT COUNT DIFFERS for {len(mismatches):,} users:", RED)
         for mismatch in mismatches[:5]:
             self._screen.print(
                 f"    {mismatch.user!r}: stored {mismatch.stored!r}, counted {mismatch.counted:,}"

@@ -108,7 +108,7 @@ class Soak:
         self._compare("--once")
         log = self._log.read_text(errors="replace")
         if "Traceback" in log:
-            self.problems.append("a traceback, see the log")
+            self.problems.append("the log contains a traceback")
 
     def _perform(self, action: Callable[[], None]) -> None:
         """Run the action, and measure the seconds until the next recount succeeds."""
