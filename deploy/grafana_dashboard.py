@@ -15,7 +15,7 @@ from grafana_foundation_sdk.models.dashboard import DataSourceRef, VariableRefre
 FILE = Path(__file__).with_name("grafana-dashboard.json")
 SOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
 SHOP = '{database=~"$database"}'
-TARGET = "{{database}}.{{users}}"  # the labels of a legend
+TARGET = "{{database}}.{{users}}.{{field}}"  # the labels of a legend
 SECONDS = "s"
 NUMBER = "short"
 PANELS_PER_ROW = 2
@@ -42,7 +42,8 @@ PANELS: list[tuple[str, str, dict[str, str]]] = [
     (
         "Recounts in the last day, by outcome",
         NUMBER,
-        {f"{TARGET} {{{{outcome}}}}": f"increase(loyalty_recounts_total{SHOP}[1d])"},
+        # increase() extrapolates to numbers that are not whole.
+        {f"{TARGET} {{{{outcome}}}}": f"round(increase(loyalty_recounts_total{SHOP}[1d]))"},
     ),
     ("Duration of the last recount", SECONDS, {TARGET: f"loyalty_recount_duration_seconds{SHOP}"}),
     (
@@ -62,7 +63,7 @@ PANELS: list[tuple[str, str, dict[str, str]]] = [
             f"{TARGET} no customer": f"loyalty_orders_without_customer{SHOP}",
         },
     ),
-    ("Live updates are active", NUMBER, {TARGET: f"loyalty_live{SHOP}"}),
+    ("Live updates are running", NUMBER, {TARGET: f"loyalty_live{SHOP}"}),
     ("Pending changes", NUMBER, {TARGET: f"loyalty_live_waiting{SHOP}"}),
     ("Age of the oldest pending change", SECONDS, {TARGET: f"loyalty_live_lag_seconds{SHOP}"}),
 ]
