@@ -96,7 +96,7 @@ def _run(args: argparse.Namespace, results: Report) -> list[Results]:
                 states[state] |= bench.rounds(1, ["loop"], state)
             results.set_section(state, report.state_table(title, states[state]))
         changes = undo.measure(bench, shop, rounds)
-        results.set_section("change log", report.change_log_table(*changes))
+        results.set_section("change log", report.change_log_table(args.orders, *changes))
         results.set_section("profile", report.profile_table(shop.profile_recount()))
         title = "recount without changes, without the index, once"
         results.set_section("no index", report.state_table(title, no_index))

@@ -161,10 +161,11 @@ def profile_table(stages: Iterable[StageProfile]) -> str:
     return PROFILE + "\n\n" + _table(["stage", "seconds", "documents out", "spills to disk"], rows)
 
 
-def change_log_table(results: Results, logged_changes: int) -> str:
+def change_log_table(orders: int, results: Results, logged_changes: int) -> str:
     fill = median_run(results[SERVICE])
     rows = [
         [
+            f"{orders:,}",
             "first fill" if name == SERVICE else NAMES[name],
             f"{median_run(runs):.2f}",
             f"{median_run(runs) / fill:.2f}",
@@ -174,7 +175,8 @@ def change_log_table(results: Results, logged_changes: int) -> str:
         ]
         for name, runs in results.items()
     ]
-    columns = ["", "seconds", "ratio to first fill", "users written", "client, MB", "server CPU, s"]
+    columns = ["orders", "", "seconds", "ratio to first fill", "users written"]
+    columns += ["client, MB", "server CPU, s"]
     return CHANGE_LOG.format(logged_changes) + "\n\n" + _table(columns, rows)
 
 
