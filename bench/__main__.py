@@ -11,9 +11,9 @@ from pathlib import Path
 from bench import freshness, live, pictures, report, undo
 from bench.interference import measure_interference
 from bench.measure import ONE_WORKER, SERVICE, Bench, MeasurementError, Results, max_mismatches
-from bench.relay import relay
 from bench.shop import STATES, MismatchCount, Shop
 from sandbox.mongod import Deployment, NoMongod
+from sandbox.relay import relay
 
 BASELINES = ["count_only", SERVICE, "merge", "bulk"]
 GROWTH_BASELINES = ["count_only", SERVICE, "merge"]

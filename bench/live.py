@@ -20,9 +20,9 @@ from typing import Any
 
 from pymongo import UpdateOne
 
-from bench.relay import relay
 from bench.shop import DATABASE, Shop
 from sandbox.mongod import Deployment, wait_until
+from sandbox.relay import relay
 from sandbox.service import PROGRAM, Process
 
 _RATES = (250, 500, 1_000, 2_000, 4_000)  # changed orders a second

@@ -6,7 +6,6 @@ import logging
 import socket
 import ssl
 import struct
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from certificates import make_certificate
 from conftest import settings_for
 from pymongo import MongoClient, UpdateOne
 from pymongo.database import Database
@@ -284,14 +284,7 @@ def test_a_tls_handshake_that_does_not_complete_is_transient(serve: Serve) -> No
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """Return the files of a certificate for another.example and of its key."""
-    folder = tmp_path_factory.mktemp("tls")
-    files = str(folder / "cert.pem"), str(folder / "key.pem")
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
-    command += ["-subj", "/CN=another.example", "-addext", "subjectAltName=DNS:another.example"]
-    subprocess.run(
-        [*command, "-out", files[0], "-keyout", files[1]], check=True, capture_output=True
-    )
-    return files
+    return make_certificate(tmp_path_factory.mktemp("tls"), "DNS:another.example")
 
 
 @pytest.mark.parametrize(

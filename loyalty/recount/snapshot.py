@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+import pymongo
 from bson import ObjectId, Timestamp
 
 from loyalty.mongo.connection import Connection
 from loyalty.mongo.driver_errors import map_driver_errors
 
+PIN_TIMEOUT_SECONDS = 30.0
+"""This is the first read after hours without one. A connection that has silently died meanwhile
+must not hold up a recount for the socket timeout, which is longer than COUNT_TIMEOUT."""
+
 
 def pin_cluster_time(
-    connection: Connection, not_before: Timestamp | None = None
+    connection: Connection,
+    not_before: Timestamp | None = None,
+    *,
+    timeout_seconds: float = PIN_TIMEOUT_SECONDS,
 ) -> Timestamp | None:
     """Return the newest cluster time that everything can be read at; None without snapshots.
 
@@ -20,9 +28,11 @@ def pin_cluster_time(
     """
     if not connection.supports_snapshots:
         return None
-    time = _read_cluster_time(connection, {"level": "snapshot"})
-    if not_before is not None and time is not None and time < not_before:
-        time = _read_cluster_time(connection, {"level": "snapshot", "atClusterTime": not_before})
+    with pymongo.timeout(timeout_seconds):
+        time = _read_cluster_time(connection, {"level": "snapshot"})
+        if not_before is not None and time is not None and time < not_before:
+            later = {"level": "snapshot", "atClusterTime": not_before}
+            time = _read_cluster_time(connection, later)
     return time
 
 
