@@ -88,7 +88,8 @@ class FaultCycle:
         return end
 
 
-def _never_end() -> None: ...
+def _never_end() -> Fault | None:
+    return None
 
 
 @contextmanager
@@ -100,10 +101,8 @@ def relay(port: int, round_trip: float = 0, faults: FaultCycle | None = None) ->
     started: Future[tuple[int, Callable[[], object]]] = Future()
 
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        fault, end = None, _never_end
-        if faults is not None:
-            fault = faults.next_fault()
-            end = faults.plan_end(fault)
+        fault = faults.next_fault() if faults else None
+        end = faults.plan_end(fault) if faults else _never_end
         with suppress(asyncio.CancelledError), closing(writer):  # cancelled at the end of the block
             if fault in (Fault.CLOSE, Fault.RESET, Fault.STALL):
                 end()

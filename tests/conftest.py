@@ -8,6 +8,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from certificates import make_certificate
 from hypothesis import HealthCheck, is_hypothesis_test, settings
 from pymongo import MongoClient
 from pymongo.database import Database
@@ -83,6 +84,29 @@ def deployment() -> Iterator[Deployment]:
 def authenticated_deployment() -> Iterator[Deployment]:
     """A replica set of one server that requires a login."""
     with Deployment(auth=True, parent=MEMORY) as deployment:
+        yield deployment
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Return the files of the certificate of `tls_deployment` and of its key."""
+    return make_certificate(tmp_path_factory.mktemp("tls"), "IP:127.0.0.1")
+
+
+@pytest.fixture(scope="session")
+def ca_file(certificate: tuple[str, str]) -> str:
+    """Return the file for `tlsCAFile` in a URI of `tls_deployment`."""
+    return certificate[0]
+
+
+@pytest.fixture(scope="session")
+def tls_deployment(certificate: tuple[str, str]) -> Iterator[Deployment]:
+    """A replica set of one server that requires a login, and accepts TLS. For the group `tls`."""
+    both = Path(certificate[0]).with_name("both.pem")
+    both.write_text("".join(Path(file).read_text(encoding="ascii") for file in certificate))
+    options = ["--tlsMode", "allowTLS", "--tlsCertificateKeyFile", str(both)]
+    options += ["--tlsCAFile", certificate[0], "--tlsAllowConnectionsWithoutCertificates"]
+    with Deployment(auth=True, options=options, parent=MEMORY) as deployment:
         yield deployment
 
 

@@ -595,6 +595,7 @@ def test_a_database_of_the_server_is_a_problem_unless_another_is_set() -> None:
         ("mongodb://h/?connectTimeoutMS=soon", "'connectTimeoutMS'"),
         ("mongodb://h/?tlsCAFile=/nonexistent.pem", "'tlsCAFile'"),
         ("mongodb://h/?tls", "'tls'"),
+        ("mongodb://h/?datetime_conversion=ms", "'datetime_conversion'"),
         ("mongodb://h/?compressors=snappy", "'compressors'"),
         ("mongodb://a,b/?w=1&directConnection=true", "w, directConnection"),
         ("mongodb://h/?tls=true&ssl=false", "tls, ssl"),

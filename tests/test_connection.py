@@ -11,24 +11,19 @@ from typing import Any
 import pytest
 import time_machine
 from conftest import Command, settings_for
-from pymongo import ReadPreference
 from pymongo.database import Database
 
 from loyalty.concurrency import ignore_progress
 from loyalty.errors import ClientUnusable, DatabaseUnavailable, NoPermission
-from loyalty.history import History
-from loyalty.mongo import connection as mongo
 from loyalty.mongo.connection import connect
 from loyalty.mongo.privileges import collection_type, missing_privileges
-from loyalty.recount.preflight import connect_and_verify
-from loyalty.recount.runner import RecountRequest, run_recount
 from loyalty.service import Service
 from sandbox.faults import fail_command
 from sandbox.mongod import Deployment, wait_until
 
 PASSWORD = "a-password"
 
-OPTIONS = [
+READ_OPTIONS = [
     "readConcernLevel=local",
     "readConcernLevel=available",
     "readConcernLevel=majority",
@@ -38,28 +33,9 @@ OPTIONS = [
     "readPreference=secondary",
     "readPreference=secondaryPreferred&maxStalenessSeconds=90",
     "readPreference=nearest&readPreferenceTags=region:north",
-    "w=0",
-    "w=1&journal=false",
-    "w=2",
-    "w=majority&wTimeoutMS=1",
-    "retryWrites=false",
-    "retryReads=false",
-    "maxPoolSize=1",
     "maxPoolSize=1&waitQueueTimeoutMS=1",
-    "minPoolSize=3&maxPoolSize=3&maxConnecting=1",
     "maxIdleTimeMS=1",
     "timeoutMS=1",
-    "socketTimeoutMS=1",
-    "uuidRepresentation=standard",
-    "unicode_decode_error_handler=strict",
-    "compressors=zlib",
-    "heartbeatFrequencyMS=600000",
-    "serverMonitoringMode=poll",
-    "appName=shop",
-    "directConnection=true",
-    "serverSelectionTimeoutMS=1",
-    "connectTimeoutMS=1000",
-    "localThresholdMS=0",
 ]
 
 
@@ -74,32 +50,7 @@ def shop(database: Database[Any]) -> Database[Any]:
     return database
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-def test_no_option_of_the_uri_weakens_a_recount(
-    shop: Database[Any], uri: str, options: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO, "loyalty")
-    settings = settings_for(with_options(uri, options), BATCH_SIZE="5")
-    with connect_and_verify(settings, writing=True) as connection:
-        for collection in (connection.orders, connection.users, connection.recounts):
-            assert collection is not None
-            assert collection.read_preference == ReadPreference.PRIMARY
-            assert collection.read_concern.level is None
-            assert collection.write_concern.document == {"w": "majority", "wtimeout": 60_000}
-        with connection.orders.watch(max_await_time_ms=1) as stream:
-            assert stream.try_next() is None
-        result = run_recount(
-            connection, settings, History(connection.recounts, settings), RecountRequest(force=True)
-        )
-    assert result.count.exact
-    assert shop.users.count_documents({"loyalty_points": 1}) == 50
-    assert shop.loyalty_recounts.count_documents({"outcome": "succeeded"}) == 1
-    name = options.partition("=")[0]
-    overridden = name in mongo.OVERRIDDEN_OPTIONS
-    assert (f"uri_options_overridden options={name}" in "".join(caplog.messages)) is overridden
-
-
-@pytest.mark.parametrize("options", [o for o in OPTIONS if o.startswith(("read", "time", "max"))])
+@pytest.mark.parametrize("options", READ_OPTIONS)
 def test_no_uri_option_hides_the_writes_of_a_killed_service(
     shop: Database[Any], uri: str, options: str
 ) -> None:

@@ -11,17 +11,19 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 from uuid import uuid4
 
 import pytest
-from certificates import make_certificate
-from conftest import MEMORY, Command
+from conftest import Command, settings_for
 from live_harness import make_index
 from pymongo.database import Database
+from pymongo.errors import NetworkTimeout
 
+from loyalty.errors import DatabaseUnavailable
+from loyalty.mongo.connection import connect
+from loyalty.recount.snapshot import pin_cluster_time
 from sandbox.mongod import Deployment, wait_until
 from sandbox.relay import Fault, FaultCycle, relay
 from sandbox.service import Process
@@ -33,6 +35,8 @@ CHANGE_PAUSE_SECONDS = 0.2
 # answer that stalls ends a recount after COUNT_TIMEOUT and 30 s, if the driver does not notice.
 SETTINGS = {"LIVE_UPDATES": "yes", "RECOUNT_INTERVAL": "3s", "COUNT_TIMEOUT": "5s"}
 RECOVERY_SECONDS = 180.0
+
+pytestmark = pytest.mark.xdist_group("tls")  # one server with TLS
 
 
 @dataclass
@@ -58,26 +62,8 @@ class Endpoint:
         return self.database.loyalty_recounts.count_documents({"outcome": "succeeded"})
 
 
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    return make_certificate(tmp_path_factory.mktemp("tls"), "IP:127.0.0.1")
-
-
-@pytest.fixture(scope="module")
-def tls_deployment(
-    certificate: tuple[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Deployment]:
-    """A server that requires a login, and that accepts connections with and without TLS."""
-    both = tmp_path_factory.mktemp("server") / "both.pem"
-    both.write_text("".join(Path(file).read_text(encoding="ascii") for file in certificate))
-    options = ["--tlsMode", "allowTLS", "--tlsCertificateKeyFile", str(both)]
-    options += ["--tlsCAFile", certificate[0], "--tlsAllowConnectionsWithoutCertificates"]
-    with Deployment(auth=True, options=options, parent=MEMORY) as deployment:
-        yield deployment
-
-
 @pytest.fixture
-def endpoint(tls_deployment: Deployment, certificate: tuple[str, str]) -> Iterator[Endpoint]:
+def endpoint(tls_deployment: Deployment, ca_file: str) -> Iterator[Endpoint]:
     faults = FaultCycle(WORKING_SECONDS)
     with (
         tls_deployment.client() as client,
@@ -88,7 +74,7 @@ def endpoint(tls_deployment: Deployment, certificate: tuple[str, str]) -> Iterat
         shop.fill(users=500, orders=2000, dirty=0)
         make_index(database)
         login = urlsplit(tls_deployment.uri).netloc.partition("@")[0]
-        options = f"tls=true&tlsCAFile={certificate[0]}&directConnection=true&authSource=admin"
+        options = f"tls=true&tlsCAFile={ca_file}&directConnection=true&authSource=admin"
         # Far below the defaults: a stalled connection ends after 1 s, and the driver looks for the
         # server twice a second, so that it meets all faults in a short time.
         options += "&connectTimeoutMS=1000&heartbeatFrequencyMS=500"
@@ -155,3 +141,16 @@ def test_the_daemon_survives_a_flaky_endpoint_and_is_exact_afterwards(
     assert process.exit_code is None
     assert process.stop() == 0
     assert_log_is_clean(process, endpoint.uri)
+
+
+def test_the_first_read_of_a_recount_does_not_wait_for_the_socket_timeout(
+    endpoint: Endpoint,
+) -> None:
+    endpoint.faults.is_active = False
+    with connect(settings_for(endpoint.uri)) as connection:
+        assert pin_cluster_time(connection) is not None
+        endpoint.faults.is_active = True  # open connections stall
+        with pytest.raises(DatabaseUnavailable) as raised:
+            pin_cluster_time(connection, timeout_seconds=0.5)
+    assert isinstance(raised.value.__cause__, NetworkTimeout)
+    assert endpoint.faults.counts[Fault.STALL_REPLY] > 0

@@ -97,6 +97,8 @@ def _map(error: PyMongoError | OSError, action: str, if_too_slow: str) -> Servic
         return DatabaseUnavailable(f"{failed}: {str(error)[:_MAX_REASON_LENGTH]}")
     if isinstance(error, driver.InvalidOperation) and "after close" in reason:
         return ClientUnusable(f"{failed}: {reason}")
+    if "load balancing mode" in reason:
+        reason += ": remove loadBalanced=true from the URI"
     # An OSError: a certificate file that is missing or no certificate.
     permanent = isinstance(error, driver.ConfigurationError | OSError) and not _is_dns_error(error)
     return (ConfigurationError if permanent else DatabaseUnavailable)(f"{failed}: {reason}")

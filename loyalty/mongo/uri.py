@@ -99,7 +99,7 @@ def _is_accepted(parse: Callable[[str], object], text: str) -> bool:
             # A compressor that is not installed, or an option that is given twice.
             warnings.simplefilter("error", UserWarning)
             parse(text)
-    except (PyMongoError, ValueError, TypeError, OSError, UserWarning):
+    except (PyMongoError, ValueError, TypeError, KeyError, OSError, UserWarning):
         return False
     return True
 
