@@ -140,7 +140,8 @@ def test_orders_with_arrays_are_counted_by_a_single_query(
     _, out, _ = check()
     assert "; 1 order has an array in status or customer_id" in cell(name, out)
     shop.orders.insert_many([{"status": "Paid", "customer_id": [n]} for n in range(2)])
-    assert command("--create-index") == 78  # it is created, and does not serve
+    shop.orders.create_index([("status", 1), ("customer_id", 1)])
+    assert command("--create-index") == 78  # this index is multikey
     _, out, _ = check()
     assert "; 3 orders have an array in status or customer_id" in cell(name, out)
     shop.orders.delete_many({"$or": [{"customer_id": {"$type": 4}}, {"status": {"$type": 4}}]})

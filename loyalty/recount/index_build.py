@@ -45,7 +45,7 @@ def create_index(orders: Collection[Any], settings: Settings) -> str:
         return Index(name, "" if plan.supports_partitions else plan.hint)
 
     try:
-        return _ensure_index(orders, index_keys(settings), inspect)
+        return _ensure_index(orders, index_keys(settings), settings.customer_field, inspect)
     except ServiceError as error:
         if _code(error) == _CODES["CannotIndexParallelArrays"]:
             raise ConfigurationError(_parallel_arrays_hint(orders, settings)) from error
@@ -58,10 +58,12 @@ def create_user_index(users: Collection[Any], settings: Settings) -> str:
     Raises ServiceError.
     """
     key = settings.user_key_field
-    return _ensure_index(users, [(key, 1)], lambda: inspect_user_index(users, key))
+    return _ensure_index(users, [(key, 1)], key, lambda: inspect_user_index(users, key))
 
 
-def _ensure_index(collection: Collection[Any], keys: _Keys, inspect: Callable[[], Index]) -> str:
+def _ensure_index(
+    collection: Collection[Any], keys: _Keys, key_field: str, inspect: Callable[[], Index]
+) -> str:
     kind = collection_type(collection.database, collection.name)
     if kind is None:
         raise ConfigurationError(f"cannot create an index: no collection {collection.full_name}")
@@ -69,6 +71,7 @@ def _ensure_index(collection: Collection[Any], keys: _Keys, inspect: Callable[[]
         raise ConfigurationError(view_hint(collection))
     index = inspect()
     if not index.name:
+        _check_arrays(collection, key_field)
         name = _build_index(collection, keys)
         index = inspect()
         if not index.name:  # create_index succeeds for an existing hidden index
@@ -79,6 +82,22 @@ def _ensure_index(collection: Collection[Any], keys: _Keys, inspect: Callable[[]
     if index.hint:
         raise ConfigurationError(index.hint)
     return index.name
+
+
+def _check_arrays(collection: Collection[Any], field: str) -> None:
+    """Raise ConfigurationError if a document holds an array in a field that must have none.
+
+    Partitions could not use the index. It would stay multikey after a correction of the documents.
+    """
+    with map_driver_errors("find", collection):
+        found = collection.find({"$or": array_conditions(field)}, {"_id": 1}).limit(5)
+        ids = ", ".join(format_value(document["_id"]) for document in found)
+    if ids:
+        raise ConfigurationError(
+            f"no index is created on {collection.full_name}, because recounts could not use it: "
+            f"documents hold an array in {field}, such as those with _id {ids}. Correct them, then "
+            "run --create-index again"
+        )
 
 
 def _build_index(collection: Collection[Any], keys: _Keys) -> str:
