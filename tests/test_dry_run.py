@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -35,14 +36,37 @@ def test_a_dry_run_shows_the_largest_changes_and_writes_nothing(
     assert "Largest" not in capsys.readouterr().out
 
 
-def test_a_dry_run_says_that_the_safety_check_would_refuse(
+def test_a_dry_run_says_that_the_safety_checks_would_refuse(
     shop: Database[Any], command: Command, capsys: Capture
 ) -> None:
     shop.users.insert_many([{"_id": n, "loyalty_points": 1} for n in range(20)])
     assert command("--dry-run") == 1
     out = capsys.readouterr().out
-    assert "\nThe safety check would refuse this recount: 21 of the 21 users with points" in out
+    assert "\nThe safety checks would refuse this recount: 21 of the 21 users with points" in out
     assert "\n  users with points        21 before\n" in out
+
+
+def test_a_dry_run_counts_users_whose_nested_points_field_cannot_be_created(
+    shop: Database[Any], command: Command, capsys: Capture
+) -> None:
+    shop.users.delete_many({})
+    values: list[Any] = ["text", 5, None, [], [{"b": {}}], {"b": "text"}, {"b": [1]}, {}, {"b": {}}]
+    shop.users.insert_many([{"_id": n, "a": value} for n, value in enumerate(values)])
+    shop.users.insert_one({"_id": "none"})
+    nested = {"USER_POINTS_FIELD": "a.b.points"}
+    assert command("--dry-run", "--json", **nested) == 1
+    (warning,) = (w for w in json.loads(capsys.readouterr().out)["warnings"] if "a.b" in w)
+    assert warning.startswith("7 users cannot be updated: in a.b.points, ")
+    assert command("--dry-run", **nested) == 1
+    assert f"\nWarning: {warning}\n" in capsys.readouterr().out
+    assert command("--once", "--json", **nested) == 1
+    assert json.loads(capsys.readouterr().out)["failed_updates"] == 7
+    assert command("--once", **nested) == 1
+    out = capsys.readouterr().out
+    assert "\n  changed users " in out
+    assert "  0 of 7 (0 increased, 0 decreased, " in out
+    assert command("--dry-run") == 1
+    assert "cannot be updated" not in capsys.readouterr().out
 
 
 def test_control_characters_of_stored_values_are_escaped(

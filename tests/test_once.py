@@ -97,7 +97,7 @@ def test_changed_is_the_number_of_users_that_are_written(
     assert " changed=1 " in said.err
     assert command("--once") == 1
     out = capsys.readouterr().out
-    assert "  changed users            0 (3 in" in out
+    assert "  changed users            0 of 4 (3 in" in out
     assert "  failed updates           4\n" in out
 
 

@@ -56,7 +56,7 @@ def test_a_recount_that_takes_points_from_all_users_is_refused(
     assert "30 of the 30 users" in record["error"]
     assert database.loyalty_changes.count_documents({}) == 0
     assert command("--dry-run") == 1
-    assert "The safety check would refuse this recount: 30 of the 30" in capsys.readouterr().out
+    assert "The safety checks would refuse this recount: 30 of the 30" in capsys.readouterr().out
     assert command("--once", "--force") == 0
     assert find_mismatches(database) == []
     assert {u["loyalty_points"] for u in database.users.find()} == {0}

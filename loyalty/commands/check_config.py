@@ -9,7 +9,12 @@ import argparse
 from collections.abc import Sequence
 
 from config import Settings
-from loyalty.commands.dry_run import dry_run_json, print_unknown_customers, print_warnings
+from loyalty.commands.dry_run import (
+    dry_run_json,
+    make_dry_run,
+    print_unknown_customers,
+    print_warnings,
+)
 from loyalty.commands.once import print_totals
 from loyalty.commands.output import (
     flush_results,
@@ -32,7 +37,6 @@ from loyalty.recount.index_build import array_conditions
 from loyalty.recount.order_filter import is_counted
 from loyalty.recount.preflight import connect_and_verify
 from loyalty.recount.result import Result
-from loyalty.recount.runner import RecountRequest, run_recount
 from loyalty.recount.safety import (
     MAX_STATUSES_SHOWN,
     StatusCounts,
@@ -111,8 +115,7 @@ def _count_all(
     missing = check_collections(*find_missing_collections(connection))
     problems = [missing] if missing else []
     if not problems:
-        request = RecountRequest(write=False)
-        result = run_recount(connection, settings, History(connection.recounts, settings), request)
+        result = make_dry_run(connection, settings)
     # Among more than MAX_STATUSES, a rare status may be missing; the count misses none.
     counted = result.totals.counted_orders if result else 0
     if result is not None and result.refusal:

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from config import Settings
 from loyalty.commands import customer
 from loyalty.commands.once import print_totals, result_json
-from loyalty.commands.output import print_json, print_line, print_table
+from loyalty.commands.output import pluralize, print_json, print_line, print_table
 from loyalty.errors import Exit
 from loyalty.history import History
+from loyalty.mongo.connection import Connection
+from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.values import Document
 from loyalty.recount.preflight import connect_and_verify
 from loyalty.recount.result import Result
@@ -21,13 +23,41 @@ def run(args: argparse.Namespace, settings: Settings) -> Exit:
     if args.customer:
         return customer.run(args, settings, write=False)
     with connect_and_verify(settings, writing=False) as connection:
-        history = History(connection.recounts, settings)  # only read
-        result = run_recount(connection, settings, history, RecountRequest(write=False))
+        result = make_dry_run(connection, settings)
     if args.json:
         print_json(dry_run_json(result))
     else:
         _print_result(result)
     return Exit.FINDINGS if result.totals.changed or result.refusal else Exit.OK
+
+
+def make_dry_run(connection: Connection, settings: Settings) -> Result:
+    """Count and check everything, and write nothing. Raises ServiceError."""
+    history = History(connection.recounts, settings)  # only read
+    result = run_recount(connection, settings, history, RecountRequest(write=False))
+    if failing := _count_failing_updates(connection, settings):
+        users = pluralize(failing, "user")
+        result.warnings.append(
+            f"{users} cannot be updated: in {settings.points_field}, a field that must be a "
+            "document has another type"
+        )
+    return result
+
+
+def _count_failing_updates(connection: Connection, settings: Settings) -> int:
+    """Return how many users have another value where a nested points field needs a document.
+
+    Other updates that will fail are not known before: those that a validator does not accept.
+    """
+    parts = settings.points_field.split(".")
+    parents = [".".join(parts[:n]) for n in range(1, len(parts))]
+    if not parents:
+        return 0
+    types = [{"$in": [{"$type": f"${path}"}, ["object", "missing"]]} for path in parents]
+    with map_driver_errors("find", connection.users):
+        return connection.users.count_documents(
+            {"$expr": {"$not": {"$and": types}}}, maxTimeMS=settings.count_ms
+        )
 
 
 def _print_result(result: Result) -> None:
@@ -39,7 +69,7 @@ def _print_result(result: Result) -> None:
         print_table(("user", "from", "to"), *((c.user, c.before, f"{c.after:,}") for c in largest))
     print_warnings(result.warnings)
     if result.refusal:
-        print_line(f"The safety check would refuse this recount: {result.refusal}")
+        print_line(f"The safety checks would refuse this recount: {result.refusal}")
 
 
 def print_unknown_customers(result: Result) -> None:

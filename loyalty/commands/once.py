@@ -68,7 +68,8 @@ def _describe_changes(totals: Totals, changed: int) -> str:
     kinds["changed only in type"] = totals.changed - sum(kinds.values())
     always = ("increased", "decreased")
     parts = [f"{n:,} {kind}" for kind, n in kinds.items() if n or kind in always]
-    return f"{changed:,} ({', '.join(parts)})"
+    share = "" if changed == totals.changed else f" of {totals.changed:,}"
+    return f"{changed:,}{share} ({', '.join(parts)})"
 
 
 def _describe_snapshot(result: Result) -> str:
