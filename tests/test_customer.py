@@ -75,7 +75,7 @@ def test_an_id_of_any_type_is_found(
     assert command("--once", f"--customer={argument}", "--json") == 0
     (found,) = json.loads(capsys.readouterr().out)["customers"]
     assert found["customer"] == argument
-    assert [(row["orders"], row["points"], row["why"]) for row in found["orders"]] == [(2, 2, "")]
+    assert [(row["orders"], row["points"], row["why"]) for row in found["orders"]] == [(2, 2, None)]
     assert [change["to"] for change in found["users"]] == [2]
     assert find_mismatches(database) == []
 

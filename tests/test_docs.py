@@ -375,6 +375,18 @@ def test_the_steps_of_the_first_installation_keep_and_restore_the_points(
 
 
 @pytest.mark.xdist_group("oms_db")
+def test_the_page_on_undo_lists_the_ids_of_recounts_that_changed_points(
+    shop: Database[Any], deployment: Deployment, service: Start
+) -> None:
+    for _ in range(2):  # the second one changes nothing
+        assert service("--once", MONGODB_URI=deployment.uri).wait() == 0
+    (command,) = _mongosh_snippets("docs/undo.md")
+    assert [recount["_id"] for recount in _run_mongosh(shop, command)] == [
+        shop.loyalty_changes.distinct("recount")[0]
+    ]
+
+
+@pytest.mark.xdist_group("oms_db")
 def test_the_documented_repairs_make_unknown_customers_known(
     shop: Database[Any], deployment: Deployment, service: Start
 ) -> None:

@@ -58,7 +58,7 @@ def test_a_document_of_another_program_never_expires(
     [
         ("users", "must be different collections"),
         ("orders", "must be different collections"),
-        ("seen", "must name a collection of its own"),
+        ("seen", "must name a collection that only this service uses"),
     ],
 )
 def test_records_and_changes_must_have_collections_of_their_own(

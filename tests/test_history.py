@@ -43,10 +43,10 @@ def test_a_record_has_the_result_and_the_settings(database: Database[Any], uri: 
         history = History(connection.recounts, settings)
         result = run_recount(connection, settings, history)
         later = result.started_at + timedelta(hours=1)
-        assert history.age(later) == later - result.as_of.replace(microsecond=0)
-        assert history.age(result.as_of - timedelta(days=3)) == timedelta(0)
-        stored = dict(history.newest(1)[0])
-        assert history.last_success() == stored
+        assert history.compute_age(later) == later - result.as_of.replace(microsecond=0)
+        assert history.compute_age(result.as_of - timedelta(days=3)) == timedelta(0)
+        stored = dict(history.find_newest(1)[0])
+        assert history.find_last_success() == stored
 
     totals = result.totals
     assert stored.pop("_id")
@@ -103,7 +103,7 @@ def test_a_refused_recount_records_that_no_user_was_changed(
     history = History(database.loyalty_recounts, settings)
     with pytest.raises(RecountRefused):
         recount_with(settings, history)
-    (stored,) = history.newest(10)
+    (stored,) = history.find_newest(10)
     assert (stored["outcome"], stored["changed"]) == ("refused", 0)
 
 
@@ -116,16 +116,32 @@ def test_an_incomplete_recount_records_only_the_users_that_were_written(
     settings = settings_for(uri)
     history = History(database.loyalty_recounts, settings)
     recount_with(settings, history)
-    (stored,) = history.newest(10)
+    (stored,) = history.find_newest(10)
     assert (stored["changed"], stored["failed_updates"]) == (999, 1)
 
 
-def test_a_failed_recount_is_not_the_last_success(database: Database[Any], uri: str) -> None:
+def test_the_recount_after_a_refused_first_one_is_still_the_first(
+    database: Database[Any], uri: str
+) -> None:
+    database.users.insert_many({"_id": n, "loyalty_points": 3} for n in range(20))
     settings = settings_for(uri)
     history = History(database.loyalty_recounts, settings)
-    history.write(record(datetime.now(UTC), outcome="failed"))
-    assert len(history.newest(10)) == 1
-    assert history.last_success() is None
+    with pytest.raises(RecountRefused):
+        recount_with(settings, history)
+    database.users.delete_many({"_id": {"$gte": 5}})
+    (warning,) = recount_with(settings, history).warnings
+    assert warning == "5 of the 5 users with points lose points in the first recount"
+
+
+@pytest.mark.parametrize("outcome", ["failed", "refused"])
+def test_a_failed_or_refused_recount_is_not_the_last_success(
+    database: Database[Any], uri: str, outcome: str
+) -> None:
+    settings = settings_for(uri)
+    history = History(database.loyalty_recounts, settings)
+    history.write(record(datetime.now(UTC), outcome=outcome))
+    assert len(history.find_newest(10)) == 1
+    assert history.find_last_success() is None
 
 
 def test_without_a_collection_nothing_is_recorded(database: Database[Any], uri: str) -> None:
@@ -148,13 +164,13 @@ def test_two_shops_in_one_database_read_only_their_own_records_and_heartbeats(
     )
     one.write(record(now))
     one.write_heartbeat(heartbeat)
-    assert len(one.newest(10)) == 1
-    assert one.age(now) == timedelta(0)
-    assert other.is_empty()
-    assert other.age(now) is None
-    assert other.heartbeat() is None
+    assert len(one.find_newest(10)) == 1
+    assert one.compute_age(now) == timedelta(0)
+    assert other.find_newest(10) == []
+    assert other.compute_age(now) is None
+    assert other.find_heartbeat() is None
     other.write_heartbeat(replace(heartbeat, users_updated=2))
-    found = [history.heartbeat() for history in (one, other)]
+    found = [history.find_heartbeat() for history in (one, other)]
     assert [beat and beat.users_updated for beat in found] == [1, 2]
 
 
@@ -169,7 +185,7 @@ OTHER_SETTINGS = [
 
 
 @pytest.mark.parametrize(("setting", "value", "difference"), OTHER_SETTINGS)
-def test_another_service_with_other_settings_is_one_warning_that_names_it(
+def test_another_service_with_other_settings_causes_one_warning_that_names_it(
     database: Database[Any],
     uri: str,
     caplog: pytest.LogCaptureFixture,
@@ -190,6 +206,38 @@ def test_another_service_with_other_settings_is_one_warning_that_names_it(
     warnings = [m for m in caplog.messages if m.startswith("other_service") and difference in m]
     assert len(warnings) == 1
     assert "on host berlin" in warnings[0]
+
+
+def test_the_first_recount_of_a_process_names_the_other_service_if_it_is_refused(
+    database: Database[Any], uri: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = datetime.now(UTC)
+    History(database.loyalty_recounts, settings_for(uri)).write(record(now))
+    other = settings_for(uri, POINTS_PER_ORDER="10")
+    History(database.loyalty_recounts, other).write(record(now, outcome="refused"))
+    assert "other_service" in caplog.text
+    assert f"on host {socket.gethostname()} last counted the same orders" in caplog.text
+    assert "other: points_per_order=1" in caplog.text
+
+
+def test_each_collection_without_a_ttl_index_causes_one_warning(
+    database: Database[Any], uri: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An index of the same name with other keys is in the way, until it is dropped."""
+    settings = settings_for(uri)
+    history = History(database.loyalty_recounts, settings)
+    for name in ("loyalty_recounts", "loyalty_changes"):
+        database[name].create_index("other", name="loyalty_expires_at")
+    for _ in range(2):
+        history.create_expiry_index(database.loyalty_recounts)
+        history.create_expiry_index(database.loyalty_changes)
+    warnings = [m for m in caplog.messages if m.startswith("expiry_index_failed")]
+    assert len(warnings) == 2
+    database.loyalty_changes.drop_index("loyalty_expires_at")
+    history.create_expiry_index(database.loyalty_changes)
+    assert database.loyalty_changes.index_information()["loyalty_expires_at"]["key"] == [
+        ("expires_at", 1)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -228,4 +276,4 @@ def test_a_collection_with_foreign_documents_is_not_accepted_for_records(
         ConfigurationError, match="loyalty_recounts holds documents of other programs"
     ):
         history.check_collection()
-    assert len(history.newest(10)) == 1
+    assert len(history.find_newest(10)) == 1

@@ -199,6 +199,7 @@ def test_the_log_as_json_has_the_same_events_as_the_text(
         (["--once"], 78, {"BATCH_SIZE": "x"}),
         (["--status"], 78, {"RECOUNTS_COLLECTION": "none"}),
     ):
+        shop.loyalty_recounts.drop()
         assert command(*arguments, **values) == code
         events = text_events()
         shop.loyalty_recounts.drop()

@@ -32,7 +32,7 @@ from loyalty.recount.partitions import Partition, partition_boundaries, partitio
 from loyalty.recount.pipeline import Scope, build_pipeline
 from loyalty.recount.result import Result
 from loyalty.recount.runner import RecountRequest, run_recount
-from loyalty.recount.statuses import count_customer_orders
+from loyalty.recount.statuses import count_customer_orders, count_statuses
 from loyalty.recount.tally import Totals
 from sandbox.mongod import Deployment
 from sandbox.shop import Names, Shop, canonical_key, count_points, find_mismatches
@@ -364,10 +364,11 @@ def test_a_customer_argument_finds_ids_of_each_type(
     assert stored.pop("another") == 77
     del expected["another"]
     assert stored == expected
+    statuses = count_statuses(connection, settings)
     found = [
         row
         for customer in parse_id_argument(text)
-        for row in count_customer_orders(connection, settings, customer)
+        for row in count_customer_orders(connection, settings, customer, statuses)
     ]
     keys = {canonical_key(form) for form in (text, *ids)}
     n = sum(canonical_key(form) in keys for form in forms)

@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from bson import ObjectId
 from conftest import Command, settings_for
 from pymongo.database import Database
 from small_shop import fill
@@ -26,7 +27,7 @@ def shop(database: Database[Any]) -> Database[Any]:
 
 def rows(out: str) -> list[list[str]]:
     """Return the cells of the table of records, which has a header."""
-    table = [line for line in out.splitlines() if line.startswith("  ") and "As of" not in line]
+    table = [line for line in out.splitlines() if line.startswith("  ") and "Written" not in line]
     return [re.split(r"  +", line.strip()) for line in table]
 
 
@@ -53,10 +54,10 @@ def test_a_recount_that_succeeded_is_one_row_and_the_points_are_fresh(
     assert command("--status") == 0
     out = capsys.readouterr().out
     header, row = rows(out)
-    assert header[1:5] == ["outcome", "users written", "failed updates", "counted orders"]
-    assert row[1:5] == ["succeeded", "2", "0", "5"]
+    assert header[1:5] == ["outcome", "written", "failed", "orders"]
     (record,) = shop.loyalty_recounts.find()
-    assert row[6:] == ["yes", socket.gethostname(), str(record["_id"])]
+    recount = str(record["_id"])
+    assert row[1:] == ["succeeded", "2", "0", "5", recount, socket.gethostname()]
     assert re.search(
         r"^The points are \ds old: fresh, not older than 4h \(twice", out, re.MULTILINE
     )
@@ -78,7 +79,7 @@ def test_refused_recounts_have_written_no_user_and_the_last_one_is_explained(
     out = capsys.readouterr().out
     assert [row[1:3] for row in rows(out)[1:]] == [["refused", "0"]] * 2 + [["succeeded", "2"]]
     assert "The last 2 recounts did not succeed\n" in out
-    reason = r"The last recount was refused by the safety check: 20 of the \d+ users with points"
+    reason = r"The last recount was refused by the safety checks: 20 of the \d+ users with points"
     assert re.search(reason, out)
     assert " old: still fresh, not older than 4h" in out
     assert out.rstrip().endswith("from an earlier recount")
@@ -140,13 +141,27 @@ def test_live_updates_are_running_while_their_heartbeat_is_recent(
     History(shop.loyalty_recounts, settings_for(uri)).write_heartbeat(beat)
     assert command("--status") == 0
     out = capsys.readouterr().out
-    assert re.search("Live updates: running since .* UTC, 1 update, 2 pending changes\n", out)
+    assert re.search("Live updates: running since .* UTC, 1 user updated, 2 pending changes\n", out)
     shop.loyalty_recounts.update_one(
         {"outcome": "live"}, {"$set": {"at": now - timedelta(minutes=5)}}
     )
     assert command("--status", LIVE_UPDATES="yes") == 0
     out = capsys.readouterr().out
     assert re.search("Live updates: NOT running, the last heartbeat was (5m|30.s) ago", out)
+
+
+def test_the_table_of_records_fits_in_100_columns(
+    shop: Database[Any], command: Command, capsys: Capture
+) -> None:
+    assert command("--once") == 0
+    large = {"outcome": "incomplete", "changed": 1_000_000, "counted_orders": 10_000_000}
+    large |= {"failed_updates": 9_999, "host": "shop-1"}
+    shop.loyalty_recounts.update_one({}, {"$set": large})
+    capsys.readouterr()
+    assert command("--status") == 0
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert len(table) == 3
+    assert max(map(len, table)) <= 100
 
 
 def test_two_shops_in_one_database_are_told_apart(
@@ -205,12 +220,17 @@ def test_a_recount_without_a_record_is_reported_and_makes_points_stale_after_ten
 ) -> None:
     """It is writing at first; later it was interrupted, and the points are a mixture."""
     assert command("--once") == 0
+    shop.loyalty_changes.drop()
     shop.users.update_many({}, {"$set": {"loyalty_points": 77}})
     assert command("--once", "--force") == 0
     last = shop.loyalty_recounts.find_one_and_delete({}, sort=[("_id", -1)])
     assert last is not None
-    at = datetime.now(UTC) - timedelta(minutes=minutes)
-    shop.loyalty_changes.update_many({"recount": last["_id"]}, {"$set": {"at": at}})
+    (changes,) = shop.loyalty_changes.find({"recount": last["_id"]})
+    shop.loyalty_changes.delete_one({"_id": changes["_id"]})
+    logged_at = datetime.now(UTC) - timedelta(minutes=minutes)
+    at = logged_at - timedelta(hours=1)  # the count took an hour
+    new_id = ObjectId.from_datetime(logged_at)
+    shop.loyalty_changes.insert_one({**changes, "_id": new_id, "at": at})
     capsys.readouterr()
     assert command("--status") == code
     out = capsys.readouterr().out

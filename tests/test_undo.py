@@ -15,7 +15,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from config import Settings
-from loyalty.concurrency import ignore_progress
 from loyalty.errors import RecountNotFound
 from loyalty.history import History
 from loyalty.mongo.connection import Connection, connect
@@ -23,7 +22,7 @@ from loyalty.recount.change_log import find_user_changes
 from loyalty.recount.runner import RecountRequest, run_recount
 from loyalty.recount.undo import (
     MISSING,
-    NotRestored,
+    LoggedUser,
     UndoResult,
     find_interrupted,
     resolve_recount,
@@ -82,12 +81,10 @@ def recount(connection: Connection, told: Settings) -> ObjectId:
 
 def undo(
     connection: Connection, told: Settings, recount_id: Any = "last", *, write: bool = True
-) -> tuple[UndoResult, list[NotRestored]]:
+) -> tuple[UndoResult, list[LoggedUser]]:
     logged = resolve_recount(connection, told, History(connection.recounts, told), str(recount_id))
-    listed: list[NotRestored] = []
-    result = undo_recount(
-        connection, logged, write=write, on_not_restored=listed.append, on_progress=ignore_progress
-    )
+    listed: list[LoggedUser] = []
+    result = undo_recount(connection, logged, write=write, on_not_restored=listed.append)
     return result, listed
 
 
@@ -147,7 +144,7 @@ def test_undo_restores_every_user_bit_for_bit_or_lists_the_user(
 
     assert (planned.restored, len(planned_list)) == (result.restored, len(listed))
     after = read_users(connection)
-    not_restored = {user.user for user in listed}
+    not_restored = {user.change["user"] for user in listed}
     for own in changed:
         if own in interference:
             assert own in not_restored
@@ -305,7 +302,8 @@ def test_a_user_whose_restoring_fails_is_listed_and_all_others_are_restored(
     rule = {"$or": [{"_id": {"$ne": 3}}, {"loyalty_points": {"$lt": 9}}]}
     connection.users.database.command("collMod", "users", validator=rule)
     result, listed = undo(connection, told)
-    assert [(user.user, user.found) for user in listed] == [(3, 0)]
+    assert [(user.change["user"], user.stored) for user in listed] == [(3, 0)]
+    assert result.not_restored == {"update failed": 1}
     assert result.restored == 7
     assert connection.users.count_documents({"loyalty_points": 9}) == 7
 

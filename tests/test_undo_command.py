@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Callable
@@ -23,8 +24,8 @@ Shop = Database[Any]
 Start = Callable[..., Process]
 
 ADVICE = (
-    "The next recount counts again and may repeat the change. Before it: stop the service, correct "
-    "the settings or the orders, and check with --dry-run."
+    "The next recount counts again, and may repeat the change. Before the next recount, stop the "
+    "service, correct the settings or the orders, and check with --dry-run."
 )
 
 
@@ -78,12 +79,12 @@ def test_undo_restores_what_its_dry_run_showed(
     assert (record["undone_recount"], record["changed"]) == (recount, 10)
     # Once more by its id changes nothing; the next recount counts again.
     assert command("--undo", str(recount)) == 0
-    assert "\n0 users restored\n10 users had the old points already\n" in capsys.readouterr().out
+    assert "\n0 users restored\n10 users already had the old points\n" in capsys.readouterr().out
     assert command("--once") == 0
     assert read_users(shop) == written
 
 
-def test_users_whose_points_have_changed_since_are_listed_and_left_alone(
+def test_users_whose_points_have_changed_since_are_listed_and_not_changed(
     shop: Shop, command: Command, capsys: Capture
 ) -> None:
     assert command("--once") == 0
@@ -91,12 +92,19 @@ def test_users_whose_points_have_changed_since_are_listed_and_left_alone(
     shop.users.update_one({"_id": 4}, {"$unset": {"loyalty_points": 1}})
     shop.users.delete_one({"_id": "new"})
     capsys.readouterr()
+    assert command("--undo", "last", "--dry-run") == 1
+    out = capsys.readouterr().out
+    assert "\n  would not be restored: 4  5 -> 1, now no field (points changed since" in out
+    assert "\n1 user would not be restored: deleted\n" in out
+    assert " not restored" not in out
     assert command("--undo", "last") == 1
     out = capsys.readouterr().out
-    assert r"  not restored: 3  5 -> 1, now 'x\n'" in out
-    assert "  not restored: 4  5 -> 1, now no field\n" in out
-    assert "  not restored: 'new'  no field -> 1, now no user\n" in out
-    assert "\n7 users restored\n3 users not restored: " in out
+    assert r"  not restored: 3  5 -> 1, now 'x\n' (points changed since the recount)" in out
+    assert "  not restored: 4  5 -> 1, now no field (points changed since the recount)\n" in out
+    assert "  not restored: 'new'  no field -> 1, now no user (deleted)\n" in out
+    assert "\n7 users restored\n" in out
+    assert "\n2 users not restored: points changed since the recount\n" in out
+    assert "\n1 user not restored: deleted\n" in out
     assert shop.users.find_one({"_id": 3}) == {"_id": 3, "loyalty_points": "x\n"}
     assert shop.users.find_one({"_id": 4}) == {"_id": 4}
     assert shop.users.count_documents({"loyalty_points": 5}) == 7
@@ -119,6 +127,25 @@ def test_changes_lists_what_one_recount_changed(
     assert lines[-1] == "10 changes"
     assert "  'new'  no field -> 1" in lines
     assert "  3  5 -> 1" in lines
+    shop.loyalty_recounts.update_one({"_id": first}, {"$set": {"outcome": "incomplete"}})
+    assert command("--changes", str(first)) == 0
+    assert capsys.readouterr().out.endswith(
+        "\n10 changes\n  incomplete: some of the changes were perhaps not made\n"
+    )
+
+
+def test_the_id_of_an_undo_names_the_recount_to_give_instead(
+    shop: Shop, command: Command, capsys: Capture
+) -> None:
+    assert command("--once") == 0
+    assert command("--undo", "last") == 0
+    undo = shop.loyalty_recounts.find_one({"outcome": "undone"})
+    assert undo is not None
+    capsys.readouterr()
+    assert command("--undo", str(undo["_id"])) == 1
+    said = capsys.readouterr().err
+    assert f"{undo['_id']} is the undo of recount {recount_id(shop)}, and an undo cannot" in said
+    assert f"To repeat the undo, give {recount_id(shop)}" in said
 
 
 @pytest.mark.parametrize("option", ["--changes", "--undo"])
@@ -164,7 +191,7 @@ def test_a_recount_into_a_wrong_field_is_undone_by_its_id(
     assert command("--status") == 0
     assert "undone" not in capsys.readouterr().out
     assert command("--status", USER_POINTS_FIELD="age") == 1
-    assert f"Recount {mistakes[0]} was undone, 10 users restored" in capsys.readouterr().out
+    assert f"Recount {mistakes[0]} was undone: 10 users restored" in capsys.readouterr().out
     assert command("--undo", "last") == 0
     assert read_users(shop) == before
 
@@ -187,27 +214,28 @@ def test_after_an_undo_the_points_are_stale_until_the_next_recount(
         "succeeded",
     ]
     assert last == (
-        f"Recount {undone} was undone, 1 user restored. The points are STALE until the next recount"
+        f"Recount {undone} was undone: 1 user restored. "
+        "The points are STALE until the next successful recount"
     )
     # A refused recount makes the points no fresher.
     shop.users.insert_many([{"_id": n, "loyalty_points": 1} for n in range(100, 300)])
     assert command("--once") == 65
     capsys.readouterr()
     assert command("--status") == 1
-    assert "was undone, 1 user restored" in capsys.readouterr().out
+    assert "was undone: 1 user restored" in capsys.readouterr().out
     shop.users.delete_many({"_id": {"$gte": 100}})
 
     assert command("--undo", "last") == 0  # the recount before, as that one is undone
     capsys.readouterr()
     assert command("--status") == 1
-    assert f"Recount {first} was undone, 10 users" in capsys.readouterr().out
+    assert f"Recount {first} was undone: 10 users" in capsys.readouterr().out
     assert command("--once") == 0
     capsys.readouterr()
     assert command("--status") == 0
     assert "old: fresh" in capsys.readouterr().out
 
 
-def test_the_safety_check_compares_with_the_last_recount_that_was_not_undone(
+def test_the_safety_checks_compare_with_the_last_recount_that_was_not_undone(
     shop: Shop, command: Command, capsys: Capture
 ) -> None:
     ship(shop, *list(range(9)) * 10)
@@ -283,10 +311,10 @@ def test_a_customer_is_shown_with_the_changes_by_all_recounts(
     assert command("--dry-run", "--customer", "new") == 1
     out = capsys.readouterr().out
     table = [re.split("  +", line.strip()) for line in out.splitlines()]
-    changes = table[table.index(["at", "recount", "user", "from", "to"]) + 1 :]
+    changes = table[table.index(["at", "recount", "outcome", "user", "from", "to"]) + 1 :]
     assert [row[1:] for row in changes] == [
-        [str(ids[1]), "'new'", "1", "2"],
-        [str(ids[0]), "'new'", "no field", "1"],
+        [str(ids[1]), "succeeded", "'new'", "1", "2"],
+        [str(ids[0]), "succeeded", "'new'", "no field", "1"],
     ]
     assert command("--undo", "last") == 0
     capsys.readouterr()
@@ -295,3 +323,26 @@ def test_a_customer_is_shown_with_the_changes_by_all_recounts(
     # A recount of one customer is not logged.
     assert command("--dry-run", "--customer", "new", CHANGES_COLLECTION="none") == 0
     assert "changes by full recounts" not in capsys.readouterr().out
+
+
+def test_the_changes_of_a_customer_have_the_outcome_of_their_recount(
+    shop: Shop, command: Command, capsys: Capture
+) -> None:
+    for _ in range(4):
+        assert command("--once") == 0
+        ship(shop, 3)
+    ids = [row["_id"] for row in shop.loyalty_recounts.find().sort("_id", 1)]
+    shop.loyalty_recounts.update_one({"_id": ids[1]}, {"$set": {"outcome": "incomplete"}})
+    shop.loyalty_recounts.delete_one({"_id": ids[2]})
+    assert command("--undo", str(ids[3])) == 0
+    capsys.readouterr()
+    assert command("--dry-run", "--customer", "3", "--json") == 1
+    (customer,) = json.loads(capsys.readouterr().out)["customers"]
+    outcomes = ["undone", "no record", "incomplete", "succeeded"]
+    assert [change["outcome"] for change in customer["changes"]] == outcomes
+    assert command("--dry-run", "--customer", "3") == 1
+    assert capsys.readouterr().out.endswith(
+        "\n  undone: the points were restored, unless they had changed meanwhile"
+        "\n  incomplete: some of the changes were perhaps not made"
+        "\n  no record: some of the changes were perhaps not made\n"
+    )

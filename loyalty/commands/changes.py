@@ -1,8 +1,9 @@
-"""`--changes RECOUNT`: which users one recount changed, from what and to what."""
+"""`--changes RECOUNT`: the users that a recount changed, with their points before and after."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Set as AbstractSet
 
 from config import Settings
 from loyalty.commands.output import pluralize, print_json, print_line
@@ -15,11 +16,15 @@ from loyalty.recount.undo import MISSING, change_log_collection, resolve_recount
 
 
 def run(args: argparse.Namespace, settings: Settings) -> Exit:
-    """Print each logged change, in the order of writing; as JSON, one object a line."""
+    """Print each logged change, in the order of writing; as JSON, one object a line.
+
+    The text also says if some of them were perhaps not made.
+    """
     number = 0
     with connect(settings, verify=False) as connection:
         history = History(connection.recounts, settings)
         recount = resolve_recount(connection, settings, history, args.changes)
+        outcome = history.find_outcomes([recount.id]).get(recount.id, "no record")
         if not args.json:
             print_recount(recount)
         for batch in find_changes(change_log_collection(connection), recount.id):
@@ -32,7 +37,16 @@ def run(args: argparse.Namespace, settings: Settings) -> Exit:
                     print_line(f"  {row['user']}  {row['from']} -> {row['to']}")
     if not args.json:
         print_line(pluralize(number, "change"))
+        print_outcomes({outcome})
     return Exit.OK
+
+
+def print_outcomes(outcomes: AbstractSet[str]) -> None:
+    """Print what outcomes of recounts mean for their logged changes."""
+    if "undone" in outcomes:
+        print_line("  undone: the points were restored, unless they had changed meanwhile")
+    for outcome in sorted(outcomes - {"succeeded", "undone"}):
+        print_line(f"  {outcome}: some of the changes were perhaps not made")
 
 
 def print_recount(recount: LoggedRecount) -> None:

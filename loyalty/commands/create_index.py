@@ -12,6 +12,7 @@ from loyalty.recount.index_build import create_index, create_user_index
 
 
 def run(args: argparse.Namespace, settings: Settings) -> Exit:
+    """Create the indexes, and print their names. Raises ServiceError."""
     with connect(settings, verify=False) as connection:
         name = create_index(connection.orders, settings)
         print_line(f"{connection.orders.full_name} has the index {name}")

@@ -4,49 +4,26 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import NamedTuple
+from contextlib import suppress
+from typing import Any
 
 from config import Settings
-from loyalty.commands.changes import change_json
+from loyalty.commands.changes import change_json, print_outcomes
 from loyalty.commands.output import format_cell, print_json, print_line, print_table
-from loyalty.errors import Exit
+from loyalty.errors import Exit, NoPermission
 from loyalty.history import History
 from loyalty.mongo.connection import Connection
 from loyalty.mongo.values import Document, format_value
-from loyalty.recount.change_log import find_user_changes
+from loyalty.recount.change_log import find_user_changes, logged_target
 from loyalty.recount.customer_ids import all_forms, indexable_forms, parse_id_argument
 from loyalty.recount.look_alikes import find_look_alikes, find_user_ids
 from loyalty.recount.order_filter import is_counted
 from loyalty.recount.points import points_for
 from loyalty.recount.preflight import connect_and_verify
 from loyalty.recount.runner import RecountRequest, run_recount
-from loyalty.recount.safety import format_status
-from loyalty.recount.statuses import CustomerOrders, count_customer_orders
-from loyalty.recount.tally import Change, CustomerCount
-
-
-class OrderBreakdown(NamedTuple):
-    """A customer's orders with one form of the id and one status."""
-
-    id: str
-    status: str
-    orders: int
-    points: int
-    why: str
-    """Why there are no points, or ""."""
-
-
-class CustomerReport(NamedTuple):
-    """What is printed about one `--customer`."""
-
-    argument: str
-    orders: Sequence[OrderBreakdown]
-    users: Sequence[Change]
-    """All users with the id; `before` and `after` are equal if nothing changes."""
-    look_alikes: Sequence[str]
-    """Ids of users that an unknown id may mean."""
-    changes: Sequence[Document]
-    """Logged changes `{at, recount, user, from, to}`, the newest first."""
+from loyalty.recount.safety import StatusCounts, format_status
+from loyalty.recount.statuses import CustomerOrders, count_customer_orders, count_statuses
+from loyalty.recount.tally import CustomerCount
 
 
 def run(args: argparse.Namespace, settings: Settings, *, write: bool) -> Exit:
@@ -56,113 +33,144 @@ def run(args: argparse.Namespace, settings: Settings, *, write: bool) -> Exit:
     """
     code, documents = Exit.OK, []
     with connect_and_verify(settings, writing=write) as connection:
+        statuses = count_statuses(connection, settings, filtered=False)
         for argument in args.customer:
-            report, is_finding = _recount_customer(connection, settings, argument, write=write)
-            if is_finding:
+            ids = parse_id_argument(argument)
+            rows, is_up_to_date = _recount(connection, settings, ids, write=write)
+            document = {
+                "customer": argument,
+                "orders": _find_orders(connection, settings, ids, statuses, rows),
+                "users": _list_users(rows, settings),
+                "look_alikes": [],
+                "changes": _find_changes(connection, settings, ids),
+            }
+            if not document["users"]:
+                document["look_alikes"] = _find_look_alikes(connection, settings, ids)
+            if not document["users"] or not is_up_to_date:
                 code = Exit.FINDINGS
             if args.json:
-                documents.append(_to_json(report))
+                documents.append(document)
             else:
-                _print_customer(report, settings)
+                _print_customer(document, settings)
     if args.json:
         print_json({"customers": documents})
     return code
 
 
-def _recount_customer(
-    connection: Connection, settings: Settings, argument: str, *, write: bool
-) -> tuple[CustomerReport, bool]:
-    """Recount the customers that `argument` may mean; return the report, and if it is a finding."""
-    ids, key = parse_id_argument(argument), settings.user_key_field
+def _recount(
+    connection: Connection, settings: Settings, ids: Sequence[Any], *, write: bool
+) -> tuple[Sequence[CustomerCount], bool]:
+    """Recount some customers; return what was counted, and whether all points are right now."""
     rows: list[CustomerCount] = []
     customers = [(id_, all_forms(id_)) for id_ in ids]
     request = RecountRequest(customers=customers, rows=rows, write=write)
     result = run_recount(connection, settings, History(None), request)
-    orders: list[OrderBreakdown] = []
-    users: list[Change] = []
-    for id_ in ids:
-        found = [row for row in rows if row.customer == id_]
-        users += [change for row in found for change in _list_users(row, settings)]
-        counted = count_customer_orders(connection, settings, id_)
-        orders += _explain(settings, counted, user_exists=any(row.users for row in found))
-    look_alikes: list[str] = []
-    if not users:
-        found_users = [user for id_ in ids for user in find_look_alikes(connection.users, key, id_)]
-        look_alikes = list(dict.fromkeys(map(format_value, found_users)))
-    logged: list[Document] = []
-    if connection.changes is not None:
-        keys = [form for id_ in ids for form in indexable_forms(id_)]
-        user_ids = find_user_ids(connection.users, key, keys)
-        target = {"users": settings.users, "points_field": settings.points_field}
-        logged = find_user_changes(connection.changes, target, user_ids)
-    history = [_change_json(row) for row in logged]
-    would_change = result.totals.changed > 0 and not write
-    is_finding = not users or would_change or result.outcome != "succeeded"
-    return CustomerReport(argument, orders, users, look_alikes, history), is_finding
+    return rows, result.outcome == "succeeded" and (write or not result.totals.changed)
 
 
-def _list_users(row: CustomerCount, settings: Settings) -> list[Change]:
-    points = points_for(row.orders, settings)
+def _list_users(rows: Sequence[CustomerCount], settings: Settings) -> list[Document]:
+    """Return `{user, from, to}` for all users with the ids, also those that do not change."""
     return [
-        Change(0, format_value(user.id), format_value(user.points), points) for user in row.users
+        {
+            "user": format_value(user.id),
+            "from": format_value(user.points),
+            "to": points_for(row.orders, settings),
+        }
+        for row in rows
+        for user in row.users
     ]
 
 
-def _explain(
-    settings: Settings, orders: Sequence[CustomerOrders], *, user_exists: bool
-) -> list[OrderBreakdown]:
-    """Return what a customer's orders earn, and why some earn nothing."""
-    rows = []
-    for form, status, number, matches_filter in orders:
-        points, why = 0, ""
-        if not matches_filter:
-            why = "not in ORDER_FILTER"
-        elif not is_counted(status, settings):
-            counted = " and ".join(map(format_status, settings.order_statuses))
-            why = f"only {counted} {'counts' if len(settings.order_statuses) == 1 else 'count'}"
-        elif form is None or form == "":
-            why = "an order without customer"
-        elif not user_exists:
-            why = f"no user has the {settings.user_key_field} {format_value(form)}"
-        else:
-            points = points_for(number, settings)
-        rows.append(OrderBreakdown(format_value(form), format_status(status), number, points, why))
-    return rows
+def _find_orders(
+    connection: Connection,
+    settings: Settings,
+    ids: Sequence[Any],
+    statuses: StatusCounts,
+    rows: Sequence[CustomerCount],
+) -> list[Document]:
+    """Return `{id, status, orders, points, why}` for each form of an id and each status.
+
+    `why` is the reason if there are no points.
+    """
+    customers_with_users = [row.customer for row in rows if row.users]
+    documents: list[Document] = []
+    for id_ in ids:
+        for orders in count_customer_orders(connection, settings, id_, statuses):
+            why = _explain(orders, settings, user_exists=id_ in customers_with_users)
+            documents.append(
+                {
+                    "id": format_value(orders.form),
+                    "status": format_status(orders.status),
+                    "orders": orders.orders,
+                    "points": 0 if why else points_for(orders.orders, settings),
+                    "why": why,
+                }
+            )
+    return documents
 
 
-def _change_json(row: Document) -> Document:
-    return {"at": row["at"], "recount": row["recount"], **change_json(row["change"])}
+def _explain(orders: CustomerOrders, settings: Settings, *, user_exists: bool) -> str | None:
+    """Return why orders earn nothing; None if they earn points."""
+    if not orders.matches_filter:
+        return "does not match ORDER_FILTER"
+    if not is_counted(orders.status, settings):
+        counted = " and ".join(map(format_status, settings.order_statuses))
+        return f"only {counted} {'counts' if len(settings.order_statuses) == 1 else 'count'}"
+    if orders.form is None or orders.form == "":
+        return "an order without customer"
+    if not user_exists:
+        return f"no user has the {settings.user_key_field} {format_value(orders.form)}"
+    return None
 
 
-def _print_customer(customer: CustomerReport, settings: Settings) -> None:
-    print_line(customer.argument or '""')
-    if customer.orders:
+def _find_look_alikes(connection: Connection, settings: Settings, ids: Sequence[Any]) -> list[str]:
+    """Return ids of users that an unknown id may mean."""
+    key = settings.user_key_field
+    found = [user for id_ in ids for user in find_look_alikes(connection.users, key, id_)]
+    return list(dict.fromkeys(map(format_value, found)))
+
+
+def _find_changes(connection: Connection, settings: Settings, ids: Sequence[Any]) -> list[Document]:
+    """Return the logged changes, `{at, recount, outcome, user, from, to}`, the newest first."""
+    if connection.changes is None:
+        return []
+    keys = [form for id_ in ids for form in indexable_forms(id_)]
+    users = find_user_ids(connection.users, settings.user_key_field, keys)
+    logged = find_user_changes(connection.changes, logged_target(settings), users)
+    recounts = [row["recount"] for row in logged]
+    outcomes = dict.fromkeys(recounts, "unknown")
+    with suppress(NoPermission):  # a service that only appends records works without `find`
+        outcomes = History(connection.recounts, settings).find_outcomes(recounts)
+    return [
+        {
+            "at": row["at"],
+            "recount": row["recount"],
+            "outcome": outcomes.get(row["recount"], "no record"),
+            **change_json(row["change"]),
+        }
+        for row in logged
+    ]
+
+
+def _print_customer(customer: Document, settings: Settings) -> None:
+    print_line(customer["customer"] or '""')
+    if customer["orders"]:
         names = (settings.customer_field, settings.status_field, "orders", "points", "")
-        orders = ((id_, s, f"{n:,}", f"{p:,}", why) for id_, s, n, p, why in customer.orders)
-        print_table(names, *orders)
+        _print_rows(names, customer["orders"])
     else:
         print_line("  no orders")
-    if customer.users:
-        users = ((c.user, c.before, f"{c.after:,}") for c in customer.users)
-        print_table(("user", "from", "to"), *users)
+    if customer["users"]:
+        _print_rows(("user", "from", "to"), customer["users"])
     else:
         name = "id" if settings.user_key_field == "_id" else settings.user_key_field
         print_line(f"  no user has this {name}, as a string, number, UUID or ObjectId")
-    if customer.look_alikes:
-        print_line(f"  users with a similar id: {', '.join(customer.look_alikes)}")
-    if customer.changes:
-        columns = ("at", "recount", "user", "from", "to")
+    if customer["look_alikes"]:
+        print_line(f"  users with a similar id: {', '.join(customer['look_alikes'])}")
+    if customer["changes"]:
         print_line("  changes by full recounts, the newest first (times are UTC)")
-        print_table(
-            columns, *([format_cell(c[name]) for name in columns] for c in customer.changes)
-        )
+        _print_rows(("at", "recount", "outcome", "user", "from", "to"), customer["changes"])
+    print_outcomes({change["outcome"] for change in customer["changes"]})
 
 
-def _to_json(customer: CustomerReport) -> Document:
-    return {
-        "customer": customer.argument,
-        "orders": [row._asdict() for row in customer.orders],
-        "users": [{"user": c.user, "from": c.before, "to": c.after} for c in customer.users],
-        "look_alikes": customer.look_alikes,
-        "changes": customer.changes,
-    }
+def _print_rows(header: Sequence[str], documents: Sequence[Document]) -> None:
+    print_table(header, *(list(map(format_cell, row.values())) for row in documents))

@@ -20,6 +20,7 @@ from loyalty.recount.runner import RecountRequest, run_recount
 
 
 def run(args: argparse.Namespace, settings: Settings) -> Exit:
+    """Print what a recount would change; FINDINGS if anything, or if it would be refused."""
     if args.customer:
         return customer.run(args, settings, write=False)
     with connect_and_verify(settings, writing=False) as connection:

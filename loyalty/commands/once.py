@@ -18,6 +18,7 @@ from loyalty.recount.tally import Totals
 
 
 def run(args: argparse.Namespace, settings: Settings) -> Exit:
+    """Do a full recount and print its result; FINDINGS if some users could not be updated."""
     if args.customer:
         return customer.run(args, settings, write=True)
     metrics = Metrics(settings)

@@ -1,4 +1,4 @@
-"""What the commands share: lines, tables and JSON on stdout."""
+"""The output of all commands: lines, tables and JSON on stdout."""
 
 from __future__ import annotations
 

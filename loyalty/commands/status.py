@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import takewhile
 
@@ -18,84 +18,122 @@ from loyalty.mongo.connection import Connection, connect
 from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.values import Document
 from loyalty.parsers import format_duration
+from loyalty.recount.change_log import LoggedRecount
 from loyalty.recount.undo import find_interrupted
 
 MAX_RECORDS = 10
 MAX_WRITE_TIME = timedelta(minutes=10)
-"""A recount that has no record after this time was interrupted."""
-_NO_SUCCESS = ("refused", "failed")
+"""A recount without a record that has logged no changes for this time was interrupted."""
+_UNSUCCESSFUL_OUTCOMES = ("refused", "failed")
+
+
+@dataclass(frozen=True)
+class Status:
+    """What is known about the points at the server's time `now`."""
+
+    settings: Settings
+    now: datetime
+    records: Sequence[Document]
+    """The newest first."""
+    heartbeat: Heartbeat | None
+    age: timedelta | None
+    """Of the points; None if no recount has succeeded."""
+    undo: Document | None
+    """The record of an undo after the last success."""
+    unrecorded: LoggedRecount | None
+    """The newest recount, if it has no record: it is writing, or was interrupted."""
+
+    @property
+    def has_live_updates(self) -> bool:
+        return self.heartbeat is not None and self.heartbeat.is_alive(self.now)
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether the newest recount was interrupted, and some users lack its points."""
+        return self.unrecorded is not None and self.now - self.unrecorded.logged_at > MAX_WRITE_TIME
+
+    @property
+    def is_live(self) -> bool:
+        return self.settings.live_updates and self.has_live_updates
+
+    @property
+    def max_age(self) -> timedelta:
+        return max_age(self.settings.recount_interval, is_live=self.is_live)
+
+    @property
+    def is_fresh(self) -> bool:
+        is_recent = self.age is not None and self.age <= self.max_age
+        return is_recent and self.undo is None and not self.is_interrupted
 
 
 def run(args: argparse.Namespace, settings: Settings) -> Exit:
+    """Print the status; FINDINGS if the points are not fresh."""
     with connect(settings, verify=False) as connection:
-        history, now = History(connection.recounts, settings), _read_server_time(connection)
-        records, heartbeat = history.newest(MAX_RECORDS), history.heartbeat()
-        age, undo = history.age(now, heartbeat), history.undo_since_success()
-        interrupted = None
-        with suppress(NoPermission):  # a monitoring user may read the records only
-            interrupted = find_interrupted(connection, settings, history)
-    is_live = settings.live_updates and heartbeat is not None and heartbeat.is_alive(now)
-    is_fresh = age is not None and age <= max_age(settings.recount_interval, is_live=is_live)
-    is_fresh = is_fresh and undo is None
-    is_mixture = interrupted is not None and now - interrupted.at > MAX_WRITE_TIME
-    is_fresh = is_fresh and not is_mixture
+        status = _read_status(connection, settings)
     if args.json:
-        print_json(
-            {
-                "fresh": is_fresh,
-                "undone_recount": undo and undo["undone_recount"],
-                "interrupted_recount": interrupted and interrupted.id,
-                "age_seconds": age,
-                "interval_seconds": settings.recount_interval,
-                "live_updates": settings.live_updates,
-                "heartbeat": heartbeat
-                and {**dataclasses.asdict(heartbeat), "alive": heartbeat.is_alive(now)},
-                "recounts": [{n: v for n, v in r.items() if n != "recorded_by"} for r in records],
-            }
-        )
+        print_json(_to_json(status))
     else:
-        _print_records(records)
-        _print_live_updates(heartbeat, now, wanted=settings.live_updates)
-        _print_last_outcome(records)
-        if interrupted is not None:
-            print_line(
-                f"Recount {interrupted.id} of {format_cell(interrupted.at)} UTC has no record: it "
-                "is writing, or it was interrupted and has written some users. The next successful "
-                f"recount makes all points exact; --undo {interrupted.id} restores them"
-            )
-        if is_mixture:
-            print_line("The points are STALE until the next successful recount")
-        else:
-            _print_age(records, undo, age, settings.recount_interval, is_live=is_live)
-    return Exit.OK if is_fresh else Exit.FINDINGS
+        _print_records(status.records)
+        _print_live_updates(status)
+        _print_last_outcome(status.records)
+        _print_freshness(status)
+    return Exit.OK if status.is_fresh else Exit.FINDINGS
 
 
-def _read_server_time(connection: Connection) -> datetime:
-    """Return the server's time: this machine's clock may be wrong. Raises ServiceError."""
+def _read_status(connection: Connection, settings: Settings) -> Status:
+    """Read the records and the heartbeat. Raises ServiceError."""
+    history = History(connection.recounts, settings)
     with map_driver_errors("hello", connection.hosts):
-        time: datetime = connection.client.admin.command("hello")["localTime"]
-    return time.replace(tzinfo=UTC)
+        # The server's time: this machine's clock may be wrong.
+        now = connection.client.admin.command("hello")["localTime"].replace(tzinfo=UTC)
+    heartbeat = history.find_heartbeat()
+    unrecorded = None
+    with suppress(NoPermission):  # a monitoring user may read the records only
+        unrecorded = find_interrupted(connection, settings, history)
+    return Status(
+        settings,
+        now,
+        records=history.find_newest(MAX_RECORDS),
+        heartbeat=heartbeat,
+        age=history.compute_age(now, heartbeat),
+        undo=history.find_undo_since_success(),
+        unrecorded=unrecorded,
+    )
+
+
+def _to_json(status: Status) -> Document:
+    heartbeat = status.heartbeat
+    return {
+        "fresh": status.is_fresh,
+        "undone_recount": status.undo and status.undo["undone_recount"],
+        "interrupted_recount": status.unrecorded and status.unrecorded.id,
+        "age_seconds": status.age,
+        "interval_seconds": status.settings.recount_interval,
+        "live_updates": status.settings.live_updates,
+        "heartbeat": heartbeat and {**asdict(heartbeat), "alive": status.has_live_updates},
+        "recounts": [
+            {name: value for name, value in record.items() if name != "recorded_by"}
+            for record in status.records
+        ],
+    }
 
 
 def _print_records(records: Sequence[Document]) -> None:
-    """Print one line for each record, the newest first."""
+    """Print one line for each record, the newest first, in at most 100 columns."""
     if not records:
         return
     columns = {
         "finished (UTC)": "finished_at",
         "outcome": "outcome",
-        "users written": "changed",
-        "failed updates": "failed_updates",
-        "counted orders": "counted_orders",
-        "as of (UTC)": "as_of",
-        "exact": "exact",
-        "host": "host",
+        "written": "changed",
+        "failed": "failed_updates",
+        "orders": "counted_orders",
         "recount": "_id",
-        "error": "error",
+        "host": "host",
     }
     rows = ([format_cell(record.get(name)) for name in columns.values()] for record in records)
     print_table(list(columns), *rows)
-    print_line("  As of: the time of the snapshot; on an idle server, seconds before the start.")
+    print_line("  Written, failed: users. Orders: counted orders. --json prints all of a record.")
 
 
 def _print_last_outcome(records: Sequence[Document]) -> None:
@@ -106,60 +144,67 @@ def _print_last_outcome(records: Sequence[Document]) -> None:
         failed = pluralize(last["failed_updates"], "failed update")
         print_line(f"The last recount was incomplete: {failed}")
         return
-    number = len(list(takewhile(lambda record: record["outcome"] in _NO_SUCCESS, records)))
-    ended = "failed" if last["outcome"] == "failed" else "was refused by the safety check"
+    number = len(
+        list(takewhile(lambda record: record["outcome"] in _UNSUCCESSFUL_OUTCOMES, records))
+    )
+    ended = "failed" if last["outcome"] == "failed" else "was refused by the safety checks"
     if number > 1:
         number_text = f"{number} or more" if number == MAX_RECORDS else str(number)
         print_line(f"The last {number_text} recounts did not succeed")
     print_line(f"The last recount {ended}" + (f": {last['error']}" if last["error"] else ""))
 
 
-def _print_age(
-    records: Sequence[Document],
-    undo: Document | None,
-    age: timedelta | None,
-    interval: timedelta,
-    *,
-    is_live: bool,
-) -> None:
-    """Print how old the points are, and whether that is fresh."""
-    if undo is not None:
+def _print_freshness(status: Status) -> None:
+    """Print whether the points are fresh, and why not."""
+    if (recount := status.unrecorded) is not None:
         print_line(
-            f"Recount {undo['undone_recount']} was undone, {pluralize(undo['changed'], 'user')} "
-            "restored. The points are STALE until the next recount"
+            f"Recount {recount.id} of {format_cell(recount.at)} UTC has no record: it is still "
+            "writing, or it was interrupted after it had written some users. The next successful "
+            f"recount makes all points exact; --undo {recount.id} restores the points that users "
+            "had before it"
         )
-        return
-    if age is None:
+    if status.is_interrupted:
+        print_line("The points are STALE until the next successful recount")
+    elif (undo := status.undo) is not None:
+        print_line(
+            f"Recount {undo['undone_recount']} was undone: {pluralize(undo['changed'], 'user')} "
+            "restored. The points are STALE until the next successful recount"
+        )
+    elif status.age is None:
         print_line("No recount has succeeded yet")
-        return
-    limit = max_age(interval, is_live=is_live)
-    source = "the limit with live updates" if is_live else "twice RECOUNT_INTERVAL"
-    limit_text = f"{format_duration(limit)} ({source})"
-    verdict = f"fresh, not older than {limit_text}"
-    if age > limit:
-        verdict = f"STALE, older than {limit_text}"
-        if is_live:
+    else:
+        _print_age(status, status.age)
+
+
+def _print_age(status: Status, age: timedelta) -> None:
+    source = "the limit with live updates" if status.is_live else "twice RECOUNT_INTERVAL"
+    limit = f"{format_duration(status.max_age)} ({source})"
+    verdict = f"fresh, not older than {limit}"
+    if not status.is_fresh:
+        verdict = f"STALE, older than {limit}"
+        if status.is_live:
             verdict += (
                 ". Either the replica set acknowledges no write by a majority, or orders change "
                 "faster than they are counted"
             )
-    elif records[0]["outcome"] in _NO_SUCCESS:
+    elif status.records[0]["outcome"] in _UNSUCCESSFUL_OUTCOMES:
         verdict = f"still {verdict}, from an earlier recount"
     whole_seconds = timedelta(seconds=int(age.total_seconds()))
     print_line(f"The points are {format_duration(whole_seconds)} old: {verdict}")
 
 
-def _print_live_updates(heartbeat: Heartbeat | None, now: datetime, *, wanted: bool) -> None:
+def _print_live_updates(status: Status) -> None:
     """Print whether live updates are running; nothing if they are neither running nor wanted."""
-    if heartbeat is not None and heartbeat.is_alive(now):
+    heartbeat = status.heartbeat
+    if heartbeat is not None and status.has_live_updates:
         print_line(
             f"Live updates: running since {format_cell(heartbeat.live_since)} UTC, "
             f"as of {format_cell(heartbeat.as_of)} UTC, "
-            f"{pluralize(heartbeat.users_updated, 'update')}, "
+            f"{pluralize(heartbeat.users_updated, 'user')} updated, "
             f"{pluralize(heartbeat.waiting, 'pending change')}"
         )
-    elif wanted:
+    elif status.settings.live_updates:
         last = "there is no heartbeat"
         if heartbeat is not None:
-            last = f"the last heartbeat was {format_duration(now - heartbeat.at)} ago"
+            last = f"the last heartbeat was {format_duration(status.now - heartbeat.at)} ago"
         print_line(f"Live updates: NOT running, {last}")

@@ -1,4 +1,4 @@
-"""`--undo RECOUNT`: restore the points from before one recount."""
+"""`--undo RECOUNT`: restore the points that users had before one recount."""
 
 from __future__ import annotations
 
@@ -7,41 +7,43 @@ from dataclasses import replace
 from datetime import UTC, datetime
 
 from config import VERSION, Settings
-from loyalty.commands.changes import format_points, print_recount
+from loyalty.commands.changes import change_json, format_points, print_recount
 from loyalty.commands.output import pluralize, print_json, print_line
-from loyalty.concurrency import ignore_progress
 from loyalty.errors import Exit
 from loyalty.history import History
 from loyalty.mongo.connection import connect
-from loyalty.mongo.values import Document, format_value
+from loyalty.mongo.values import Document
 from loyalty.recount.change_log import LoggedRecount
-from loyalty.recount.undo import NotRestored, UndoResult, resolve_recount, undo_recount
+from loyalty.recount.undo import LoggedUser, UndoResult, resolve_recount, undo_recount
 
 _ADVICE = (
-    "The next recount counts again and may repeat the change. Before it: stop the service, correct "
-    "the settings or the orders, and check with --dry-run."
+    "The next recount counts again, and may repeat the change. Before the next recount, stop the "
+    "service, correct the settings or the orders, and check with --dry-run."
 )
 
 
 def run(args: argparse.Namespace, settings: Settings) -> Exit:
     """Undo a recount, or show what that would do; FINDINGS if some users are not restored.
 
-    The result comes after one line for each user who is not restored, as JSON as well.
+    Print one line for each user who is not restored, and then the result.
     """
     write = not args.dry_run
+
+    def print_user(user: LoggedUser) -> None:
+        row = _user_json(user)
+        if args.json:
+            print_json(row)
+        else:
+            text = f"{row['user']}  {row['from']} -> {row['to']}, now {row['found']} ({row['why']})"
+            print_line(f"  {'not restored' if write else 'would not be restored'}: {text}")
+
     with connect(settings, writing=write, verify=False) as connection:
         history = History(connection.recounts, settings)
         recount = resolve_recount(connection, settings, history, args.undo)
         started_at = datetime.now(UTC)
         if not args.json:
             print_recount(recount)
-        result = undo_recount(
-            connection,
-            recount,
-            write=write,
-            on_not_restored=_print_json_user if args.json else _print_user,
-            on_progress=ignore_progress,
-        )
+        result = undo_recount(connection, recount, write=write, on_not_restored=print_user)
         if write:
             # The recount may have written elsewhere than the settings say now.
             target = replace(settings, users=recount.users, points_field=recount.points_field)
@@ -63,42 +65,26 @@ def _build_record(recount: LoggedRecount, result: UndoResult, started_at: dateti
         "outcome": "undone",
         "undone_recount": recount.id,
         "changed": result.restored,
-        "not_restored": result.not_restored,
+        "not_restored": result.not_restored.total(),
         "error": None,
         "version": VERSION,
     }
 
 
-def _user_json(user: NotRestored) -> Document:
-    """Return a user who keeps other points as `{user, from, to, found}`."""
-    return {
-        "user": format_value(user.user),
-        "from": format_points(user.before),
-        "to": user.after,
-        "found": "no user" if user.is_deleted else format_points(user.found),
-    }
-
-
-def _print_json_user(user: NotRestored) -> None:
-    print_json(_user_json(user))
-
-
-def _print_user(user: NotRestored) -> None:
-    row = _user_json(user)
-    change = f"{row['from']} -> {row['to']}"
-    print_line(f"  not restored: {row['user']}  {change}, now {row['found']}")
+def _user_json(user: LoggedUser) -> Document:
+    """Return a user who is not restored as `{user, from, to, found, why}`."""
+    found = "no user" if user.is_deleted else format_points(user.stored)
+    return {**change_json(user.change), "found": found, "why": user.why_not_restored}
 
 
 def _print_result(result: UndoResult, *, write: bool) -> None:
     verb = "restored" if write else "would be restored; nothing is written"
     print_line(f"{pluralize(result.restored, 'user')} {verb}")
     if result.unchanged:
-        print_line(f"{pluralize(result.unchanged, 'user')} had the old points already")
-    if result.not_restored:
-        print_line(
-            f"{pluralize(result.not_restored, 'user')} not restored: the points are no longer "
-            "those of the recount, or the update failed"
-        )
+        print_line(f"{pluralize(result.unchanged, 'user')} already had the old points")
+    for why, number in result.not_restored.items():
+        verb = "not restored" if write else "would not be restored"
+        print_line(f"{pluralize(number, 'user')} {verb}: {why}")
     print_line(_ADVICE)
 
 
@@ -110,5 +96,5 @@ def _to_json(recount: LoggedRecount, result: UndoResult, *, write: bool) -> Docu
         "written": write,
         "restored": result.restored,
         "unchanged": result.unchanged,
-        "not_restored": result.not_restored,
+        "not_restored": result.not_restored.total(),
     }

@@ -14,6 +14,7 @@ from typing import Any
 from bson import ObjectId, Timestamp
 from pymongo.collection import Collection
 
+from config import Settings
 from loyalty.errors import NoPermission
 from loyalty.history import OWNER_FILTER, require_own_collection
 from loyalty.mongo.driver_errors import map_driver_errors
@@ -21,7 +22,7 @@ from loyalty.mongo.privileges import require_privileges
 from loyalty.mongo.values import LENIENT_CODEC, SIMPLE_COLLATION, Document
 
 DOCUMENTS_PER_BATCH = 8
-"""In one reply of the server: its 16 MB are 270,000 changes, which take 200 MB in Python."""
+"""Documents in one reply. The server's limit, 16 MB, is 270,000 changes: 200 MB in Python."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,11 @@ def check_change_log(collection: Collection[Any]) -> None:
     database = collection.database
     try:
         require_privileges(database.client, database.name, {collection.name: ["find", "insert"]})
-        hint = "CHANGES_COLLECTION must name a collection of its own, or none"
+        hint = "CHANGES_COLLECTION must name a collection that only this service uses, or be none"
         require_own_collection(collection, hint)
     except NoPermission as error:
-        raise NoPermission(f"{error}; or keep no change log: CHANGES_COLLECTION=none") from error
+        hint = "to run without a change log, set CHANGES_COLLECTION=none"
+        raise NoPermission(f"{error}; {hint}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,13 @@ class LoggedRecount:
     at: datetime
     users: str
     points_field: str
+    logged_at: datetime
+    """When its newest batch of changes was logged."""
+
+
+def logged_target(settings: Settings) -> Document:
+    """Return the condition for changes in the collection and the field that the settings name."""
+    return {"users": settings.users, "points_field": settings.points_field}
 
 
 def find_recount(collection: Collection[Any], condition: Document) -> LoggedRecount | None:
@@ -85,7 +94,13 @@ def find_recount(collection: Collection[Any], condition: Document) -> LoggedReco
         found = collection.find_one({**OWNER_FILTER, **condition}, fields, sort=[("_id", -1)])
     if found is None:
         return None
-    return LoggedRecount(found["recount"], found["at"], found["users"], found["points_field"])
+    return LoggedRecount(
+        found["recount"],
+        found["at"],
+        found["users"],
+        found["points_field"],
+        logged_at=found["_id"].generation_time,
+    )
 
 
 def find_changes(collection: Collection[Any], recount: ObjectId) -> Iterator[Sequence[Document]]:
@@ -102,7 +117,7 @@ def find_user_changes(
 ) -> list[Document]:
     """Return `{recount, at, change}` for each logged change of some users, the newest first.
 
-    `target` is `{users, points_field}`. Raises ServiceError.
+    Only changes in the `logged_target`. Raises ServiceError.
     """
     is_wanted_expr = {"$in": ["$$this.user", {"$literal": list(users)}]}
     stages: list[Document] = [

@@ -49,7 +49,7 @@ def find_look_alikes(users: Collection[Any], key: str, customer: Any) -> list[An
     """
     lenient = users.with_options(codec_options=LENIENT_CODEC)
     queries: list[dict[str, Any]] = []
-    if candidates := _candidates(customer):
+    if candidates := _correct_mistakes(customer):
         queries.append({"filter": {key: {"$in": candidates}}})
     if isinstance(customer, str):
         ignore_case = {"locale": "en", "strength": 2}
@@ -62,8 +62,8 @@ def find_look_alikes(users: Collection[Any], key: str, customer: Any) -> list[An
     return list(found.values())[:MAX_LOOK_ALIKES]
 
 
-def _candidates(customer: Any) -> Sequence[Any]:
-    """Return the ids that a customer id becomes without its most frequent mistakes."""
+def _correct_mistakes(customer: Any) -> Sequence[Any]:
+    """Return the ids that result if the most frequent mistakes in a customer id are corrected."""
     if isinstance(customer, DBRef):
         customer = customer.id
         return [customer, *(parse_id_argument(customer) if isinstance(customer, str) else [])]
@@ -78,7 +78,10 @@ def _candidates(customer: Any) -> Sequence[Any]:
 
 
 def find_user_ids(users: Collection[Any], key: str, values: Sequence[Any]) -> list[Any]:
-    """Return the `_id` of the users whose key is one of the values. Raises ServiceError."""
+    """Return the `_id` of the users whose key is one of the values. Raises ServiceError.
+
+    If the key is `_id`, these are the values: such users need not exist.
+    """
     if key == "_id":
         return list(values)
     lenient = users.with_options(codec_options=LENIENT_CODEC)

@@ -223,7 +223,7 @@ class _Recount:
 
 def _read_previous(history: History) -> PreviousRecounts:
     with suppress(ServiceError):
-        last = history.last_success()
+        last = history.find_last_success()
         counted_orders = last["counted_orders"] if last else None
-        return PreviousRecounts(is_first=history.is_empty(), counted_orders=counted_orders)
+        return PreviousRecounts(is_first=last is None, counted_orders=counted_orders)
     return PreviousRecounts()

@@ -90,21 +90,21 @@ def check_uncounted(connection: Connection, settings: Settings) -> SafetyReport:
 
 
 def count_customer_orders(
-    connection: Connection, settings: Settings, customer: Any
+    connection: Connection, settings: Settings, customer: Any, statuses: StatusCounts
 ) -> list[CustomerOrders]:
     """Return all orders of a customer, also those that do not count. Raises ServiceError.
 
-    `customer` is a canonical id; "" stands for the orders without customer.
+    `customer` is a canonical id; "" stands for the orders without customer. `statuses` are those of
+    all orders.
     """
     orders, status = connection.orders, settings.status_field
     forms = all_forms(customer)
     if customer == "":
         customer, forms = NO_CUSTOMER, ["", None]
     match: dict[str, Any] = {settings.customer_field: {"$in": forms}}
-    known = [value for value, _ in count_statuses(connection, settings, filtered=False)]
-    if len(known) < MAX_STATUSES:
+    if len(statuses) < MAX_STATUSES:
         # Naming every status makes the index's second field usable; null finds missing ones.
-        match[status] = {"$in": [*known, None]}
+        match[status] = {"$in": [*(value for value, _ in statuses), None]}
     key = {"form": f"${settings.customer_field}", "status": f"${status}"}
     is_customer_expr = {"$eq": [canonical_expr("$_id.form", NO_CUSTOMER), {"$literal": customer}]}
     count: list[Document] = [

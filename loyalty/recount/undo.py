@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import bson
@@ -14,13 +14,13 @@ from pymongo import UpdateMany
 from pymongo.collection import Collection
 
 from config import Settings
-from loyalty.concurrency import ProgressCallback, map_ordered
+from loyalty.concurrency import map_ordered
 from loyalty.errors import BulkUpdateErrors, ConfigurationError, RecountNotFound
 from loyalty.history import History
 from loyalty.mongo.connection import Connection
 from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.values import LENIENT_CODEC, Document, get_nested, is_integer
-from loyalty.recount.change_log import LoggedRecount, find_changes, find_recount
+from loyalty.recount.change_log import LoggedRecount, find_changes, find_recount, logged_target
 from loyalty.recount.updates import MAX_WRITERS
 from loyalty.retry import SHORT_OUTAGE_RETRY, retry
 
@@ -44,9 +44,8 @@ def find_interrupted(
     """
     if connection.changes is None:
         return None
-    target = {"users": settings.users, "points_field": settings.points_field}
-    newest = find_recount(connection.changes, target)
-    return newest if newest is not None and not history.has_record(newest.id) else None
+    newest = find_recount(connection.changes, logged_target(settings))
+    return newest if newest is not None and not history.find_outcomes([newest.id]) else None
 
 
 def resolve_recount(
@@ -59,12 +58,16 @@ def resolve_recount(
     """
     change_log = change_log_collection(connection)
     if text == "last":
-        target = {"users": settings.users, "points_field": settings.points_field}
-        others = {"recount": {"$nin": history.recounts_without_effect()}}
-        found = find_recount(change_log, {**target, **others})
+        others = {"recount": {"$nin": history.find_recounts_without_effect()}}
+        found = find_recount(change_log, {**logged_target(settings), **others})
         hint = f"no recount that changed {settings.users}.{settings.points_field} and is not undone"
     elif ObjectId.is_valid(text):
         found, hint = find_recount(change_log, {"recount": ObjectId(text)}), f"no recount {text}"
+        if found is None and (undone := history.find_undone_recounts(ObjectId(text))):
+            raise RecountNotFound(
+                f"{text} is the undo of recount {undone[0]}, and an undo cannot be undone: the "
+                f"next recount counts again. To repeat the undo, give {undone[0]}"
+            )
     else:
         raise RecountNotFound(f"{text!r} is neither the id of a recount nor the word last")
     if found is None:
@@ -73,27 +76,46 @@ def resolve_recount(
 
 
 @dataclass(frozen=True, slots=True)
-class NotRestored:
-    """A user who keeps other points: `found` is what is stored now, MISSING for a missing field.
+class LoggedUser:
+    """A user whom a recount changed, and the points that are stored now."""
 
-    `is_deleted`: the user does not exist any more.
-    """
+    change: Document
+    """As logged: `{user, before, after}`."""
+    stored: Any
+    """MISSING without the field."""
+    is_deleted: bool
 
-    user: Any
-    before: Any
-    after: int
-    found: Any
-    is_deleted: bool = False
+    @property
+    def before(self) -> Any:
+        return self.change.get("before", MISSING)
+
+    @property
+    def has_old_points(self) -> bool:
+        if self.stored is MISSING or self.before is MISSING:
+            return self.stored is self.before and not self.is_deleted
+        return bson.encode({"": self.stored}) == bson.encode({"": self.before})
+
+    @property
+    def has_recount_points(self) -> bool:
+        return is_integer(self.stored) and self.stored == self.change["after"]
+
+    @property
+    def why_not_restored(self) -> str:
+        """Why a user without the old points is not restored."""
+        if self.is_deleted:
+            return "deleted"
+        return "update failed" if self.has_recount_points else "points changed since the recount"
 
 
 @dataclass(slots=True)
 class UndoResult:
-    """How many users an undo restored, or would restore, and how many it left alone."""
+    """How many users an undo restored, or would restore, and how many it did not change."""
 
     restored: int = 0
-    not_restored: int = 0
     unchanged: int = 0
-    """Users who have the old points already: the logged change was never made, or undone."""
+    """Users who already had the old points: the change was not made, or was undone."""
+    not_restored: Counter[str] = field(default_factory=Counter)
+    """By reason."""
 
 
 def undo_recount(
@@ -101,91 +123,84 @@ def undo_recount(
     recount: LoggedRecount,
     *,
     write: bool,
-    on_not_restored: Callable[[NotRestored], None],
-    on_progress: ProgressCallback,
+    on_not_restored: Callable[[LoggedUser], None],
 ) -> UndoResult:
     """Restore the old points of every user whose points are still what the recount wrote.
 
-    It uses the collection and the field that the recount wrote, whatever the settings are now, and
-    touches no other field. Repeating it is harmless. Raises ServiceError.
+    It uses the collection and the field that the recount wrote to, even if the settings have
+    changed, and changes no other field. Repeating it is harmless. Raises ServiceError.
     """
     change_log = change_log_collection(connection)
     users = change_log.database.get_collection(recount.users, codec_options=LENIENT_CODEC)
+    total = UndoResult()
 
-    def undo(changes: Sequence[Document]) -> tuple[UndoResult, list[NotRestored]]:
+    def undo(changes: Sequence[Document]) -> tuple[int, int, list[LoggedUser]]:
         return _undo_batch(users, recount.points_field, changes, write=write)
 
-    total = UndoResult()
-    batches = find_changes(change_log, recount.id)
-    with map_ordered(undo, batches, MAX_WRITERS) as results:
-        for result, not_restored in results:
-            total.restored += result.restored
-            total.unchanged += result.unchanged
-            total.not_restored += result.not_restored
+    with map_ordered(undo, find_changes(change_log, recount.id), MAX_WRITERS) as results:
+        for restored, unchanged, not_restored in results:
+            total.restored += restored
+            total.unchanged += unchanged
             for user in not_restored:
+                total.not_restored[user.why_not_restored] += 1
                 on_not_restored(user)
-            on_progress("")
     return total
 
 
 def _undo_batch(
     users: Collection[Any], points_field: str, changes: Sequence[Document], *, write: bool
-) -> tuple[UndoResult, list[NotRestored]]:
-    """Undo one batch of changes, or count what that would do."""
-    # The filters match only users who still have the points of the recount.
-    matched = _write(users, points_field, changes) if write else 0
-    if matched == len(changes):
-        return UndoResult(matched), []
-    with_old_points = 0
-    with_new_points, with_other_points = [], []
-    for change, found, is_deleted in _read_points(users, points_field, changes):
-        before = change.get("before", MISSING)
-        user = NotRestored(change["user"], before, change["after"], found, is_deleted)
-        if not is_deleted and _is_same(found, before):
-            with_old_points += 1
-        elif is_integer(found) and found == change["after"]:
-            with_new_points.append(user)
-        else:
-            with_other_points.append(user)
-    if not write:
-        result = UndoResult(len(with_new_points), len(with_other_points), with_old_points)
-        return result, with_other_points
-    restored = with_old_points if matched is None else matched
-    not_restored = [*with_new_points, *with_other_points]  # the former: their updates failed
-    return UndoResult(restored, len(not_restored), with_old_points - restored), not_restored
+) -> tuple[int, int, list[LoggedUser]]:
+    """Undo a batch of changes, or find out what that would do.
 
-
-def _write(users: Collection[Any], points_field: str, changes: Sequence[Document]) -> int | None:
-    """Restore users, and return how many were matched; None if some updates failed.
-
-    Raises ServiceError.
+    Return how many users are restored, how many already had the old points, and all others.
     """
+    matched = _restore(users, points_field, changes) if write else 0
+    if matched == len(changes):  # to read the users as well would take twice the time
+        return matched, 0, []
+    found = _read_users(users, points_field, changes)
+    with_old_points = sum(user.has_old_points for user in found)
+    restorable = [user for user in found if user.has_recount_points]
+    others = [u for u in found if not u.has_old_points and not u.has_recount_points]
+    if not write:
+        return len(restorable), with_old_points, others
+    restored = with_old_points if matched is None else min(matched, with_old_points)
+    # Users who still have the points of the recount are those whose update failed.
+    return restored, with_old_points - restored, [*others, *restorable]
 
-    def write(updates: Sequence[UpdateMany]) -> int:
-        with map_driver_errors("update", users):
-            return users.bulk_write(updates, ordered=False).matched_count
 
-    updates = _build_updates(points_field, changes)
-    try:
-        return retry(lambda: write(updates), SHORT_OUTAGE_RETRY)
-    except BulkUpdateErrors:
-        # An UpdateMany stops at the first user whose update fails. The caller lists those users.
-        with suppress(BulkUpdateErrors):
-            write([u for c in changes for u in _build_updates(points_field, [c])])
-        return None
-
-
-def _read_points(
+def _read_users(
     users: Collection[Any], points_field: str, changes: Sequence[Document]
-) -> Iterator[tuple[Document, Any, bool]]:
-    """Yield each change with the points that are stored now, and whether the user is deleted."""
+) -> list[LoggedUser]:
+    """Return the users of logged changes, with the points that are stored now."""
     ids = [change["user"] for change in changes]
     with map_driver_errors("find", users):
         found = users.find({"_id": {"$in": ids}}, {points_field: 1})
-        stored = {bson.encode({"": user.pop("_id")}): user for user in found}
-    for change in changes:
-        user = stored.get(bson.encode({"": change["user"]}))
-        yield change, get_nested(user, points_field, MISSING), user is None
+        by_id = {bson.encode({"": user["_id"]}): user for user in found}
+    stored = [by_id.get(bson.encode({"": id_})) for id_ in ids]
+    return [
+        LoggedUser(change, get_nested(user, points_field, MISSING), user is None)
+        for change, user in zip(changes, stored, strict=True)
+    ]
+
+
+def _restore(users: Collection[Any], points_field: str, changes: Sequence[Document]) -> int | None:
+    """Restore users who still have the points of the recount. Raises ServiceError.
+
+    Return how many users matched; None if some updates failed, as that number is then unknown.
+    """
+
+    def write(batches: Sequence[Sequence[Document]]) -> int:
+        updates = [update for batch in batches for update in _build_updates(points_field, batch)]
+        with map_driver_errors("update", users):
+            return users.bulk_write(updates, ordered=False).matched_count
+
+    try:
+        return retry(lambda: write([changes]), SHORT_OUTAGE_RETRY)
+    except BulkUpdateErrors:
+        # An UpdateMany stops at the first user whose update fails: once more for each user.
+        with suppress(BulkUpdateErrors):
+            retry(lambda: write([[change] for change in changes]), SHORT_OUTAGE_RETRY)
+        return None
 
 
 def _build_updates(points_field: str, changes: Sequence[Document]) -> list[UpdateMany]:
@@ -204,20 +219,12 @@ def _build_updates(points_field: str, changes: Sequence[Document]) -> list[Updat
             continue
         if created := change.get("created"):
             # Remove the document that the update created, unless it has other fields by now.
-            document = _nest(points_field.removeprefix(f"{created}."), change["after"])
-            condition_created = {"_id": {"$in": ids}, created: document}
-            updates.append(UpdateMany(condition_created, {"$unset": {created: ""}}))
+            document = change["after"]
+            for name in reversed(points_field.removeprefix(f"{created}.").split(".")):
+                document = {name: document}
+            updates.append(
+                UpdateMany({"_id": {"$in": ids}, created: document}, {"$unset": {created: ""}})
+            )
+            condition[created] = {"$ne": document}
         updates.append(UpdateMany(condition, {"$unset": {points_field: ""}}))
     return updates
-
-
-def _nest(path: str, value: Any) -> Any:
-    for name in reversed(path.split(".")):
-        value = {name: value}
-    return value
-
-
-def _is_same(found: Any, before: Any) -> bool:
-    if found is MISSING or before is MISSING:
-        return found is before
-    return bson.encode({"": found}) == bson.encode({"": before})

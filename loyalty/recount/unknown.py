@@ -25,7 +25,7 @@ _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
 
 
 def classify_unknown(customer: Any) -> Kind:
-    """Return what an unknown customer id looks like."""
+    """Return the kind of an unknown customer id."""
     if is_dbref(customer):
         return "DBRef"
     if isinstance(customer, list):
