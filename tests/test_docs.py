@@ -352,26 +352,29 @@ def test_the_mongosh_command_for_pre_images_switches_them_on(
 def test_the_steps_of_the_first_installation_keep_and_restore_the_points(
     shop: Database[Any], deployment: Deployment, service: Start
 ) -> None:
-    """The user has 5 points and 7 counted orders."""
+    """One user has 5 points and 7 counted orders, the other one neither points nor orders."""
     page, heading = "docs/operation.md", "First installation on a shop with points"
     section = PAGES[page].split(f"## {heading}")[1].split("\n## ")[0]
     save, compare, remove, restore = _mongosh_snippets(page, heading)
     assert _program_calls(section) == [["--check-config"], ["--dry-run"], ["--once"], ["--once"]]
-    before = shop.users.find_one()
-    assert before == {"_id": 17, "name": "Ada", "loyalty_points": 5}
+    shop.users.insert_one({"_id": 18, "name": "Bob"})
+    ada, bob = before = list(shop.users.find())
+    assert ada == {"_id": 17, "name": "Ada", "loyalty_points": 5}
     _run_mongosh(shop, save)
     assert service("--check-config", MONGODB_URI=deployment.uri).wait() == 0
     assert service("--dry-run", MONGODB_URI=deployment.uri).wait() == 1
     new_field = {"USER_POINTS_FIELD": "loyalty_points_new"}
     assert "USER_POINTS_FIELD=loyalty_points_new" in section
     assert service("--once", MONGODB_URI=deployment.uri, **new_field).wait() == 0
-    assert _run_mongosh(shop, compare) == [{**before, "loyalty_points_new": 7}]
+    new = [{**ada, "loyalty_points_new": 7}, {**bob, "loyalty_points_new": 0}]
+    assert _run_mongosh(shop, compare) == new
     assert service("--once", MONGODB_URI=deployment.uri).wait() == 0
     assert _run_mongosh(shop, compare) == []
-    assert _run_mongosh(shop, remove) == 1
-    assert shop.users.find_one() == {**before, "loyalty_points": 7}
+    assert _run_mongosh(shop, remove) == 2
+    counted = [{**ada, "loyalty_points": 7}, {**bob, "loyalty_points": 0}]
+    assert list(shop.users.find()) == counted
     _run_mongosh(shop, restore)
-    assert list(shop.users.find()) == [before]
+    assert list(shop.users.find()) == before
 
 
 @pytest.mark.xdist_group("oms_db")
