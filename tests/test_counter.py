@@ -21,7 +21,7 @@ from loyalty.recount.counter import Counter
 from loyalty.recount.customer_ids import indexable_forms
 from loyalty.recount.index_build import create_index
 from loyalty.recount.pipeline import NonCanonicalIdFound
-from loyalty.recount.result import CountResult
+from loyalty.recount.result import CountResult, Result
 from loyalty.recount.runner import RecountRequest, run_recount
 from loyalty.recount.snapshot import pin_cluster_time
 from loyalty.recount.tally import CustomerCount, UpToDate
@@ -328,13 +328,11 @@ def test_a_count_without_snapshots_is_as_of_its_start(connection: Connection) ->
         (connection, False),
         (replace(connection, supports_snapshots=False), True),
     ):
-        counter = Counter(
-            server, SETTINGS, ignore_progress, started_at=started_at, use_snapshot=use_snapshot
-        )
-        result = counter.count_all(lambda _: None)
-        assert not result.exact
-        assert result.as_of == started_at
-        assert (result.cluster_time, result.snapshots) == (None, [])
+        counter = Counter(server, SETTINGS, ignore_progress, use_snapshot=use_snapshot)
+        count = counter.count_all(lambda _: None)
+        assert not count.exact
+        assert (count.cluster_time, count.snapshots) == (None, [])
+        assert Result(started_at=started_at, count=count).as_of == started_at
 
 
 def test_other_fields_of_a_user_do_not_change_the_count(connection: Connection) -> None:

@@ -421,7 +421,7 @@ def test_with_the_index_no_partition_fetches_an_order_or_needs_the_disk(
         cut = partitions(partition_boundaries(connection.users, size=40))
         assert len(cut) > 10
         for partition in cut:
-            pipeline = build_pipeline(settings, Scope(partition), status_may_be_array=False)
+            pipeline = build_pipeline(settings, Scope(partition, status_may_be_array=False))
             plan = explain(connection, pipeline)
             stages = set(find_values(plan, "stage"))
             assert "IXSCAN" in stages
@@ -459,8 +459,9 @@ def test_one_customer_is_counted_without_a_collection_scan(uri: str, customer: s
         connection.orders.create_index(index_keys(settings))
         customers = parse_id_argument(customer)
         variants = [variant for c in customers for variant in indexable_forms(c)]
-        scope = Scope(Partition([[{"$in": variants}]]), customers=customers)
-        pipeline = build_pipeline(settings, scope, status_may_be_array=False)
+        partition = Partition([[{"$in": variants}]])
+        scope = Scope(partition, customers, status_may_be_array=False)
+        pipeline = build_pipeline(settings, scope)
         stages = find_values(explain(connection, pipeline), "stage")
         assert "IXSCAN" in stages
         assert "COLLSCAN" not in stages
@@ -471,7 +472,7 @@ def test_the_index_is_used_for_a_collection_with_a_collation(uri: str) -> None:
         shop = connection.orders.database
         shop.create_collection("orders", collation={"locale": "en", "strength": 2})
         connection.orders.insert_many([{"customer_id": 1, "status": "Shipped"} for _ in range(9)])
-        pipeline = build_pipeline(settings_for(uri), Scope(), status_may_be_array=True)
+        pipeline = build_pipeline(settings_for(uri), Scope())
         assert "COLLSCAN" in find_values(explain(connection, pipeline), "stage")
         create_index(connection.orders, settings_for(uri))
         assert "IXSCAN" in find_values(explain(connection, pipeline), "stage")

@@ -56,7 +56,7 @@ def test_the_default_settings_take_no_stage_for_other_shapes() -> None:
     )
     user = {"_id": "$_id", "points": "$loyalty_points"}
     read_users = [{"$match": {}}, {"$replaceWith": {"_id": users, "user": user}}]
-    pipeline = build_pipeline(settings, Scope(), status_may_be_array=False)
+    pipeline = build_pipeline(settings, Scope(status_may_be_array=False))
     assert pipeline[:5] == [
         {"$match": {"status": {"$in": ["Shipped"]}}},
         {"$group": {"_id": "$customer_id", "orders": {"$sum": 1}}},
@@ -116,15 +116,15 @@ def test_with_the_indexes_no_partition_fetches_an_order_or_reads_all_users(
         cut = partitions(partition_boundaries(connection.users, settings.user_key_field, 15))
         assert len(cut) > 6
         for partition in cut:
-            pipeline = build_pipeline(settings, Scope(partition), status_may_be_array=False)
+            pipeline = build_pipeline(settings, Scope(partition, status_may_be_array=False))
             assert count_fetched_orders(connection, pipeline) == 0
             stages = find_values(explain(connection, pipeline), "stage")
             assert "IXSCAN" in stages
             assert "COLLSCAN" not in stages
             examined = find_values(explain(connection, pipeline), "docsExamined")
             assert max(map(int, examined), default=0) <= 2 * 40
-        scope = Scope(Partition([[{"$in": [3]}]]), customers=[3])
-        one = build_pipeline(settings, scope, status_may_be_array=False)
+        scope = Scope(Partition([[{"$in": [3]}]]), customers=[3], status_may_be_array=False)
+        one = build_pipeline(settings, scope)
         assert "COLLSCAN" not in find_values(explain(connection, one), "stage")
         run_recount(connection, settings, History(None), RecountRequest(force=True))
         is_filtered = bool(settings.order_filter)

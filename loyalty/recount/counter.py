@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
@@ -20,7 +19,7 @@ from loyalty.mongo.connection import Connection
 from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.values import SIMPLE_COLLATION
 from loyalty.recount.customer_ids import MIXED_CASE_HEX_ID
-from loyalty.recount.index import inspect_plan
+from loyalty.recount.index import Plan, inspect_plan
 from loyalty.recount.order_filter import counted_orders
 from loyalty.recount.partitions import Partition, partition_boundaries, partitions
 from loyalty.recount.pipeline import Scope, build_pipeline, parse_rows
@@ -48,9 +47,9 @@ FindBoundaries = Callable[[Collection[Any], str], list[Any]]
 
 
 class Counter:
-    """Counts at one cluster time, if the server can, and hands each row to a callback.
+    """Makes one count at one cluster time, if the server can, and hands each row to a callback.
 
-    The cluster time is `not_before` or later; without snapshots the result is as of `started_at`.
+    The cluster time is `not_before` or later.
     """
 
     def __init__(
@@ -59,7 +58,6 @@ class Counter:
         settings: Settings,
         on_progress: ProgressCallback,
         *,
-        started_at: datetime | None = None,
         not_before: Timestamp | None = None,
         find_boundaries: FindBoundaries = partition_boundaries,
         use_snapshot: bool = True,
@@ -67,32 +65,26 @@ class Counter:
         self._connection = connection
         self._settings = settings
         self._on_progress = on_progress
-        self._started_at = started_at or datetime.now(UTC)
         self._not_before = not_before
         self._find_boundaries = find_boundaries
         self._use_snapshot = use_snapshot
+        self._snapshots: list[Timestamp] = []  # each query reads at the last
 
     def count_all(self, on_row: OnRow, *, single_query: bool = False) -> CountResult:
         """Count all customers, in partitions if the index allows it.
 
         Raises ServiceError, and NonCanonicalIdFound if a single query is needed instead.
         """
-        snapshots = self._pin_snapshot()
+        self._pin_snapshot()
         # After pinning: an index that has no array now had none at that time.
         plan = inspect_plan(self._connection.orders, self._settings)
-        count = partial(
-            self._aggregate,
-            snapshots,
-            status_may_be_array=plan.status_is_multikey,
-            index_hint=plan.hint,
-        )
         if plan.supports_partitions and not single_query:
-            self._count_partitions(on_row, snapshots, count)
+            self._count_partitions(on_row, plan)
         else:
-            _handle_rows(count(Scope()), Scope(), on_row)
+            scope = Scope(status_may_be_array=plan.status_is_multikey)
+            _handle_rows(self._aggregate(scope, plan.hint), on_row)
         return CountResult(
-            self._started_at,
-            snapshots,
+            self._snapshots,
             supports_partitions=plan.supports_partitions,
             has_mixed_case_ids=single_query and self._find_mixed_case_ids(),
         )
@@ -102,47 +94,49 @@ class Counter:
 
         Raises ServiceError.
         """
-        # The caller has read at `not_before`: to ask for a newer time is one more round trip.
-        snapshots = [self._not_before] if self._not_before else self._pin_snapshot()
+        if self._not_before:  # the caller has read at it; a newer time is one more round trip
+            self._snapshots.append(self._not_before)
+        else:
+            self._pin_snapshot()
         for chunk in _chunks(customers):
             forms = [form for _, forms in chunk for form in forms or ()]
-            scope = Scope(
-                Partition([[{"$in": forms}]] if forms else [[]]),
-                customers=[customer for customer, _ in chunk],
-                include_up_to_date=True,
-            )
-            count = partial(self._aggregate, status_may_be_array=True)
+            partition = Partition([[{"$in": forms}]] if forms else [[]])
+            scope = Scope(partition, [customer for customer, _ in chunk])
             try:
-                spool = count(snapshots, scope)
+                batches = self._aggregate(scope)
             except SnapshotTooOld:
                 # Also after an index was created: no older snapshot of its collection can be read.
-                snapshots += self._pin_snapshot()
-                spool = count(snapshots, scope)
-            _handle_rows(spool, scope, on_row)
-        return CountResult(self._started_at, snapshots)
+                self._pin_snapshot()
+                batches = self._aggregate(scope)
+            _handle_rows(batches, on_row)
+        return CountResult(self._snapshots)
 
-    def _pin_snapshot(self, not_before: Timestamp | None = None) -> list[Timestamp]:
-        """Return the cluster time to read at; none without snapshots."""
-        if not self._use_snapshot:
-            return []
-        pinned = pin_cluster_time(self._connection, not_before or self._not_before)
-        return [] if pinned is None else [pinned]
+    def _pin_snapshot(self) -> None:
+        """Read at the newest cluster time from now on, if the server has snapshots."""
+        if self._use_snapshot:
+            not_before = self._snapshots[-1] if self._snapshots else self._not_before
+            pinned = pin_cluster_time(self._connection, not_before)
+            self._snapshots += [] if pinned is None else [pinned]
 
-    def _count_partitions(
-        self, on_row: OnRow, snapshots: list[Timestamp], count: Callable[[Scope], Spool]
-    ) -> None:
+    def _count_partitions(self, on_row: OnRow, plan: Plan) -> None:
         users = self._connection.users
         with map_driver_errors("find", users):
             boundaries = self._find_boundaries(users, self._settings.user_key_field)
-        scopes = [Scope(partition) for partition in partitions(boundaries)]
+        scopes = [
+            Scope(partition, status_may_be_array=plan.status_is_multikey)
+            for partition in partitions(boundaries)
+        ]
+        count = partial(self._aggregate, index_hint=plan.hint)
+        workers = self._settings.count_workers
         progress = Progress("counting", len(scopes), self._on_progress)
         done = done_at_pin = 0
         while done < len(scopes):
             try:
-                for scope, spool in self._map_scopes(count, scopes[done:]):
-                    _handle_rows(spool, scope, on_row)
-                    done += 1
-                    progress.add(1)
+                with map_ordered(count, iter(scopes[done:]), workers, prefetch=PREFETCH) as results:
+                    for batches in results:
+                        _handle_rows(batches, on_row)
+                        done += 1
+                        progress.add(1)
             except SnapshotTooOld as error:
                 if done == done_at_pin:
                     raise  # one partition alone takes longer than the server keeps a snapshot
@@ -151,40 +145,22 @@ class Counter:
                 )
                 done_at_pin = done
                 # Each customer is still counted at one time, but not all of them at the same.
-                snapshots += self._pin_snapshot(snapshots[-1] if snapshots else None)
+                self._pin_snapshot()
 
-    def _map_scopes(
-        self, count: Callable[[Scope], Spool], scopes: Sequence[Scope]
-    ) -> Iterator[tuple[Scope, Spool]]:
-        workers = self._settings.count_workers
-        with map_ordered(count, iter(scopes), workers, prefetch=PREFETCH) as spools:
-            yield from zip(scopes, spools, strict=True)
-
-    def _aggregate(
-        self,
-        snapshots: Sequence[Timestamp],
-        scope: Scope,
-        *,
-        status_may_be_array: bool,
-        index_hint: str = "",
-    ) -> Spool:
+    def _aggregate(self, scope: Scope, index_hint: str = "") -> Spool:
         """Return all batches of the result, so that a partition is counted whole or not at all."""
         orders, spool = self._connection.orders, Spool()
-        options: dict[str, Any] = {}
-        if snapshots:
-            # Not a snapshot session, which several threads cannot share.
-            read_concern = {"level": "snapshot", "atClusterTime": snapshots[-1]}
-            options = {"readConcern": read_concern}
-        advice = "raise COUNT_TIMEOUT"
-        if index_hint:
-            advice += f"; {index_hint}"
-        pipeline = build_pipeline(self._settings, scope, status_may_be_array=status_may_be_array)
-        options |= {
+        pipeline = build_pipeline(self._settings, scope)
+        options: dict[str, Any] = {
             "allowDiskUse": True,
             "batchSize": ROWS_PER_BATCH,
             "collation": SIMPLE_COLLATION,
             "maxTimeMS": self._settings.count_ms,
         }
+        if self._snapshots:
+            # Not a snapshot session, which several threads cannot share.
+            options["readConcern"] = {"level": "snapshot", "atClusterTime": self._snapshots[-1]}
+        advice = "; ".join(filter(None, ["raise COUNT_TIMEOUT", index_hint]))
         with map_driver_errors("find", orders, if_too_slow=advice):
             if scope.customers:
                 # `aggregate_raw_batches` asks for an empty first batch: one more round trip.
@@ -208,10 +184,10 @@ class Counter:
         return False
 
 
-def _handle_rows(spool: Spool, scope: Scope, on_row: OnRow) -> None:
-    with spool:
-        for batch in spool:
-            for row in parse_rows(batch, scope):
+def _handle_rows(batches: Spool, on_row: OnRow) -> None:
+    with batches:
+        for batch in batches:
+            for row in parse_rows(batch):
                 on_row(row)
 
 

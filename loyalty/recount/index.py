@@ -27,10 +27,10 @@ _ALL_BUT_ONE = {"$ne": "\x01"}  # with bounds, and on every shard
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How the server reads the orders of one partition. The default is the worst case."""
+    """How the server reads one partition of orders or users. The default is the worst case."""
 
     supports_partitions: bool = False
-    """Whether indexes lead to the orders and users of a partition, and to no others."""
+    """Whether an index leads to the documents of a partition, and to no others."""
     status_is_multikey: bool = True
     """Whether a status may be an array, so that each must be checked."""
     needs_fetch: bool = True
@@ -43,15 +43,6 @@ class Plan:
     """Fields of ORDER_FILTER that the index lacks."""
 
 
-@dataclass(frozen=True, slots=True)
-class Index:
-    """An index in use; without one, `name` is ""."""
-
-    name: str = ""
-    hint: str = ""
-    """Why partitions cannot use it, and what to do; "" if they can."""
-
-
 def index_keys(settings: Settings) -> list[tuple[str, int]]:
     """Return the keys of the index: fields with fixed values, the customer, other conditions."""
     first = [*equality_fields(settings), settings.status_field, settings.customer_field]
@@ -62,12 +53,13 @@ def inspect_plan(orders: Collection[Any], settings: Settings) -> Plan:
     """Ask the server how it would read a partition; the worst case if it does not answer."""
     try:
         plan = inspect_orders_plan(orders, settings)
-        if not plan.supports_partitions:
-            return plan
-        users = inspect_user_index(orders.database[settings.users], settings.user_key_field)
+        if plan.supports_partitions:
+            users = inspect_users_plan(orders.database[settings.users], settings.user_key_field)
+            if not users.supports_partitions:
+                return replace(plan, supports_partitions=False, hint=users.hint)
     except ServiceError:  # the count itself reports what is wrong
         return Plan()
-    return replace(plan, supports_partitions=False, hint=users.hint) if users.hint else plan
+    return plan
 
 
 def inspect_orders_plan(orders: Collection[Any], settings: Settings) -> Plan:
@@ -97,20 +89,13 @@ def inspect_orders_plan(orders: Collection[Any], settings: Settings) -> Plan:
 def _build_plan(name: str, stages: list[Document], settings: Settings) -> Plan:
     """Return the plan with an index of the right keys."""
     scans = _index_scans(stages)
-    keys = [settings.status_field, settings.customer_field]
-    # An index knows of each of its fields whether any order has ever held an array there.
-    paths = [scan.get("multiKeyPaths", {}) for scan in scans]
-    multikey = [key for key in keys if not paths or any(path.get(key) != [] for path in paths)]
+    multikey = _multikey_fields(scans, [settings.status_field, settings.customer_field])
     conditions = other_conditions(settings)
     missing = [f for f in conditions if any(f not in s["keyPattern"] for s in scans)]
     kinds = {stage["stage"] for stage in stages}
     hint = ""
     if multikey:
-        hint = (
-            f"{name} is multikey: an order holds, or once held, an array in "
-            f"{' and '.join(multikey)}. Correct such orders, drop the index, and create it again "
-            "with --create-index"
-        )
+        hint = _multikey_hint(name, "an order", multikey)
     elif missing:
         hint = (
             f"{name}, but each order is fetched because it lacks {' and '.join(missing)} of "
@@ -133,6 +118,19 @@ def _build_plan(name: str, stages: list[Document], settings: Settings) -> Plan:
     )
 
 
+def _multikey_fields(scans: list[Document], fields: list[str]) -> list[str]:
+    """Return the fields where, as the index knows, a document holds or once held an array."""
+    paths = [scan.get("multiKeyPaths", {}) for scan in scans]
+    return [field for field in fields if not paths or any(p.get(field) != [] for p in paths)]
+
+
+def _multikey_hint(name: str, document: str, fields: list[str]) -> str:
+    return (
+        f"{name} is multikey: {document} holds, or once held, an array in {' and '.join(fields)}. "
+        "Correct such documents, drop the index, and create it again with --create-index"
+    )
+
+
 def _is_bounded(scan: Document, settings: Settings) -> bool:
     """Return whether an index begins with the status and the customer, each with bounds.
 
@@ -152,8 +150,8 @@ def _is_bounded(scan: Document, settings: Settings) -> bool:
     return False
 
 
-def inspect_user_index(users: Collection[Any], key: str) -> Index:
-    """Ask the server for the index on `key`. Raises ServiceError.
+def inspect_users_plan(users: Collection[Any], key: str) -> Plan:
+    """Return the plan with the index on `key`. Raises ServiceError.
 
     A partial or sparse index can be used if it holds every user that has a key.
     """
@@ -162,9 +160,8 @@ def inspect_user_index(users: Collection[Any], key: str) -> Index:
     is_bounded = all(stage["stage"] != "COLLSCAN" for stage in stages) and all(
         scan.get("indexBounds", {}).get(key) not in _UNBOUNDED for scan in scans
     )
-    is_multikey = any(scan.get("multiKeyPaths", {}).get(key) != [] for scan in scans)
     name, why = "", ""
-    if key == "_id":
+    if key == "_id":  # never multikey; a clustered collection has no index scan
         name = "_id_"
         if not is_bounded:
             why = f"with the collation of {users.full_name}, each partition would read all users"
@@ -172,13 +169,10 @@ def inspect_user_index(users: Collection[Any], key: str) -> Index:
         why = f"{users.full_name} has no index on {key}; create it with --create-index"
     else:
         name = str(scans[0]["indexName"])
-        if is_multikey:
-            why = (
-                f"{name} on {users.full_name} is multikey: a user holds, or once held, an array in "
-                f"{key}. Correct such users, drop the index, and create it again with "
-                "--create-index"
-            )
-    return Index(name, why and f"one query counts all customers, because {why}")
+        if _multikey_fields(scans, [key]):
+            why = _multikey_hint(f"{name} on {users.full_name}", "a user", [key])
+    hint = why and f"one query counts all customers, because {why}"
+    return Plan(supports_partitions=not why, hint=hint, index_name=name)
 
 
 def missing_index_hint(orders: Collection[Any], settings: Settings) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -18,10 +19,10 @@ from loyalty.mongo.error_codes import CODES
 from loyalty.mongo.privileges import collection_type
 from loyalty.mongo.values import SIMPLE_COLLATION, Document, format_value
 from loyalty.recount.index import (
-    Index,
+    Plan,
     index_keys,
     inspect_orders_plan,
-    inspect_user_index,
+    inspect_users_plan,
     view_hint,
 )
 
@@ -38,12 +39,7 @@ def create_index(orders: Collection[Any], settings: Settings) -> str:
 
     Raises ServiceError.
     """
-
-    def inspect() -> Index:
-        plan = inspect_orders_plan(orders, settings)
-        name = "" if plan.missing_fields else plan.index_name
-        return Index(name, "" if plan.supports_partitions else plan.hint)
-
+    inspect = partial(inspect_orders_plan, orders, settings)
     try:
         return _ensure_index(orders, index_keys(settings), inspect)
     except ServiceError as error:
@@ -58,27 +54,27 @@ def create_user_index(users: Collection[Any], settings: Settings) -> str:
     Raises ServiceError.
     """
     key = settings.user_key_field
-    return _ensure_index(users, [(key, 1)], lambda: inspect_user_index(users, key))
+    return _ensure_index(users, [(key, 1)], partial(inspect_users_plan, users, key))
 
 
-def _ensure_index(collection: Collection[Any], keys: _Keys, inspect: Callable[[], Index]) -> str:
+def _ensure_index(collection: Collection[Any], keys: _Keys, inspect: Callable[[], Plan]) -> str:
     kind = collection_type(collection.database, collection.name)
     if kind is None:
         raise ConfigurationError(f"cannot create an index: no collection {collection.full_name}")
     if kind == "view":
         raise ConfigurationError(view_hint(collection))
-    index = inspect()
-    if not index.name:
+    plan = inspect()
+    if not plan.index_name or plan.missing_fields:
         name = _build_index(collection, keys)
-        index = inspect()
-        if not index.name:  # create_index succeeds for an existing hidden index
+        plan = inspect()
+        if not plan.index_name or plan.missing_fields:  # a hidden index is not created again
             raise ConfigurationError(
                 f"the index {name} exists, but the server does not use it. If it is hidden: "
                 f"db.{collection.name}.unhideIndex({name!r})"
             )
-    if index.hint:
-        raise ConfigurationError(index.hint)
-    return index.name
+    if not plan.supports_partitions:
+        raise ConfigurationError(plan.hint)
+    return plan.index_name
 
 
 def _build_index(collection: Collection[Any], keys: _Keys) -> str:

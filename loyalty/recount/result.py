@@ -22,9 +22,8 @@ Outcome = Literal["succeeded", "incomplete", "refused", "failed"]
 
 @dataclass(frozen=True, slots=True)
 class CountResult:
-    """When a count was made, and how."""
+    """How a count was made."""
 
-    started_at: datetime
     snapshots: Sequence[Timestamp] = ()
     """The cluster times that were read at, the oldest first.
 
@@ -34,11 +33,6 @@ class CountResult:
     """Whether indexes lead to the orders and the users of one customer."""
     has_mixed_case_ids: bool = False
     """Whether a hex id is neither all lower nor all upper case; False if that was not checked."""
-
-    @property
-    def as_of(self) -> datetime:
-        """The oldest time that anything was read at."""
-        return self.snapshots[0].as_datetime() if self.snapshots else self.started_at
 
     @property
     def cluster_time(self) -> Timestamp | None:
@@ -60,7 +54,7 @@ class Result:
     started_at: datetime
     seconds: float = 0.0
     outcome: Outcome = "succeeded"
-    count: CountResult
+    count: CountResult = CountResult()
     totals: Totals = field(default_factory=Totals)
     refusal: str | None = None
     """Why the safety checks refuse it, also if it is forced."""
@@ -76,7 +70,9 @@ class Result:
 
     @property
     def as_of(self) -> datetime:
-        return self.count.as_of
+        """The oldest time that anything was read at; the start, without snapshots."""
+        snapshots = self.count.snapshots
+        return snapshots[0].as_datetime() if snapshots else self.started_at
 
     @property
     def failed_updates(self) -> int:
@@ -107,12 +103,11 @@ def build_record(result: Result) -> dict[str, Any]:
 
 def log_result(result: Result) -> None:
     """Log one line about a full recount."""
+    record = build_record(result)
     fields: dict[str, object] = {
         "outcome": result.outcome,
         "users": result.totals.users,
-        **{name: getattr(result.totals, name) for name in RECORDED_TOTALS},
-        "changed": result.written,
-        "failed_updates": result.failed_updates,
+        **{name: record[name] for name in (*RECORDED_TOTALS, "failed_updates")},
         "as_of": f"{result.as_of:%Y-%m-%dT%H:%M:%SZ}",
         "exact": result.count.exact,
         "seconds": round(result.seconds, 1),

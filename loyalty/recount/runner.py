@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 
 from bson import Timestamp
 
@@ -18,13 +19,12 @@ from loyalty.history import History
 from loyalty.mongo.connection import Connection
 from loyalty.recount.change_log import ChangeLog
 from loyalty.recount.counter import Counter, Customers, FindBoundaries
-from loyalty.recount.look_alikes import UnknownCustomerList
 from loyalty.recount.partitions import partition_boundaries
 from loyalty.recount.pipeline import NonCanonicalIdFound
 from loyalty.recount.result import CountResult, Result, build_record, log_result
 from loyalty.recount.safety import PreviousRecounts, check_totals, has_too_many_failed_updates
 from loyalty.recount.statuses import check_uncounted
-from loyalty.recount.tally import CustomerCount, Tally, Totals, UpToDate
+from loyalty.recount.tally import CustomerRows, Tally, Totals
 from loyalty.recount.updates import LogChanges, PendingUpdates
 from loyalty.retry import SHORT_OUTAGE_RETRY, RetryPolicy, retry
 
@@ -41,10 +41,8 @@ class RecountRequest:
     force: bool = False
     safety_check: Callable[[Totals], str | None] | None = None
     """Returns why it is refused; replaces the safety checks of a full recount."""
-    unknown: UnknownCustomerList | None = None
-    """Collects all unknown customers, if it is given."""
-    rows: list[CustomerCount] | None = None
-    """Collects the row of each customer, if it is given."""
+    rows: CustomerRows | None = None
+    """Collects a row for each customer whose users are not up to date, or who is requested."""
     find_boundaries: FindBoundaries = partition_boundaries
     retry_policy: RetryPolicy = SHORT_OUTAGE_RETRY
 
@@ -68,8 +66,7 @@ def run_recount(
 
     Raises RecountRefused by the safety checks, and any ServiceError that ended it.
     """
-    started_at = datetime.now(UTC)
-    result = Result(started_at=started_at, count=CountResult(started_at))
+    result = Result(started_at=datetime.now(UTC))
     recount = _Recount(connection, settings, history, request, on_progress, result)
     clock = time.monotonic()
     is_recorded = request.write and request.customers is None
@@ -112,13 +109,11 @@ class _Recount:
         """Count, and collect the updates. A failed count starts again at a new cluster time."""
         result, request = self.result, self.request
 
-        def count() -> tuple[CountResult, Totals]:
-            return self._count_once(updates, use_snapshot=True)
-
         def report_retry(attempt: int, error: Exception) -> None:
             log.warning('count_retry attempt=%d error="%s"', attempt, error)
             self.on_progress("")
 
+        count = partial(self._count_once, updates)
         try:
             # The driver does not retry a cursor that was lost with its primary.
             result.count, result.totals = retry(count, request.retry_policy, on_retry=report_retry)
@@ -126,39 +121,29 @@ class _Recount:
             if request.customers is not None:
                 raise  # live updates must not write anything older than `not_before`
             log.warning('snapshot_unavailable error="%s"', error)
-            result.count, result.totals = self._count_once(updates, use_snapshot=False)
+            result.count, result.totals = count(use_snapshot=False)
 
     def _count_once(
-        self, updates: PendingUpdates, *, use_snapshot: bool, single_query: bool = False
+        self, updates: PendingUpdates, *, use_snapshot: bool = True, single_query: bool = False
     ) -> tuple[CountResult, Totals]:
+        """Count from the beginning: discard what an earlier attempt has collected."""
         request = self.request
         updates.clear()
-        on_unknown = None
-        if request.unknown is not None:
-            request.unknown.clear()
-            on_unknown = request.unknown.add
-        tally = Tally(self.settings, updates.add, on_unknown)
         if request.rows is not None:
             request.rows.clear()
-
-        def on_row(row: CustomerCount | UpToDate) -> None:
-            tally.add(row)
-            if request.rows is not None and isinstance(row, CustomerCount):
-                request.rows.append(row)
-
+        tally = Tally(self.settings, updates.add, request.rows)
         counter = Counter(
             self.connection,
             self.settings,
             self.on_progress,
-            started_at=self.result.started_at,
             not_before=request.not_before,
             find_boundaries=request.find_boundaries,
             use_snapshot=use_snapshot,
         )
         if request.customers is not None:
-            return counter.count_customers(on_row, request.customers), tally.totals
+            return counter.count_customers(tally.add, request.customers), tally.totals
         try:
-            return counter.count_all(on_row, single_query=single_query), tally.totals
+            return counter.count_all(tally.add, single_query=single_query), tally.totals
         except NonCanonicalIdFound:
             log.info('single_query_count reason="upper-case or mixed-case hex ids"')
             return self._count_once(updates, use_snapshot=use_snapshot, single_query=True)

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from config import Settings
-from loyalty.mongo.values import format_value, is_integer, is_number, numeric_or_zero
+from loyalty.mongo.values import format_value, is_number, numeric_or_zero
 from loyalty.recount.customer_ids import NO_CUSTOMER
-from loyalty.recount.points import points_for
+from loyalty.recount.points import is_up_to_date, points_for
 from loyalty.recount.unknown import UnknownCustomers, classify_unknown, push_if_large
 
 MAX_LARGEST = 10
@@ -50,6 +50,20 @@ class CustomerCount:
     customer: Any
     orders: int
     users: Sequence[User]
+
+    @property
+    def is_unknown(self) -> bool:
+        """Whether it has counted orders and no user; False for the orders without customer."""
+        return self.orders > 0 and not self.users and self.customer != NO_CUSTOMER
+
+
+class CustomerRows(Protocol):
+    """Collects rows of a count."""
+
+    def append(self, row: CustomerCount, /) -> None: ...
+
+    def clear(self) -> None:
+        """Discard all: the count starts again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,20 +122,19 @@ class Totals:
 class Tally:
     """Adds up the rows of one count.
 
-    `on_change` gets each user to update, and the points; `on_unknown` each unknown customer, and
-    the number of its orders.
+    `on_change` gets each user to update, and the points.
     """
 
     def __init__(
         self,
         settings: Settings,
         on_change: Callable[[User, int], None],
-        on_unknown: Callable[[Any, int], None] | None = None,
+        rows: CustomerRows | None = None,
     ) -> None:
         self.totals = Totals()
-        self._on_unknown = on_unknown
-        self._on_change = on_change
         self._settings = settings
+        self._on_change = on_change
+        self._rows = rows
 
     def add(self, row: CustomerCount | UpToDate) -> None:
         """Add a row to the totals, and report the users in it that have to be updated."""
@@ -133,26 +146,23 @@ class Tally:
             totals.users_with_a_value += row.users
             totals.users_with_points_before += row.users_with_points
             totals.users_with_points_after += row.users_with_points
-        elif row.users:
-            if len(row.users) > 1 and self._settings.user_key_field != "_id":
-                totals.users_sharing_a_key += len(row.users)
-            points = points_for(row.orders, self._settings)
-            for user in row.users:
-                self._add_user(user, points)
-        elif row.orders:
-            self._add_unknown(row)
-
-    def _add_unknown(self, row: CustomerCount) -> None:
-        totals = self.totals
-        if row.customer == NO_CUSTOMER:
-            totals.orders_without_customer += row.orders
             return
-        totals.unknown_customers += 1
-        totals.orders_of_unknown_customers += row.orders
-        kind = classify_unknown(row.customer)
-        totals.unknown_by_kind.setdefault(kind, UnknownCustomers()).add(row.customer, row.orders)
-        if self._on_unknown is not None:
-            self._on_unknown(row.customer, row.orders)
+        if len(row.users) > 1 and self._settings.user_key_field != "_id":
+            totals.users_sharing_a_key += len(row.users)
+        points = points_for(row.orders, self._settings)
+        for user in row.users:
+            self._add_user(user, points)
+        if row.is_unknown:
+            totals.unknown_customers += 1
+            totals.orders_of_unknown_customers += row.orders
+            kind = totals.unknown_by_kind.setdefault(
+                classify_unknown(row.customer), UnknownCustomers()
+            )
+            kind.add(row.customer, row.orders)
+        elif not row.users:
+            totals.orders_without_customer += row.orders
+        if self._rows is not None:
+            self._rows.append(row)
 
     def _add_user(self, user: User, after: int) -> None:
         totals, stored = self.totals, user.points
@@ -169,7 +179,7 @@ class Tally:
             totals.non_numeric_values += 1
             totals.non_numeric_sample = format_value(stored)
         # Of two users that one customer id refers to, one may be up to date.
-        if is_integer(stored) and stored == after:
+        if is_up_to_date(stored, after):
             return
         totals.changed += 1
         size = abs(after - before)

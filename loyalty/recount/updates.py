@@ -48,6 +48,10 @@ class FailedUpdates:
     sample: list[str] = field(default_factory=list)
     """Formatted ids, for DEBUG only."""
 
+    def add(self, code: str, user: Any) -> None:
+        self.codes[code] += 1
+        self.sample = [*self.sample, format_value(user)][:MAX_SAMPLES]
+
     def __len__(self) -> int:
         return self.codes.total()
 
@@ -84,15 +88,11 @@ class PendingUpdates:
 
     def clear(self) -> None:
         """Discard all that was added."""
-        self._total = 0
         self.result = WriteResult()
         """The results of the updates so far."""
+        self._total = self._batch_bytes = 0
+        self._batch: list[Document] = []
         self._spool = Spool()  # the old spool is closed by its destructor
-        self._begin_batch()
-
-    def _begin_batch(self) -> None:
-        self._batch: list[dict[str, Any]] = []
-        self._batch_bytes = 0
 
     def __enter__(self) -> Self:
         return self
@@ -108,28 +108,22 @@ class PendingUpdates:
             if user.created_path:
                 change["created"] = user.created_path
         if isinstance(user.id, ObjectId) and isinstance(user.points, int | float | None):
-            size: int | None = _OBJECT_ID_BYTES + len(user.created_path or "")
+            size = _OBJECT_ID_BYTES + len(user.created_path or "")
         else:
-            size = self._measure(change)
-        if size is None:
-            return
+            try:
+                size = len(bson.encode(change))
+            except (InvalidBSON, InvalidDocument, InvalidStringData, UnicodeEncodeError):
+                self.result.failed.add(UNSUPPORTED_VALUE, user.id)
+                return
         self._batch.append(change)
         self._batch_bytes += size
         if len(self._batch) == self._batch_size or self._batch_bytes > MAX_BATCH_BYTES:
             self._end_batch()
 
-    def _measure(self, change: Document) -> int | None:
-        """Return the size of a change in bytes, or None if it cannot be encoded."""
-        try:
-            return len(bson.encode(change))
-        except (InvalidBSON, InvalidDocument, InvalidStringData, UnicodeEncodeError):
-            self.result.add(_failure(UNSUPPORTED_VALUE, change["user"]))
-            return None
-
     def _end_batch(self) -> None:
         self._spool.add(bson.encode({"changes": self._batch}))
         self._total += len(self._batch)
-        self._begin_batch()
+        self._batch, self._batch_bytes = [], 0
 
     def write(
         self,
@@ -190,16 +184,9 @@ def _write_each_user(
     except BulkUpdateErrors as error:
         result.written = error.matched
         for position, code in error.reasons.items():
-            result.add(_failure(code, changes[position]["user"]))
+            result.failed.add(code, changes[position]["user"])
     result.missing = len(changes) - result.written - len(result.failed)
     return result
-
-
-def _failure(code: str, user: Any) -> WriteResult:
-    failed = FailedUpdates()
-    failed.codes[code] += 1
-    failed.sample.append(format_value(user))
-    return WriteResult(failed=failed)
 
 
 def _bulk_write(users: Collection[Any], updates: Sequence[UpdateOne | UpdateMany]) -> int:
