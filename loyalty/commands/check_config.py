@@ -36,7 +36,6 @@ from loyalty.recount.runner import RecountRequest, run_recount
 from loyalty.recount.safety import (
     MAX_STATUSES_SHOWN,
     StatusCounts,
-    check_collections,
     describe_uncounted,
     format_status,
 )
@@ -108,7 +107,7 @@ def _count_all(
 ) -> tuple[Result | None, list[str]]:
     """Count everything unless a collection is missing; return the result and the problems."""
     result = None
-    missing = check_collections(*find_missing_collections(connection))
+    missing = find_missing_collections(connection)
     problems = [missing] if missing else []
     if not problems:
         request = RecountRequest(write=False)

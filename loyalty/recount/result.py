@@ -12,7 +12,7 @@ from bson import ObjectId, Timestamp
 
 from config import VERSION
 from loyalty.recount.tally import RECORDED_TOTALS, Totals
-from loyalty.recount.updates import FailedUpdates
+from loyalty.recount.updates import FailedUpdates, WriteResult
 
 log = logging.getLogger("loyalty")
 
@@ -59,9 +59,7 @@ class Result:
     refusal: str | None = None
     """Why the safety checks refuse it, also if it is forced."""
     warnings: list[str] = field(default_factory=list)
-    failed: FailedUpdates = field(default_factory=FailedUpdates)
-    written: int = 0
-    """Users whose points were updated."""
+    updates: WriteResult = field(default_factory=WriteResult)
     error: str | None = None
 
     @property
@@ -73,6 +71,15 @@ class Result:
         """The oldest time that anything was read at; the start, without snapshots."""
         snapshots = self.count.snapshots
         return snapshots[0].as_datetime() if snapshots else self.started_at
+
+    @property
+    def written(self) -> int:
+        """Users whose points were updated."""
+        return self.updates.written
+
+    @property
+    def failed(self) -> FailedUpdates:
+        return self.updates.failed
 
     @property
     def failed_updates(self) -> int:

@@ -75,7 +75,7 @@ def run_recount(
             recount.count(updates)
             recount.check()
             if request.write:
-                recount.write(updates, recount.open_change_log() if is_recorded else None)
+                recount.write(updates, is_logged=is_recorded)
     except Exception as error:
         result.outcome = "refused" if isinstance(error, RecountRefused) else "failed"
         # The text of an exception that is not ours could contain anything.
@@ -171,29 +171,12 @@ class _Recount:
                 log.warning("non_numeric_points users=%d field=%s", replaced, settings.points_field)
                 log.debug("non_numeric_points sample=%s", result.totals.non_numeric_sample)
 
-    def open_change_log(self) -> LogChanges | None:
-        """Return the function that logs changes; None if there is nothing to log."""
-        result, changes = self.result, self.connection.changes
-        if changes is None or not result.totals.changed:
-            return None
-        change_log = ChangeLog(
-            changes,
-            users=self.settings.users,
-            points_field=self.settings.points_field,
-            recount=result.id,
-            at=result.started_at,
-            cluster_time=result.count.cluster_time,
-            expires_at=result.started_at + self.settings.retention,
-        )
-        return change_log.insert
-
-    def write(self, updates: PendingUpdates, log_changes: LogChanges | None) -> None:
+    def write(self, updates: PendingUpdates, *, is_logged: bool) -> None:
         """Write the updates. Raises TooManyFailedUpdates, and other ServiceErrors."""
         result = self.result
-        try:
-            updates.write(self.connection.users, self.on_progress, log_changes)
-        finally:
-            result.written, result.failed = updates.result.written, updates.result.failed
+        result.updates = updates.result
+        log_changes = self._open_change_log() if is_logged else None
+        updates.write(self.connection.users, self.on_progress, log_changes)
         if not result.failed:
             return
         failed, changed = result.failed_updates, result.totals.changed
@@ -204,6 +187,21 @@ class _Recount:
         result.outcome = "incomplete"
         errors = str(result.failed)
         log.warning('incomplete failed_updates=%d changed=%d errors="%s"', failed, changed, errors)
+
+    def _open_change_log(self) -> LogChanges | None:
+        """Return the function that logs changes; None without a change log."""
+        if self.connection.changes is None:
+            return None
+        change_log = ChangeLog(
+            self.connection.changes,
+            users=self.settings.users,
+            points_field=self.settings.points_field,
+            recount=self.result.id,
+            at=self.result.started_at,
+            cluster_time=self.result.count.cluster_time,
+            expires_at=self.result.started_at + self.settings.retention,
+        )
+        return change_log.insert
 
 
 def _read_previous(history: History) -> PreviousRecounts:

@@ -71,33 +71,27 @@ def exceeds_share(part: int, whole: int, percent: int, minimum: int = MIN_USERS)
 def check_totals(totals: Totals, settings: Settings, previous: PreviousRecounts) -> SafetyReport:
     """Judge a full recount by what it counted."""
     report = SafetyReport()
+    _check_users(totals, settings, report)
+    _check_orders(totals, settings, previous, report)
+    _check_changes(totals, settings, previous, report)
+    return report
+
+
+def _check_users(totals: Totals, settings: Settings, report: SafetyReport) -> None:
     if not totals.users:
         report.refusals.append(
             f"{settings.users} holds no users: are MONGODB_DATABASE and USERS_COLLECTION right?"
         )
-    _check_values(totals, settings, report)
-    _check_orders(totals, settings, previous, report)
-    _check_decrease(totals, settings, previous, report)
-    if totals.users_sharing_a_key:
-        report.warnings.append(
-            f"{totals.users_sharing_a_key:,} users have the same {settings.user_key_field} as "
-            "another user: each of these users gets the points of every order with that key"
-        )
-    changed, with_points = totals.users_with_points_changed, totals.users_with_points_before
-    if exceeds_share(changed, with_points, WARN_CHANGED_PERCENT):
-        report.warnings.append(
-            f"{changed:,} of the {with_points:,} users with points would have different points: "
-            "are POINTS_PER_ORDER and ORDER_STATUSES right?"
-        )
-    return report
-
-
-def _check_values(totals: Totals, settings: Settings, report: SafetyReport) -> None:
     if exceeds_share(totals.non_numeric_values, totals.users_with_a_value, MAX_NON_NUMERIC_PERCENT):
         report.refusals.append(
             f"{totals.non_numeric_values:,} of the {totals.users_with_a_value:,} users who have "
             f"{settings.points_field} hold no number in it, and it would be overwritten: is "
             "USER_POINTS_FIELD right?"
+        )
+    if totals.users_sharing_a_key:
+        report.warnings.append(
+            f"{totals.users_sharing_a_key:,} users have the same {settings.user_key_field} as "
+            "another user: each of these users gets the points of every order with that key"
         )
 
 
@@ -118,8 +112,7 @@ def _check_orders(
             f"{totals.orders_of_unknown_customers:,} of unknown customers, "
             f"{totals.orders_without_customer:,} without customer"
         )
-    last = previous.counted_orders or 0
-    percent = MIN_REMAINING_ORDERS_PERCENT
+    last, percent = previous.counted_orders or 0, MIN_REMAINING_ORDERS_PERCENT
     if last >= MIN_PREVIOUS_ORDERS and 100 * counted < percent * last:
         report.refusals.append(
             f"{counted:,} orders are counted, less than {percent} % of the {last:,} in the last "
@@ -127,22 +120,26 @@ def _check_orders(
         )
 
 
-def _check_decrease(
+def _check_changes(
     totals: Totals, settings: Settings, previous: PreviousRecounts, report: SafetyReport
 ) -> None:
-    losing, with_points = totals.decreased, totals.users_with_points_before
-    percent = settings.max_decrease_percent
-    users = "user" if with_points == 1 else "users"
-    sentence = f"{losing:,} of the {with_points:,} {users} with points"
+    losing, changed = totals.decreased, totals.users_with_points_changed
+    with_points, percent = totals.users_with_points_before, settings.max_decrease_percent
+    users = f"{with_points:,} {'user' if with_points == 1 else 'users'} with points"
     if exceeds_share(losing, with_points, percent):
         report.refusals.append(
-            f"{sentence} would lose points, more than MAX_DECREASE_PERCENT={percent} allows: are "
-            "ORDER_STATUSES and MONGODB_DATABASE right?"
+            f"{losing:,} of the {users} would lose points, more than MAX_DECREASE_PERCENT={percent}"
+            " allows: are ORDER_STATUSES and MONGODB_DATABASE right?"
         )
     elif losing and previous.is_first:
-        report.warnings.append(f"{sentence} lose points in the first recount")
+        report.warnings.append(f"{losing:,} of the {users} lose points in the first recount")
     elif exceeds_share(losing, with_points, WARN_DECREASE_PERCENT):
-        report.warnings.append(f"{sentence} lose points")
+        report.warnings.append(f"{losing:,} of the {users} lose points")
+    if exceeds_share(changed, with_points, WARN_CHANGED_PERCENT):
+        report.warnings.append(
+            f"{changed:,} of the {users} would have different points: are POINTS_PER_ORDER and "
+            "ORDER_STATUSES right?"
+        )
 
 
 def check_live_update(losing: int, with_points: int, settings: Settings) -> str | None:
@@ -169,23 +166,18 @@ def check_collections(missing: Sequence[str], existing: Sequence[str]) -> str | 
 
 def check_statuses(statuses: StatusCounts, settings: Settings) -> SafetyReport:
     """Judge the statuses of all orders if no order is counted."""
-    report = SafetyReport()
     if not statuses and settings.order_filter:
-        report.warnings.append("no order matches ORDER_FILTER")
+        return SafetyReport(warnings=["no order matches ORDER_FILTER"])
     if not statuses or any(is_counted(status, settings) for status, _ in statuses):
-        return report
+        return SafetyReport()
     if all(status is None for status, _ in statuses):
-        report.refusals.append(
-            f"no order has a field {settings.status_field}: is ORDER_STATUS_FIELD right?"
-        )
-        return report
+        text = f"no order has a field {settings.status_field}: is ORDER_STATUS_FIELD right?"
+        return SafetyReport(refusals=[text])
     text = describe_uncounted(statuses, settings)
     counted = {normalize(status) for status in settings.order_statuses}
     if any(normalize(status) in counted for status, _ in statuses):
-        report.refusals.append(f"{text}: correct ORDER_STATUSES")
-    else:
-        report.warnings.append(text)
-    return report
+        return SafetyReport(refusals=[f"{text}: correct ORDER_STATUSES"])
+    return SafetyReport(warnings=[text])
 
 
 def check_swapped_collections(settings: Settings) -> str:

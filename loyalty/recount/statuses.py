@@ -53,11 +53,8 @@ def count_statuses(
         return [(row["_id"], row["n"]) for row in rows]
 
 
-def find_missing_collections(connection: Connection) -> tuple[list[str], list[str]]:
-    """Return the full names of missing collections, and the names of those that exist.
-
-    Raises ServiceError.
-    """
+def find_missing_collections(connection: Connection) -> str | None:
+    """Return the refusal if orders or users is missing. Raises ServiceError."""
     database = connection.users.database
     with map_driver_errors("listCollections", database):
         # Only those that the database user may see: this takes no privilege.
@@ -67,13 +64,12 @@ def find_missing_collections(connection: Connection) -> tuple[list[str], list[st
         for collection in (connection.orders, connection.users)
         if collection.name not in existing
     ]
-    return missing, existing
+    return check_collections(missing, existing)
 
 
 def check_uncounted(connection: Connection, settings: Settings) -> SafetyReport:
     """Judge a recount that counted no order or no user. Raises ServiceError."""
-    missing, existing = find_missing_collections(connection)
-    if refusal := check_collections(missing, existing):
+    if refusal := find_missing_collections(connection):
         return SafetyReport(refusals=[refusal])
     report = check_statuses(count_statuses(connection, settings), settings)
     users = connection.users
