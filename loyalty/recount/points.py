@@ -1,11 +1,20 @@
-"""The points rule, in Python and as expressions for the server. Both must agree."""
+"""The points rule: what counted orders earn, and how a stored value compares with that.
+
+The expressions for the server must agree with the functions.
+"""
 
 from __future__ import annotations
 
+import math
+import re
 from typing import Any
+
+from bson import Decimal128
 
 from config import Settings
 from loyalty.mongo.values import Document, is_integer
+
+_NUMBER = re.compile(r"\s*[-+]?\d+(\.\d+)?\s*", re.ASCII)
 
 
 def points_for(orders: int, settings: Settings) -> int:
@@ -27,3 +36,15 @@ def is_up_to_date_expr(stored: str, orders: str, settings: Settings) -> Document
     """Return the expression for: the value at the path `stored` is up to date."""
     is_integer_expr = {"$in": [{"$type": stored}, ["int", "long"]]}
     return {"$and": [is_integer_expr, {"$eq": [stored, points_expr(orders, settings)]}]}
+
+
+def parse_points(stored: Any) -> float:
+    """Return a stored value as points; a numeric string counts as its number, all else as 0."""
+    if isinstance(stored, str):
+        return float(stored) if _NUMBER.fullmatch(stored) else 0
+    if isinstance(stored, Decimal128):
+        number = stored.to_decimal()
+        return 0 if number.is_nan() else float(number)  # float() raises for a signaling NaN
+    if isinstance(stored, bool) or not isinstance(stored, int | float) or math.isnan(stored):
+        return 0
+    return stored

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from config import Settings
-from loyalty.mongo.values import format_value, is_number, numeric_or_zero
+from loyalty.mongo.values import format_value, is_number
 from loyalty.recount.customer_ids import NO_CUSTOMER
-from loyalty.recount.points import is_up_to_date, points_for
+from loyalty.recount.points import is_up_to_date, parse_points, points_for
 from loyalty.recount.unknown import UnknownCustomers, classify_unknown, push_if_large
 
 MAX_LARGEST = 10
@@ -166,7 +166,7 @@ class Tally:
 
     def _add_user(self, user: User, after: int) -> None:
         totals, stored = self.totals, user.points
-        before = numeric_or_zero(stored)
+        before = parse_points(stored)
         totals.users += 1
         totals.users_with_points_before += before > 0
         totals.users_with_points_after += after > 0
