@@ -59,7 +59,7 @@ def count_all(
 
 
 def recount(connection: Connection, cuts: Sequence[Any] = (), **values: str) -> Any:
-    settings = settings_for("mongodb://unused/", **values)
+    settings = settings_for("mongodb://unused/", **{"LIVE_UPDATES": "yes", **values})
     request = RecountRequest(force=True, find_boundaries=lambda *_: list(cuts))
     return run_recount(connection, settings, History(None), request)
 
@@ -156,7 +156,7 @@ def test_no_other_id_makes_the_count_start_over(
     assert not result.count.has_mixed_case_ids
 
 
-def test_mixed_case_ids_of_orders_that_are_not_counted_are_not_reported(
+def test_only_mixed_case_ids_of_counted_orders_are_reported_to_live_updates(
     connection: Connection,
 ) -> None:
     connection.orders.insert_one({"customer_id": MIXED_ADA, "status": "Paid"})
@@ -164,6 +164,7 @@ def test_mixed_case_ids_of_orders_that_are_not_counted_are_not_reported(
     assert not recount(connection).count.has_mixed_case_ids
     ship(connection, MIXED_ADA)
     assert recount(connection).count.has_mixed_case_ids
+    assert not recount(connection, LIVE_UPDATES="no").count.has_mixed_case_ids
 
 
 @pytest.mark.parametrize("subtype", [3, 4])

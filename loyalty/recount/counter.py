@@ -39,7 +39,7 @@ MAX_IDS_PER_QUERY = 4_000
 _RAW_CODEC = CodecOptions(document_class=RawBSONDocument)
 
 Customers = Sequence[tuple[Any, Sequence[Any] | None]]
-"""Canonical ids, each with the forms to look up in an index; None for all: read all orders."""
+"""Canonical ids, each with the forms to look up in an index. If None, a query reads all orders."""
 
 OnRow = Callable[[CustomerCount | UpToDate], None]
 FindBoundaries = Callable[[Collection[Any], str], list[Any]]
@@ -86,7 +86,9 @@ class Counter:
         return CountResult(
             self._snapshots,
             supports_partitions=plan.supports_partitions,
-            has_mixed_case_ids=single_query and self._find_mixed_case_ids(),
+            has_mixed_case_ids=self._settings.live_updates
+            and single_query
+            and self._find_mixed_case_ids(),
         )
 
     def count_customers(self, on_row: OnRow, customers: Customers) -> CountResult:
@@ -177,9 +179,10 @@ class Counter:
         connection, settings = self._connection, self._settings
         in_orders = {**counted_orders(settings), settings.customer_field: MIXED_CASE_HEX_ID}
         in_users = {settings.user_key_field: MIXED_CASE_HEX_ID}
+        options = {"collation": SIMPLE_COLLATION, "max_time_ms": settings.count_ms}
         for collection, query in ((connection.orders, in_orders), (connection.users, in_users)):
             with map_driver_errors("find", collection):
-                if collection.find_one(query, {"_id": 1}, collation=SIMPLE_COLLATION) is not None:
+                if collection.find_one(query, {"_id": 1}, **options) is not None:
                     return True
         return False
 
@@ -192,7 +195,7 @@ def _handle_rows(batches: Spool, on_row: OnRow) -> None:
 
 
 def _chunks(customers: Customers) -> Iterator[Customers]:
-    """Cut so that no aggregation asks for many more ids than MAX_IDS_PER_QUERY."""
+    """Yield chunks with about MAX_IDS_PER_QUERY ids each; without forms, a single chunk."""
     chunk: list[tuple[Any, Sequence[Any] | None]] = []
     size = 0
     for customer, forms in customers:

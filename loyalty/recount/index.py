@@ -22,7 +22,7 @@ LARGE_COLLECTION_DOCUMENTS = 100_000
 _NO_INDEX = "no usable index; create one with --create-index"
 _UNBOUNDED = (["[MinKey, MaxKey]"], ["[MaxKey, MinKey]"])
 _EMPTY_RANGE = {"$gt": "", "$lt": "\x01"}
-_ALL_BUT_ONE = {"$ne": "\x01"}  # with bounds, and on every shard
+_ALL_BUT_ONE = {"$ne": "\x01"}  # a condition with bounds, which every shard evaluates
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ def index_keys(settings: Settings) -> list[tuple[str, int]]:
 
 
 def inspect_plan(orders: Collection[Any], settings: Settings) -> Plan:
-    """Ask the server how it would read a partition; the worst case if it does not answer."""
+    """Return how the server would read a partition; the worst case if it reports an error."""
     try:
         plan = inspect_orders_plan(orders, settings)
         if plan.supports_partitions:
@@ -98,16 +98,16 @@ def _build_plan(name: str, stages: list[Document], settings: Settings) -> Plan:
         hint = _multikey_hint(name, "an order", multikey)
     elif missing:
         hint = (
-            f"{name}, but each order is fetched because it lacks {' and '.join(missing)} of "
-            "ORDER_FILTER: create a better one with --create-index"
+            f"the server uses {name}, but reads each order, because the index lacks "
+            f"{' and '.join(missing)} of ORDER_FILTER. Create a better index with --create-index"
         )
     elif "FETCH" in kinds:
         why = ""
         if "SHARDING_FILTER" in kinds:
             why = ", because the index lacks the shard key"
         elif conditions:
-            why = ", for a condition in ORDER_FILTER that no index answers alone"
-        hint = f"{name} is used, but orders are fetched as well{why}"
+            why = ", because no index alone can evaluate a condition in ORDER_FILTER"
+        hint = f"the server uses {name}, but also reads the orders{why}"
     return Plan(
         supports_partitions=settings.customer_field not in multikey,
         status_is_multikey=settings.status_field in multikey,
@@ -171,7 +171,7 @@ def inspect_users_plan(users: Collection[Any], key: str) -> Plan:
         name = str(scans[0]["indexName"])
         if _multikey_fields(scans, [key]):
             why = _multikey_hint(f"{name} on {users.full_name}", "a user", [key])
-    hint = why and f"one query counts all customers, because {why}"
+    hint = f"a single query counts all customers, because {why}" if why else ""
     return Plan(supports_partitions=not why, hint=hint, index_name=name)
 
 

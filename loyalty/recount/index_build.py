@@ -1,4 +1,4 @@
-"""The creation of the indexes on orders and users, whatever other indexes there are."""
+"""Creates the indexes on orders and users. Other indexes may exist."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def create_user_index(users: Collection[Any], settings: Settings) -> str:
 def _ensure_index(collection: Collection[Any], keys: _Keys, inspect: Callable[[], Plan]) -> str:
     kind = collection_type(collection.database, collection.name)
     if kind is None:
-        raise ConfigurationError(f"cannot create an index: no collection {collection.full_name}")
+        raise ConfigurationError(f"cannot create an index: {collection.full_name} does not exist")
     if kind == "view":
         raise ConfigurationError(view_hint(collection))
     plan = inspect()
@@ -84,7 +84,8 @@ def _build_index(collection: Collection[Any], keys: _Keys) -> str:
         if _code(error) == _CODES["IndexKeySpecsConflict"]:  # partial, or with another collation
             return _wait_for_build(collection, keys, name=_SECOND_NAME)
         # The same index with another name is hidden, or still being built.
-        other = re.search(r"already exists with a different name: (.+) \(code", str(error))
+        details = getattr(error.__cause__, "details", None) or {}
+        other = re.search("already exists with a different name: (.+)", details.get("errmsg", ""))
         if _code(error) == _CODES["IndexOptionsConflict"] and other:
             return _wait_for_build(collection, keys, name=other[1])
         raise
@@ -117,8 +118,8 @@ def _parallel_arrays_hint(orders: Collection[Any], settings: Settings) -> str:
         ids = ", ".join(format_value(order["_id"]) for order in found)
     fields = f"both {' and '.join(names)}" if len(names) == 2 else f"two of {', '.join(names)}"
     return (
-        f"no index can be made on {orders.full_name} while an order holds arrays in {fields}, such "
-        f"as the order with _id {ids}"
+        f"cannot create an index on {orders.full_name} while orders have arrays in {fields}; "
+        f"_id of such orders: {ids}"
     )
 
 

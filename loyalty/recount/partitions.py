@@ -1,4 +1,4 @@
-"""How all ids are cut into partitions, so that each is counted in the server's memory.
+"""Divides all ids into partitions, so that the server counts each in its memory.
 
 A partition is a half-open interval of canonical ids, [boundary, next boundary). The server compares
 values of one type only (MQL's type bracketing), so a partition has an interval for each type of id
@@ -95,7 +95,7 @@ def partitions(boundaries: Iterable[Any]) -> list[Partition]:
     strings = {str(boundary) for boundary in by_type["string"] | by_type["objectid"]}
     cuts = sorted({text.lower() if is_hex_id(text) else text for text in strings})
     found += [_string_partition(*ends) for ends in pairwise([None, *cuts, None])]
-    # Not $nor, which would fetch every order to look.
+    # Not $nor: the server would read every order.
     found.append(Partition([[{"$not": {"$gte": _LEAST[name]}} for name in sorted(cut_types)]]))
     return found
 
@@ -116,7 +116,7 @@ def _type_name(boundary: Any) -> str:
 
 
 def _sort_key(boundary: Any) -> Any:
-    """Return what gives Python the server's order of numbers or of binaries."""
+    """Return a sort key for numbers or binaries that gives the server's order."""
     if isinstance(boundary, bytes):
         return len(boundary), getattr(boundary, "subtype", 0), bytes(boundary)
     return boundary

@@ -21,12 +21,12 @@ _NON_CANONICAL, _NO_KEY = os.urandom(16), os.urandom(16)
 
 
 class NonCanonicalIdFound(Exception):
-    """A partition holds a hex id in upper or mixed case: its customer may be in another one."""
+    """A hex id in upper or mixed case, whose customer may be in another partition."""
 
 
 @dataclass(frozen=True)
 class Scope:
-    """What one aggregation covers: the ids in `partition`; of them only `customers`, if given.
+    """The customers of one aggregation: all in `partition`, or only `customers`, if given.
 
     Each customer that is given has a row, also if its users are up to date.
     """
@@ -38,7 +38,7 @@ class Scope:
     @property
     def has_all_forms(self) -> bool:
         """Whether the scope has all forms of each id in it."""
-        return self.partition is EVERYTHING or bool(self.customers)
+        return self.partition == EVERYTHING or bool(self.customers)
 
 
 def build_pipeline(settings: Settings, scope: Scope) -> list[Document]:
@@ -61,7 +61,7 @@ def build_pipeline(settings: Settings, scope: Scope) -> list[Document]:
     has_points_expr = {"$gt": [points_expr("$orders", settings), 0]}
     totals: dict[str, Any] = {
         "orders": {"$sum": "$orders"},
-        "users": {"$first": "$users"},
+        "users": {"$first": "$users"},  # of one customer; not used in the row of all up to date
         "user_count": {"$sum": user_count},
         "users_with_points": {"$sum": {"$cond": [has_points_expr, user_count, 0]}},
     }

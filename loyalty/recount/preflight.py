@@ -1,4 +1,4 @@
-"""What must hold before the first recount: a connection, access, and a server that can count."""
+"""Verifies what a recount needs: a connection, access, and a server that can count."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ log = logging.getLogger("loyalty")
 def connect_and_verify(settings: Settings, *, writing: bool, recording: bool = True) -> Connection:
     """Connect, verify that the server can do what a recount needs, and log its limits.
 
-    `recording`: for writing, the records must have a collection of their own.
+    If `writing` and `recording`, records and changes must have collections of their own.
     Raises ServiceError.
     """
     connection = connect(settings, writing=writing)
@@ -70,5 +70,4 @@ def _is_bad_query(error: ServiceError) -> bool:
     # The parser of conditions reports nearly every mistake with a code that has no name.
     details = getattr(error.__cause__, "details", None) or {}
     has_unnamed_code = str(details.get("codeName", "")).startswith("Location")
-    is_permanent = isinstance(error, ConfigurationError) and not isinstance(error, NoPermission)
-    return has_unnamed_code or is_permanent
+    return has_unnamed_code or type(error) is ConfigurationError  # not its subclasses

@@ -32,7 +32,7 @@ class CountResult:
     supports_partitions: bool = False
     """Whether indexes lead to the orders and the users of one customer."""
     has_mixed_case_ids: bool = False
-    """Whether a hex id is neither all lower nor all upper case; False if that was not checked."""
+    """Whether a hex id is neither all lower nor all upper case; checked for live updates only."""
 
     @property
     def cluster_time(self) -> Timestamp | None:

@@ -19,7 +19,7 @@ MIN_USERS = 10
 """The checks of a percentage of users apply from this many affected users on."""
 MIN_ORDERS = 10
 WARN_DECREASE_PERCENT = 10
-"""Of the users with points; live updates pause at the same percentage."""
+"""Of the users with points; live updates pause at this, or at MAX_DECREASE_PERCENT if lower."""
 WARN_CHANGED_PERCENT = 50
 WARN_EARNING_NOTHING_PERCENT = 1
 MIN_REMAINING_ORDERS_PERCENT = 50
@@ -29,7 +29,7 @@ MAX_FAILED_PERCENT = 1
 MIN_FAILED_UPDATES = 10
 MAX_STATUSES_SHOWN = 10
 
-_FORCE = "If this is intended, run once with --once --force"
+_FORCE = "If this is intended, run --once --force"
 
 StatusCounts = Sequence[tuple[Any, int]]
 """The statuses that orders have, with the number of orders, the most frequent first."""
@@ -84,8 +84,8 @@ def _check_users(totals: Totals, settings: Settings, report: SafetyReport) -> No
         )
     if exceeds_share(totals.non_numeric_values, totals.users_with_a_value, MAX_NON_NUMERIC_PERCENT):
         report.refusals.append(
-            f"{totals.non_numeric_values:,} of the {totals.users_with_a_value:,} users who have "
-            f"{settings.points_field} hold no number in it, and it would be overwritten: is "
+            f"{totals.non_numeric_values:,} of the {totals.users_with_a_value:,} values in "
+            f"{settings.points_field} are not numbers, and the recount would overwrite them: is "
             "USER_POINTS_FIELD right?"
         )
     if totals.users_sharing_a_key:
@@ -99,7 +99,7 @@ def _check_orders(
     totals: Totals, settings: Settings, previous: PreviousRecounts, report: SafetyReport
 ) -> None:
     counted, unmatched = totals.counted_orders, totals.orders_that_earn_nothing
-    if totals.users and counted == unmatched >= MIN_ORDERS:
+    if totals.users and counted == unmatched and counted >= MIN_ORDERS:
         report.refusals.append(
             "no counted order matches a user: are "
             f"ORDER_CUSTOMER_FIELD={settings.customer_field}, "
@@ -144,9 +144,8 @@ def _check_changes(
 
 def check_live_update(losing: int, with_points: int, settings: Settings) -> str | None:
     """Return why live updates must pause: `losing` users since the last full recount."""
-    if settings.max_decrease_percent == 100 or not exceeds_share(
-        losing, with_points, WARN_DECREASE_PERCENT
-    ):
+    percent = min(WARN_DECREASE_PERCENT, settings.max_decrease_percent)
+    if settings.max_decrease_percent == 100 or not exceeds_share(losing, with_points, percent):
         return None
     return f"live updates would take points from {losing:,} of {with_points:,} users with points"
 
@@ -176,7 +175,7 @@ def check_statuses(statuses: StatusCounts, settings: Settings) -> SafetyReport:
     text = describe_uncounted(statuses, settings)
     counted = {normalize(status) for status in settings.order_statuses}
     if any(normalize(status) in counted for status, _ in statuses):
-        return SafetyReport(refusals=[f"{text}: correct ORDER_STATUSES"])
+        return SafetyReport(refusals=[f"{text}. Correct ORDER_STATUSES"])
     return SafetyReport(warnings=[text])
 
 
