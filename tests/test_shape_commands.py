@@ -110,7 +110,7 @@ def test_with_the_indexes_no_partition_fetches_an_order_or_reads_all_users(
             assert not inspect_plan(connection.orders, settings).supports_partitions
             create_user_index(connection.users, settings)
         plan = inspect_plan(connection.orders, settings)
-        assert (plan.supports_partitions, plan.needs_fetch, plan.hint) == (True, False, "")
+        assert (plan.supports_partitions, plan.needs_fetch, plan.advice) == (True, False, "")
         keys = list(connection.orders.index_information()[plan.index_name]["key"])
         assert index is None or [name for name, _ in keys] == index
         cut = partitions(partition_boundaries(connection.users, settings.user_key_field, 15))
@@ -140,12 +140,12 @@ def test_create_index_adds_the_filter_fields_although_another_index_is_usable(
     database.orders.create_index([("status", 1), ("customer_id", 1)])
     plan = inspect_plan(database.orders, settings)
     assert (plan.supports_partitions, plan.needs_fetch) == (True, True)
-    assert "lacks deleted of ORDER_FILTER: create a better one with --create-index" in plan.hint
+    assert "lacks deleted of ORDER_FILTER. Create a better index with --create-index" in plan.advice
     for _ in range(2):
         assert command("--create-index", **NOT_DELETED) == 0
         assert "status_1_customer_id_1_deleted_1" in capsys.readouterr().out
     plan = inspect_plan(database.orders, settings)
-    assert (plan.needs_fetch, plan.hint) == (False, "")
+    assert (plan.needs_fetch, plan.advice) == (False, "")
     assert len(database.orders.index_information()) == 3
 
 
@@ -157,7 +157,7 @@ def test_a_condition_that_no_index_answers_alone_is_said_to_fetch_orders(
     assert command("--create-index", **values) == 0
     plan = inspect_plan(database.orders, settings_for("mongodb://x/", **values))
     assert (plan.supports_partitions, plan.needs_fetch) == (True, True)
-    assert "for a condition in ORDER_FILTER that no index answers alone" in plan.hint
+    assert "because no index alone can evaluate a condition in ORDER_FILTER" in plan.advice
 
 
 # The index on users
@@ -187,7 +187,7 @@ def test_any_index_with_all_keys_of_the_users_is_used(
     database.orders.create_index(index_keys(settings))
     plan = inspect_plan(database.orders, settings)
     assert plan.supports_partitions is is_used
-    assert ("create it with --create-index" in plan.hint) is not is_used
+    assert ("create it with --create-index" in plan.advice) is not is_used
     if options and "hidden" in options:
         assert command("--create-index", **BY_NUMBER) == 78
         return

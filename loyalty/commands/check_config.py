@@ -125,16 +125,16 @@ def _count_all(
 def _describe_index(connection: Connection, settings: Settings) -> str:
     """Return whether a recount can use the index, what to do, and which orders prevent it."""
     plan, orders = inspect_plan(connection.orders, settings), connection.orders
-    if not plan.hint:
+    if not plan.advice:
         return "usable"
     fields = (settings.status_field, settings.customer_field)
     arrays = {"$or": [condition for field in fields for condition in array_conditions(field)]}
     with map_driver_errors("find", orders, if_too_slow="raise COUNT_TIMEOUT"):
         number = orders.count_documents(arrays, maxTimeMS=settings.count_ms)
     if not number:
-        return plan.hint
+        return plan.advice
     have = f"{pluralize(number, 'order')} {'has' if number == 1 else 'have'}"
-    return f"{plan.hint}; {have} an array in {' or '.join(fields)}: correct them first"
+    return f"{plan.advice}; {have} an array in {' or '.join(fields)}: correct them first"
 
 
 def _print_settings(settings: Settings, connection: Connection, permissions: str | None) -> None:

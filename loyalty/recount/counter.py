@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from loyalty.mongo.values import SIMPLE_COLLATION
 from loyalty.recount.customer_ids import MIXED_CASE_HEX_ID
 from loyalty.recount.index import Plan, inspect_plan
 from loyalty.recount.order_filter import counted_orders
-from loyalty.recount.partitions import Partition, partition_boundaries, partitions
+from loyalty.recount.partitions import EVERYTHING, Partition, partition_boundaries, partitions
 from loyalty.recount.pipeline import Scope, build_pipeline, parse_rows
 from loyalty.recount.result import CountResult
 from loyalty.recount.snapshot import pin_cluster_time
@@ -35,7 +35,7 @@ ROWS_PER_BATCH = 5_000
 PREFETCH = 8
 """Partitions counted before their turn: if a few customers order a lot, one takes several times as
 long as the others."""
-MAX_IDS_PER_QUERY = 4_000
+MAX_CUSTOMERS_PER_QUERY = 1_000
 _RAW_CODEC = CodecOptions(document_class=RawBSONDocument)
 
 Customers = Sequence[tuple[Any, Sequence[Any] | None]]
@@ -82,7 +82,7 @@ class Counter:
             self._count_partitions(on_row, plan)
         else:
             scope = Scope(status_may_be_array=plan.status_is_multikey)
-            _handle_rows(self._aggregate(scope, plan.hint), on_row)
+            _handle_rows(self._aggregate(scope, plan.advice), on_row)
         return CountResult(
             self._snapshots,
             supports_partitions=plan.supports_partitions,
@@ -100,9 +100,12 @@ class Counter:
             self._snapshots.append(self._not_before)
         else:
             self._pin_snapshot()
-        for chunk in _chunks(customers):
+        reads_all_orders = any(forms is None for _, forms in customers)
+        size = len(customers) if reads_all_orders else MAX_CUSTOMERS_PER_QUERY
+        for start in range(0, len(customers), size):
+            chunk = customers[start : start + size]
             forms = [form for _, forms in chunk for form in forms or ()]
-            partition = Partition([[{"$in": forms}]] if forms else [[]])
+            partition = EVERYTHING if reads_all_orders else Partition([[{"$in": forms}]])
             scope = Scope(partition, [customer for customer, _ in chunk])
             try:
                 batches = self._aggregate(scope)
@@ -128,7 +131,7 @@ class Counter:
             Scope(partition, status_may_be_array=plan.status_is_multikey)
             for partition in partitions(boundaries)
         ]
-        count = partial(self._aggregate, index_hint=plan.hint)
+        count = partial(self._aggregate, index_advice=plan.advice)
         workers = self._settings.count_workers
         progress = Progress("counting", len(scopes), self._on_progress)
         done = done_at_pin = 0
@@ -149,7 +152,7 @@ class Counter:
                 # Each customer is still counted at one time, but not all of them at the same.
                 self._pin_snapshot()
 
-    def _aggregate(self, scope: Scope, index_hint: str = "") -> Spool:
+    def _aggregate(self, scope: Scope, index_advice: str = "") -> Spool:
         """Return all batches of the result, so that a partition is counted whole or not at all."""
         orders, spool = self._connection.orders, Spool()
         pipeline = build_pipeline(self._settings, scope)
@@ -162,7 +165,7 @@ class Counter:
         if self._snapshots:
             # Not a snapshot session, which several threads cannot share.
             options["readConcern"] = {"level": "snapshot", "atClusterTime": self._snapshots[-1]}
-        advice = "; ".join(filter(None, ["raise COUNT_TIMEOUT", index_hint]))
+        advice = "; ".join(filter(None, ["raise COUNT_TIMEOUT", index_advice]))
         with map_driver_errors("find", orders, if_too_slow=advice):
             if scope.customers:
                 # `aggregate_raw_batches` asks for an empty first batch: one more round trip.
@@ -192,17 +195,3 @@ def _handle_rows(batches: Spool, on_row: OnRow) -> None:
         for batch in batches:
             for row in parse_rows(batch):
                 on_row(row)
-
-
-def _chunks(customers: Customers) -> Iterator[Customers]:
-    """Yield chunks with about MAX_IDS_PER_QUERY ids each; without forms, a single chunk."""
-    chunk: list[tuple[Any, Sequence[Any] | None]] = []
-    size = 0
-    for customer, forms in customers:
-        chunk.append((customer, forms))
-        size += 1 + len(forms or ())
-        if size >= MAX_IDS_PER_QUERY and forms is not None:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk

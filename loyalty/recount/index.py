@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Any
 
 from pymongo.collection import Collection
@@ -35,7 +36,7 @@ class Plan:
     """Whether a status may be an array, so that each must be checked."""
     needs_fetch: bool = True
     """Whether orders are fetched as well as the index."""
-    hint: str = field(default=_NO_INDEX, compare=False)
+    advice: str = field(default=_NO_INDEX, compare=False)
     """What to do about the index; "" if nothing."""
     index_name: str = field(default="", compare=False)
     """The index with the right keys; "" if there is none."""
@@ -56,7 +57,7 @@ def inspect_plan(orders: Collection[Any], settings: Settings) -> Plan:
         if plan.supports_partitions:
             users = inspect_users_plan(orders.database[settings.users], settings.user_key_field)
             if not users.supports_partitions:
-                return replace(plan, supports_partitions=False, hint=users.hint)
+                return replace(plan, supports_partitions=False, advice=users.advice)
     except ServiceError:  # the count itself reports what is wrong
         return Plan()
     return plan
@@ -82,7 +83,7 @@ def inspect_orders_plan(orders: Collection[Any], settings: Settings) -> Plan:
     if plans:
         return min(plans, key=lambda plan: (len(plan.missing_fields), plan.needs_fetch))
     if collection_type(orders.database, orders.name) == "view":
-        return Plan(hint=view_hint(orders))
+        return Plan(advice=describe_view(orders))
     return Plan()
 
 
@@ -93,11 +94,11 @@ def _build_plan(name: str, stages: list[Document], settings: Settings) -> Plan:
     conditions = other_conditions(settings)
     missing = [f for f in conditions if any(f not in s["keyPattern"] for s in scans)]
     kinds = {stage["stage"] for stage in stages}
-    hint = ""
+    advice = ""
     if multikey:
-        hint = _multikey_hint(name, "an order", multikey)
+        advice = _describe_multikey(name, "an order", multikey)
     elif missing:
-        hint = (
+        advice = (
             f"the server uses {name}, but reads each order, because the index lacks "
             f"{' and '.join(missing)} of ORDER_FILTER. Create a better index with --create-index"
         )
@@ -107,12 +108,12 @@ def _build_plan(name: str, stages: list[Document], settings: Settings) -> Plan:
             why = ", because the index lacks the shard key"
         elif conditions:
             why = ", because no index alone can evaluate a condition in ORDER_FILTER"
-        hint = f"the server uses {name}, but also reads the orders{why}"
+        advice = f"the server uses {name}, but also reads the orders{why}"
     return Plan(
         supports_partitions=settings.customer_field not in multikey,
         status_is_multikey=settings.status_field in multikey,
         needs_fetch=bool(multikey) or "FETCH" in kinds,
-        hint=hint,
+        advice=advice,
         index_name=name,
         missing_fields=tuple(missing),
     )
@@ -124,7 +125,7 @@ def _multikey_fields(scans: list[Document], fields: list[str]) -> list[str]:
     return [field for field in fields if not paths or any(p.get(field) != [] for p in paths)]
 
 
-def _multikey_hint(name: str, document: str, fields: list[str]) -> str:
+def _describe_multikey(name: str, document: str, fields: list[str]) -> str:
     return (
         f"{name} is multikey: {document} holds, or once held, an array in {' and '.join(fields)}. "
         "Correct such documents, drop the index, and create it again with --create-index"
@@ -136,18 +137,16 @@ def _is_bounded(scan: Document, settings: Settings) -> bool:
 
     They may be in any order, and among them fields for which ORDER_FILTER names one value.
     """
-    pattern = scan.get("keyPattern", {})  # not every server that speaks the protocol has it
+    # Not every server that speaks the protocol has them.
+    pattern: Document = scan.get("keyPattern", {})
+    bounds = scan.get("indexBounds", {})
     wanted = {settings.status_field, settings.customer_field}
     allowed = wanted.union(equality_fields(settings))
-    for name, direction in pattern.items():
-        if name not in allowed or direction not in (1, -1):
-            return False
-        if scan["indexBounds"][name] in _UNBOUNDED:
-            return False
-        wanted.discard(name)
-        if not wanted:
-            return True
-    return False
+
+    def is_usable(name: str) -> bool:
+        return name in allowed and pattern[name] in (1, -1) and bounds[name] not in _UNBOUNDED
+
+    return wanted <= set(takewhile(is_usable, pattern))
 
 
 def inspect_users_plan(users: Collection[Any], key: str) -> Plan:
@@ -170,12 +169,12 @@ def inspect_users_plan(users: Collection[Any], key: str) -> Plan:
     else:
         name = str(scans[0]["indexName"])
         if _multikey_fields(scans, [key]):
-            why = _multikey_hint(f"{name} on {users.full_name}", "a user", [key])
-    hint = f"a single query counts all customers, because {why}" if why else ""
-    return Plan(supports_partitions=not why, hint=hint, index_name=name)
+            why = _describe_multikey(f"{name} on {users.full_name}", "a user", [key])
+    advice = f"a single query counts all customers, because {why}" if why else ""
+    return Plan(supports_partitions=not why, advice=advice, index_name=name)
 
 
-def missing_index_hint(orders: Collection[Any], settings: Settings) -> str:
+def find_index_problem(orders: Collection[Any], settings: Settings) -> str:
     """Return what to do if the shop is large and partitions are not supported; else ""."""
     with suppress(ServiceError), map_driver_errors("count", orders):
         largest = orders.estimated_document_count()
@@ -184,11 +183,11 @@ def missing_index_hint(orders: Collection[Any], settings: Settings) -> str:
             largest = max(largest, users.estimated_document_count())
         if largest > LARGE_COLLECTION_DOCUMENTS:
             plan = inspect_plan(orders, settings)
-            return "" if plan.supports_partitions else plan.hint
+            return "" if plan.supports_partitions else plan.advice
     return ""
 
 
-def view_hint(orders: Collection[Any]) -> str:
+def describe_view(orders: Collection[Any]) -> str:
     return f"{orders.full_name} is a view: create the index on the collection that it reads"
 
 

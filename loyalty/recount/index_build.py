@@ -20,10 +20,10 @@ from loyalty.mongo.privileges import collection_type
 from loyalty.mongo.values import SIMPLE_COLLATION, Document, format_value
 from loyalty.recount.index import (
     Plan,
+    describe_view,
     index_keys,
     inspect_orders_plan,
     inspect_users_plan,
-    view_hint,
 )
 
 log = logging.getLogger("loyalty")
@@ -44,7 +44,7 @@ def create_index(orders: Collection[Any], settings: Settings) -> str:
         return _ensure_index(orders, index_keys(settings), inspect)
     except ServiceError as error:
         if _code(error) == _CODES["CannotIndexParallelArrays"]:
-            raise ConfigurationError(_parallel_arrays_hint(orders, settings)) from error
+            raise ConfigurationError(_describe_parallel_arrays(orders, settings)) from error
         raise
 
 
@@ -62,7 +62,7 @@ def _ensure_index(collection: Collection[Any], keys: _Keys, inspect: Callable[[]
     if kind is None:
         raise ConfigurationError(f"cannot create an index: {collection.full_name} does not exist")
     if kind == "view":
-        raise ConfigurationError(view_hint(collection))
+        raise ConfigurationError(describe_view(collection))
     plan = inspect()
     if not plan.index_name or plan.missing_fields:
         name = _build_index(collection, keys)
@@ -73,7 +73,7 @@ def _ensure_index(collection: Collection[Any], keys: _Keys, inspect: Callable[[]
                 f"db.{collection.name}.unhideIndex({name!r})"
             )
     if not plan.supports_partitions:
-        raise ConfigurationError(plan.hint)
+        raise ConfigurationError(plan.advice)
     return plan.index_name
 
 
@@ -107,7 +107,7 @@ def _code(error: ServiceError) -> int | None:
     return getattr(error.__cause__, "code", None)
 
 
-def _parallel_arrays_hint(orders: Collection[Any], settings: Settings) -> str:
+def _describe_parallel_arrays(orders: Collection[Any], settings: Settings) -> str:
     names = [name for name, _ in index_keys(settings)]
     pairs = [
         {"$and": [{"$or": array_conditions(one)}, {"$or": array_conditions(other)}]}

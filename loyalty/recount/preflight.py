@@ -14,7 +14,7 @@ from loyalty.history import History
 from loyalty.mongo.connection import Connection, connect
 from loyalty.recount.change_log import check_change_log
 from loyalty.recount.counter import Counter
-from loyalty.recount.index import index_keys, missing_index_hint
+from loyalty.recount.index import find_index_problem, index_keys
 
 log = logging.getLogger("loyalty")
 
@@ -36,10 +36,10 @@ def connect_and_verify(settings: Settings, *, writing: bool, recording: bool = T
     try:
         with suppress(DatabaseUnavailable):  # the first recount reports that, and retries
             _probe_aggregation(connection, settings)
-        if hint := missing_index_hint(connection.orders, settings):
+        if problem := find_index_problem(connection.orders, settings):
             fields = ", ".join(name for name, _ in index_keys(settings))
             name = connection.orders.full_name
-            log.warning('index_missing collection=%s fields="%s" hint="%s"', name, fields, hint)
+            log.warning('index_missing collection=%s fields="%s" hint="%s"', name, fields, problem)
         if writing and recording:
             with suppress(NoPermission):  # a missing record is a warning, not an error
                 History(connection.recounts, settings).check_collection()

@@ -53,7 +53,8 @@ class Result:
     """The `_id` of its record."""
     started_at: datetime
     seconds: float = 0.0
-    outcome: Outcome = "succeeded"
+    outcome: Outcome | None = None
+    """None until the recount has ended."""
     count: CountResult = CountResult()
     totals: Totals = field(default_factory=Totals)
     refusal: str | None = None

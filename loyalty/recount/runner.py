@@ -46,6 +46,10 @@ class RecountRequest:
     find_boundaries: FindBoundaries = partition_boundaries
     retry_policy: RetryPolicy = SHORT_OUTAGE_RETRY
 
+    @property
+    def is_recorded(self) -> bool:
+        return self.write and self.customers is None
+
 
 FULL_RECOUNT = RecountRequest()
 
@@ -60,33 +64,32 @@ def run_recount(
     """Do one recount.
 
     1. Count, and compare with the stored points.
-    2. Check whether the changes are safe, unless forced.
-    3. Log the changes and write them, if wanted.
-    4. Record and log the result, if all customers were counted.
+    2. Check whether the changes are safe.
+    3. Log the changes and write them, if `write`.
+    4. Record and log the result, if all customers were counted and their points written.
 
     Raises RecountRefused by the safety checks, and any ServiceError that ended it.
     """
     result = Result(started_at=datetime.now(UTC))
     recount = _Recount(connection, settings, history, request, on_progress, result)
     clock = time.monotonic()
-    is_recorded = request.write and request.customers is None
     try:
         with PendingUpdates(settings.batch_size, settings.points_field) as updates:
             recount.count(updates)
             recount.check()
             if request.write:
-                recount.write(updates, is_logged=is_recorded)
+                recount.write(updates)
+        result.outcome = "incomplete" if result.failed_updates else "succeeded"
     except Exception as error:
         result.outcome = "refused" if isinstance(error, RecountRefused) else "failed"
         # The text of an exception that is not ours could contain anything.
         result.error = str(error) if isinstance(error, ServiceError) else type(error).__name__
-        result.seconds = time.monotonic() - clock
-        if is_recorded:
-            history.write(build_record(result))
         raise
-    result.seconds = time.monotonic() - clock
-    if is_recorded:
-        history.write(build_record(result))
+    finally:
+        result.seconds = time.monotonic() - clock
+        if request.is_recorded and result.outcome is not None:  # None: Ctrl-C
+            history.write(build_record(result))
+    if request.is_recorded:
         log_result(result)
         # After the writes: building an index waits for every voting member, also a dead one.
         if result.written and connection.changes is not None:
@@ -171,12 +174,11 @@ class _Recount:
                 log.warning("non_numeric_points users=%d field=%s", replaced, settings.points_field)
                 log.debug("non_numeric_points sample=%s", result.totals.non_numeric_sample)
 
-    def write(self, updates: PendingUpdates, *, is_logged: bool) -> None:
+    def write(self, updates: PendingUpdates) -> None:
         """Write the updates. Raises TooManyFailedUpdates, and other ServiceErrors."""
         result = self.result
         result.updates = updates.result
-        log_changes = self._open_change_log() if is_logged else None
-        updates.write(self.connection.users, self.on_progress, log_changes)
+        updates.write(self.connection.users, self.on_progress, self._open_change_log())
         if not result.failed:
             return
         failed, changed = result.failed_updates, result.totals.changed
@@ -184,13 +186,12 @@ class _Recount:
         if has_too_many_failed_updates(failed, result.totals.users):
             text = f"{failed:,} of {changed:,} updates failed ({result.failed})"
             raise TooManyFailedUpdates(text, failed)
-        result.outcome = "incomplete"
         errors = str(result.failed)
         log.warning('incomplete failed_updates=%d changed=%d errors="%s"', failed, changed, errors)
 
     def _open_change_log(self) -> LogChanges | None:
-        """Return the function that logs changes; None without a change log."""
-        if self.connection.changes is None:
+        """Return the function that logs changes; None if they are not logged."""
+        if self.connection.changes is None or not self.request.is_recorded:
             return None
         change_log = ChangeLog(
             self.connection.changes,

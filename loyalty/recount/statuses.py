@@ -38,10 +38,9 @@ def count_statuses(
 
     Only orders that match ORDER_FILTER, if `filtered`. Raises ServiceError.
     """
-    condition = other_conditions(settings) if filtered else {}
     orders = connection.orders
     stages: list[Document] = [
-        *([{"$match": condition}] if condition else []),
+        {"$match": other_conditions(settings) if filtered else {}},
         {"$group": {"_id": f"${settings.status_field}", "n": {"$sum": 1}}},
         {"$sort": {"n": -1, "_id": 1}},
         {"$limit": MAX_STATUSES},
@@ -93,16 +92,16 @@ def count_customer_orders(
     `customer` is a canonical id; "" stands for the orders without customer.
     """
     orders, status = connection.orders, settings.status_field
-    forms = all_forms(customer)
-    if customer == "":
-        customer, forms = NO_CUSTOMER, ["", None]
+    is_none = customer == ""
+    forms = ["", None] if is_none else all_forms(customer)
+    group_key = NO_CUSTOMER if is_none else customer
     match: dict[str, Any] = {settings.customer_field: {"$in": forms}}
     known = [value for value, _ in count_statuses(connection, settings, filtered=False)]
     if len(known) < MAX_STATUSES:
         # Naming every status makes the index's second field usable; null finds missing ones.
         match[status] = {"$in": [*known, None]}
     key = {"form": f"${settings.customer_field}", "status": f"${status}"}
-    is_customer_expr = {"$eq": [canonical_expr("$_id.form", NO_CUSTOMER), {"$literal": customer}]}
+    is_customer_expr = {"$eq": [canonical_expr("$_id.form", NO_CUSTOMER), {"$literal": group_key}]}
     count: list[Document] = [
         {"$group": {"_id": key, "n": {"$sum": 1}}},
         {"$match": {"$expr": is_customer_expr}},
