@@ -167,12 +167,11 @@ class _Recount:
             raise RecountRefused(result.refusal)
         if result.refusal:
             log.warning('safety_check_overridden reason="%s"', result.refusal)
-        if request.customers is None:
-            for warning in result.warnings:
-                log.warning('safety_warning text="%s"', warning)
-            if replaced := result.totals.non_numeric_values:
-                log.warning("non_numeric_points users=%d field=%s", replaced, settings.points_field)
-                log.debug("non_numeric_points sample=%s", result.totals.non_numeric_sample)
+        for warning in result.warnings:
+            log.warning('safety_warning text="%s"', warning)
+        if request.is_recorded and (replaced := result.totals.non_numeric_values):
+            log.warning("non_numeric_points users=%d field=%s", replaced, settings.points_field)
+            log.debug("non_numeric_points sample=%s", result.totals.non_numeric_sample)
 
     def write(self, updates: PendingUpdates) -> None:
         """Write the updates. Raises TooManyFailedUpdates, and other ServiceErrors."""
