@@ -14,9 +14,9 @@ from loyalty.recount.safety import (
     check_live_update,
     check_statuses,
     check_totals,
+    normalize_status,
     format_status,
     has_too_many_failed_updates,
-    normalize,
 )
 from loyalty.recount.tally import Totals
 
@@ -250,5 +250,5 @@ def test_a_shop_without_orders_or_with_a_counted_one_passes() -> None:
 
 
 def test_normalizing_keeps_different_statuses_apart() -> None:
-    assert normalize("Shipped") == normalize("SHIP ped\u200d")
-    assert normalize("Shipped") != normalize("Unshipped")
+    assert normalize_status("Shipped") == normalize_status("SHIP ped\u200d")
+    assert normalize_status("Shipped") != normalize_status("Unshipped")

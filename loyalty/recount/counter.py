@@ -31,7 +31,7 @@ from loyalty.recount.tally import CustomerCount, UpToDate
 log = logging.getLogger("loyalty")
 
 ROWS_PER_BATCH = 5_000
-"""Per reply. The server's own limit, 16 MB of BSON, needs about 100 MB in Python."""
+"""Rows in one reply. The server's own limit, 16 MB of BSON, needs about 100 MB in Python."""
 PREFETCH = 8
 """Partitions counted before their turn: if a few customers order a lot, one takes several times as
 long as the others."""
@@ -168,7 +168,7 @@ class Counter:
         advice = "; ".join(filter(None, ["raise COUNT_TIMEOUT", index_advice]))
         with map_driver_errors("find", orders, if_too_slow=advice):
             if scope.customers:
-                # `aggregate_raw_batches` asks for an empty first batch: one more round trip.
+                # `aggregate_raw_batches` requests an empty first batch: one more round trip.
                 rows = orders.with_options(codec_options=_RAW_CODEC).aggregate(pipeline, **options)
                 spool.add(b"".join(row.raw for row in rows))
                 return spool

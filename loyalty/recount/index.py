@@ -31,11 +31,11 @@ class Plan:
     """How the server reads one partition of orders or users. The default is the worst case."""
 
     supports_partitions: bool = False
-    """Whether an index leads to the documents of a partition, and to no others."""
+    """Whether the server can read the documents of a partition from an index, and no others."""
     status_is_multikey: bool = True
-    """Whether a status may be an array, so that each must be checked."""
+    """Whether an order may have an array as status, so that each status must be checked."""
     needs_fetch: bool = True
-    """Whether orders are fetched as well as the index."""
+    """Whether the server reads orders, and not only the index."""
     advice: str = field(default=_NO_INDEX, compare=False)
     """What to do about the index; "" if nothing."""
     index_name: str = field(default="", compare=False)

@@ -10,7 +10,7 @@ from config import Settings
 
 
 def counted_orders(settings: Settings, prefix: str = "") -> dict[str, Any]:
-    """Return the filter for counted orders; `prefix` leads to the order, as in "fullDocument."."""
+    """Return the filter for counted orders; `prefix` is the path of the order: "fullDocument."."""
     conditions = {
         settings.status_field: {"$in": list(settings.order_statuses)},
         **other_conditions(settings),

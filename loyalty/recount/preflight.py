@@ -22,7 +22,7 @@ log = logging.getLogger("loyalty")
 def connect_and_verify(settings: Settings, *, writing: bool, recording: bool = True) -> Connection:
     """Connect, verify that the server can do what a recount needs, and log its limits.
 
-    If `writing` and `recording`, records and changes must have collections of their own.
+    If `writing` and `recording`, no other program may use the collections of records and changes.
     Raises ServiceError.
     """
     connection = connect(settings, writing=writing)

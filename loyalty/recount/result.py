@@ -17,7 +17,7 @@ from loyalty.recount.updates import FailedUpdates, WriteResult
 log = logging.getLogger("loyalty")
 
 Outcome = Literal["succeeded", "incomplete", "refused", "failed"]
-"""Of a recount. The record of an undo has "undone", and a heartbeat "live"."""
+"""The outcome of a recount. The record of an undo has "undone", and a heartbeat "live"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +27,10 @@ class CountResult:
     snapshots: Sequence[Timestamp] = ()
     """The cluster times that were read at, the oldest first.
 
-    There are none without snapshots, and several if the server forgot one during the count.
+    Empty without snapshots; several if the server discarded a snapshot during the count.
     """
     supports_partitions: bool = False
-    """Whether indexes lead to the orders and the users of one customer."""
+    """Whether the server can read one customer's orders and users from indexes."""
     has_mixed_case_ids: bool = False
     """Whether a hex id is neither all lower nor all upper case; checked for live updates only."""
 

@@ -68,7 +68,7 @@ def run_recount(
     3. Log the changes and write them, if `write`.
     4. Record and log the result, if all customers were counted and their points written.
 
-    Raises RecountRefused by the safety checks, and any ServiceError that ended it.
+    Raises RecountRefused if a safety check refuses it, and any other ServiceError that ended it.
     """
     result = Result(started_at=datetime.now(UTC))
     recount = _Recount(connection, settings, history, request, on_progress, result)
@@ -91,7 +91,7 @@ def run_recount(
             history.write(build_record(result))
     if request.is_recorded:
         log_result(result)
-        # After the writes: building an index waits for every voting member, also a dead one.
+        # After the writes: the build waits for every voting member, even if it is down.
         if result.written and connection.changes is not None:
             history.create_expiry_index(connection.changes)
     return result
@@ -152,7 +152,7 @@ class _Recount:
             return self._count_once(updates, use_snapshot=use_snapshot, single_query=True)
 
     def check(self) -> None:
-        """Let the safety checks judge the totals. Raises RecountRefused."""
+        """Run the safety checks on the totals. Raises RecountRefused."""
         result, request, settings = self.result, self.request, self.settings
         if request.safety_check is not None:
             result.refusal = request.safety_check(result.totals)

@@ -37,7 +37,7 @@ StatusCounts = Sequence[tuple[Any, int]]
 
 @dataclass(slots=True)
 class SafetyReport:
-    """Why a recount is refused, and what to warn about; both empty if all is well."""
+    """The reasons to refuse a recount, and the warnings; both are empty if there is no problem."""
 
     refusals: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -60,7 +60,7 @@ class PreviousRecounts:
 
     is_first: bool = False
     counted_orders: int | None = None
-    """Of the last one that succeeded. None: unknown, or no such recount."""
+    """The counted orders of the last successful one. None: unknown, or no such recount."""
 
 
 def exceeds_share(part: int, whole: int, percent: int, minimum: int = MIN_USERS) -> bool:
@@ -69,7 +69,7 @@ def exceeds_share(part: int, whole: int, percent: int, minimum: int = MIN_USERS)
 
 
 def check_totals(totals: Totals, settings: Settings, previous: PreviousRecounts) -> SafetyReport:
-    """Judge a full recount by what it counted."""
+    """Check the totals of a full recount."""
     report = SafetyReport()
     _check_users(totals, settings, report)
     _check_orders(totals, settings, previous, report)
@@ -164,7 +164,7 @@ def check_collections(missing: Sequence[str], existing: Sequence[str]) -> str | 
 
 
 def check_statuses(statuses: StatusCounts, settings: Settings) -> SafetyReport:
-    """Judge the statuses of all orders if no order is counted."""
+    """Check the statuses of all orders, if no order is counted."""
     if not statuses and settings.order_filter:
         return SafetyReport(warnings=["no order matches ORDER_FILTER"])
     if not statuses or any(is_counted(status, settings) for status, _ in statuses):
@@ -173,13 +173,13 @@ def check_statuses(statuses: StatusCounts, settings: Settings) -> SafetyReport:
         text = f"no order has a field {settings.status_field}: is ORDER_STATUS_FIELD right?"
         return SafetyReport(refusals=[text])
     text = describe_uncounted(statuses, settings)
-    counted = {normalize(status) for status in settings.order_statuses}
-    if any(normalize(status) in counted for status, _ in statuses):
+    counted = {normalize_status(status) for status in settings.order_statuses}
+    if any(normalize_status(status) in counted for status, _ in statuses):
         return SafetyReport(refusals=[f"{text}. Correct ORDER_STATUSES"])
     return SafetyReport(warnings=[text])
 
 
-def check_swapped_collections(settings: Settings) -> str:
+def describe_swapped_collections(settings: Settings) -> str:
     """Return the refusal for users that have a counted status while no order has one."""
     return (
         f"documents in {settings.users} have a counted status: are ORDERS_COLLECTION and "
@@ -208,10 +208,10 @@ def format_status(status: Any) -> str:
     return status if is_plain else ascii(status)
 
 
-def normalize(status: Any) -> str:
-    """Return what statuses have in common that differ only in form.
+def normalize_status(status: Any) -> str:
+    """Return a form that is equal for statuses that differ only in form.
 
-    That is case, whitespace, invisible characters, Unicode normalization, or type.
+    That is in case, whitespace, invisible characters, Unicode normalization, or type.
     """
     text = unicodedata.normalize("NFKC", str(status))
     visible = (c for c in text if not c.isspace() and unicodedata.category(c)[0] != "C")

@@ -68,7 +68,7 @@ class CustomerRows(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class UpToDate:
-    """All customers whose users are up to date: how many orders and users, and points holders."""
+    """The numbers of orders and users of all customers whose users are up to date."""
 
     orders: int
     users: int
@@ -99,14 +99,14 @@ class Totals:
     increased: int = 0
     decreased: int = 0
     users_with_points_changed: int = 0
-    """Users who have points before, and a different number after."""
+    """Users with points whose points the recount changes."""
     users_with_a_value: int = 0
     """Users who have a non-null value in the points field."""
     non_numeric_values: int = 0
     """Users who have a value that is not null and no number in the points field."""
     non_numeric_sample: str = ""
     initialized_to_zero: int = 0
-    """Users who have no points, and get 0."""
+    """Users who had no points, and get 0."""
     unknown_customers: int = 0
     orders_of_unknown_customers: int = 0
     orders_without_customer: int = 0

@@ -28,7 +28,7 @@ from loyalty.recount.tally import User
 MAX_WRITERS = 8
 MAX_SAMPLES = 5
 MAX_BATCH_BYTES = 4 * 1024 * 1024
-"""Of ids and old values in one batch; a command may have 16 MB."""
+"""Maximum size of the ids and old values in one batch; a command may have 16 MB."""
 _OBJECT_ID_BYTES = 20  # with its place in an array; to measure each would take time
 UNSUPPORTED_VALUE = "UnsupportedValue"
 """The code name of an update whose id or old value Python cannot encode unchanged."""
@@ -163,13 +163,13 @@ def _write_batch(
         for points, ids in ids_by_points.items()
     ]
     try:
-        matched = _bulk_write(users, updates)
+        matched: int | None = _bulk_write(users, updates)
     except (BulkUpdateErrors, DatabaseUnavailable):
         # An UpdateMany stops at the first user whose update fails, and the driver does not retry
         # it when the primary is lost.
-        matched = -1
+        matched = None
     if matched == len(changes):
-        return WriteResult(written=matched)
+        return WriteResult(written=len(changes))
     # A chunk migration can hide a user from an UpdateMany; a deleted user stays missing.
     return _write_each_user(users, points_field, changes)
 
