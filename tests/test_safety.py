@@ -14,9 +14,9 @@ from loyalty.recount.safety import (
     check_live_update,
     check_statuses,
     check_totals,
-    normalize_status,
     format_status,
     has_too_many_failed_updates,
+    normalize_status,
 )
 from loyalty.recount.tally import Totals
 
