@@ -192,7 +192,7 @@ def test_a_user_with_an_unrepresentable_id_is_a_failed_update(connection: Connec
     result = recount(connection)
 
     assert result.outcome == "incomplete"
-    assert result.failed.codes == {"UnsupportedValue": 1}
+    assert result.updates.failures == {"UnsupportedValue": 1}
     assert (result.totals.users, result.totals.counted_orders) == (3, 4)
     assert (result.totals.changed, result.written) == (3, 2)
     assert (result.totals.unknown_customers, result.totals.orders_of_unknown_customers) == (1, 1)
@@ -215,7 +215,7 @@ def test_a_user_whose_old_points_python_cannot_hold_is_a_failed_update(
     result = recount(connection)
 
     assert result.outcome == "incomplete"
-    assert result.failed.codes == {"UnsupportedValue": 1}
+    assert result.updates.failures == {"UnsupportedValue": 1}
     (mismatch,) = find_mismatches(connection.users.database)
     assert (mismatch.user, mismatch.stored) == (0, "\udcff\udcfe")
 
@@ -303,8 +303,8 @@ def test_a_user_whose_update_fails_does_not_keep_others_from_being_written(
 
     assert result.outcome == "incomplete"
     assert (result.totals.changed, result.written, result.failed_updates) == (10, 8, 2)
-    assert sorted(result.failed.sample) == ["3", "8"]
-    assert str(result.failed) == "code 121, DocumentValidationFailure: 2"
+    assert sorted(result.updates.failed_sample) == ["3", "8"]
+    assert result.updates.describe_failures() == "code 121, DocumentValidationFailure: 2"
     stored = {u["_id"]: u.get("loyalty_points") for u in shop.users.find()}
     assert stored == {n: None if n in (3, 8) else 1 for n in range(10)}
     shop.command("collMod", "users", validator={})

@@ -11,10 +11,18 @@ from typing import Any, Literal
 from bson import ObjectId, Timestamp
 
 from config import VERSION
-from loyalty.recount.tally import RECORDED_TOTALS, Totals
-from loyalty.recount.updates import FailedUpdates, WriteResult
+from loyalty.recount.tally import Totals
+from loyalty.recount.updates import UpdateResult
 
 log = logging.getLogger("loyalty")
+
+_RECORDED_TOTALS = (
+    "increased",
+    "decreased",
+    "unknown_customers",
+    "orders_of_unknown_customers",
+    "orders_without_customer",
+)
 
 Outcome = Literal["succeeded", "incomplete", "refused", "failed"]
 """The outcome of a recount. The record of an undo has "undone", and a heartbeat "live"."""
@@ -60,7 +68,7 @@ class Result:
     refusal: str | None = None
     """Why the safety checks refuse it, also if it is forced."""
     warnings: list[str] = field(default_factory=list)
-    updates: WriteResult = field(default_factory=WriteResult)
+    updates: UpdateResult = field(default_factory=UpdateResult)
     error: str | None = None
 
     @property
@@ -79,12 +87,8 @@ class Result:
         return self.updates.written
 
     @property
-    def failed(self) -> FailedUpdates:
-        return self.updates.failed
-
-    @property
     def failed_updates(self) -> int:
-        return len(self.failed)
+        return self.updates.failed
 
 
 def build_record(result: Result) -> dict[str, Any]:
@@ -101,8 +105,9 @@ def build_record(result: Result) -> dict[str, Any]:
         "cluster_time": result.count.cluster_time,
         "exact": result.count.exact,
         "outcome": result.outcome,
-        **{name: getattr(result.totals, name) for name in RECORDED_TOTALS},
+        "counted_orders": result.totals.counted_orders,
         "changed": result.written,
+        **{name: getattr(result.totals, name) for name in _RECORDED_TOTALS},
         "failed_updates": result.failed_updates,
         "error": result.error,
         "version": VERSION,
@@ -115,7 +120,8 @@ def log_result(result: Result) -> None:
     fields: dict[str, object] = {
         "outcome": result.outcome,
         "users": result.totals.users,
-        **{name: record[name] for name in (*RECORDED_TOTALS, "failed_updates")},
+        **{name: record[name] for name in ("counted_orders", "changed", *_RECORDED_TOTALS)},
+        "failed_updates": result.failed_updates,
         "as_of": f"{result.as_of:%Y-%m-%dT%H:%M:%SZ}",
         "exact": result.count.exact,
         "seconds": round(result.seconds, 1),

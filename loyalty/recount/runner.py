@@ -175,17 +175,17 @@ class _Recount:
 
     def write(self, updates: PendingUpdates) -> None:
         """Write the updates. Raises TooManyFailedUpdates, and other ServiceErrors."""
-        result = self.result
-        result.updates = updates.result
+        self.result.updates, totals = updates.result, self.result.totals
         updates.write(self.connection.users, self.on_progress, self._open_change_log())
-        if not result.failed:
+        failed, changed = updates.result.failed, totals.changed
+        if not failed:
             return
-        failed, changed = result.failed_updates, result.totals.changed
-        log.debug("failed_updates users=%s", ", ".join(result.failed.sample))
-        if has_too_many_failed_updates(failed, result.totals.users):
-            text = f"{failed:,} of {changed:,} updates failed ({result.failed})"
-            raise TooManyFailedUpdates(text, failed)
-        errors = str(result.failed)
+        log.debug("failed_updates users=%s", ", ".join(updates.result.failed_sample))
+        errors = updates.result.describe_failures()
+        if has_too_many_failed_updates(failed, totals.users):
+            raise TooManyFailedUpdates(
+                f"{failed:,} of {changed:,} updates failed ({errors})", failed
+            )
         log.warning('incomplete failed_updates=%d changed=%d errors="%s"', failed, changed, errors)
 
     def _open_change_log(self) -> LogChanges | None:

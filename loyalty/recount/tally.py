@@ -17,17 +17,6 @@ from loyalty.recount.unknown import UnknownCustomers, classify_unknown, push_if_
 
 MAX_LARGEST = 10
 
-RECORDED_TOTALS = (
-    "counted_orders",
-    "changed",
-    "increased",
-    "decreased",
-    "unknown_customers",
-    "orders_of_unknown_customers",
-    "orders_without_customer",
-)
-"""The totals that are stored in a record."""
-
 
 @dataclass(frozen=True, slots=True)
 class User:

@@ -38,40 +38,34 @@ LogChanges = Callable[[Sequence[Document]], None]
 
 
 @dataclass(slots=True)
-class FailedUpdates:
-    """Users whose update the server did not accept: how many by error code name, and a few ids.
+class UpdateResult:
+    """The numbers of users whose points were written, who were deleted, and whose update failed.
 
-    The server's own text is left out: it quotes the user's document.
+    Failed updates are counted by error code name. The server's own text is left out: it quotes the
+    user's document.
     """
 
-    codes: Counter[str] = field(default_factory=Counter)
-    sample: list[str] = field(default_factory=list)
-    """Formatted ids, for DEBUG only."""
-
-    def add(self, code: str, user: Any) -> None:
-        self.codes[code] += 1
-        self.sample = [*self.sample, format_value(user)][:MAX_SAMPLES]
-
-    def __len__(self) -> int:
-        return self.codes.total()
-
-    def __str__(self) -> str:
-        return ", ".join(f"{code}: {number:,}" for code, number in self.codes.most_common(3))
-
-
-@dataclass(slots=True)
-class WriteResult:
-    """The results of the updates; `missing` users were deleted after the count."""
-
     written: int = 0
-    missing: int = 0
-    failed: FailedUpdates = field(default_factory=FailedUpdates)
+    deleted: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
+    failed_sample: list[str] = field(default_factory=list)
+    """A few formatted ids, for DEBUG only."""
 
-    def add(self, other: WriteResult) -> None:
+    @property
+    def failed(self) -> int:
+        return self.failures.total()
+
+    def describe_failures(self) -> str:
+        return ", ".join(f"{code}: {number:,}" for code, number in self.failures.most_common(3))
+
+    def add_failure(self, code: str, user: Any) -> None:
+        self.add(UpdateResult(failures=Counter([code]), failed_sample=[format_value(user)]))
+
+    def add(self, other: UpdateResult) -> None:
         self.written += other.written
-        self.missing += other.missing
-        self.failed.codes.update(other.failed.codes)
-        self.failed.sample = (self.failed.sample + other.failed.sample)[:MAX_SAMPLES]
+        self.deleted += other.deleted
+        self.failures += other.failures
+        self.failed_sample = (self.failed_sample + other.failed_sample)[:MAX_SAMPLES]
 
 
 class PendingUpdates:
@@ -88,7 +82,7 @@ class PendingUpdates:
 
     def clear(self) -> None:
         """Discard all that was added."""
-        self.result = WriteResult()
+        self.result = UpdateResult()
         """The results of the updates so far."""
         self._total = self._batch_bytes = 0
         self._batch: list[Document] = []
@@ -113,7 +107,7 @@ class PendingUpdates:
             try:
                 size = len(bson.encode(change))
             except (InvalidBSON, InvalidDocument, InvalidStringData, UnicodeEncodeError):
-                self.result.failed.add(UNSUPPORTED_VALUE, user.id)
+                self.result.add_failure(UNSUPPORTED_VALUE, user.id)
                 return
         self._batch.append(change)
         self._batch_bytes += size
@@ -143,7 +137,7 @@ class PendingUpdates:
         with map_ordered(write_batch, batches, MAX_WRITERS) as results:
             for result in results:
                 self.result.add(result)
-                progress.add(result.written + result.missing + len(result.failed))
+                progress.add(result.written + result.deleted + result.failed)
 
 
 def _write_batch(
@@ -151,7 +145,7 @@ def _write_batch(
     points_field: str,
     log_changes: LogChanges | None,
     changes: Sequence[Document],
-) -> WriteResult:
+) -> UpdateResult:
     if log_changes is not None:
         log_changes(changes)
     ids_by_points: defaultdict[int, list[Any]] = defaultdict(list)
@@ -169,23 +163,23 @@ def _write_batch(
         # it when the primary is lost.
         matched = None
     if matched == len(changes):
-        return WriteResult(written=len(changes))
+        return UpdateResult(written=len(changes))
     # A chunk migration can hide a user from an UpdateMany; a deleted user stays missing.
     return _write_each_user(users, points_field, changes)
 
 
 def _write_each_user(
     users: Collection[Any], points_field: str, changes: Sequence[Document]
-) -> WriteResult:
+) -> UpdateResult:
     updates = [UpdateOne({"_id": c["user"]}, {"$set": {points_field: c["after"]}}) for c in changes]
-    result = WriteResult()
+    result = UpdateResult()
     try:
         result.written = _bulk_write(users, updates)
     except BulkUpdateErrors as error:
         result.written = error.matched
         for position, code in error.reasons.items():
-            result.failed.add(code, changes[position]["user"])
-    result.missing = len(changes) - result.written - len(result.failed)
+            result.add_failure(code, changes[position]["user"])
+    result.deleted = len(changes) - result.written - result.failed
     return result
 
 
