@@ -17,6 +17,7 @@ from pymongo.errors import OperationFailure
 from loyalty.concurrency import ignore_progress
 from loyalty.history import History
 from loyalty.mongo.connection import Connection, connect
+from loyalty.mongo.values import SIMPLE_COLLATION
 from loyalty.recount.counter import Counter
 from loyalty.recount.customer_ids import indexable_forms
 from loyalty.recount.index_build import create_index
@@ -165,6 +166,18 @@ def test_only_mixed_case_ids_of_counted_orders_are_reported_to_live_updates(
     ship(connection, MIXED_ADA)
     assert recount(connection).count.has_mixed_case_ids
     assert not recount(connection, LIVE_UPDATES="no").count.has_mixed_case_ids
+
+
+def test_a_user_with_an_upper_case_key_gets_the_orders_of_the_lower_case_id(
+    connection: Connection,
+) -> None:
+    connection.users.create_index("key", collation=SIMPLE_COLLATION)
+    connection.users.insert_many([{"key": str(ADA).upper()}, {"key": str(BOB)}])
+    ship(connection, str(ADA), BOB)
+    result = recount(connection, [BOB], USER_KEY_FIELD="key")
+    assert result.count.supports_partitions
+    assert result.totals.unknown_customers == 0
+    assert connection.users.count_documents({"loyalty_points": 1}) == 2
 
 
 @pytest.mark.parametrize("subtype", [3, 4])
