@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -46,29 +47,21 @@ FindBoundaries = Callable[[Collection[Any], str], list[Any]]
 """Returns keys of the users in a collection, from the index on a field."""
 
 
+@dataclass
 class Counter:
     """Makes one count at one cluster time, if the server can, and hands each row to a callback.
 
     The cluster time is `not_before` or later.
     """
 
-    def __init__(
-        self,
-        connection: Connection,
-        settings: Settings,
-        on_progress: ProgressCallback,
-        *,
-        not_before: Timestamp | None = None,
-        find_boundaries: FindBoundaries = partition_boundaries,
-        use_snapshot: bool = True,
-    ) -> None:
-        self._connection = connection
-        self._settings = settings
-        self._on_progress = on_progress
-        self._not_before = not_before
-        self._find_boundaries = find_boundaries
-        self._use_snapshot = use_snapshot
-        self._snapshots: list[Timestamp] = []  # each query reads at the last
+    connection: Connection
+    settings: Settings
+    on_progress: ProgressCallback
+    not_before: Timestamp | None = None
+    find_boundaries: FindBoundaries = partition_boundaries
+    use_snapshot: bool = True
+    snapshots: list[Timestamp] = field(default_factory=list, init=False)
+    """Queries read at the last of these cluster times."""
 
     def count_all(self, on_row: OnRow, *, single_query: bool = False) -> CountResult:
         """Count all customers, in partitions if the index allows it.
@@ -77,16 +70,16 @@ class Counter:
         """
         self._pin_snapshot()
         # After pinning: an index that has no array now had none at that time.
-        plan = inspect_plan(self._connection.orders, self._settings)
+        plan = inspect_plan(self.connection.orders, self.settings)
         if plan.supports_partitions and not single_query:
             self._count_partitions(on_row, plan)
         else:
             scope = Scope(status_may_be_array=plan.status_is_multikey)
             _handle_rows(self._aggregate(scope, plan.advice), on_row)
         return CountResult(
-            self._snapshots,
+            self.snapshots,
             supports_partitions=plan.supports_partitions,
-            has_mixed_case_ids=self._settings.live_updates
+            has_mixed_case_ids=self.settings.live_updates
             and single_query
             and self._find_mixed_case_ids(),
         )
@@ -96,8 +89,8 @@ class Counter:
 
         Raises ServiceError.
         """
-        if self._not_before:  # the caller has read at it; a newer time is one more round trip
-            self._snapshots.append(self._not_before)
+        if self.not_before:  # the caller has read at it; a newer time is one more round trip
+            self.snapshots.append(self.not_before)
         else:
             self._pin_snapshot()
         reads_all_orders = any(forms is None for _, forms in customers)
@@ -114,26 +107,26 @@ class Counter:
                 self._pin_snapshot()
                 batches = self._aggregate(scope)
             _handle_rows(batches, on_row)
-        return CountResult(self._snapshots)
+        return CountResult(self.snapshots)
 
     def _pin_snapshot(self) -> None:
         """Read at the newest cluster time from now on, if the server has snapshots."""
-        if self._use_snapshot:
-            not_before = self._snapshots[-1] if self._snapshots else self._not_before
-            pinned = pin_cluster_time(self._connection, not_before)
-            self._snapshots += [] if pinned is None else [pinned]
+        if self.use_snapshot:
+            not_before = self.snapshots[-1] if self.snapshots else self.not_before
+            pinned = pin_cluster_time(self.connection, not_before)
+            self.snapshots += [] if pinned is None else [pinned]
 
     def _count_partitions(self, on_row: OnRow, plan: Plan) -> None:
-        users = self._connection.users
+        users = self.connection.users
         with map_driver_errors("find", users):
-            boundaries = self._find_boundaries(users, self._settings.user_key_field)
+            boundaries = self.find_boundaries(users, self.settings.user_key_field)
         scopes = [
             Scope(partition, status_may_be_array=plan.status_is_multikey)
             for partition in partitions(boundaries)
         ]
         count = partial(self._aggregate, index_advice=plan.advice)
-        workers = self._settings.count_workers
-        progress = Progress("counting", len(scopes), self._on_progress)
+        workers = self.settings.count_workers
+        progress = Progress("counting", len(scopes), self.on_progress)
         done = done_at_pin = 0
         while done < len(scopes):
             try:
@@ -154,17 +147,17 @@ class Counter:
 
     def _aggregate(self, scope: Scope, index_advice: str = "") -> Spool:
         """Return all batches of the result, so that a partition is counted whole or not at all."""
-        orders, spool = self._connection.orders, Spool()
-        pipeline = build_pipeline(self._settings, scope)
+        orders, spool = self.connection.orders, Spool()
+        pipeline = build_pipeline(self.settings, scope)
         options: dict[str, Any] = {
             "allowDiskUse": True,
             "batchSize": ROWS_PER_BATCH,
             "collation": SIMPLE_COLLATION,
-            "maxTimeMS": self._settings.count_ms,
+            "maxTimeMS": self.settings.count_ms,
         }
-        if self._snapshots:
+        if self.snapshots:
             # Not a snapshot session, which several threads cannot share.
-            options["readConcern"] = {"level": "snapshot", "atClusterTime": self._snapshots[-1]}
+            options["readConcern"] = {"level": "snapshot", "atClusterTime": self.snapshots[-1]}
         advice = "; ".join(filter(None, ["raise COUNT_TIMEOUT", index_advice]))
         with map_driver_errors("find", orders, if_too_slow=advice):
             if scope.customers:
@@ -174,12 +167,12 @@ class Counter:
                 return spool
             for batch in orders.aggregate_raw_batches(pipeline, **options):
                 spool.add(batch)
-                self._on_progress("")
+                self.on_progress("")
         return spool
 
     def _find_mixed_case_ids(self) -> bool:
         """Return whether a counted order or a user has a hex id in mixed case."""
-        connection, settings = self._connection, self._settings
+        connection, settings = self.connection, self.settings
         in_orders = {**counted_orders(settings), settings.customer_field: MIXED_CASE_HEX_ID}
         in_users = {settings.user_key_field: MIXED_CASE_HEX_ID}
         options = {"collation": SIMPLE_COLLATION, "max_time_ms": settings.count_ms}

@@ -16,14 +16,6 @@ from loyalty.recount.updates import UpdateResult
 
 log = logging.getLogger("loyalty")
 
-_RECORDED_TOTALS = (
-    "increased",
-    "decreased",
-    "unknown_customers",
-    "orders_of_unknown_customers",
-    "orders_without_customer",
-)
-
 Outcome = Literal["succeeded", "incomplete", "refused", "failed"]
 """The outcome of a recount. The record of an undo has "undone", and a heartbeat "live"."""
 
@@ -92,10 +84,7 @@ class Result:
 
 
 def build_record(result: Result) -> dict[str, Any]:
-    """Return what is recorded of a recount; the commands print the same as JSON.
-
-    `changed` is the number of users that were written.
-    """
+    """Return what is recorded of a recount; the commands print the same as JSON."""
     return {
         "_id": result.id,
         "started_at": result.started_at,
@@ -105,23 +94,32 @@ def build_record(result: Result) -> dict[str, Any]:
         "cluster_time": result.count.cluster_time,
         "exact": result.count.exact,
         "outcome": result.outcome,
-        "counted_orders": result.totals.counted_orders,
-        "changed": result.written,
-        **{name: getattr(result.totals, name) for name in _RECORDED_TOTALS},
-        "failed_updates": result.failed_updates,
+        **_build_numbers(result),
         "error": result.error,
         "version": VERSION,
     }
 
 
+def _build_numbers(result: Result) -> dict[str, int]:
+    totals = result.totals
+    return {
+        "counted_orders": totals.counted_orders,
+        "changed": result.written,  # totals.changed users had to be written
+        "increased": totals.increased,
+        "decreased": totals.decreased,
+        "unknown_customers": totals.unknown_customers,
+        "orders_of_unknown_customers": totals.orders_of_unknown_customers,
+        "orders_without_customer": totals.orders_without_customer,
+        "failed_updates": result.failed_updates,
+    }
+
+
 def log_result(result: Result) -> None:
     """Log one line about a full recount."""
-    record = build_record(result)
     fields: dict[str, object] = {
         "outcome": result.outcome,
         "users": result.totals.users,
-        **{name: record[name] for name in ("counted_orders", "changed", *_RECORDED_TOTALS)},
-        "failed_updates": result.failed_updates,
+        **_build_numbers(result),
         "as_of": f"{result.as_of:%Y-%m-%dT%H:%M:%SZ}",
         "exact": result.count.exact,
         "seconds": round(result.seconds, 1),

@@ -108,22 +108,15 @@ class Totals:
         return self.orders_without_customer + self.orders_of_unknown_customers
 
 
+@dataclass
 class Tally:
-    """Adds up the rows of one count.
+    """Adds up the rows of one count."""
 
-    `on_change` gets each user to update, and the points.
-    """
-
-    def __init__(
-        self,
-        settings: Settings,
-        on_change: Callable[[User, int], None],
-        rows: CustomerRows | None = None,
-    ) -> None:
-        self.totals = Totals()
-        self._settings = settings
-        self._on_change = on_change
-        self._rows = rows
+    settings: Settings
+    on_change: Callable[[User, int], None]
+    """Is called with each user to update, and the points."""
+    rows: CustomerRows | None = None
+    totals: Totals = field(default_factory=Totals, init=False)
 
     def add(self, row: CustomerCount | UpToDate) -> None:
         """Add a row to the totals, and report the users in it that have to be updated."""
@@ -136,9 +129,9 @@ class Tally:
             totals.users_with_points_before += row.users_with_points
             totals.users_with_points_after += row.users_with_points
             return
-        if len(row.users) > 1 and self._settings.user_key_field != "_id":
+        if len(row.users) > 1 and self.settings.user_key_field != "_id":
             totals.users_sharing_a_key += len(row.users)
-        points = points_for(row.orders, self._settings)
+        points = points_for(row.orders, self.settings)
         for user in row.users:
             self._add_user(user, points)
         if row.is_unknown:
@@ -150,8 +143,8 @@ class Tally:
             kind.add(row.customer, row.orders)
         elif not row.users:
             totals.orders_without_customer += row.orders
-        if self._rows is not None:
-            self._rows.append(row)
+        if self.rows is not None:
+            self.rows.append(row)
 
     def _add_user(self, user: User, after: int) -> None:
         totals, stored = self.totals, user.points
@@ -178,4 +171,4 @@ class Tally:
             size,
             lambda: Change(size, format_value(user.id), format_value(stored), after),
         )
-        self._on_change(user, after)
+        self.on_change(user, after)
