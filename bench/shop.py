@@ -134,7 +134,7 @@ class Shop:
         self.restore("quiet")
         stages: list[StageProfile] = []
         for part in partitions(partition_boundaries(self._database.users)):
-            found = self._explain(Scope(part))
+            found = self._explain(Scope(part, status_may_be_array=False))
             if len(found) > len(stages):  # a partition of strings has the most stages
                 found, stages = stages, found
             stages = [
@@ -146,7 +146,7 @@ class Shop:
     def _explain(self, scope: Scope) -> list[StageProfile]:
         command: Document = {
             "aggregate": "orders",
-            "pipeline": build_pipeline(self._settings, scope, status_may_be_array=False),
+            "pipeline": build_pipeline(self._settings, scope),
             "cursor": {},
             "allowDiskUse": True,
             "collation": SIMPLE_COLLATION,

@@ -146,7 +146,7 @@ class Metrics:
             "loyalty_live_lag_seconds": self._state.live_lag_seconds,
         }
 
-    def _sample(self, name: str, outcome: str = "") -> str:
+    def _sample(self, name: str, outcome: str | None = None) -> str:
         labels = self._labels + (f',outcome="{outcome}"' if outcome else "")
         return f"{name}{{{labels}}}"
 

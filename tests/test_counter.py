@@ -17,11 +17,12 @@ from pymongo.errors import OperationFailure
 from loyalty.concurrency import ignore_progress
 from loyalty.history import History
 from loyalty.mongo.connection import Connection, connect
+from loyalty.mongo.values import SIMPLE_COLLATION
 from loyalty.recount.counter import Counter
 from loyalty.recount.customer_ids import indexable_forms
 from loyalty.recount.index_build import create_index
 from loyalty.recount.pipeline import NonCanonicalIdFound
-from loyalty.recount.result import CountResult
+from loyalty.recount.result import CountResult, Result
 from loyalty.recount.runner import RecountRequest, run_recount
 from loyalty.recount.snapshot import pin_cluster_time
 from loyalty.recount.tally import CustomerCount, UpToDate
@@ -59,7 +60,7 @@ def count_all(
 
 
 def recount(connection: Connection, cuts: Sequence[Any] = (), **values: str) -> Any:
-    settings = settings_for("mongodb://unused/", **values)
+    settings = settings_for("mongodb://unused/", **{"LIVE_UPDATES": "yes", **values})
     request = RecountRequest(force=True, find_boundaries=lambda *_: list(cuts))
     return run_recount(connection, settings, History(None), request)
 
@@ -156,7 +157,7 @@ def test_no_other_id_makes_the_count_start_over(
     assert not result.count.has_mixed_case_ids
 
 
-def test_mixed_case_ids_of_orders_that_are_not_counted_are_not_reported(
+def test_only_mixed_case_ids_of_counted_orders_are_reported_to_live_updates(
     connection: Connection,
 ) -> None:
     connection.orders.insert_one({"customer_id": MIXED_ADA, "status": "Paid"})
@@ -164,6 +165,19 @@ def test_mixed_case_ids_of_orders_that_are_not_counted_are_not_reported(
     assert not recount(connection).count.has_mixed_case_ids
     ship(connection, MIXED_ADA)
     assert recount(connection).count.has_mixed_case_ids
+    assert not recount(connection, LIVE_UPDATES="no").count.has_mixed_case_ids
+
+
+def test_a_user_with_an_upper_case_key_gets_the_orders_of_the_lower_case_id(
+    connection: Connection,
+) -> None:
+    connection.users.create_index("key", collation=SIMPLE_COLLATION)
+    connection.users.insert_many([{"key": str(ADA).upper()}, {"key": str(BOB)}])
+    ship(connection, str(ADA), BOB)
+    result = recount(connection, [BOB], USER_KEY_FIELD="key")
+    assert result.count.supports_partitions
+    assert result.totals.unknown_customers == 0
+    assert connection.users.count_documents({"loyalty_points": 1}) == 2
 
 
 @pytest.mark.parametrize("subtype", [3, 4])
@@ -328,13 +342,11 @@ def test_a_count_without_snapshots_is_as_of_its_start(connection: Connection) ->
         (connection, False),
         (replace(connection, supports_snapshots=False), True),
     ):
-        counter = Counter(
-            server, SETTINGS, ignore_progress, started_at=started_at, use_snapshot=use_snapshot
-        )
-        result = counter.count_all(lambda _: None)
-        assert not result.exact
-        assert result.as_of == started_at
-        assert (result.cluster_time, result.snapshots) == (None, [])
+        counter = Counter(server, SETTINGS, ignore_progress, use_snapshot=use_snapshot)
+        count = counter.count_all(lambda _: None)
+        assert not count.exact
+        assert (count.cluster_time, count.snapshots) == (None, [])
+        assert Result(started_at=started_at, count=count).as_of == started_at
 
 
 def test_other_fields_of_a_user_do_not_change_the_count(connection: Connection) -> None:

@@ -62,7 +62,7 @@ def test_an_index_on_status_and_customer_is_used(
 ) -> None:
     name = orders.create_index(keys, **options)
     plan = inspect_plan(orders, SETTINGS)
-    assert (plan, plan.hint, plan.index_name) == (GOOD, "", name)
+    assert (plan, plan.advice, plan.index_name) == (GOOD, "", name)
     assert command("--create-index") == 0
     assert f"has the index {name}\n" in capsys.readouterr().out
     assert set(orders.index_information()) == {"_id_", name}
@@ -91,7 +91,7 @@ def test_other_indexes_are_ignored_and_the_right_one_is_created(
     orders.create_index(keys, **options)
     plan = inspect_plan(orders, SETTINGS)
     assert not plan.supports_partitions
-    assert plan.hint.startswith("no usable index; create one")
+    assert plan.advice.startswith("no usable index; create one")
     for _ in range(2):
         assert command("--create-index") == 0
         assert inspect_plan(orders, SETTINGS) == GOOD
@@ -148,7 +148,7 @@ def test_a_multikey_index_is_to_be_created_again_after_a_correction(
     for _ in range(2):  # an index stays multikey
         plan = inspect_plan(orders, SETTINGS)
         assert plan == expected
-        assert "status_1_customer_id_1 is multikey: an order holds, or once held" in plan.hint
+        assert "status_1_customer_id_1 is multikey: an order holds, or once held" in plan.advice
         assert command("--create-index") == (0 if expected.supports_partitions else 78)
         said = capsys.readouterr().err
         assert ("drop the index, and create it again" in said) is not expected.supports_partitions
@@ -163,7 +163,7 @@ def test_a_multikey_index_with_other_keys_is_no_reason_to_drop_one(
 ) -> None:
     orders.create_index("customer_id")
     found = orders.insert_one({"status": "Shipped", "customer_id": [1]}).inserted_id
-    assert inspect_plan(orders, SETTINGS).hint.startswith("no usable index")
+    assert inspect_plan(orders, SETTINGS).advice.startswith("no usable index")
     orders.delete_one({"_id": found})
     assert command("--create-index") == 0
     assert inspect_plan(orders, SETTINGS) == GOOD
@@ -175,7 +175,7 @@ def test_a_view_uses_the_index_of_its_collection(
     database = orders.database
     view = database.create_collection("seen", viewOn="orders", pipeline=[])
     advice = f"{view.full_name} is a view: create the index on the collection that it reads"
-    assert inspect_plan(view, SETTINGS).hint == advice
+    assert inspect_plan(view, SETTINGS).advice == advice
     orders.create_index(KEYS)
     assert inspect_plan(view, SETTINGS) == GOOD
     assert command("--create-index", ORDERS_COLLECTION="seen") == 78
@@ -195,7 +195,7 @@ def test_users_with_a_collation_are_counted_by_one_query(
     database.orders.create_index(KEYS)
     plan = inspect_plan(database.orders, SETTINGS)
     assert plan.supports_partitions is (collation is None)
-    assert ("each partition would read all users" in plan.hint) is (collation is not None)
+    assert ("each partition would read all users" in plan.advice) is (collation is not None)
     assert command("--create-index") == 0  # the index on orders is the recommended one
     assert command("--once") == 0
     assert database.users.count_documents({"loyalty_points": 1}) == 4

@@ -32,7 +32,7 @@ from loyalty.recount.partitions import Partition, partition_boundaries, partitio
 from loyalty.recount.pipeline import Scope, build_pipeline
 from loyalty.recount.result import Result
 from loyalty.recount.runner import RecountRequest, run_recount
-from loyalty.recount.statuses import count_customer_orders, count_statuses
+from loyalty.recount.statuses import count_customer_orders
 from loyalty.recount.tally import Totals
 from sandbox.mongod import Deployment
 from sandbox.shop import Names, Shop, canonical_key, count_points, find_mismatches
@@ -192,7 +192,7 @@ def test_a_user_with_an_unrepresentable_id_is_a_failed_update(connection: Connec
     result = recount(connection)
 
     assert result.outcome == "incomplete"
-    assert result.failed.codes == {"UnsupportedValue": 1}
+    assert result.updates.failures == {"UnsupportedValue": 1}
     assert (result.totals.users, result.totals.counted_orders) == (3, 4)
     assert (result.totals.changed, result.written) == (3, 2)
     assert (result.totals.unknown_customers, result.totals.orders_of_unknown_customers) == (1, 1)
@@ -215,7 +215,7 @@ def test_a_user_whose_old_points_python_cannot_hold_is_a_failed_update(
     result = recount(connection)
 
     assert result.outcome == "incomplete"
-    assert result.failed.codes == {"UnsupportedValue": 1}
+    assert result.updates.failures == {"UnsupportedValue": 1}
     (mismatch,) = find_mismatches(connection.users.database)
     assert (mismatch.user, mismatch.stored) == (0, "\udcff\udcfe")
 
@@ -303,8 +303,8 @@ def test_a_user_whose_update_fails_does_not_keep_others_from_being_written(
 
     assert result.outcome == "incomplete"
     assert (result.totals.changed, result.written, result.failed_updates) == (10, 8, 2)
-    assert sorted(result.failed.sample) == ["3", "8"]
-    assert str(result.failed) == "code 121, DocumentValidationFailure: 2"
+    assert sorted(result.updates.failed_sample) == ["3", "8"]
+    assert result.updates.describe_failures() == "code 121, DocumentValidationFailure: 2"
     stored = {u["_id"]: u.get("loyalty_points") for u in shop.users.find()}
     assert stored == {n: None if n in (3, 8) else 1 for n in range(10)}
     shop.command("collMod", "users", validator={})
@@ -364,11 +364,10 @@ def test_a_customer_argument_finds_ids_of_each_type(
     assert stored.pop("another") == 77
     del expected["another"]
     assert stored == expected
-    statuses = count_statuses(connection, settings)
     found = [
         row
         for customer in parse_id_argument(text)
-        for row in count_customer_orders(connection, settings, customer, statuses)
+        for row in count_customer_orders(connection, settings, customer)
     ]
     keys = {canonical_key(form) for form in (text, *ids)}
     n = sum(canonical_key(form) in keys for form in forms)
@@ -422,7 +421,7 @@ def test_with_the_index_no_partition_fetches_an_order_or_needs_the_disk(
         cut = partitions(partition_boundaries(connection.users, size=40))
         assert len(cut) > 10
         for partition in cut:
-            pipeline = build_pipeline(settings, Scope(partition), status_may_be_array=False)
+            pipeline = build_pipeline(settings, Scope(partition, status_may_be_array=False))
             plan = explain(connection, pipeline)
             stages = set(find_values(plan, "stage"))
             assert "IXSCAN" in stages
@@ -460,8 +459,9 @@ def test_one_customer_is_counted_without_a_collection_scan(uri: str, customer: s
         connection.orders.create_index(index_keys(settings))
         customers = parse_id_argument(customer)
         variants = [variant for c in customers for variant in indexable_forms(c)]
-        scope = Scope(Partition([[{"$in": variants}]]), customers=customers)
-        pipeline = build_pipeline(settings, scope, status_may_be_array=False)
+        partition = Partition([[{"$in": variants}]])
+        scope = Scope(partition, customers, status_may_be_array=False)
+        pipeline = build_pipeline(settings, scope)
         stages = find_values(explain(connection, pipeline), "stage")
         assert "IXSCAN" in stages
         assert "COLLSCAN" not in stages
@@ -472,7 +472,7 @@ def test_the_index_is_used_for_a_collection_with_a_collation(uri: str) -> None:
         shop = connection.orders.database
         shop.create_collection("orders", collation={"locale": "en", "strength": 2})
         connection.orders.insert_many([{"customer_id": 1, "status": "Shipped"} for _ in range(9)])
-        pipeline = build_pipeline(settings_for(uri), Scope(), status_may_be_array=True)
+        pipeline = build_pipeline(settings_for(uri), Scope())
         assert "COLLSCAN" in find_values(explain(connection, pipeline), "stage")
         create_index(connection.orders, settings_for(uri))
         assert "IXSCAN" in find_values(explain(connection, pipeline), "stage")

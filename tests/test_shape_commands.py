@@ -56,7 +56,7 @@ def test_the_default_settings_add_no_stage_for_other_data_models() -> None:
     )
     user = {"_id": "$_id", "points": "$loyalty_points"}
     read_users = [{"$match": {}}, {"$replaceWith": {"_id": users, "user": user}}]
-    pipeline = build_pipeline(settings, Scope(), status_may_be_array=False)
+    pipeline = build_pipeline(settings, Scope(status_may_be_array=False))
     assert pipeline[:5] == [
         {"$match": {"status": {"$in": ["Shipped"]}}},
         {"$group": {"_id": "$customer_id", "orders": {"$sum": 1}}},
@@ -110,21 +110,21 @@ def test_with_the_indexes_no_partition_fetches_an_order_or_reads_all_users(
             assert not inspect_plan(connection.orders, settings).supports_partitions
             create_user_index(connection.users, settings)
         plan = inspect_plan(connection.orders, settings)
-        assert (plan.supports_partitions, plan.needs_fetch, plan.hint) == (True, False, "")
+        assert (plan.supports_partitions, plan.needs_fetch, plan.advice) == (True, False, "")
         keys = list(connection.orders.index_information()[plan.index_name]["key"])
         assert index is None or [name for name, _ in keys] == index
         cut = partitions(partition_boundaries(connection.users, settings.user_key_field, 15))
         assert len(cut) > 6
         for partition in cut:
-            pipeline = build_pipeline(settings, Scope(partition), status_may_be_array=False)
+            pipeline = build_pipeline(settings, Scope(partition, status_may_be_array=False))
             assert count_fetched_orders(connection, pipeline) == 0
             stages = find_values(explain(connection, pipeline), "stage")
             assert "IXSCAN" in stages
             assert "COLLSCAN" not in stages
             examined = find_values(explain(connection, pipeline), "docsExamined")
             assert max(map(int, examined), default=0) <= 2 * 40
-        scope = Scope(Partition([[{"$in": [3]}]]), customers=[3])
-        one = build_pipeline(settings, scope, status_may_be_array=False)
+        scope = Scope(Partition([[{"$in": [3]}]]), customers=[3], status_may_be_array=False)
+        one = build_pipeline(settings, scope)
         assert "COLLSCAN" not in find_values(explain(connection, one), "stage")
         run_recount(connection, settings, History(None), RecountRequest(force=True))
         is_filtered = bool(settings.order_filter)
@@ -140,12 +140,12 @@ def test_create_index_adds_the_filter_fields_although_another_index_is_usable(
     database.orders.create_index([("status", 1), ("customer_id", 1)])
     plan = inspect_plan(database.orders, settings)
     assert (plan.supports_partitions, plan.needs_fetch) == (True, True)
-    assert "lacks deleted of ORDER_FILTER: create a better one with --create-index" in plan.hint
+    assert "lacks deleted of ORDER_FILTER. Create a better index with --create-index" in plan.advice
     for _ in range(2):
         assert command("--create-index", **NOT_DELETED) == 0
         assert "status_1_customer_id_1_deleted_1" in capsys.readouterr().out
     plan = inspect_plan(database.orders, settings)
-    assert (plan.needs_fetch, plan.hint) == (False, "")
+    assert (plan.needs_fetch, plan.advice) == (False, "")
     assert len(database.orders.index_information()) == 3
 
 
@@ -157,7 +157,7 @@ def test_a_condition_that_needs_the_order_itself_is_reported(
     assert command("--create-index", **values) == 0
     plan = inspect_plan(database.orders, settings_for("mongodb://x/", **values))
     assert (plan.supports_partitions, plan.needs_fetch) == (True, True)
-    assert "for a condition in ORDER_FILTER that no index answers alone" in plan.hint
+    assert "because no index alone can evaluate a condition in ORDER_FILTER" in plan.advice
 
 
 # The index on users
@@ -187,7 +187,7 @@ def test_any_index_with_all_keys_of_the_users_is_used(
     database.orders.create_index(index_keys(settings))
     plan = inspect_plan(database.orders, settings)
     assert plan.supports_partitions is is_used
-    assert ("create it with --create-index" in plan.hint) is not is_used
+    assert ("create it with --create-index" in plan.advice) is not is_used
     if options and "hidden" in options:
         assert command("--create-index", **BY_NUMBER) == 78
         return

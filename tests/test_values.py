@@ -19,8 +19,8 @@ from loyalty.mongo.values import (
     is_dbref,
     is_integer,
     is_number,
-    numeric_or_zero,
 )
+from loyalty.recount.points import parse_points
 
 UUID = uuid.UUID(int=9)
 
@@ -43,7 +43,7 @@ UUID = uuid.UUID(int=9)
     ],
 )
 def test_a_stored_number_or_numeric_string_counts_as_its_number(stored: Any, number: float) -> None:
-    assert numeric_or_zero(stored) == number
+    assert parse_points(stored) == number
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_a_stored_number_or_numeric_string_counts_as_its_number(stored: Any, num
     + [Binary(b"5" * 36, 4), datetime(2026, 1, 1, tzinfo=UTC), ObjectId()],
 )
 def test_any_other_stored_value_counts_as_zero(stored: Any) -> None:
-    assert numeric_or_zero(stored) == 0
+    assert parse_points(stored) == 0
 
 
 @pytest.mark.parametrize("stored", [0, 5, Int64(5)])

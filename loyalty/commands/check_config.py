@@ -40,7 +40,6 @@ from loyalty.recount.result import Result
 from loyalty.recount.safety import (
     MAX_STATUSES_SHOWN,
     StatusCounts,
-    check_collections,
     describe_uncounted,
     format_status,
 )
@@ -112,7 +111,7 @@ def _count_all(
 ) -> tuple[Result | None, list[str]]:
     """Count everything unless a collection is missing; return the result and the problems."""
     result = None
-    missing = check_collections(*find_missing_collections(connection))
+    missing = find_missing_collections(connection)
     problems = [missing] if missing else []
     if not problems:
         result = make_dry_run(connection, settings)
@@ -129,16 +128,16 @@ def _count_all(
 def _describe_index(connection: Connection, settings: Settings) -> str:
     """Return whether a recount can use the index, what to do, and which orders prevent it."""
     plan, orders = inspect_plan(connection.orders, settings), connection.orders
-    if not plan.hint:
+    if not plan.advice:
         return "usable"
     fields = (settings.status_field, settings.customer_field)
     arrays = {"$or": [condition for field in fields for condition in array_conditions(field)]}
     with map_driver_errors("find", orders, if_too_slow="raise COUNT_TIMEOUT"):
         number = orders.count_documents(arrays, maxTimeMS=settings.count_ms)
     if not number:
-        return plan.hint
+        return plan.advice
     have = f"{pluralize(number, 'order')} {'has' if number == 1 else 'have'}"
-    return f"{plan.hint}; {have} an array in {' or '.join(fields)}: correct them first"
+    return f"{plan.advice}; {have} an array in {' or '.join(fields)}: correct them first"
 
 
 def _print_settings(settings: Settings, connection: Connection, permissions: str | None) -> None:

@@ -21,8 +21,8 @@ from loyalty.recount.order_filter import is_counted
 from loyalty.recount.points import points_for
 from loyalty.recount.preflight import connect_and_verify
 from loyalty.recount.runner import RecountRequest, run_recount
-from loyalty.recount.safety import StatusCounts, format_status
-from loyalty.recount.statuses import CustomerOrders, count_customer_orders, count_statuses
+from loyalty.recount.safety import format_status
+from loyalty.recount.statuses import CustomerOrders, count_customer_orders
 from loyalty.recount.tally import CustomerCount
 
 
@@ -33,13 +33,12 @@ def run(args: argparse.Namespace, settings: Settings, *, write: bool) -> Exit:
     """
     code, documents = Exit.OK, []
     with connect_and_verify(settings, writing=write) as connection:
-        statuses = count_statuses(connection, settings, filtered=False)
         for argument in args.customer:
             ids = parse_id_argument(argument)
             rows, is_up_to_date = _recount(connection, settings, ids, write=write)
             document = {
                 "customer": argument,
-                "orders": _find_orders(connection, settings, ids, statuses, rows),
+                "orders": _find_orders(connection, settings, ids, rows),
                 "users": _list_users(rows, settings),
                 "look_alikes": [],
                 "changes": _find_changes(connection, settings, ids),
@@ -82,11 +81,7 @@ def _list_users(rows: Sequence[CustomerCount], settings: Settings) -> list[Docum
 
 
 def _find_orders(
-    connection: Connection,
-    settings: Settings,
-    ids: Sequence[Any],
-    statuses: StatusCounts,
-    rows: Sequence[CustomerCount],
+    connection: Connection, settings: Settings, ids: Sequence[Any], rows: Sequence[CustomerCount]
 ) -> list[Document]:
     """Return `{id, status, orders, points, why}` for each form of an id and each status.
 
@@ -95,7 +90,7 @@ def _find_orders(
     customers_with_users = [row.customer for row in rows if row.users]
     documents: list[Document] = []
     for id_ in ids:
-        for orders in count_customer_orders(connection, settings, id_, statuses):
+        for orders in count_customer_orders(connection, settings, id_):
             why = _explain(orders, settings, user_exists=id_ in customers_with_users)
             documents.append(
                 {

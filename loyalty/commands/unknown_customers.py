@@ -20,7 +20,7 @@ def run(args: argparse.Namespace, settings: Settings) -> Exit:
         closing(UnknownCustomerList()) as unknown,
         connect_and_verify(settings, writing=False) as connection,
     ):
-        request = RecountRequest(write=False, unknown=unknown)
+        request = RecountRequest(write=False, rows=unknown)
         run_recount(connection, settings, History(None), request)
         for row in unknown:
             print_json(row)

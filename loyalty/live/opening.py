@@ -12,7 +12,7 @@ from loyalty.errors import ConfigurationError, ServiceError
 from loyalty.live.watcher import ChangeStreamWatcher, LiveLimits
 from loyalty.mongo.connection import Connection
 from loyalty.mongo.driver_errors import map_driver_errors
-from loyalty.recount.index import missing_index_hint
+from loyalty.recount.index import find_index_problem
 from loyalty.recount.snapshot import pin_cluster_time
 from loyalty.retry import retry
 
@@ -38,8 +38,8 @@ def _open_watcher(
     if start_after is None:
         server = connection.snapshot_unsupported_reason or "a server without snapshots"
         raise ConfigurationError(f"{server} has no change streams for this")
-    if hint := missing_index_hint(connection.orders, settings):
-        raise ConfigurationError(f"each update would read all orders: {hint}")
+    if problem := find_index_problem(connection.orders, settings):
+        raise ConfigurationError(f"each update would read all orders: {problem}")
     return ChangeStreamWatcher(connection, settings, start_after, limits), start_after
 
 

@@ -22,7 +22,7 @@ from loyalty.live.watcher import ChangeStreamWatcher, LiveLimits
 from loyalty.logs import WarnOnce
 from loyalty.mongo.connection import Connection
 from loyalty.recount.counter import Customers
-from loyalty.recount.index import missing_index_hint
+from loyalty.recount.index import find_index_problem
 from loyalty.recount.result import Result
 from loyalty.recount.runner import RecountRequest, run_recount
 from loyalty.recount.safety import check_live_update
@@ -170,8 +170,8 @@ class LiveUpdater:
 
         The full recount that follows does not open the stream, until the index is there again.
         """
-        if hint := missing_index_hint(connection.orders, self._settings):
-            raise ResyncRequired(f"each update would read all orders: {hint}")
+        if problem := find_index_problem(connection.orders, self._settings):
+            raise ResyncRequired(f"each update would read all orders: {problem}")
 
     def heartbeat(self) -> Heartbeat | None:
         """Return the progress of live updates, or None in every state but `live`."""

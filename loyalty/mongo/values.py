@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import re
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
@@ -31,7 +29,6 @@ READABLE_CODEC: CodecOptions[dict[str, Any]] = LENIENT_CODEC.with_options(
 )
 
 MAX_VALUE_LENGTH = 60
-_NUMBER = re.compile(r"\s*[-+]?\d+(\.\d+)?\s*", re.ASCII)
 
 
 def decode_documents(batch: bytes) -> list[dict[str, Any]]:
@@ -63,18 +60,6 @@ def is_integer(value: Any) -> bool:
 def is_number(value: Any) -> bool:
     """Return whether a value is stored as any of the four number types."""
     return is_integer(value) or isinstance(value, float | Decimal128)
-
-
-def numeric_or_zero(value: Any) -> float:
-    """Return a stored value as points; a numeric string counts as its number, all else as 0."""
-    if isinstance(value, str):
-        return float(value) if _NUMBER.fullmatch(value) else 0
-    if isinstance(value, Decimal128):
-        number = value.to_decimal()
-        return 0 if number.is_nan() else float(number)  # float() raises for a signaling NaN
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
-        return 0
-    return value
 
 
 def get_nested(document: Document | None, path: str, default: Any = None) -> Any:

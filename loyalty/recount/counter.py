@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -20,9 +20,9 @@ from loyalty.mongo.connection import Connection
 from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.values import SIMPLE_COLLATION
 from loyalty.recount.customer_ids import MIXED_CASE_HEX_ID
-from loyalty.recount.index import inspect_plan
+from loyalty.recount.index import Plan, inspect_plan
 from loyalty.recount.order_filter import counted_orders
-from loyalty.recount.partitions import Partition, partition_boundaries, partitions
+from loyalty.recount.partitions import EVERYTHING, Partition, partition_boundaries, partitions
 from loyalty.recount.pipeline import Scope, build_pipeline, parse_rows
 from loyalty.recount.result import CountResult
 from loyalty.recount.snapshot import pin_cluster_time
@@ -32,69 +32,56 @@ from loyalty.recount.tally import CustomerCount, UpToDate
 log = logging.getLogger("loyalty")
 
 ROWS_PER_BATCH = 5_000
-"""Per reply. The server's own limit, 16 MB of BSON, needs about 100 MB in Python."""
+"""Rows in one reply. The server's own limit, 16 MB of BSON, needs about 100 MB in Python."""
 PREFETCH = 8
 """Partitions counted before their turn: if a few customers order a lot, one takes several times as
 long as the others."""
-MAX_IDS_PER_QUERY = 4_000
+MAX_CUSTOMERS_PER_QUERY = 1_000
 _RAW_CODEC = CodecOptions(document_class=RawBSONDocument)
 
 Customers = Sequence[tuple[Any, Sequence[Any] | None]]
-"""Canonical ids, each with the forms to look up in an index; None for all: read all orders."""
+"""Canonical ids, each with the forms to look up in an index. If None, a query reads all orders."""
 
 OnRow = Callable[[CustomerCount | UpToDate], None]
 FindBoundaries = Callable[[Collection[Any], str], list[Any]]
 """Returns keys of the users in a collection, from the index on a field."""
 
 
+@dataclass
 class Counter:
-    """Counts at one cluster time, if the server can, and hands each row to a callback.
+    """Makes one count at one cluster time, if the server can, and hands each row to a callback.
 
-    The cluster time is `not_before` or later; without snapshots the result is as of `started_at`.
+    The cluster time is `not_before` or later.
     """
 
-    def __init__(
-        self,
-        connection: Connection,
-        settings: Settings,
-        on_progress: ProgressCallback,
-        *,
-        started_at: datetime | None = None,
-        not_before: Timestamp | None = None,
-        find_boundaries: FindBoundaries = partition_boundaries,
-        use_snapshot: bool = True,
-    ) -> None:
-        self._connection = connection
-        self._settings = settings
-        self._on_progress = on_progress
-        self._started_at = started_at or datetime.now(UTC)
-        self._not_before = not_before
-        self._find_boundaries = find_boundaries
-        self._use_snapshot = use_snapshot
+    connection: Connection
+    settings: Settings
+    on_progress: ProgressCallback
+    not_before: Timestamp | None = None
+    find_boundaries: FindBoundaries = partition_boundaries
+    use_snapshot: bool = True
+    snapshots: list[Timestamp] = field(default_factory=list, init=False)
+    """Queries read at the last of these cluster times."""
 
     def count_all(self, on_row: OnRow, *, single_query: bool = False) -> CountResult:
         """Count all customers, in partitions if the index allows it.
 
         Raises ServiceError, and NonCanonicalIdFound if a single query is needed instead.
         """
-        snapshots = self._pin_snapshot()
+        self._pin_snapshot()
         # After pinning: an index that has no array now had none at that time.
-        plan = inspect_plan(self._connection.orders, self._settings)
-        count = partial(
-            self._aggregate,
-            snapshots,
-            status_may_be_array=plan.status_is_multikey,
-            index_hint=plan.hint,
-        )
+        plan = inspect_plan(self.connection.orders, self.settings)
         if plan.supports_partitions and not single_query:
-            self._count_partitions(on_row, snapshots, count)
+            self._count_partitions(on_row, plan)
         else:
-            _handle_rows(count(Scope()), Scope(), on_row)
+            scope = Scope(status_may_be_array=plan.status_is_multikey)
+            _handle_rows(self._aggregate(scope, plan.advice), on_row)
         return CountResult(
-            self._started_at,
-            snapshots,
+            self.snapshots,
             supports_partitions=plan.supports_partitions,
-            has_mixed_case_ids=single_query and self._find_mixed_case_ids(),
+            has_mixed_case_ids=self.settings.live_updates
+            and single_query
+            and self._find_mixed_case_ids(),
         )
 
     def count_customers(self, on_row: OnRow, customers: Customers) -> CountResult:
@@ -102,47 +89,52 @@ class Counter:
 
         Raises ServiceError.
         """
-        # The caller has read at `not_before`: to ask for a newer time is one more round trip.
-        snapshots = [self._not_before] if self._not_before else self._pin_snapshot()
-        for chunk in _chunks(customers):
+        if self.not_before:  # the caller has read at it; a newer time is one more round trip
+            self.snapshots.append(self.not_before)
+        else:
+            self._pin_snapshot()
+        reads_all_orders = any(forms is None for _, forms in customers)
+        size = len(customers) if reads_all_orders else MAX_CUSTOMERS_PER_QUERY
+        for start in range(0, len(customers), size):
+            chunk = customers[start : start + size]
             forms = [form for _, forms in chunk for form in forms or ()]
-            scope = Scope(
-                Partition([[{"$in": forms}]] if forms else [[]]),
-                customers=[customer for customer, _ in chunk],
-                include_up_to_date=True,
-            )
-            count = partial(self._aggregate, status_may_be_array=True)
+            partition = EVERYTHING if reads_all_orders else Partition([[{"$in": forms}]])
+            scope = Scope(partition, [customer for customer, _ in chunk])
             try:
-                spool = count(snapshots, scope)
+                batches = self._aggregate(scope)
             except SnapshotTooOld:
                 # Also after an index was created: no older snapshot of its collection can be read.
-                snapshots += self._pin_snapshot()
-                spool = count(snapshots, scope)
-            _handle_rows(spool, scope, on_row)
-        return CountResult(self._started_at, snapshots)
+                self._pin_snapshot()
+                batches = self._aggregate(scope)
+            _handle_rows(batches, on_row)
+        return CountResult(self.snapshots)
 
-    def _pin_snapshot(self, not_before: Timestamp | None = None) -> list[Timestamp]:
-        """Return the cluster time to read at; none without snapshots."""
-        if not self._use_snapshot:
-            return []
-        pinned = pin_cluster_time(self._connection, not_before or self._not_before)
-        return [] if pinned is None else [pinned]
+    def _pin_snapshot(self) -> None:
+        """Read at the newest cluster time from now on, if the server has snapshots."""
+        if self.use_snapshot:
+            not_before = self.snapshots[-1] if self.snapshots else self.not_before
+            pinned = pin_cluster_time(self.connection, not_before)
+            self.snapshots += [] if pinned is None else [pinned]
 
-    def _count_partitions(
-        self, on_row: OnRow, snapshots: list[Timestamp], count: Callable[[Scope], Spool]
-    ) -> None:
-        users = self._connection.users
+    def _count_partitions(self, on_row: OnRow, plan: Plan) -> None:
+        users = self.connection.users
         with map_driver_errors("find", users):
-            boundaries = self._find_boundaries(users, self._settings.user_key_field)
-        scopes = [Scope(partition) for partition in partitions(boundaries)]
-        progress = Progress("counting", len(scopes), self._on_progress)
+            boundaries = self.find_boundaries(users, self.settings.user_key_field)
+        scopes = [
+            Scope(partition, status_may_be_array=plan.status_is_multikey)
+            for partition in partitions(boundaries)
+        ]
+        count = partial(self._aggregate, index_advice=plan.advice)
+        workers = self.settings.count_workers
+        progress = Progress("counting", len(scopes), self.on_progress)
         done = done_at_pin = 0
         while done < len(scopes):
             try:
-                for scope, spool in self._map_scopes(count, scopes[done:]):
-                    _handle_rows(spool, scope, on_row)
-                    done += 1
-                    progress.add(1)
+                with map_ordered(count, iter(scopes[done:]), workers, prefetch=PREFETCH) as results:
+                    for batches in results:
+                        _handle_rows(batches, on_row)
+                        done += 1
+                        progress.add(1)
             except SnapshotTooOld as error:
                 if done == done_at_pin:
                     raise  # one partition alone takes longer than the server keeps a snapshot
@@ -151,79 +143,48 @@ class Counter:
                 )
                 done_at_pin = done
                 # Each customer is still counted at one time, but not all of them at the same.
-                snapshots += self._pin_snapshot(snapshots[-1] if snapshots else None)
+                self._pin_snapshot()
 
-    def _map_scopes(
-        self, count: Callable[[Scope], Spool], scopes: Sequence[Scope]
-    ) -> Iterator[tuple[Scope, Spool]]:
-        workers = self._settings.count_workers
-        with map_ordered(count, iter(scopes), workers, prefetch=PREFETCH) as spools:
-            yield from zip(scopes, spools, strict=True)
-
-    def _aggregate(
-        self,
-        snapshots: Sequence[Timestamp],
-        scope: Scope,
-        *,
-        status_may_be_array: bool,
-        index_hint: str = "",
-    ) -> Spool:
+    def _aggregate(self, scope: Scope, index_advice: str = "") -> Spool:
         """Return all batches of the result, so that a partition is counted whole or not at all."""
-        orders, spool = self._connection.orders, Spool()
-        options: dict[str, Any] = {}
-        if snapshots:
-            # Not a snapshot session, which several threads cannot share.
-            read_concern = {"level": "snapshot", "atClusterTime": snapshots[-1]}
-            options = {"readConcern": read_concern}
-        advice = "raise COUNT_TIMEOUT"
-        if index_hint:
-            advice += f"; {index_hint}"
-        pipeline = build_pipeline(self._settings, scope, status_may_be_array=status_may_be_array)
-        options |= {
+        orders, spool = self.connection.orders, Spool()
+        pipeline = build_pipeline(self.settings, scope)
+        options: dict[str, Any] = {
             "allowDiskUse": True,
             "batchSize": ROWS_PER_BATCH,
             "collation": SIMPLE_COLLATION,
-            "maxTimeMS": self._settings.count_ms,
+            "maxTimeMS": self.settings.count_ms,
         }
+        if self.snapshots:
+            # Not a snapshot session, which several threads cannot share.
+            options["readConcern"] = {"level": "snapshot", "atClusterTime": self.snapshots[-1]}
+        advice = "; ".join(filter(None, ["raise COUNT_TIMEOUT", index_advice]))
         with map_driver_errors("find", orders, if_too_slow=advice):
             if scope.customers:
-                # `aggregate_raw_batches` asks for an empty first batch: one more round trip.
+                # `aggregate_raw_batches` requests an empty first batch: one more round trip.
                 rows = orders.with_options(codec_options=_RAW_CODEC).aggregate(pipeline, **options)
                 spool.add(b"".join(row.raw for row in rows))
                 return spool
             for batch in orders.aggregate_raw_batches(pipeline, **options):
                 spool.add(batch)
-                self._on_progress("")
+                self.on_progress("")
         return spool
 
     def _find_mixed_case_ids(self) -> bool:
         """Return whether a counted order or a user has a hex id in mixed case."""
-        connection, settings = self._connection, self._settings
+        connection, settings = self.connection, self.settings
         in_orders = {**counted_orders(settings), settings.customer_field: MIXED_CASE_HEX_ID}
         in_users = {settings.user_key_field: MIXED_CASE_HEX_ID}
+        options = {"collation": SIMPLE_COLLATION, "max_time_ms": settings.count_ms}
         for collection, query in ((connection.orders, in_orders), (connection.users, in_users)):
             with map_driver_errors("find", collection):
-                if collection.find_one(query, {"_id": 1}, collation=SIMPLE_COLLATION) is not None:
+                if collection.find_one(query, {"_id": 1}, **options) is not None:
                     return True
         return False
 
 
-def _handle_rows(spool: Spool, scope: Scope, on_row: OnRow) -> None:
-    with spool:
-        for batch in spool:
-            for row in parse_rows(batch, scope):
+def _handle_rows(batches: Spool, on_row: OnRow) -> None:
+    with batches:
+        for batch in batches:
+            for row in parse_rows(batch):
                 on_row(row)
-
-
-def _chunks(customers: Customers) -> Iterator[Customers]:
-    """Cut so that no aggregation asks for many more ids than MAX_IDS_PER_QUERY."""
-    chunk: list[tuple[Any, Sequence[Any] | None]] = []
-    size = 0
-    for customer, forms in customers:
-        chunk.append((customer, forms))
-        size += 1 + len(forms or ())
-        if size >= MAX_IDS_PER_QUERY and forms is not None:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk

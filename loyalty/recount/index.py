@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Any
 
 from pymongo.collection import Collection
@@ -22,34 +23,25 @@ LARGE_COLLECTION_DOCUMENTS = 100_000
 _NO_INDEX = "no usable index; create one with --create-index"
 _UNBOUNDED = (["[MinKey, MaxKey]"], ["[MaxKey, MinKey]"])
 _EMPTY_RANGE = {"$gt": "", "$lt": "\x01"}
-_ALL_BUT_ONE = {"$ne": "\x01"}  # with bounds, and on every shard
+_ALL_BUT_ONE = {"$ne": "\x01"}  # a condition with bounds, which every shard evaluates
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How the server reads the orders of one partition. The default is the worst case."""
+    """How the server reads one partition of orders or users. The default is the worst case."""
 
     supports_partitions: bool = False
-    """Whether indexes lead to the orders and users of a partition, and to no others."""
+    """Whether the server can read the documents of a partition from an index, and no others."""
     status_is_multikey: bool = True
-    """Whether a status may be an array, so that each must be checked."""
+    """Whether an order may have an array as status, so that each status must be checked."""
     needs_fetch: bool = True
-    """Whether orders are fetched as well as the index."""
-    hint: str = field(default=_NO_INDEX, compare=False)
+    """Whether the server reads orders, and not only the index."""
+    advice: str = field(default=_NO_INDEX, compare=False)
     """What to do about the index; "" if nothing."""
     index_name: str = field(default="", compare=False)
     """The index with the right keys; "" if there is none."""
     missing_fields: tuple[str, ...] = ()
     """Fields of ORDER_FILTER that the index lacks."""
-
-
-@dataclass(frozen=True, slots=True)
-class Index:
-    """An index in use; without one, `name` is ""."""
-
-    name: str = ""
-    hint: str = ""
-    """Why partitions cannot use it, and what to do; "" if they can."""
 
 
 def index_keys(settings: Settings) -> list[tuple[str, int]]:
@@ -59,15 +51,16 @@ def index_keys(settings: Settings) -> list[tuple[str, int]]:
 
 
 def inspect_plan(orders: Collection[Any], settings: Settings) -> Plan:
-    """Ask the server how it would read a partition; the worst case if it does not answer."""
+    """Return how the server would read a partition; the worst case if it reports an error."""
     try:
         plan = inspect_orders_plan(orders, settings)
-        if not plan.supports_partitions:
-            return plan
-        users = inspect_user_index(orders.database[settings.users], settings.user_key_field)
+        if plan.supports_partitions:
+            users = inspect_users_plan(orders.database[settings.users], settings.user_key_field)
+            if not users.supports_partitions:
+                return replace(plan, supports_partitions=False, advice=users.advice)
     except ServiceError:  # the count itself reports what is wrong
         return Plan()
-    return replace(plan, supports_partitions=False, hint=users.hint) if users.hint else plan
+    return plan
 
 
 def inspect_orders_plan(orders: Collection[Any], settings: Settings) -> Plan:
@@ -90,46 +83,52 @@ def inspect_orders_plan(orders: Collection[Any], settings: Settings) -> Plan:
     if plans:
         return min(plans, key=lambda plan: (len(plan.missing_fields), plan.needs_fetch))
     if collection_type(orders.database, orders.name) == "view":
-        return Plan(hint=view_hint(orders))
+        return Plan(advice=describe_view(orders))
     return Plan()
 
 
 def _build_plan(name: str, stages: list[Document], settings: Settings) -> Plan:
     """Return the plan with an index of the right keys."""
     scans = _index_scans(stages)
-    keys = [settings.status_field, settings.customer_field]
-    # An index knows of each of its fields whether any order has ever held an array there.
-    paths = [scan.get("multiKeyPaths", {}) for scan in scans]
-    multikey = [key for key in keys if not paths or any(path.get(key) != [] for path in paths)]
+    multikey = _multikey_fields(scans, [settings.status_field, settings.customer_field])
     conditions = other_conditions(settings)
     missing = [f for f in conditions if any(f not in s["keyPattern"] for s in scans)]
     kinds = {stage["stage"] for stage in stages}
-    hint = ""
+    advice = ""
     if multikey:
-        hint = (
-            f"{name} is multikey: an order holds, or once held, an array in "
-            f"{' and '.join(multikey)}. Correct such orders, drop the index, and create it again "
-            "with --create-index"
-        )
+        advice = _describe_multikey(name, "an order", multikey)
     elif missing:
-        hint = (
-            f"{name}, but each order is fetched because it lacks {' and '.join(missing)} of "
-            "ORDER_FILTER: create a better one with --create-index"
+        advice = (
+            f"the server uses {name}, but reads each order, because the index lacks "
+            f"{' and '.join(missing)} of ORDER_FILTER. Create a better index with --create-index"
         )
     elif "FETCH" in kinds:
         why = ""
         if "SHARDING_FILTER" in kinds:
             why = ", because the index lacks the shard key"
         elif conditions:
-            why = ", for a condition in ORDER_FILTER that no index answers alone"
-        hint = f"{name} is used, but orders are fetched as well{why}"
+            why = ", because no index alone can evaluate a condition in ORDER_FILTER"
+        advice = f"the server uses {name}, but also reads the orders{why}"
     return Plan(
         supports_partitions=settings.customer_field not in multikey,
         status_is_multikey=settings.status_field in multikey,
         needs_fetch=bool(multikey) or "FETCH" in kinds,
-        hint=hint,
+        advice=advice,
         index_name=name,
         missing_fields=tuple(missing),
+    )
+
+
+def _multikey_fields(scans: list[Document], fields: list[str]) -> list[str]:
+    """Return the fields where, as the index knows, a document holds or once held an array."""
+    paths = [scan.get("multiKeyPaths", {}) for scan in scans]
+    return [field for field in fields if not paths or any(p.get(field) != [] for p in paths)]
+
+
+def _describe_multikey(name: str, document: str, fields: list[str]) -> str:
+    return (
+        f"{name} is multikey: {document} holds, or once held, an array in {' and '.join(fields)}. "
+        "Correct such documents, drop the index, and create it again with --create-index"
     )
 
 
@@ -138,22 +137,20 @@ def _is_bounded(scan: Document, settings: Settings) -> bool:
 
     They may be in any order, and among them fields for which ORDER_FILTER names one value.
     """
-    pattern = scan.get("keyPattern", {})  # not every server that speaks the protocol has it
+    # Not every server that speaks the protocol has them.
+    pattern: Document = scan.get("keyPattern", {})
+    bounds = scan.get("indexBounds", {})
     wanted = {settings.status_field, settings.customer_field}
     allowed = wanted.union(equality_fields(settings))
-    for name, direction in pattern.items():
-        if name not in allowed or direction not in (1, -1):
-            return False
-        if scan["indexBounds"][name] in _UNBOUNDED:
-            return False
-        wanted.discard(name)
-        if not wanted:
-            return True
-    return False
+
+    def is_usable(name: str) -> bool:
+        return name in allowed and pattern[name] in (1, -1) and bounds[name] not in _UNBOUNDED
+
+    return wanted <= set(takewhile(is_usable, pattern))
 
 
-def inspect_user_index(users: Collection[Any], key: str) -> Index:
-    """Ask the server for the index on `key`. Raises ServiceError.
+def inspect_users_plan(users: Collection[Any], key: str) -> Plan:
+    """Return the plan with the index on `key`. Raises ServiceError.
 
     A partial or sparse index can be used if it holds every user that has a key.
     """
@@ -162,9 +159,8 @@ def inspect_user_index(users: Collection[Any], key: str) -> Index:
     is_bounded = all(stage["stage"] != "COLLSCAN" for stage in stages) and all(
         scan.get("indexBounds", {}).get(key) not in _UNBOUNDED for scan in scans
     )
-    is_multikey = any(scan.get("multiKeyPaths", {}).get(key) != [] for scan in scans)
     name, why = "", ""
-    if key == "_id":
+    if key == "_id":  # never multikey; a clustered collection has no index scan
         name = "_id_"
         if not is_bounded:
             why = f"with the collation of {users.full_name}, each partition would read all users"
@@ -172,16 +168,13 @@ def inspect_user_index(users: Collection[Any], key: str) -> Index:
         why = f"{users.full_name} has no index on {key}; create it with --create-index"
     else:
         name = str(scans[0]["indexName"])
-        if is_multikey:
-            why = (
-                f"{name} on {users.full_name} is multikey: a user holds, or once held, an array in "
-                f"{key}. Correct such users, drop the index, and create it again with "
-                "--create-index"
-            )
-    return Index(name, why and f"one query counts all customers, because {why}")
+        if _multikey_fields(scans, [key]):
+            why = _describe_multikey(f"{name} on {users.full_name}", "a user", [key])
+    advice = f"a single query counts all customers, because {why}" if why else ""
+    return Plan(supports_partitions=not why, advice=advice, index_name=name)
 
 
-def missing_index_hint(orders: Collection[Any], settings: Settings) -> str:
+def find_index_problem(orders: Collection[Any], settings: Settings) -> str:
     """Return what to do if the shop is large and partitions are not supported; else ""."""
     with suppress(ServiceError), map_driver_errors("count", orders):
         largest = orders.estimated_document_count()
@@ -190,11 +183,11 @@ def missing_index_hint(orders: Collection[Any], settings: Settings) -> str:
             largest = max(largest, users.estimated_document_count())
         if largest > LARGE_COLLECTION_DOCUMENTS:
             plan = inspect_plan(orders, settings)
-            return "" if plan.supports_partitions else plan.hint
+            return "" if plan.supports_partitions else plan.advice
     return ""
 
 
-def view_hint(orders: Collection[Any]) -> str:
+def describe_view(orders: Collection[Any]) -> str:
     return f"{orders.full_name} is a view: create the index on the collection that it reads"
 
 

@@ -1,10 +1,11 @@
-"""The creation of the indexes on orders and users, whatever other indexes there are."""
+"""Creates the indexes on orders and users. Other indexes may exist."""
 
 from __future__ import annotations
 
 import logging
 import re
 from collections.abc import Callable
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -18,11 +19,11 @@ from loyalty.mongo.error_codes import CODES
 from loyalty.mongo.privileges import collection_type
 from loyalty.mongo.values import SIMPLE_COLLATION, Document, format_value
 from loyalty.recount.index import (
-    Index,
+    Plan,
+    describe_view,
     index_keys,
     inspect_orders_plan,
-    inspect_user_index,
-    view_hint,
+    inspect_users_plan,
 )
 
 log = logging.getLogger("loyalty")
@@ -38,17 +39,12 @@ def create_index(orders: Collection[Any], settings: Settings) -> str:
 
     Raises ServiceError.
     """
-
-    def inspect() -> Index:
-        plan = inspect_orders_plan(orders, settings)
-        name = "" if plan.missing_fields else plan.index_name
-        return Index(name, "" if plan.supports_partitions else plan.hint)
-
+    inspect = partial(inspect_orders_plan, orders, settings)
     try:
         return _ensure_index(orders, index_keys(settings), settings.customer_field, inspect)
     except ServiceError as error:
         if _code(error) == _CODES["CannotIndexParallelArrays"]:
-            raise ConfigurationError(_parallel_arrays_hint(orders, settings)) from error
+            raise ConfigurationError(_describe_parallel_arrays(orders, settings)) from error
         raise
 
 
@@ -58,30 +54,31 @@ def create_user_index(users: Collection[Any], settings: Settings) -> str:
     Raises ServiceError.
     """
     key = settings.user_key_field
-    return _ensure_index(users, [(key, 1)], key, lambda: inspect_user_index(users, key))
+    inspect = partial(inspect_users_plan, users, key)
+    return _ensure_index(users, [(key, 1)], key, inspect)
 
 
 def _ensure_index(
-    collection: Collection[Any], keys: _Keys, key_field: str, inspect: Callable[[], Index]
+    collection: Collection[Any], keys: _Keys, key_field: str, inspect: Callable[[], Plan]
 ) -> str:
     kind = collection_type(collection.database, collection.name)
     if kind is None:
-        raise ConfigurationError(f"cannot create an index: no collection {collection.full_name}")
+        raise ConfigurationError(f"cannot create an index: {collection.full_name} does not exist")
     if kind == "view":
-        raise ConfigurationError(view_hint(collection))
-    index = inspect()
-    if not index.name:
+        raise ConfigurationError(describe_view(collection))
+    plan = inspect()
+    if not plan.index_name or plan.missing_fields:
         _check_arrays(collection, key_field)
         name = _build_index(collection, keys)
-        index = inspect()
-        if not index.name:  # create_index succeeds for an existing hidden index
+        plan = inspect()
+        if not plan.index_name or plan.missing_fields:  # a hidden index is not created again
             raise ConfigurationError(
                 f"the index {name} exists, but the server does not use it. If it is hidden: "
                 f"db.{collection.name}.unhideIndex({name!r})"
             )
-    if index.hint:
-        raise ConfigurationError(index.hint)
-    return index.name
+    if not plan.supports_partitions:
+        raise ConfigurationError(plan.advice)
+    return plan.index_name
 
 
 def _check_arrays(collection: Collection[Any], field: str) -> None:
@@ -107,7 +104,8 @@ def _build_index(collection: Collection[Any], keys: _Keys) -> str:
         if _code(error) == _CODES["IndexKeySpecsConflict"]:  # partial, or with another collation
             return _wait_for_build(collection, keys, name=_SECOND_NAME)
         # The same index with another name is hidden, or still being built.
-        other = re.search(r"already exists with a different name: (.+) \(code", str(error))
+        details = getattr(error.__cause__, "details", None) or {}
+        other = re.search("already exists with a different name: (.+)", details.get("errmsg", ""))
         if _code(error) == _CODES["IndexOptionsConflict"] and other:
             return _wait_for_build(collection, keys, name=other[1])
         raise
@@ -129,7 +127,7 @@ def _code(error: ServiceError) -> int | None:
     return getattr(error.__cause__, "code", None)
 
 
-def _parallel_arrays_hint(orders: Collection[Any], settings: Settings) -> str:
+def _describe_parallel_arrays(orders: Collection[Any], settings: Settings) -> str:
     names = [name for name, _ in index_keys(settings)]
     pairs = [
         {"$and": [{"$or": array_conditions(one)}, {"$or": array_conditions(other)}]}
@@ -140,8 +138,8 @@ def _parallel_arrays_hint(orders: Collection[Any], settings: Settings) -> str:
         ids = ", ".join(format_value(order["_id"]) for order in found)
     fields = f"both {' and '.join(names)}" if len(names) == 2 else f"two of {', '.join(names)}"
     return (
-        f"no index can be made on {orders.full_name} while an order holds arrays in {fields}, such "
-        f"as the order with _id {ids}"
+        f"cannot create an index on {orders.full_name} while orders have arrays in {fields}; "
+        f"_id of such orders: {ids}"
     )
 
 

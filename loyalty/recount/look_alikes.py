@@ -13,6 +13,7 @@ from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.values import LENIENT_CODEC, SIMPLE_COLLATION, Document, format_value, get_nested
 from loyalty.recount.customer_ids import parse_id_argument
 from loyalty.recount.spool import Spool
+from loyalty.recount.tally import CustomerCount
 from loyalty.recount.unknown import OBJECT_ID_CALL, classify_unknown
 
 MAX_LOOK_ALIKES = 5
@@ -31,11 +32,12 @@ class UnknownCustomerList:
     def close(self) -> None:
         self._spool.close()
 
-    def add(self, customer: Any, orders: int) -> None:
-        """Add a customer. Raises NoTempSpace."""
-        text = format_value(customer)
-        row = {"customer": text, "orders": orders, "kind": classify_unknown(customer)}
-        self._spool.add(bson.encode(row))
+    def append(self, row: CustomerCount) -> None:
+        """Add a customer, if it is unknown. Raises NoTempSpace."""
+        if row.is_unknown:
+            customer, kind = format_value(row.customer), classify_unknown(row.customer)
+            document = {"customer": customer, "orders": row.orders, "kind": kind}
+            self._spool.add(bson.encode(document))
 
     def __iter__(self) -> Iterator[Document]:
         """Yield `{customer, orders, kind}`."""

@@ -10,7 +10,7 @@ from config import Settings
 
 
 def counted_orders(settings: Settings, prefix: str = "") -> dict[str, Any]:
-    """Return the filter for counted orders; `prefix` leads to the order, as in "fullDocument."."""
+    """Return the filter for counted orders; `prefix` is the path of the order: "fullDocument."."""
     conditions = {
         settings.status_field: {"$in": list(settings.order_statuses)},
         **other_conditions(settings),
@@ -34,7 +34,7 @@ def _is_equality(condition: Any) -> bool:
         condition = condition["$eq"]
     elif isinstance(condition, dict) and any(name.startswith("$") for name in condition):
         return False
-    # Null also finds missing fields, and an array its elements: neither has one place in an index.
+    # Null also matches missing fields, and an array its elements: neither is one value of an index.
     return condition is not None and not isinstance(condition, list | Regex)
 
 

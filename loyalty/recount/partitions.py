@@ -1,4 +1,4 @@
-"""How all ids are cut into partitions, so that each is counted in the server's memory.
+"""Divides all ids into partitions, so that the server counts each in its memory.
 
 A partition is a half-open interval of canonical ids, [boundary, next boundary). The server compares
 values of one type only (MQL's type bracketing), so a partition has an interval for each type of id
@@ -7,7 +7,6 @@ in it. Whatever the boundaries are, the partitions together hold every id once.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,7 +23,6 @@ USERS_PER_PARTITION = 25_000
 """Few enough that neither the server nor this process needs the disk, and that two workers get
 equal shares of a small shop. Measured at 1 M orders: 1.14 s, and 1.35 s with 50,000."""
 
-_HEX_DIGITS = "0123456789abcdef"
 # The least value of each type. NaN sorts below all numbers, and so falls into the rest.
 _LEAST: dict[str, Any] = {
     "number": float("-inf"),
@@ -97,7 +95,7 @@ def partitions(boundaries: Iterable[Any]) -> list[Partition]:
     strings = {str(boundary) for boundary in by_type["string"] | by_type["objectid"]}
     cuts = sorted({text.lower() if is_hex_id(text) else text for text in strings})
     found += [_string_partition(*ends) for ends in pairwise([None, *cuts, None])]
-    # Not $nor, which would fetch every order to look.
+    # Not $nor: the server would read every order.
     found.append(Partition([[{"$not": {"$gte": _LEAST[name]}} for name in sorted(cut_types)]]))
     return found
 
@@ -118,7 +116,7 @@ def _type_name(boundary: Any) -> str:
 
 
 def _sort_key(boundary: Any) -> Any:
-    """Return what gives Python the server's order of numbers or of binaries."""
+    """Return a sort key for numbers or binaries that gives the server's order."""
     if isinstance(boundary, bytes):
         return len(boundary), getattr(boundary, "subtype", 0), bytes(boundary)
     return boundary
@@ -144,15 +142,8 @@ def first_object_id_from(text: str) -> ObjectId | None:
 
     That is a900…0 for "a9", b000…0 for "a~", and none for "g".
     """
-    match = re.match("[0-9a-f]{0,24}", text)
-    digits = match[0] if match else ""
-    if digits == text:
-        return ObjectId(digits.ljust(24, "0"))
-    # The next character is no hex digit, or one too many: take the next digit, or carry.
-    after = [d for d in _HEX_DIGITS if d > text[len(digits)]] if len(digits) < 24 else []
-    if after:
-        return ObjectId((digits + after[0]).ljust(24, "0"))
-    number = int(digits or "0", 16) + 1
-    if number >= 16 ** len(digits):
-        return None
-    return ObjectId(f"{number:0{len(digits)}x}".ljust(24, "0"))
+    low, high = 0, 16**24
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if f"{middle:024x}" < text else (low, middle)
+    return ObjectId(f"{low:024x}") if low < 16**24 else None

@@ -1,7 +1,4 @@
-"""The aggregation that counts and compares, and the parser of its rows.
-
-`build_pipeline` and `parse_rows` belong together; tests run them through a real server.
-"""
+"""The aggregation that counts and compares, and the parser of its rows."""
 
 from __future__ import annotations
 
@@ -15,85 +12,76 @@ from loyalty.mongo.values import Document, decode_documents
 from loyalty.recount.customer_ids import NO_CUSTOMER, canonical_expr, is_non_canonical_expr
 from loyalty.recount.order_filter import counted_orders
 from loyalty.recount.partitions import EVERYTHING, Partition
-from loyalty.recount.points import points_expr
+from loyalty.recount.points import is_up_to_date_expr, points_expr
 from loyalty.recount.tally import CustomerCount, UpToDate, User
 
-# The group key of all non-canonical ids. A `_id` is never an array, and partitions are not used if
-# a customer id may be one.
-_NON_CANONICAL = ["non_canonical"]
-# In the group key of users with a null, empty or array key. It is random, so that no stored
-# customer id equals it.
-_NO_KEY = os.urandom(16)
+# Random, so that no stored customer id equals them: the group key of all non-canonical ids, and a
+# part of the group key of users without a key.
+_NON_CANONICAL, _NO_KEY = os.urandom(16), os.urandom(16)
 
 
 class NonCanonicalIdFound(Exception):
-    """A partition holds a hex id in upper or mixed case: its customer may be in another one."""
+    """A hex id in upper or mixed case, whose customer may be in another partition."""
 
 
 @dataclass(frozen=True)
 class Scope:
-    """What one aggregation covers: the ids in `partition`; of them only `customers`, if given.
+    """The customers of one aggregation: all in `partition`, or only `customers`, if given.
 
-    `include_up_to_date`: rows also for customers whose users are up to date.
+    Each customer that is given has a row, also if its users are up to date.
     """
 
     partition: Partition = EVERYTHING
     customers: Sequence[Any] = ()
-    include_up_to_date: bool = False
+    status_may_be_array: bool = True
 
     @property
-    def is_complete(self) -> bool:
-        """Whether all forms of an id are in this scope."""
-        return self.partition is EVERYTHING or bool(self.customers)
+    def has_all_forms(self) -> bool:
+        """Whether the scope has all forms of each id in it."""
+        return self.partition == EVERYTHING or bool(self.customers)
 
 
-def build_pipeline(
-    settings: Settings, scope: Scope, *, status_may_be_array: bool
-) -> list[Document]:
-    """Return the aggregation over the orders collection."""
-    stages: list[Document] = []
-    for bounds in scope.partition.intervals:
-        orders = _count_orders(settings, scope, bounds, status_may_be_array=status_may_be_array)
-        # The first scan belongs to the aggregation itself, the others are added to it.
-        stages += [_union_with(settings.orders, orders)] if stages else orders
-    for bounds in scope.partition.intervals:
-        stages.append(_union_with(settings.users, _read_users(settings, scope, bounds)))
+def build_pipeline(settings: Settings, scope: Scope) -> list[Document]:
+    """Return the aggregation over the orders collection; `parse_rows` parses its result.
+
+    1. Read orders and users, each with the canonical id of its customer.
+    2. Group them by it.
+    3. Group once more: one row for all customers who are up to date, one for each other.
+    """
+    stages = _read_orders_and_users(settings, scope)
     stages.append(
         {"$group": {"_id": "$_id", "orders": {"$sum": "$orders"}, "users": {"$push": "$user"}}}
     )
+    up_to_date = _are_users_up_to_date_expr(settings)
     if scope.customers:
         stages.append({"$match": {"_id": {"$in": list(scope.customers)}}})
-    up_to_date: Document = {"$literal": False}
-    if not scope.include_up_to_date:
-        up_to_date = _up_to_date_expr(settings)
-    customer = {"$cond": ["$up_to_date", None, "$_id"]}
+        up_to_date = {"$literal": False}
+    key = {"up_to_date": "$up_to_date", "customer": {"$cond": ["$up_to_date", None, "$_id"]}}
     user_count = {"$size": "$users"}
-    points = points_expr("$orders", settings)
+    has_points_expr = {"$gt": [points_expr("$orders", settings), 0]}
     totals: dict[str, Any] = {
         "orders": {"$sum": "$orders"},
-        "users": {"$first": "$users"},
+        "users": {"$first": "$users"},  # of one customer; not used in the row of all up to date
         "user_count": {"$sum": user_count},
-        "users_with_points": {"$sum": {"$cond": [{"$gt": [points, 0]}, user_count, 0]}},
+        "users_with_points": {"$sum": {"$cond": [has_points_expr, user_count, 0]}},
     }
     if settings.user_key_field != "_id":
         totals["sharing_a_key"] = {"$sum": {"$cond": [{"$gt": [user_count, 1]}, user_count, 0]}}
-    return [
-        *stages,
-        {"$set": {"up_to_date": up_to_date}},
-        # One row for all customers who are up to date.
-        {"$group": {"_id": {"up_to_date": "$up_to_date", "customer": customer}, **totals}},
-    ]
+    return [*stages, {"$set": {"up_to_date": up_to_date}}, {"$group": {"_id": key, **totals}}]
 
 
-def _union_with(collection: str, stages: list[Document]) -> Document:
-    return {"$unionWith": {"coll": collection, "pipeline": stages}}
+def _read_orders_and_users(settings: Settings, scope: Scope) -> list[Document]:
+    """Return stages that yield `{_id, orders}` and `{_id, user}`; `_id` is the canonical id."""
+    intervals = scope.partition.intervals
+    orders = [(settings.orders, _count_orders(settings, scope, bounds)) for bounds in intervals]
+    users = [(settings.users, _read_users(settings, scope, bounds)) for bounds in intervals]
+    (_, stages), *others = orders + users  # the aggregation itself reads the first interval
+    return stages + [{"$unionWith": {"coll": name, "pipeline": read}} for name, read in others]
 
 
-def _count_orders(
-    settings: Settings, scope: Scope, bounds: Sequence[Document], *, status_may_be_array: bool
-) -> list[Document]:
+def _count_orders(settings: Settings, scope: Scope, bounds: Sequence[Document]) -> list[Document]:
     counted: Any = 1
-    if status_may_be_array:  # $match accepts an array that contains a counted status
+    if scope.status_may_be_array:  # $match accepts an array that contains a counted status
         counted = {"$cond": [{"$isArray": f"${settings.status_field}"}, 0, 1]}
     customer = settings.customer_field
     return [
@@ -147,31 +135,26 @@ def _group_key(settings: Settings, scope: Scope, value: str, if_missing: Any) ->
     """Return the expression for the key that orders and users of one customer share."""
     mostly_hex = settings.user_key_field == "_id"
     canonical = canonical_expr(value, if_missing, mostly_hex=mostly_hex)
-    if scope.is_complete:
+    if scope.has_all_forms:
         return canonical
     non_canonical = is_non_canonical_expr(value, "$$customer")
     key = {"$cond": [non_canonical, _NON_CANONICAL, "$$customer"]}
     return {"$let": {"vars": {"customer": canonical}, "in": key}}
 
 
-def _up_to_date_expr(settings: Settings) -> Document:
-    is_equal_expr = {
-        "$and": [
-            {"$in": [{"$type": "$$this.points"}, ["int", "long"]]},
-            {"$eq": ["$$this.points", points_expr("$orders", settings)]},
-        ]
-    }
+def _are_users_up_to_date_expr(settings: Settings) -> Document:
+    is_up_to_date = is_up_to_date_expr("$$this.points", "$orders", settings)
     return {
         "$and": [
             {"$ne": ["$users", []]},
-            {"$allElementsTrue": [{"$map": {"input": "$users", "in": is_equal_expr}}]},
+            {"$allElementsTrue": [{"$map": {"input": "$users", "in": is_up_to_date}}]},
             {"$ne": ["$_id", _NON_CANONICAL]},
         ]
     }
 
 
-def parse_rows(batch: bytes, scope: Scope) -> Iterator[CustomerCount | UpToDate]:
-    """Parse a raw batch of the results for `scope`. Raises NonCanonicalIdFound."""
+def parse_rows(batch: bytes) -> Iterator[CustomerCount | UpToDate]:
+    """Parse a raw batch of the result. Raises NonCanonicalIdFound."""
     for row in decode_documents(batch):
         if row["_id"]["up_to_date"]:
             yield UpToDate(
@@ -182,7 +165,7 @@ def parse_rows(batch: bytes, scope: Scope) -> Iterator[CustomerCount | UpToDate]
             )
             continue
         customer = row["_id"].get("customer")
-        if customer == _NON_CANONICAL and not scope.is_complete:
+        if customer == _NON_CANONICAL:
             raise NonCanonicalIdFound
         users = [
             User(u["_id"], u.get("points"), "points" in u, u.get("created_path"))

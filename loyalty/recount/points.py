@@ -1,9 +1,20 @@
-"""The points rule, in Python and as an expression for the server. Both must agree."""
+"""The points rule: what counted orders earn, and how a stored value compares with that.
+
+The expressions for the server must agree with the functions.
+"""
 
 from __future__ import annotations
 
+import math
+import re
+from typing import Any
+
+from bson import Decimal128
+
 from config import Settings
-from loyalty.mongo.values import Document
+from loyalty.mongo.values import Document, is_integer
+
+_NUMBER = re.compile(r"\s*[-+]?\d+(\.\d+)?\s*", re.ASCII)
 
 
 def points_for(orders: int, settings: Settings) -> int:
@@ -14,3 +25,26 @@ def points_for(orders: int, settings: Settings) -> int:
 def points_expr(orders: str, settings: Settings) -> Document:
     """Return the expression for the points; `orders` is the path of the number of orders."""
     return {"$multiply": [orders, settings.points_per_order]}
+
+
+def is_up_to_date(stored: Any, points: int) -> bool:
+    """Return whether a stored value is an integer and equals the points."""
+    return is_integer(stored) and stored == points
+
+
+def is_up_to_date_expr(stored: str, orders: str, settings: Settings) -> Document:
+    """Return the expression for: the value at the path `stored` is up to date."""
+    is_integer_expr = {"$in": [{"$type": stored}, ["int", "long"]]}
+    return {"$and": [is_integer_expr, {"$eq": [stored, points_expr(orders, settings)]}]}
+
+
+def parse_points(stored: Any) -> float:
+    """Return a stored value as points; a numeric string counts as its number, all else as 0."""
+    if isinstance(stored, str):
+        return float(stored) if _NUMBER.fullmatch(stored) else 0
+    if isinstance(stored, Decimal128):
+        number = stored.to_decimal()
+        return 0 if number.is_nan() else float(number)  # float() raises for a signaling NaN
+    if isinstance(stored, bool) or not isinstance(stored, int | float) or math.isnan(stored):
+        return 0
+    return stored

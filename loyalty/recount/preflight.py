@@ -1,4 +1,4 @@
-"""What must hold before the first recount: a connection, access, and a server that can count."""
+"""Verifies what a recount needs: a connection, access, and a server that can count."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loyalty.history import History
 from loyalty.mongo.connection import Connection, connect
 from loyalty.recount.change_log import check_change_log
 from loyalty.recount.counter import Counter
-from loyalty.recount.index import index_keys, missing_index_hint
+from loyalty.recount.index import find_index_problem, index_keys
 
 log = logging.getLogger("loyalty")
 
@@ -22,7 +22,7 @@ log = logging.getLogger("loyalty")
 def connect_and_verify(settings: Settings, *, writing: bool, recording: bool = True) -> Connection:
     """Connect, verify that the server can do what a recount needs, and log its limits.
 
-    `recording`: for writing, the records must have a collection of their own.
+    If `writing` and `recording`, no other program may use the collections of records and changes.
     Raises ServiceError.
     """
     connection = connect(settings, writing=writing)
@@ -36,10 +36,10 @@ def connect_and_verify(settings: Settings, *, writing: bool, recording: bool = T
     try:
         with suppress(DatabaseUnavailable):  # the first recount reports that, and retries
             _probe_aggregation(connection, settings)
-        if hint := missing_index_hint(connection.orders, settings):
+        if problem := find_index_problem(connection.orders, settings):
             fields = ", ".join(name for name, _ in index_keys(settings))
             name = connection.orders.full_name
-            log.warning('index_missing collection=%s fields="%s" hint="%s"', name, fields, hint)
+            log.warning('index_missing collection=%s fields="%s" hint="%s"', name, fields, problem)
         if writing and recording:
             with suppress(NoPermission):  # a missing record is a warning, not an error
                 History(connection.recounts, settings).check_collection()
@@ -70,5 +70,4 @@ def _is_bad_query(error: ServiceError) -> bool:
     # The parser of conditions reports nearly every mistake with a code that has no name.
     details = getattr(error.__cause__, "details", None) or {}
     has_unnamed_code = str(details.get("codeName", "")).startswith("Location")
-    is_permanent = isinstance(error, ConfigurationError) and not isinstance(error, NoPermission)
-    return has_unnamed_code or is_permanent
+    return has_unnamed_code or type(error) is ConfigurationError  # not its subclasses

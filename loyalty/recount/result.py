@@ -11,34 +11,28 @@ from typing import Any, Literal
 from bson import ObjectId, Timestamp
 
 from config import VERSION
-from loyalty.recount.tally import RECORDED_TOTALS, Totals
-from loyalty.recount.updates import FailedUpdates
+from loyalty.recount.tally import Totals
+from loyalty.recount.updates import UpdateResult
 
 log = logging.getLogger("loyalty")
 
 Outcome = Literal["succeeded", "incomplete", "refused", "failed"]
-"""Of a recount. The record of an undo has "undone", and a heartbeat "live"."""
+"""The outcome of a recount. The record of an undo has "undone", and a heartbeat "live"."""
 
 
 @dataclass(frozen=True, slots=True)
 class CountResult:
-    """When a count was made, and how."""
+    """How a count was made."""
 
-    started_at: datetime
     snapshots: Sequence[Timestamp] = ()
     """The cluster times that were read at, the oldest first.
 
-    There are none without snapshots, and several if the server forgot one during the count.
+    Empty without snapshots; several if the server discarded a snapshot during the count.
     """
     supports_partitions: bool = False
-    """Whether indexes lead to the orders and the users of one customer."""
+    """Whether the server can read one customer's orders and users from indexes."""
     has_mixed_case_ids: bool = False
-    """Whether a hex id is neither all lower nor all upper case; False if that was not checked."""
-
-    @property
-    def as_of(self) -> datetime:
-        """The oldest time that anything was read at."""
-        return self.snapshots[0].as_datetime() if self.snapshots else self.started_at
+    """Whether a hex id is neither all lower nor all upper case; checked for live updates only."""
 
     @property
     def cluster_time(self) -> Timestamp | None:
@@ -59,15 +53,14 @@ class Result:
     """The `_id` of its record."""
     started_at: datetime
     seconds: float = 0.0
-    outcome: Outcome = "succeeded"
-    count: CountResult
+    outcome: Outcome | None = None
+    """None until the recount has ended."""
+    count: CountResult = CountResult()
     totals: Totals = field(default_factory=Totals)
     refusal: str | None = None
     """Why the safety checks refuse it, also if it is forced."""
     warnings: list[str] = field(default_factory=list)
-    failed: FailedUpdates = field(default_factory=FailedUpdates)
-    written: int = 0
-    """Users whose points were updated."""
+    updates: UpdateResult = field(default_factory=UpdateResult)
     error: str | None = None
 
     @property
@@ -76,18 +69,22 @@ class Result:
 
     @property
     def as_of(self) -> datetime:
-        return self.count.as_of
+        """The oldest time that anything was read at; the start, without snapshots."""
+        snapshots = self.count.snapshots
+        return snapshots[0].as_datetime() if snapshots else self.started_at
+
+    @property
+    def written(self) -> int:
+        """Users whose points were updated."""
+        return self.updates.written
 
     @property
     def failed_updates(self) -> int:
-        return len(self.failed)
+        return self.updates.failed
 
 
 def build_record(result: Result) -> dict[str, Any]:
-    """Return what is recorded of a recount; the commands print the same as JSON.
-
-    `changed` is the number of users that were written.
-    """
+    """Return what is recorded of a recount; the commands print the same as JSON."""
     return {
         "_id": result.id,
         "started_at": result.started_at,
@@ -97,11 +94,23 @@ def build_record(result: Result) -> dict[str, Any]:
         "cluster_time": result.count.cluster_time,
         "exact": result.count.exact,
         "outcome": result.outcome,
-        **{name: getattr(result.totals, name) for name in RECORDED_TOTALS},
-        "changed": result.written,
-        "failed_updates": result.failed_updates,
+        **_build_numbers(result),
         "error": result.error,
         "version": VERSION,
+    }
+
+
+def _build_numbers(result: Result) -> dict[str, int]:
+    totals = result.totals
+    return {
+        "counted_orders": totals.counted_orders,
+        "changed": result.written,  # totals.changed users had to be written
+        "increased": totals.increased,
+        "decreased": totals.decreased,
+        "unknown_customers": totals.unknown_customers,
+        "orders_of_unknown_customers": totals.orders_of_unknown_customers,
+        "orders_without_customer": totals.orders_without_customer,
+        "failed_updates": result.failed_updates,
     }
 
 
@@ -110,9 +119,7 @@ def log_result(result: Result) -> None:
     fields: dict[str, object] = {
         "outcome": result.outcome,
         "users": result.totals.users,
-        **{name: getattr(result.totals, name) for name in RECORDED_TOTALS},
-        "changed": result.written,
-        "failed_updates": result.failed_updates,
+        **_build_numbers(result),
         "as_of": f"{result.as_of:%Y-%m-%dT%H:%M:%SZ}",
         "exact": result.count.exact,
         "seconds": round(result.seconds, 1),

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 
 from bson import Timestamp
 
@@ -18,13 +19,12 @@ from loyalty.history import History
 from loyalty.mongo.connection import Connection
 from loyalty.recount.change_log import ChangeLog
 from loyalty.recount.counter import Counter, Customers, FindBoundaries
-from loyalty.recount.look_alikes import UnknownCustomerList
 from loyalty.recount.partitions import partition_boundaries
 from loyalty.recount.pipeline import NonCanonicalIdFound
 from loyalty.recount.result import CountResult, Result, build_record, log_result
 from loyalty.recount.safety import PreviousRecounts, check_totals, has_too_many_failed_updates
 from loyalty.recount.statuses import check_uncounted
-from loyalty.recount.tally import CustomerCount, Tally, Totals, UpToDate
+from loyalty.recount.tally import CustomerRows, Tally, Totals
 from loyalty.recount.updates import LogChanges, PendingUpdates
 from loyalty.retry import SHORT_OUTAGE_RETRY, RetryPolicy, retry
 
@@ -41,12 +41,14 @@ class RecountRequest:
     force: bool = False
     safety_check: Callable[[Totals], str | None] | None = None
     """Returns why it is refused; replaces the safety checks of a full recount."""
-    unknown: UnknownCustomerList | None = None
-    """Collects all unknown customers, if it is given."""
-    rows: list[CustomerCount] | None = None
-    """Collects the row of each customer, if it is given."""
+    rows: CustomerRows | None = None
+    """Collects a row for each customer whose users are not up to date, or who is requested."""
     find_boundaries: FindBoundaries = partition_boundaries
     retry_policy: RetryPolicy = SHORT_OUTAGE_RETRY
+
+    @property
+    def is_recorded(self) -> bool:
+        return self.write and self.customers is None
 
 
 FULL_RECOUNT = RecountRequest()
@@ -62,36 +64,34 @@ def run_recount(
     """Do one recount.
 
     1. Count, and compare with the stored points.
-    2. Check whether the changes are safe, unless forced.
-    3. Log the changes and write them, if wanted.
-    4. Record and log the result, if all customers were counted.
+    2. Check whether the changes are safe.
+    3. Log the changes and write them, if `write`.
+    4. Record and log the result, if all customers were counted and their points written.
 
-    Raises RecountRefused by the safety checks, and any ServiceError that ended it.
+    Raises RecountRefused if a safety check refuses it, and any other ServiceError that ended it.
     """
-    started_at = datetime.now(UTC)
-    result = Result(started_at=started_at, count=CountResult(started_at))
+    result = Result(started_at=datetime.now(UTC))
     recount = _Recount(connection, settings, history, request, on_progress, result)
     clock = time.monotonic()
-    is_recorded = request.write and request.customers is None
     try:
         with PendingUpdates(settings.batch_size, settings.points_field) as updates:
             recount.count(updates)
             recount.check()
             if request.write:
-                recount.write(updates, recount.open_change_log() if is_recorded else None)
+                recount.write(updates)
+        result.outcome = "incomplete" if result.failed_updates else "succeeded"
     except Exception as error:
         result.outcome = "refused" if isinstance(error, RecountRefused) else "failed"
         # The text of an exception that is not ours could contain anything.
         result.error = str(error) if isinstance(error, ServiceError) else type(error).__name__
-        result.seconds = time.monotonic() - clock
-        if is_recorded:
-            history.write(build_record(result))
         raise
-    result.seconds = time.monotonic() - clock
-    if is_recorded:
-        history.write(build_record(result))
+    finally:
+        result.seconds = time.monotonic() - clock
+        if request.is_recorded and result.outcome is not None:  # None: Ctrl-C
+            history.write(build_record(result))
+    if request.is_recorded:
         log_result(result)
-        # After the writes: building an index waits for every voting member, also a dead one.
+        # After the writes: the build waits for every voting member, even if it is down.
         if result.written and connection.changes is not None:
             history.create_expiry_index(connection.changes)
     return result
@@ -112,13 +112,11 @@ class _Recount:
         """Count, and collect the updates. A failed count starts again at a new cluster time."""
         result, request = self.result, self.request
 
-        def count() -> tuple[CountResult, Totals]:
-            return self._count_once(updates, use_snapshot=True)
-
         def report_retry(attempt: int, error: Exception) -> None:
             log.warning('count_retry attempt=%d error="%s"', attempt, error)
             self.on_progress("")
 
+        count = partial(self._count_once, updates)
         try:
             # The driver does not retry a cursor that was lost with its primary.
             result.count, result.totals = retry(count, request.retry_policy, on_retry=report_retry)
@@ -126,45 +124,35 @@ class _Recount:
             if request.customers is not None:
                 raise  # live updates must not write anything older than `not_before`
             log.warning('snapshot_unavailable error="%s"', error)
-            result.count, result.totals = self._count_once(updates, use_snapshot=False)
+            result.count, result.totals = count(use_snapshot=False)
 
     def _count_once(
-        self, updates: PendingUpdates, *, use_snapshot: bool, single_query: bool = False
+        self, updates: PendingUpdates, *, use_snapshot: bool = True, single_query: bool = False
     ) -> tuple[CountResult, Totals]:
+        """Count from the beginning: discard what an earlier attempt has collected."""
         request = self.request
         updates.clear()
-        on_unknown = None
-        if request.unknown is not None:
-            request.unknown.clear()
-            on_unknown = request.unknown.add
-        tally = Tally(self.settings, updates.add, on_unknown)
         if request.rows is not None:
             request.rows.clear()
-
-        def on_row(row: CustomerCount | UpToDate) -> None:
-            tally.add(row)
-            if request.rows is not None and isinstance(row, CustomerCount):
-                request.rows.append(row)
-
+        tally = Tally(self.settings, updates.add, request.rows)
         counter = Counter(
             self.connection,
             self.settings,
             self.on_progress,
-            started_at=self.result.started_at,
             not_before=request.not_before,
             find_boundaries=request.find_boundaries,
             use_snapshot=use_snapshot,
         )
         if request.customers is not None:
-            return counter.count_customers(on_row, request.customers), tally.totals
+            return counter.count_customers(tally.add, request.customers), tally.totals
         try:
-            return counter.count_all(on_row, single_query=single_query), tally.totals
+            return counter.count_all(tally.add, single_query=single_query), tally.totals
         except NonCanonicalIdFound:
             log.info('single_query_count reason="upper-case or mixed-case hex ids"')
             return self._count_once(updates, use_snapshot=use_snapshot, single_query=True)
 
     def check(self) -> None:
-        """Let the safety checks judge the totals. Raises RecountRefused."""
+        """Run the safety checks on the totals. Raises RecountRefused."""
         result, request, settings = self.result, self.request, self.settings
         if request.safety_check is not None:
             result.refusal = request.safety_check(result.totals)
@@ -179,46 +167,41 @@ class _Recount:
             raise RecountRefused(result.refusal)
         if result.refusal:
             log.warning('safety_check_overridden reason="%s"', result.refusal)
-        if request.customers is None:
-            for warning in result.warnings:
-                log.warning('safety_warning text="%s"', warning)
-            if replaced := result.totals.non_numeric_values:
-                log.warning("non_numeric_points users=%d field=%s", replaced, settings.points_field)
-                log.debug("non_numeric_points sample=%s", result.totals.non_numeric_sample)
+        for warning in result.warnings:
+            log.warning('safety_warning text="%s"', warning)
+        if request.is_recorded and (replaced := result.totals.non_numeric_values):
+            log.warning("non_numeric_points users=%d field=%s", replaced, settings.points_field)
+            log.debug("non_numeric_points sample=%s", result.totals.non_numeric_sample)
 
-    def open_change_log(self) -> LogChanges | None:
-        """Return the function that logs changes; None if there is nothing to log."""
-        result, changes = self.result, self.connection.changes
-        if changes is None or not result.totals.changed:
+    def write(self, updates: PendingUpdates) -> None:
+        """Write the updates. Raises TooManyFailedUpdates, and other ServiceErrors."""
+        self.result.updates, totals = updates.result, self.result.totals
+        updates.write(self.connection.users, self.on_progress, self._open_change_log())
+        failed, changed = updates.result.failed, totals.changed
+        if not failed:
+            return
+        log.debug("failed_updates users=%s", ", ".join(updates.result.failed_sample))
+        errors = updates.result.describe_failures()
+        if has_too_many_failed_updates(failed, totals.users):
+            raise TooManyFailedUpdates(
+                f"{failed:,} of {changed:,} updates failed ({errors})", failed
+            )
+        log.warning('incomplete failed_updates=%d changed=%d errors="%s"', failed, changed, errors)
+
+    def _open_change_log(self) -> LogChanges | None:
+        """Return the function that logs changes; None if they are not logged."""
+        if self.connection.changes is None or not self.request.is_recorded:
             return None
         change_log = ChangeLog(
-            changes,
+            self.connection.changes,
             users=self.settings.users,
             points_field=self.settings.points_field,
-            recount=result.id,
-            at=result.started_at,
-            cluster_time=result.count.cluster_time,
-            expires_at=result.started_at + self.settings.retention,
+            recount=self.result.id,
+            at=self.result.started_at,
+            cluster_time=self.result.count.cluster_time,
+            expires_at=self.result.started_at + self.settings.retention,
         )
         return change_log.insert
-
-    def write(self, updates: PendingUpdates, log_changes: LogChanges | None) -> None:
-        """Write the updates. Raises TooManyFailedUpdates, and other ServiceErrors."""
-        result = self.result
-        try:
-            updates.write(self.connection.users, self.on_progress, log_changes)
-        finally:
-            result.written, result.failed = updates.result.written, updates.result.failed
-        if not result.failed:
-            return
-        failed, changed = result.failed_updates, result.totals.changed
-        log.debug("failed_updates users=%s", ", ".join(result.failed.sample))
-        if has_too_many_failed_updates(failed, result.totals.users):
-            text = f"{failed:,} of {changed:,} updates failed ({result.failed})"
-            raise TooManyFailedUpdates(text, failed)
-        result.outcome = "incomplete"
-        errors = str(result.failed)
-        log.warning('incomplete failed_updates=%d changed=%d errors="%s"', failed, changed, errors)
 
 
 def _read_previous(history: History) -> PreviousRecounts:

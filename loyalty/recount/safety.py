@@ -19,7 +19,7 @@ MIN_USERS = 10
 """The checks of a percentage of users apply from this many affected users on."""
 MIN_ORDERS = 10
 WARN_DECREASE_PERCENT = 10
-"""Of the users with points; live updates pause at the same percentage."""
+"""Of the users with points; live updates pause at this, or at MAX_DECREASE_PERCENT if lower."""
 WARN_CHANGED_PERCENT = 50
 WARN_EARNING_NOTHING_PERCENT = 1
 MIN_REMAINING_ORDERS_PERCENT = 50
@@ -29,7 +29,7 @@ MAX_FAILED_PERCENT = 1
 MIN_FAILED_UPDATES = 10
 MAX_STATUSES_SHOWN = 10
 
-_FORCE = "If this is intended, run once with --once --force"
+_FORCE = "If this is intended, run --once --force"
 
 StatusCounts = Sequence[tuple[Any, int]]
 """The statuses that orders have, with the number of orders, the most frequent first."""
@@ -37,7 +37,7 @@ StatusCounts = Sequence[tuple[Any, int]]
 
 @dataclass(slots=True)
 class SafetyReport:
-    """Why a recount is refused, and what to warn about; both empty if all is well."""
+    """The reasons to refuse a recount, and the warnings; both are empty if there is no problem."""
 
     refusals: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -60,7 +60,7 @@ class PreviousRecounts:
 
     is_first: bool = False
     counted_orders: int | None = None
-    """Of the last one that succeeded. None: unknown, or no such recount."""
+    """The counted orders of the last successful one. None: unknown, or no such recount."""
 
 
 def exceeds_share(part: int, whole: int, percent: int, minimum: int = MIN_USERS) -> bool:
@@ -69,35 +69,29 @@ def exceeds_share(part: int, whole: int, percent: int, minimum: int = MIN_USERS)
 
 
 def check_totals(totals: Totals, settings: Settings, previous: PreviousRecounts) -> SafetyReport:
-    """Judge a full recount by what it counted."""
+    """Check the totals of a full recount."""
     report = SafetyReport()
+    _check_users(totals, settings, report)
+    _check_orders(totals, settings, previous, report)
+    _check_changes(totals, settings, previous, report)
+    return report
+
+
+def _check_users(totals: Totals, settings: Settings, report: SafetyReport) -> None:
     if not totals.users:
         report.refusals.append(
             f"{settings.users} holds no users: are MONGODB_DATABASE and USERS_COLLECTION right?"
         )
-    _check_values(totals, settings, report)
-    _check_orders(totals, settings, previous, report)
-    _check_decrease(totals, settings, previous, report)
+    if exceeds_share(totals.non_numeric_values, totals.users_with_a_value, MAX_NON_NUMERIC_PERCENT):
+        report.refusals.append(
+            f"{totals.non_numeric_values:,} of the {totals.users_with_a_value:,} values in "
+            f"{settings.points_field} are not numbers, and the recount would overwrite them: is "
+            "USER_POINTS_FIELD right?"
+        )
     if totals.users_sharing_a_key:
         report.warnings.append(
             f"{totals.users_sharing_a_key:,} users have the same {settings.user_key_field} as "
             "another user: each of these users gets the points of every order with that key"
-        )
-    changed, with_points = totals.users_with_points_changed, totals.users_with_points_before
-    if exceeds_share(changed, with_points, WARN_CHANGED_PERCENT):
-        report.warnings.append(
-            f"{changed:,} of the {with_points:,} users with points would have different points: "
-            "are POINTS_PER_ORDER and ORDER_STATUSES right?"
-        )
-    return report
-
-
-def _check_values(totals: Totals, settings: Settings, report: SafetyReport) -> None:
-    if exceeds_share(totals.non_numeric_values, totals.users_with_a_value, MAX_NON_NUMERIC_PERCENT):
-        report.refusals.append(
-            f"{totals.non_numeric_values:,} of the {totals.users_with_a_value:,} users who have "
-            f"{settings.points_field} hold no number in it, and it would be overwritten: is "
-            "USER_POINTS_FIELD right?"
         )
 
 
@@ -105,7 +99,7 @@ def _check_orders(
     totals: Totals, settings: Settings, previous: PreviousRecounts, report: SafetyReport
 ) -> None:
     counted, unmatched = totals.counted_orders, totals.orders_that_earn_nothing
-    if totals.users and counted == unmatched >= MIN_ORDERS:
+    if totals.users and counted == unmatched and counted >= MIN_ORDERS:
         report.refusals.append(
             "no counted order matches a user: are "
             f"ORDER_CUSTOMER_FIELD={settings.customer_field}, "
@@ -118,8 +112,7 @@ def _check_orders(
             f"{totals.orders_of_unknown_customers:,} of unknown customers, "
             f"{totals.orders_without_customer:,} without customer"
         )
-    last = previous.counted_orders or 0
-    percent = MIN_REMAINING_ORDERS_PERCENT
+    last, percent = previous.counted_orders or 0, MIN_REMAINING_ORDERS_PERCENT
     if last >= MIN_PREVIOUS_ORDERS and 100 * counted < percent * last:
         report.refusals.append(
             f"{counted:,} orders are counted, less than {percent} % of the {last:,} in the last "
@@ -127,29 +120,32 @@ def _check_orders(
         )
 
 
-def _check_decrease(
+def _check_changes(
     totals: Totals, settings: Settings, previous: PreviousRecounts, report: SafetyReport
 ) -> None:
-    losing, with_points = totals.decreased, totals.users_with_points_before
-    percent = settings.max_decrease_percent
-    users = "user" if with_points == 1 else "users"
-    sentence = f"{losing:,} of the {with_points:,} {users} with points"
+    losing, changed = totals.decreased, totals.users_with_points_changed
+    with_points, percent = totals.users_with_points_before, settings.max_decrease_percent
+    users = f"{with_points:,} {'user' if with_points == 1 else 'users'} with points"
     if exceeds_share(losing, with_points, percent):
         report.refusals.append(
-            f"{sentence} would lose points, more than MAX_DECREASE_PERCENT={percent} allows: are "
-            "ORDER_STATUSES and MONGODB_DATABASE right?"
+            f"{losing:,} of the {users} would lose points, more than MAX_DECREASE_PERCENT={percent}"
+            " allows: are ORDER_STATUSES and MONGODB_DATABASE right?"
         )
     elif losing and previous.is_first:
-        report.warnings.append(f"{sentence} lose points in the first recount")
+        report.warnings.append(f"{losing:,} of the {users} lose points in the first recount")
     elif exceeds_share(losing, with_points, WARN_DECREASE_PERCENT):
-        report.warnings.append(f"{sentence} lose points")
+        report.warnings.append(f"{losing:,} of the {users} lose points")
+    if exceeds_share(changed, with_points, WARN_CHANGED_PERCENT):
+        report.warnings.append(
+            f"{changed:,} of the {users} would have different points: are POINTS_PER_ORDER and "
+            "ORDER_STATUSES right?"
+        )
 
 
 def check_live_update(losing: int, with_points: int, settings: Settings) -> str | None:
     """Return why live updates must pause: `losing` users since the last full recount."""
-    if settings.max_decrease_percent == 100 or not exceeds_share(
-        losing, with_points, WARN_DECREASE_PERCENT
-    ):
+    percent = min(WARN_DECREASE_PERCENT, settings.max_decrease_percent)
+    if settings.max_decrease_percent == 100 or not exceeds_share(losing, with_points, percent):
         return None
     return f"live updates would take points from {losing:,} of {with_points:,} users with points"
 
@@ -168,27 +164,22 @@ def check_collections(missing: Sequence[str], existing: Sequence[str]) -> str | 
 
 
 def check_statuses(statuses: StatusCounts, settings: Settings) -> SafetyReport:
-    """Judge the statuses of all orders if no order is counted."""
-    report = SafetyReport()
+    """Check the statuses of all orders, if no order is counted."""
     if not statuses and settings.order_filter:
-        report.warnings.append("no order matches ORDER_FILTER")
+        return SafetyReport(warnings=["no order matches ORDER_FILTER"])
     if not statuses or any(is_counted(status, settings) for status, _ in statuses):
-        return report
+        return SafetyReport()
     if all(status is None for status, _ in statuses):
-        report.refusals.append(
-            f"no order has a field {settings.status_field}: is ORDER_STATUS_FIELD right?"
-        )
-        return report
+        text = f"no order has a field {settings.status_field}: is ORDER_STATUS_FIELD right?"
+        return SafetyReport(refusals=[text])
     text = describe_uncounted(statuses, settings)
-    counted = {normalize(status) for status in settings.order_statuses}
-    if any(normalize(status) in counted for status, _ in statuses):
-        report.refusals.append(f"{text}: correct ORDER_STATUSES")
-    else:
-        report.warnings.append(text)
-    return report
+    counted = {normalize_status(status) for status in settings.order_statuses}
+    if any(normalize_status(status) in counted for status, _ in statuses):
+        return SafetyReport(refusals=[f"{text}. Correct ORDER_STATUSES"])
+    return SafetyReport(warnings=[text])
 
 
-def check_swapped_collections(settings: Settings) -> str:
+def describe_swapped_collections(settings: Settings) -> str:
     """Return the refusal for users that have a counted status while no order has one."""
     return (
         f"documents in {settings.users} have a counted status: are ORDERS_COLLECTION and "
@@ -217,10 +208,10 @@ def format_status(status: Any) -> str:
     return status if is_plain else ascii(status)
 
 
-def normalize(status: Any) -> str:
-    """Return what statuses have in common that differ only in form.
+def normalize_status(status: Any) -> str:
+    """Return a form that is equal for statuses that differ only in form.
 
-    That is case, whitespace, invisible characters, Unicode normalization, or type.
+    That is in case, whitespace, invisible characters, Unicode normalization, or type.
     """
     text = unicodedata.normalize("NFKC", str(status))
     visible = (c for c in text if not c.isspace() and unicodedata.category(c)[0] != "C")

@@ -1,4 +1,4 @@
-"""A temporary file of byte chunks, for more than fits in memory."""
+"""A temporary file of byte chunks, for data that does not fit in memory."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Spool:
         """Add a chunk. Raises NoTempSpace."""
         try:
             self._file.write(len(chunk).to_bytes(_LENGTH_BYTES, "little") + chunk)
-            self._file.flush()  # or a full disk would be noticed much later
+            self._file.flush()  # otherwise a full disk would be reported much later
         except OSError as error:
             raise NoTempSpace(f"no temporary disk space: {error.strerror}") from error
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
+
+from pymongo.collection import Collection
 
 from config import Settings
 from loyalty.mongo.connection import Connection
@@ -15,7 +18,7 @@ from loyalty.recount.safety import (
     StatusCounts,
     check_collections,
     check_statuses,
-    check_swapped_collections,
+    describe_swapped_collections,
 )
 
 MAX_STATUSES = 1_000
@@ -31,33 +34,23 @@ class CustomerOrders(NamedTuple):
     """Whether they match ORDER_FILTER."""
 
 
-def count_statuses(
-    connection: Connection, settings: Settings, *, filtered: bool = True
-) -> StatusCounts:
-    """Return the number of orders by status, the most frequent 1,000 first.
+def count_statuses(connection: Connection, settings: Settings) -> StatusCounts:
+    """Return the number of orders by status, the most frequent 1,000 first. Raises ServiceError.
 
-    Only orders that match ORDER_FILTER, if `filtered`. Raises ServiceError.
+    Only of orders that match ORDER_FILTER.
     """
-    condition = other_conditions(settings) if filtered else {}
     orders = connection.orders
     stages: list[Document] = [
-        *([{"$match": condition}] if condition else []),
+        {"$match": other_conditions(settings)},
         {"$group": {"_id": f"${settings.status_field}", "n": {"$sum": 1}}},
         {"$sort": {"n": -1, "_id": 1}},
         {"$limit": MAX_STATUSES},
     ]
-    with map_driver_errors("find", orders):
-        rows = orders.aggregate(
-            stages, collation=SIMPLE_COLLATION, allowDiskUse=True, maxTimeMS=settings.count_ms
-        )
-        return [(row["_id"], row["n"]) for row in rows]
+    return [(row["_id"], row["n"]) for row in _aggregate(orders, stages, settings)]
 
 
-def find_missing_collections(connection: Connection) -> tuple[list[str], list[str]]:
-    """Return the full names of missing collections, and the names of those that exist.
-
-    Raises ServiceError.
-    """
+def find_missing_collections(connection: Connection) -> str | None:
+    """Return the refusal if orders or users is missing. Raises ServiceError."""
     database = connection.users.database
     with map_driver_errors("listCollections", database):
         # Only those that the database user may see: this takes no privilege.
@@ -67,68 +60,66 @@ def find_missing_collections(connection: Connection) -> tuple[list[str], list[st
         for collection in (connection.orders, connection.users)
         if collection.name not in existing
     ]
-    return missing, existing
+    return check_collections(missing, existing)
 
 
 def check_uncounted(connection: Connection, settings: Settings) -> SafetyReport:
-    """Judge a recount that counted no order or no user. Raises ServiceError."""
-    missing, existing = find_missing_collections(connection)
-    if refusal := check_collections(missing, existing):
+    """Check a recount that counted no order or no user. Raises ServiceError."""
+    if refusal := find_missing_collections(connection):
         return SafetyReport(refusals=[refusal])
     report = check_statuses(count_statuses(connection, settings), settings)
-    users = connection.users
-    with map_driver_errors("find", users):
-        swapped = users.find_one(
-            counted_orders(settings),
-            {"_id": 1},
-            collation=SIMPLE_COLLATION,
-            max_time_ms=settings.count_ms,
-        )
-    if swapped is not None:
-        report.refusals.append(check_swapped_collections(settings))
+    in_users: list[Document] = [{"$match": counted_orders(settings)}, {"$limit": 1}]
+    if _aggregate(connection.users, in_users, settings):
+        report.refusals.append(describe_swapped_collections(settings))
     return report
 
 
 def count_customer_orders(
-    connection: Connection, settings: Settings, customer: Any, statuses: StatusCounts
+    connection: Connection, settings: Settings, customer: Any
 ) -> list[CustomerOrders]:
     """Return all orders of a customer, also those that do not count. Raises ServiceError.
 
-    `customer` is a canonical id; "" stands for the orders without customer. `statuses` are those of
-    all orders.
+    `customer` is a canonical id; "" stands for the orders without customer.
     """
     orders, status = connection.orders, settings.status_field
-    forms = all_forms(customer)
-    if customer == "":
-        customer, forms = NO_CUSTOMER, ["", None]
+    is_none = customer == ""
+    forms = ["", None] if is_none else all_forms(customer)
+    group_key = NO_CUSTOMER if is_none else customer
     match: dict[str, Any] = {settings.customer_field: {"$in": forms}}
-    if len(statuses) < MAX_STATUSES:
-        # Naming every status makes the index's second field usable; null finds missing ones.
-        match[status] = {"$in": [*(value for value, _ in statuses), None]}
+    # The server reads each status once from the index (DISTINCT_SCAN).
+    known = _aggregate(
+        orders, [{"$group": {"_id": f"${status}"}}, {"$limit": MAX_STATUSES}], settings
+    )
+    if len(known) < MAX_STATUSES:
+        # With every status, the index is usable though it begins with it; null finds missing ones.
+        match[status] = {"$in": [*(row["_id"] for row in known), None]}
     key = {"form": f"${settings.customer_field}", "status": f"${status}"}
-    is_customer_expr = {"$eq": [canonical_expr("$_id.form", NO_CUSTOMER), {"$literal": customer}]}
+    is_customer_expr = {"$eq": [canonical_expr("$_id.form", NO_CUSTOMER), {"$literal": group_key}]}
     count: list[Document] = [
         {"$group": {"_id": key, "n": {"$sum": 1}}},
         {"$match": {"$expr": is_customer_expr}},
         {"$sort": {"n": -1, "_id": 1}},
     ]
-    stages: list[Document] = [{"$match": match}, *count]
-    if condition := other_conditions(settings):
-        matching, other = ([{"$match": c}, *count] for c in (condition, {"$nor": [condition]}))
-        parts = {"matching": matching, "other": [*other, {"$set": {"is_other": True}}]}
-        rows = {"$concatArrays": ["$matching", "$other"]}
-        stages = [
-            {"$match": match},
-            {"$facet": parts},
-            {"$project": {"rows": rows}},
-            {"$unwind": "$rows"},
-            {"$replaceWith": "$rows"},
-        ]
-    with map_driver_errors("find", orders):
-        found = orders.aggregate(stages, collation=SIMPLE_COLLATION, maxTimeMS=settings.count_ms)
-        return [
-            CustomerOrders(
-                row["_id"].get("form"), row["_id"].get("status"), row["n"], "is_other" not in row
-            )
-            for row in found
-        ]
+    condition = other_conditions(settings)
+    parts = {
+        "matching": [{"$match": condition}, *count],
+        "other": [{"$match": {"$nor": [condition]}}, *count],
+    }
+    (found,) = _aggregate(orders, [{"$match": match}, {"$facet": parts}], settings)
+    return [
+        CustomerOrders(
+            row["_id"].get("form"), row["_id"].get("status"), row["n"], name == "matching"
+        )
+        for name in parts
+        for row in found[name]
+    ]
+
+
+def _aggregate(
+    collection: Collection[Any], stages: Sequence[Document], settings: Settings
+) -> list[Document]:
+    with map_driver_errors("find", collection):
+        rows = collection.aggregate(
+            stages, collation=SIMPLE_COLLATION, allowDiskUse=True, maxTimeMS=settings.count_ms
+        )
+        return list(rows)

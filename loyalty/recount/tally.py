@@ -7,26 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from config import Settings
-from loyalty.mongo.values import format_value, is_integer, is_number, numeric_or_zero
+from loyalty.mongo.values import format_value, is_number
 from loyalty.recount.customer_ids import NO_CUSTOMER
-from loyalty.recount.points import points_for
+from loyalty.recount.points import is_up_to_date, parse_points, points_for
 from loyalty.recount.unknown import UnknownCustomers, classify_unknown, push_if_large
 
 MAX_LARGEST = 10
-
-RECORDED_TOTALS = (
-    "counted_orders",
-    "changed",
-    "increased",
-    "decreased",
-    "unknown_customers",
-    "orders_of_unknown_customers",
-    "orders_without_customer",
-)
-"""The totals that are stored in a record."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +40,24 @@ class CustomerCount:
     orders: int
     users: Sequence[User]
 
+    @property
+    def is_unknown(self) -> bool:
+        """Whether it has counted orders and no user; False for the orders without customer."""
+        return self.orders > 0 and not self.users and self.customer != NO_CUSTOMER
+
+
+class CustomerRows(Protocol):
+    """Collects rows of a count."""
+
+    def append(self, row: CustomerCount, /) -> None: ...
+
+    def clear(self) -> None:
+        """Discard all: the count starts again."""
+
 
 @dataclass(frozen=True, slots=True)
 class UpToDate:
-    """All customers whose users are up to date: how many orders and users, and points holders."""
+    """The numbers of orders and users of all customers whose users are up to date."""
 
     orders: int
     users: int
@@ -85,14 +88,14 @@ class Totals:
     increased: int = 0
     decreased: int = 0
     users_with_points_changed: int = 0
-    """Users who have points before, and a different number after."""
+    """Users with points whose points the recount changes."""
     users_with_a_value: int = 0
     """Users who have a non-null value in the points field."""
     non_numeric_values: int = 0
     """Users who have a value that is not null and no number in the points field."""
     non_numeric_sample: str = ""
     initialized_to_zero: int = 0
-    """Users who have no points, and get 0."""
+    """Users who had no points, and get 0."""
     unknown_customers: int = 0
     orders_of_unknown_customers: int = 0
     orders_without_customer: int = 0
@@ -105,23 +108,15 @@ class Totals:
         return self.orders_without_customer + self.orders_of_unknown_customers
 
 
+@dataclass
 class Tally:
-    """Adds up the rows of one count.
+    """Adds up the rows of one count."""
 
-    `on_change` gets each user to update, and the points; `on_unknown` each unknown customer, and
-    the number of its orders.
-    """
-
-    def __init__(
-        self,
-        settings: Settings,
-        on_change: Callable[[User, int], None],
-        on_unknown: Callable[[Any, int], None] | None = None,
-    ) -> None:
-        self.totals = Totals()
-        self._on_unknown = on_unknown
-        self._on_change = on_change
-        self._settings = settings
+    settings: Settings
+    on_change: Callable[[User, int], None]
+    """Is called with each user to update, and the points."""
+    rows: CustomerRows | None = None
+    totals: Totals = field(default_factory=Totals, init=False)
 
     def add(self, row: CustomerCount | UpToDate) -> None:
         """Add a row to the totals, and report the users in it that have to be updated."""
@@ -133,30 +128,27 @@ class Tally:
             totals.users_with_a_value += row.users
             totals.users_with_points_before += row.users_with_points
             totals.users_with_points_after += row.users_with_points
-        elif row.users:
-            if len(row.users) > 1 and self._settings.user_key_field != "_id":
-                totals.users_sharing_a_key += len(row.users)
-            points = points_for(row.orders, self._settings)
-            for user in row.users:
-                self._add_user(user, points)
-        elif row.orders:
-            self._add_unknown(row)
-
-    def _add_unknown(self, row: CustomerCount) -> None:
-        totals = self.totals
-        if row.customer == NO_CUSTOMER:
-            totals.orders_without_customer += row.orders
             return
-        totals.unknown_customers += 1
-        totals.orders_of_unknown_customers += row.orders
-        kind = classify_unknown(row.customer)
-        totals.unknown_by_kind.setdefault(kind, UnknownCustomers()).add(row.customer, row.orders)
-        if self._on_unknown is not None:
-            self._on_unknown(row.customer, row.orders)
+        if len(row.users) > 1 and self.settings.user_key_field != "_id":
+            totals.users_sharing_a_key += len(row.users)
+        points = points_for(row.orders, self.settings)
+        for user in row.users:
+            self._add_user(user, points)
+        if row.is_unknown:
+            totals.unknown_customers += 1
+            totals.orders_of_unknown_customers += row.orders
+            kind = totals.unknown_by_kind.setdefault(
+                classify_unknown(row.customer), UnknownCustomers()
+            )
+            kind.add(row.customer, row.orders)
+        elif not row.users:
+            totals.orders_without_customer += row.orders
+        if self.rows is not None:
+            self.rows.append(row)
 
     def _add_user(self, user: User, after: int) -> None:
         totals, stored = self.totals, user.points
-        before = numeric_or_zero(stored)
+        before = parse_points(stored)
         totals.users += 1
         totals.users_with_points_before += before > 0
         totals.users_with_points_after += after > 0
@@ -169,7 +161,7 @@ class Tally:
             totals.non_numeric_values += 1
             totals.non_numeric_sample = format_value(stored)
         # Of two users that one customer id refers to, one may be up to date.
-        if is_integer(stored) and stored == after:
+        if is_up_to_date(stored, after):
             return
         totals.changed += 1
         size = abs(after - before)
@@ -179,4 +171,4 @@ class Tally:
             size,
             lambda: Change(size, format_value(user.id), format_value(stored), after),
         )
-        self._on_change(user, after)
+        self.on_change(user, after)

@@ -28,7 +28,7 @@ from loyalty.recount.tally import User
 MAX_WRITERS = 8
 MAX_SAMPLES = 5
 MAX_BATCH_BYTES = 4 * 1024 * 1024
-"""Of ids and old values in one batch; a command may have 16 MB."""
+"""Maximum size of the ids and old values in one batch; a command may have 16 MB."""
 _OBJECT_ID_BYTES = 20  # with its place in an array; to measure each would take time
 UNSUPPORTED_VALUE = "UnsupportedValue"
 """The code name of an update whose id or old value Python cannot encode unchanged."""
@@ -38,36 +38,34 @@ LogChanges = Callable[[Sequence[Document]], None]
 
 
 @dataclass(slots=True)
-class FailedUpdates:
-    """Users whose update the server did not accept: how many by error code name, and a few ids.
+class UpdateResult:
+    """The numbers of users whose points were written, who were deleted, and whose update failed.
 
-    The server's own text is left out: it quotes the user's document.
+    Failed updates are counted by error code name. The server's own text is left out: it quotes the
+    user's document.
     """
 
-    codes: Counter[str] = field(default_factory=Counter)
-    sample: list[str] = field(default_factory=list)
-    """Formatted ids, for DEBUG only."""
-
-    def __len__(self) -> int:
-        return self.codes.total()
-
-    def __str__(self) -> str:
-        return ", ".join(f"{code}: {number:,}" for code, number in self.codes.most_common(3))
-
-
-@dataclass(slots=True)
-class WriteResult:
-    """The results of the updates; `missing` users were deleted after the count."""
-
     written: int = 0
-    missing: int = 0
-    failed: FailedUpdates = field(default_factory=FailedUpdates)
+    deleted: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
+    failed_sample: list[str] = field(default_factory=list)
+    """A few formatted ids, for DEBUG only."""
 
-    def add(self, other: WriteResult) -> None:
+    @property
+    def failed(self) -> int:
+        return self.failures.total()
+
+    def describe_failures(self) -> str:
+        return ", ".join(f"{code}: {number:,}" for code, number in self.failures.most_common(3))
+
+    def add_failure(self, code: str, user: Any) -> None:
+        self.add(UpdateResult(failures=Counter([code]), failed_sample=[format_value(user)]))
+
+    def add(self, other: UpdateResult) -> None:
         self.written += other.written
-        self.missing += other.missing
-        self.failed.codes.update(other.failed.codes)
-        self.failed.sample = (self.failed.sample + other.failed.sample)[:MAX_SAMPLES]
+        self.deleted += other.deleted
+        self.failures += other.failures
+        self.failed_sample = (self.failed_sample + other.failed_sample)[:MAX_SAMPLES]
 
 
 class PendingUpdates:
@@ -84,15 +82,11 @@ class PendingUpdates:
 
     def clear(self) -> None:
         """Discard all that was added."""
-        self._total = 0
-        self.result = WriteResult()
+        self.result = UpdateResult()
         """The results of the updates so far."""
+        self._total = self._batch_bytes = 0
+        self._batch: list[Document] = []
         self._spool = Spool()  # the old spool is closed by its destructor
-        self._begin_batch()
-
-    def _begin_batch(self) -> None:
-        self._batch: list[dict[str, Any]] = []
-        self._batch_bytes = 0
 
     def __enter__(self) -> Self:
         return self
@@ -108,28 +102,22 @@ class PendingUpdates:
             if user.created_path:
                 change["created"] = user.created_path
         if isinstance(user.id, ObjectId) and isinstance(user.points, int | float | None):
-            size: int | None = _OBJECT_ID_BYTES + len(user.created_path or "")
+            size = _OBJECT_ID_BYTES + len(user.created_path or "")
         else:
-            size = self._measure(change)
-        if size is None:
-            return
+            try:
+                size = len(bson.encode(change))
+            except (InvalidBSON, InvalidDocument, InvalidStringData, UnicodeEncodeError):
+                self.result.add_failure(UNSUPPORTED_VALUE, user.id)
+                return
         self._batch.append(change)
         self._batch_bytes += size
         if len(self._batch) == self._batch_size or self._batch_bytes > MAX_BATCH_BYTES:
             self._end_batch()
 
-    def _measure(self, change: Document) -> int | None:
-        """Return the size of a change in bytes, or None if it cannot be encoded."""
-        try:
-            return len(bson.encode(change))
-        except (InvalidBSON, InvalidDocument, InvalidStringData, UnicodeEncodeError):
-            self.result.add(_failure(UNSUPPORTED_VALUE, change["user"]))
-            return None
-
     def _end_batch(self) -> None:
         self._spool.add(bson.encode({"changes": self._batch}))
         self._total += len(self._batch)
-        self._begin_batch()
+        self._batch, self._batch_bytes = [], 0
 
     def write(
         self,
@@ -149,7 +137,7 @@ class PendingUpdates:
         with map_ordered(write_batch, batches, MAX_WRITERS) as results:
             for result in results:
                 self.result.add(result)
-                progress.add(result.written + result.missing + len(result.failed))
+                progress.add(result.written + result.deleted + result.failed)
 
 
 def _write_batch(
@@ -157,7 +145,7 @@ def _write_batch(
     points_field: str,
     log_changes: LogChanges | None,
     changes: Sequence[Document],
-) -> WriteResult:
+) -> UpdateResult:
     if log_changes is not None:
         log_changes(changes)
     ids_by_points: defaultdict[int, list[Any]] = defaultdict(list)
@@ -169,37 +157,30 @@ def _write_batch(
         for points, ids in ids_by_points.items()
     ]
     try:
-        matched = _bulk_write(users, updates)
+        matched: int | None = _bulk_write(users, updates)
     except (BulkUpdateErrors, DatabaseUnavailable):
         # An UpdateMany stops at the first user whose update fails, and the driver does not retry
         # it when the primary is lost.
-        matched = -1
+        matched = None
     if matched == len(changes):
-        return WriteResult(written=matched)
+        return UpdateResult(written=len(changes))
     # A chunk migration can hide a user from an UpdateMany; a deleted user stays missing.
     return _write_each_user(users, points_field, changes)
 
 
 def _write_each_user(
     users: Collection[Any], points_field: str, changes: Sequence[Document]
-) -> WriteResult:
+) -> UpdateResult:
     updates = [UpdateOne({"_id": c["user"]}, {"$set": {points_field: c["after"]}}) for c in changes]
-    result = WriteResult()
+    result = UpdateResult()
     try:
         result.written = _bulk_write(users, updates)
     except BulkUpdateErrors as error:
         result.written = error.matched
         for position, code in error.reasons.items():
-            result.add(_failure(code, changes[position]["user"]))
-    result.missing = len(changes) - result.written - len(result.failed)
+            result.add_failure(code, changes[position]["user"])
+    result.deleted = len(changes) - result.written - result.failed
     return result
-
-
-def _failure(code: str, user: Any) -> WriteResult:
-    failed = FailedUpdates()
-    failed.codes[code] += 1
-    failed.sample.append(format_value(user))
-    return WriteResult(failed=failed)
 
 
 def _bulk_write(users: Collection[Any], updates: Sequence[UpdateOne | UpdateMany]) -> int:
