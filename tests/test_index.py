@@ -298,7 +298,7 @@ def keys_examined(orders: Collection[Any]) -> int:
     return int(max(stats["totalKeysExamined"], stats["totalDocsExamined"]))
 
 
-@settings(max_examples=examples(25, 150))
+@settings(max_examples=examples(15, 150))
 @given(indexes=st.lists(st.tuples(PATTERNS, OPTIONS), min_size=1, max_size=3))
 def test_an_accepted_index_reads_at_most_twice_the_necessary_keys(
     mixed_orders: Collection[Any], indexes: list[tuple[Any, Any]]

@@ -27,7 +27,7 @@ from loyalty.concurrency import ignore_progress
 from loyalty.errors import ConfigurationError, DatabaseUnavailable, ResyncRequired
 from loyalty.heartbeat import HEARTBEAT_INTERVAL
 from loyalty.history import History
-from loyalty.live import events
+from loyalty.live import events, updater
 from loyalty.live.state import TRANSITIONS, LiveState
 from loyalty.live.watcher import ChangeStreamWatcher, LiveLimits
 from loyalty.mongo.connection import connect
@@ -232,12 +232,31 @@ def test_a_full_recount_never_reads_before_the_last_live_update(small: LiveHarne
     assert newest.time > 0
 
 
+@pytest.fixture
+def short_retry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a count that fails be repeated for 1 s only."""
+    policy = RetryPolicy(timeout_seconds=1, initial_seconds=0.1, max_seconds=1)
+
+    def recount(connection: Any, told: Any, history: Any, request: Any, on_progress: Any) -> Any:
+        request = replace(request, retry_policy=policy)
+        return runner.run_recount(connection, told, history, request, on_progress)
+
+    for module in (service, updater):
+        monkeypatch.setattr(module, "run_recount", recount)
+
+
 @pytest.mark.parametrize(
     ("code", "kind", "is_live"),
     [(8, DatabaseUnavailable, True), (286, ResyncRequired, True), (286, ResyncRequired, False)],
 )
 def test_live_updates_stop_until_a_full_recount_succeeds(
-    small: LiveHarness, deployment: Deployment, code: int, kind: type[Exception], *, is_live: bool
+    small: LiveHarness,
+    deployment: Deployment,
+    short_retry: None,
+    code: int,
+    kind: type[Exception],
+    *,
+    is_live: bool,
 ) -> None:
     small.shop.orders.insert_one(shipped(IDS[0]))
     if not is_live:
@@ -258,7 +277,7 @@ def test_live_updates_stop_until_a_full_recount_succeeds(
 
 
 def test_pending_changes_are_not_lost_when_a_live_update_fails(
-    small: LiveHarness, deployment: Deployment
+    small: LiveHarness, deployment: Deployment, short_retry: None
 ) -> None:
     small.shop.orders.insert_one(shipped(IDS[0]))
     with (
@@ -323,9 +342,12 @@ def test_only_a_change_after_a_recent_update_waits_for_the_minimum_interval(
 
 
 def test_a_large_shop_without_the_index_has_no_live_updates(
-    deployment: Deployment, small_shop: Database[Any], caplog: pytest.LogCaptureFixture
+    deployment: Deployment,
+    small_shop: Database[Any],
+    low_limit: int,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    small_shop.orders.insert_many({"status": "Paid"} for _ in range(100_001))
+    small_shop.orders.insert_many({"status": "Paid"} for _ in range(low_limit + 1))
     small_shop.orders.drop_indexes()
     with live_service(deployment, small_shop) as harness:
         harness.recount()
@@ -339,9 +361,12 @@ def test_a_large_shop_without_the_index_has_no_live_updates(
 
 
 def test_live_updates_run_only_while_the_index_exists(
-    deployment: Deployment, small_shop: Database[Any], caplog: pytest.LogCaptureFixture
+    deployment: Deployment,
+    small_shop: Database[Any],
+    low_limit: int,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    small_shop.orders.insert_many({"status": "Paid"} for _ in range(100_001))
+    small_shop.orders.insert_many({"status": "Paid"} for _ in range(low_limit + 1))
     options = {"heartbeat_interval": timedelta(0)}
     with live_service(deployment, small_shop, options) as harness:
         harness.update()
@@ -926,7 +951,7 @@ def test_after_a_wrong_reload_the_current_settings_stay(
 
 @pytest.mark.usefixtures("pre_images")
 def test_check_config_reports_live_updates_and_pre_images(
-    small: LiveHarness, command: Command, capsys: pytest.CaptureFixture[str]
+    small: LiveHarness, low_limit: int, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command("--check-config") == 0
     assert "live updates" not in capsys.readouterr().out
@@ -940,7 +965,7 @@ def test_check_config_reports_live_updates_and_pre_images(
     small.shop.command("collMod", "orders", changeStreamPreAndPostImages={"enabled": True})
     command("--check-config", LIVE_UPDATES="yes")
     assert re.search("pre-images +on\n", capsys.readouterr().out)
-    small.shop.orders.insert_many({"status": "Paid"} for _ in range(100_001))
+    small.shop.orders.insert_many({"status": "Paid"} for _ in range(low_limit + 1))
     small.shop.orders.drop_indexes()
     assert command("--check-config", LIVE_UPDATES="yes") == 1
     assert "will NOT work: each update would read all orders" in capsys.readouterr().out

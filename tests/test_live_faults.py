@@ -73,7 +73,7 @@ def ship_all(harness: FaultHarness) -> None:
     harness.shop.orders.update_many({"status": "Paid"}, {"$set": {"status": "Shipped"}})
 
 
-@pytest.mark.xdist_group("frozen")
+@pytest.mark.xdist_group("cluster")
 @pytest.mark.size(1, deep=9)
 def test_when_the_primary_is_killed_live_updates_continue_with_the_next(
     three_node_cluster: Deployment, start: Start, size: int
@@ -238,7 +238,7 @@ def test_live_updates_start_after_the_privilege_is_granted(
         assert "_write_failed" not in caplog.text
 
 
-@pytest.mark.xdist_group("frozen")
+@pytest.mark.xdist_group("cluster")
 @pytest.mark.size(20, deep=60)
 def test_points_are_reported_as_older_while_the_commit_point_stalls(
     command: Command, capsys: pytest.CaptureFixture[str], tmp_path: Path, size: int

@@ -71,7 +71,7 @@ def read_users(connection: Connection) -> list[Document]:
     return sorted(connection.users.find({}), key=lambda user: bson.encode({"": user["_id"]}))
 
 
-@settings(max_examples=examples(25, 200), suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(15, 200), suppress_health_check=list(HealthCheck))
 @example(  # the sum of the points is no 64-bit integer, and nevertheless one user is up to date
     shop=(
         [{"_id": n, "loyalty_points": 2**62 if n else 1} for n in range(5)],
