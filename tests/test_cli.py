@@ -22,7 +22,7 @@ from small_shop import fill
 from config import setting_specs
 from loyalty.commands import once
 from loyalty_microservice import main
-from sandbox.mongod import Deployment, wait_until
+from sandbox.mongod import DEADLINE_SECONDS, Deployment, wait_until
 from sandbox.service import Process, service_environment
 from sandbox.shop import count_points, find_mismatches
 
@@ -101,7 +101,7 @@ def test_a_daemon_keeps_running_and_recounts_when_its_terminal_closes(
         wait_until("the new points", lambda: not find_mismatches(shop))
         assert daemon.poll() is None
         daemon.terminate()
-        assert daemon.wait(30) == 0
+        assert daemon.wait(DEADLINE_SECONDS) == 0
     finally:
         daemon.kill()
         daemon.wait()

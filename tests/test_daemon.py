@@ -24,7 +24,7 @@ from loyalty.concurrency import ProgressCallback
 from loyalty.daemon import Daemon, RecountOutcome
 from loyalty.errors import ConfigurationError, DatabaseUnavailable
 from loyalty.retry import Backoff, RetryPolicy
-from sandbox.mongod import wait_until
+from sandbox.mongod import DEADLINE_SECONDS, wait_until
 from sandbox.service import Process
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -424,7 +424,7 @@ def test_a_reload_changes_the_interval_and_the_stall_timeout(
 
     def recount(_: ProgressCallback) -> None:
         if job.count("recount") == 4:
-            hang.wait(20)
+            hang.wait(2 * DEADLINE_SECONDS)
 
     job = FakeJob(recount, reload=reload)
     daemon = make(job)
@@ -541,7 +541,7 @@ def test_the_watchdog_is_fed_during_progress_and_not_after_the_stall_timeout(
             time.sleep(0.05)
             on_progress("")
         fed.append(systemd().count("WATCHDOG=1"))
-        hang.wait(20)
+        hang.wait(2 * DEADLINE_SECONDS)
 
     def is_not_fed() -> bool:
         if not fed:

@@ -850,7 +850,7 @@ def test_a_missing_privilege_at_start_ends_the_daemon_with_78(
 ) -> None:
     secured.allow_all_but(collection, action)
     daemon = service(MONGODB_URI=secured.uri)
-    assert daemon.wait(10) == 78
+    assert daemon.wait() == 78
     (line,) = daemon.lines
     assert f"no permission for {action}" in line
     assert f"oms_db.{collection}" in line
@@ -901,7 +901,7 @@ def test_wrong_credentials_at_start_end_the_daemon_with_78(
 ) -> None:
     uri = secured.deployment.uri_for(*login, secured.database.name)
     daemon = service(MONGODB_URI=uri, LOG_LEVEL="DEBUG")
-    assert daemon.wait(10) == 78
+    assert daemon.wait() == 78
     (line,) = daemon.lines
     assert words in line
     assert_no_secret(daemon.output)

@@ -239,7 +239,7 @@ def test_live_updates_start_after_the_privilege_is_granted(
 
 
 @pytest.mark.xdist_group("cluster")
-@pytest.mark.size(20, deep=60)
+@pytest.mark.size(14, deep=60)
 def test_points_are_reported_as_older_while_the_commit_point_stalls(
     command: Command, capsys: pytest.CaptureFixture[str], tmp_path: Path, size: int
 ) -> None:

@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT
 from pymongo.database import Database
 
+from sandbox.mongod import DEADLINE_SECONDS
 from sandbox.shop import find_mismatches
 
 
@@ -47,7 +48,7 @@ def test_a_signal_during_the_imports_ends_the_process_without_a_traceback(
         assert process.stdout is not None
         assert process.stdout.readline() == "importing\n"
         process.send_signal(number)
-        rest = process.communicate(timeout=30)
+        rest = process.communicate(timeout=DEADLINE_SECONDS)
     assert rest == ("", "")
     assert process.returncode == code
 
