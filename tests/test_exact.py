@@ -298,9 +298,9 @@ def test_a_count_that_fails_again_and_again_ends_with_exit_69(
     fault = {"errorCode": 43, "namespace": f"{database.name}.orders"}
     short_retry = RetryPolicy(timeout_seconds=2, initial_seconds=0.1, max_seconds=1)
 
-    def recount_with_short_retry(*arguments: Any) -> Result:
-        *others, request = arguments
-        return run_recount(*others, replace(request, retry_policy=short_retry))
+    def recount_with_short_retry(connection: Any, told: Any, history: Any, request: Any) -> Result:
+        request = replace(request, retry_policy=short_retry)
+        return run_recount(connection, told, history, request)
 
     with (
         faults.fail_command(deployment.servers[0], "aggregate", 999, **fault),

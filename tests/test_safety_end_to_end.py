@@ -184,9 +184,7 @@ def test_numeric_strings_count_as_their_numbers_before_points_are_lost(
 
 
 @pytest.mark.parametrize("holders", [0, 3])
-@pytest.mark.parametrize(
-    "stored", ["shipped", "SHIPPED", "Shipped ", " ship ped", "Shipped\u200b", "Shipped\n"]
-)
+@pytest.mark.parametrize("stored", ["SHIPPED", "Shipped\u200b"])
 def test_a_status_that_differs_only_in_form_is_refused(
     database: Database[Any], command: Command, capsys: Capture, stored: str, holders: int
 ) -> None:
