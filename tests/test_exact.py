@@ -103,7 +103,7 @@ def count_false_changes(
     [(True, "move"), (False, "move"), (True, "swap")],
     ids=["moving_with_index", "moving_without_index", "swapping_customers"],
 )
-def test_a_recount_beside_busy_writers_finds_no_wrong_change(
+def test_a_recount_during_concurrent_writes_finds_no_wrong_change(
     busy: tuple[Connection, Settings], index: bool, kind: str, size: int
 ) -> None:
     connection, settings = busy
@@ -119,7 +119,7 @@ def test_a_recount_beside_busy_writers_finds_no_wrong_change(
 
 
 @pytest.mark.xdist_group("busy")
-def test_without_a_snapshot_a_recount_beside_writers_finds_wrong_changes(
+def test_without_a_snapshot_concurrent_writes_cause_wrong_changes(
     busy: tuple[Connection, Settings],
 ) -> None:
     """An index scan misses an order that moves meanwhile, or sees it twice."""
@@ -135,7 +135,7 @@ def test_without_a_snapshot_a_recount_beside_writers_finds_wrong_changes(
 @pytest.mark.xdist_group("busy")
 @pytest.mark.size(2, deep=40)
 @pytest.mark.parametrize("kind", ["all", "all_upper"])
-def test_beside_writers_a_recount_equals_a_python_count_at_its_snapshot(
+def test_during_concurrent_writes_a_recount_equals_a_python_count_at_its_snapshot(
     busy: tuple[Connection, Settings], kind: str, size: int
 ) -> None:
     """The orders are read again at that cluster time, and counted in plain Python."""
@@ -288,7 +288,7 @@ def test_a_standalone_server_is_read_without_a_snapshot(service: Callable[..., P
         assert "fresh" in status.output
 
 
-def test_a_count_that_fails_again_and_again_ends_with_exit_69(
+def test_a_count_that_always_fails_ends_with_69(
     deployment: Deployment,
     database: Database[Any],
     command: Command,
@@ -313,7 +313,9 @@ def test_a_count_that_fails_again_and_again_ends_with_exit_69(
     assert "Traceback" not in output
 
 
-def test_as_of_is_when_the_orders_were_read(database: Database[Any], command: Command) -> None:
+def test_as_of_is_the_time_at_which_the_orders_were_read(
+    database: Database[Any], command: Command
+) -> None:
     fill(database, 3, 1)
     before = datetime.now(UTC)
     assert command("--once") == 0

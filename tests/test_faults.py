@@ -600,7 +600,7 @@ def test_daylight_saving_delays_no_recount_by_more_than_an_interval(
     harness.assert_exact()
 
 
-def test_recounts_longer_than_the_interval_neither_overlap_nor_pile_up(
+def test_recounts_longer_than_the_interval_neither_overlap_nor_accumulate(
     harness: FaultHarness, service: Start
 ) -> None:
     with faults.delay_command(harness.deployment.servers[0], "aggregate", 1200):
@@ -699,7 +699,7 @@ def run_daemon(**settings: str) -> tuple[int, str]:
         return loyalty_microservice.main(["--env-file", os.devnull]), output.getvalue()
 
 
-def test_each_of_ten_wrong_settings_has_its_line() -> None:
+def test_each_of_ten_wrong_settings_is_reported_on_its_own_line() -> None:
     bad = {
         "MONGODB_URI": f"mongodb://u:{PASSWORD}@h/shop",
         "MONGODB_DATABASE": "a b",

@@ -115,7 +115,7 @@ def test_a_good_index_is_found_beside_worse_ones(orders: Collection[Any]) -> Non
 
 
 @pytest.mark.parametrize("name", ["status_1_customer_id_1", "another name"])
-def test_a_hidden_index_is_to_be_unhidden(
+def test_create_index_reports_the_command_that_unhides_an_index(
     orders: Collection[Any], command: Command, capsys: Capture, name: str
 ) -> None:
     orders.create_index(KEYS, hidden=True, name=name)
@@ -136,7 +136,7 @@ def test_a_hidden_index_is_to_be_unhidden(
         ({"status": ["Shipped"], "customer_id": 1}, Plan(True, True, True)),
     ],
 )
-def test_a_multikey_index_is_to_be_created_again_after_a_correction(
+def test_create_index_asks_for_a_new_index_in_place_of_a_multikey_one(
     orders: Collection[Any],
     command: Command,
     capsys: Capture,
@@ -211,7 +211,7 @@ def test_clustered_users_are_counted_in_partitions(database: Database[Any]) -> N
 
 
 @pytest.mark.parametrize("name", ["status_1_customer_id_1", "another"])
-def test_the_build_of_an_index_in_progress_is_waited_for(
+def test_create_index_waits_for_a_build_in_progress(
     orders: Collection[Any], deployment: Deployment, uri: str, service: Start, name: str
 ) -> None:
     with deployment.client() as client, deployment.client() as builder:

@@ -431,7 +431,7 @@ def test_a_burst_of_upper_case_ids_is_exact_by_live_updates(
 
 
 @pytest.mark.parametrize("collection", ["orders", "users"])
-def test_an_id_in_mixed_case_means_no_live_updates_and_one_warning(
+def test_an_id_in_mixed_case_stops_live_updates_with_one_warning(
     deployment: Deployment,
     small_shop: Database[Any],
     caplog: pytest.LogCaptureFixture,
@@ -659,7 +659,7 @@ def test_after_the_oplog_has_lost_history_a_resync_makes_the_points_exact(
             harness.update_until_exact()
 
 
-def test_a_stream_whose_cursor_dies_repeatedly_polls_a_few_times_a_second(
+def test_a_stream_whose_cursor_is_killed_repeatedly_polls_a_few_times_a_second(
     small: LiveHarness, deployment: Deployment
 ) -> None:
     with faults.fail_command(deployment.servers[0], "getMore", 10_000, errorCode=43):
@@ -688,7 +688,7 @@ def test_a_stalled_stream_is_an_error(deployment: Deployment, small_shop: Databa
         assert not harness.is_live
 
 
-def test_too_many_pending_changes_are_a_resync(
+def test_too_many_pending_changes_cause_a_resync(
     deployment: Deployment, small_shop: Database[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     options = {"limits": LiveLimits(max_pending=50)}

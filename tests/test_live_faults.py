@@ -138,7 +138,7 @@ def test_when_one_of_two_services_is_killed_all_points_become_exact(
         assert len(lines_with("outcome=succeeded", survivor)) == 1
 
 
-def test_each_drop_or_rename_of_orders_is_one_full_recount(
+def test_each_drop_or_rename_of_orders_causes_one_full_recount(
     deployment: Deployment, database: Database[Any], uri: str, start: Start
 ) -> None:
     users = range(8)  # too few for the safety check
@@ -195,7 +195,7 @@ def commands(client: MongoClient[Any]) -> int:
     return sum(counted[kind] for kind in ("command", "query", "getmore", "insert", "update"))
 
 
-def test_a_standalone_server_is_one_warning_and_full_recounts_only(
+def test_a_standalone_server_causes_one_warning_and_no_live_updates(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with Deployment(replica_set=False, parent=MEMORY) as alone, alone.client() as client:

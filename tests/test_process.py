@@ -66,7 +66,7 @@ def run_in_shell(command: str, **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_full_stdout_is_an_error_and_no_internal_error(database: Database[Any], uri: str) -> None:
+def test_a_full_disk_at_stdout_is_not_an_internal_error(database: Database[Any], uri: str) -> None:
     database.users.insert_one({"_id": 1})
     database.orders.insert_one({"customer_id": 1, "status": "Shipped"})
     ran = run_in_shell("--once > /dev/full", MONGODB_URI=uri)

@@ -104,7 +104,7 @@ def test_a_first_fill_is_not_refused(database: Database[Any], command: Command) 
         (100, 100, 100, 0),  # turned off
     ],
 )
-def test_only_users_with_points_are_in_the_share_that_is_refused(
+def test_the_decrease_is_a_percentage_of_the_users_with_points(
     database: Database[Any], command: Command, users: int, losing: int, percent: int, code: int
 ) -> None:
     fill(database, users, 2)
