@@ -13,6 +13,12 @@ RUN := $(VENV)/bin/python
 SERVER_TESTS := $(addprefix tests/test_,$(addsuffix .py,\
   change_log counter driver_errors exact history index live live_faults recount shape_commands undo))
 
+# Each worker starts a server and loads all tests, which takes several seconds of CPU time; tests
+# that wait need more workers than cores.
+WORKERS := -n 4 --dist loadgroup
+# Without compiled modules, each start of the service in a test compiles all of them.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help demo pictures dashboard lock test test-deep test-servers soak bench lint format clean
 
@@ -35,13 +41,13 @@ lock: $(STAMP) ## write requirements.lock; ARGS=--upgrade for new versions of tr
 	  --output-file=requirements.lock $(ARGS) requirements.txt
 
 test: $(STAMP) ## run all tests; ARGS="-k word" for some, ARGS=--cov with coverage
-	$(RUN) -m pytest -n 6 --dist loadgroup $(ARGS)
+	$(RUN) -m pytest $(WORKERS) $(ARGS)
 
 test-deep: $(STAMP) ## run the tests that have a larger size, with that size
-	$(RUN) -m pytest -n 6 --dist loadgroup --deep $(ARGS)
+	$(RUN) -m pytest $(WORKERS) --deep $(ARGS)
 
 test-servers: $(STAMP) ## run the tests that depend on the server with MongoDB 5.0.32 and 6.0.27
-	$(RUN) -m sandbox.servers $(RUN) -m pytest -n 6 --dist loadgroup $(SERVER_TESTS) $(ARGS)
+	$(RUN) -m sandbox.servers $(RUN) -m pytest $(WORKERS) $(SERVER_TESTS) $(ARGS)
 
 soak: $(STAMP) ## run the daemon with random faults while orders change: MINUTES=10
 	$(RUN) -m sandbox.soak $(MINUTES)

@@ -15,6 +15,7 @@ from pymongo.database import Database
 
 from config import Settings, load
 from loyalty.cli import main
+from loyalty.recount import index
 from sandbox import faults
 from sandbox.mongod import Deployment
 from sandbox.service import Process
@@ -114,7 +115,7 @@ def tls_deployment(certificate: tuple[str, str]) -> Iterator[Deployment]:
 def three_node_cluster() -> Iterator[Deployment]:
     """A replica set of three servers, with fail points.
 
-    For the groups `lost` and `frozen` only, so that no other worker starts three servers.
+    For the group `cluster` only, so that no other worker starts three servers.
     """
     with Deployment(3, options=faults.OPTIONS, parent=MEMORY) as deployment:
         yield deployment
@@ -161,6 +162,13 @@ def command(uri: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Comman
         return main(["--env-file", str(file), *arguments])
 
     return run
+
+
+@pytest.fixture
+def low_limit(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Return from how many documents on a collection is large; less than in the service."""
+    monkeypatch.setattr(index, "LARGE_COLLECTION_DOCUMENTS", 1_000)
+    return 1_000
 
 
 def settings_for(uri: str, **values: str) -> Settings:

@@ -158,13 +158,13 @@ def test_there_is_no_import_cycle() -> None:
 
 
 @pytest.mark.parametrize("rule", FORBIDDEN, ids=lambda rule: f"{rule[0]}-{rule[1]}")
-def test_a_module_does_not_depend_on_what_it_must_not_know(rule: tuple[str, str]) -> None:
+def test_no_module_has_a_forbidden_import(rule: tuple[str, str]) -> None:
     assert any(is_in(module, rule[0]) for module in IMPORTS)
     assert forbidden_imports(IMPORTS, [rule]) == []
 
 
 @pytest.mark.parametrize("module", WITHOUT_DRIVER)
-def test_tally_and_safety_check_import_no_driver(module: str) -> None:
+def test_tally_and_safety_import_no_driver(module: str) -> None:
     assert [name for name in IMPORTS[module] if is_in(name, "pymongo") or is_in(name, "bson")] == []
 
 
@@ -179,12 +179,12 @@ def test_the_product_imports_its_dependencies_and_itself_only() -> None:
 
 
 @pytest.mark.parametrize("module", product_files(ROOT))
-def test_no_file_of_the_product_is_long(module: str) -> None:
+def test_no_file_of_the_product_exceeds_the_line_limit(module: str) -> None:
     lines = product_files(ROOT)[module].read_text(encoding="utf-8").splitlines()
     assert len(lines) <= MAX_LINES
 
 
-def test_the_rules_find_what_they_forbid(tmp_path: Path) -> None:
+def test_each_rule_reports_a_violation(tmp_path: Path) -> None:
     files = {
         "config.py": "from loyalty.errors import ConfigurationError\n",
         "loyalty/errors.py": "import os\n\ndef late() -> None:\n    import config\n",

@@ -28,7 +28,9 @@ Document = dict[str, Any]
 
 @pytest.fixture
 def connection(deployment: Deployment) -> Iterator[Connection]:
-    settings = settings_for(deployment.uri_for(database=f"shop_{uuid4().hex[:12]}"))
+    uri = deployment.uri_for(database=f"shop_{uuid4().hex[:12]}")
+    # After an error of a shutdown, the driver waits for the server's next heartbeat.
+    settings = settings_for(f"{uri}&heartbeatFrequencyMS=500")
     with connect(settings, writing=True) as connection:
         yield connection
         connection.client.drop_database(connection.users.database.name)

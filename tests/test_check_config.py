@@ -91,7 +91,7 @@ def test_a_counted_status_is_shown_even_if_it_is_rare_or_absent(
     assert "\n    21 other statuses\n" in out
 
 
-def test_a_count_that_the_safety_check_would_refuse_is_a_problem(
+def test_a_count_that_the_safety_checks_would_refuse_is_a_problem(
     shop: Database[Any], check: Check
 ) -> None:
     code, out, err = check()

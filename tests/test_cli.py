@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,7 +22,7 @@ from small_shop import fill
 from config import setting_specs
 from loyalty.commands import once
 from loyalty_microservice import main
-from sandbox.mongod import Deployment, wait_until
+from sandbox.mongod import DEADLINE_SECONDS, Deployment, wait_until
 from sandbox.service import Process, service_environment
 from sandbox.shop import count_points, find_mismatches
 
@@ -100,7 +101,7 @@ def test_a_daemon_keeps_running_and_recounts_when_its_terminal_closes(
         wait_until("the new points", lambda: not find_mismatches(shop))
         assert daemon.poll() is None
         daemon.terminate()
-        assert daemon.wait(30) == 0
+        assert daemon.wait(DEADLINE_SECONDS) == 0
     finally:
         daemon.kill()
         daemon.wait()
@@ -172,14 +173,7 @@ def test_a_closed_stdout_or_stderr_does_not_fail_a_recount(
 
 @pytest.mark.parametrize(
     ("arguments", "reader", "code"),
-    [
-        ("--once", "true", 0),
-        ("--dry-run", "true", 1),
-        ("--status", "head -1", 1),
-        ("--status --json", "true", 1),
-        ("--check-config", "head -1", 1),
-        ("--once --customer nobody", "true", 1),
-    ],
+    [("--once", "true", 0), ("--status --json", "true", 1), ("--check-config", "head -1", 1)],
 )
 def test_a_closed_pipe_does_not_change_the_exit_code(
     shop: Database[Any], uri: str, arguments: str, reader: str, code: int
@@ -208,7 +202,7 @@ RECORD = {
 }
 
 
-@pytest.mark.parametrize("arguments", ["--once", "--once --json", "--dry-run", "--check-config"])
+@pytest.mark.parametrize("arguments", ["--once", "--check-config"])
 def test_a_full_disk_at_stdout_ends_with_1(shop: Database[Any], uri: str, arguments: str) -> None:
     ran = run_in_shell(f"$LOYALTY {arguments} > /dev/full", uri)
     assert ran.returncode == 1
@@ -219,25 +213,20 @@ def test_a_full_disk_at_stdout_ends_with_1(shop: Database[Any], uri: str, argume
 
 @pytest.mark.parametrize("mode", ["--once", "--dry-run", "--check-config"])
 def test_without_a_usable_temporary_directory_a_command_ends_with_69(
-    shop: Database[Any], uri: str, mode: str
+    shop: Database[Any],
+    command: Command,
+    mode: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     # More users to change than are kept in memory.
     shop.users.insert_many([{"_id": f"{n:0500}"} for n in range(8_000)])
-    program = (
-        "import sys, tempfile; tempfile._candidate_tempdir_list = lambda: ['/nowhere'];"
-        f"sys.path.insert(0, {str(ROOT)!r}); from loyalty_microservice import main;"
-        f"sys.exit(main(['--env-file', '/dev/null', {mode!r}]))"
-    )
-    ran = subprocess.run(
-        [sys.executable, "-c", program],
-        env=service_environment(MONGODB_URI=uri),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ran.returncode == 69, ran.stderr
-    assert "no temporary disk space" in ran.stderr
-    assert "Traceback" not in ran.stderr
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/nowhere"])
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    assert command(mode) == 69
+    output = capsys.readouterr().err
+    assert "no temporary disk space" in output
+    assert "Traceback" not in output
     assert shop.users.count_documents({"loyalty_points": 0}) == 0
 
 

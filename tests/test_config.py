@@ -296,7 +296,7 @@ def test_collections_must_be_different(values: dict[str, str]) -> None:
 
 
 @given(values=st.dictionaries(st.sampled_from([*BAD, "MONGODB_URI"]), st.text(max_size=30)))
-def test_any_values_end_in_settings_or_in_problems_of_one_line(values: dict[str, str]) -> None:
+def test_any_values_give_settings_or_problems_of_one_line(values: dict[str, str]) -> None:
     try:
         load(values)
     except ConfigurationError as error:

@@ -103,7 +103,7 @@ def test_a_client_that_a_restore_made_unusable_is_replaced(
 
 
 @pytest.mark.parametrize("code", [13, 8000, 59])
-def test_orphaned_writes_that_cannot_be_seen_are_one_warning(
+def test_orphaned_writes_that_cannot_be_seen_cause_one_warning(
     uri: str, deployment: Deployment, caplog: pytest.LogCaptureFixture, code: int
 ) -> None:
     with fail_command(deployment.primary(), "aggregate", 1, errorCode=code):
@@ -126,7 +126,7 @@ def test_a_transient_error_while_looking_for_orphaned_writes_is_not_ignored(
     ("ahead_seconds", "said"),
     [(-7200, 'clock="behind the server"'), (7200, 'clock="ahead of the server"')],
 )
-def test_a_clock_that_differs_from_the_servers_is_warned_of(
+def test_a_clock_that_differs_from_the_servers_causes_a_warning(
     uri: str, ahead_seconds: int, said: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     connect(settings_for(uri)).client.close()
@@ -209,7 +209,9 @@ def test_privileges_are_unknown_where_the_server_does_not_list_them(
 
 
 @pytest.mark.xdist_group("auth")
-def test_a_missing_update_is_found_without_an_update(allow: Callable[..., str]) -> None:
+def test_a_missing_update_privilege_is_detected_without_an_update(
+    allow: Callable[..., str],
+) -> None:
     uri = allow((on("users"), ["find"]), (on("orders"), ["find"]))
     connect(settings_for(uri)).client.close()
     with pytest.raises(NoPermission, match=r"no permission for update on limited\.users"):
@@ -233,7 +235,7 @@ def test_a_monitoring_user_needs_nothing_but_find_on_the_records(
 
 
 @pytest.mark.xdist_group("auth")
-def test_to_create_the_index_needs_no_privilege_on_users(
+def test_create_index_needs_no_privilege_on_users(
     allow: Callable[..., str], command: Command
 ) -> None:
     uri = allow((on("orders"), ["find", "createIndex"]))
@@ -250,7 +252,7 @@ def test_reading_the_type_of_a_collection_needs_only_find(allow: Callable[..., s
         assert collection_type(database, "missing") is None
 
 
-def test_views_and_time_series_are_told_from_collections(shop: Database[Any]) -> None:
+def test_views_and_time_series_are_distinguished_from_collections(shop: Database[Any]) -> None:
     shop.create_collection("seen", viewOn="users", pipeline=[])
     shop.create_collection("measured", timeseries={"timeField": "at"})
     found = {name: collection_type(shop, name) for name in ("users", "seen", "measured", "none")}

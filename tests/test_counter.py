@@ -91,8 +91,9 @@ def test_each_customer_has_one_row_with_the_orders_of_both_canonical_forms(
     assert not result.has_mixed_case_ids
 
 
-@pytest.mark.parametrize("workers", ["1", "4"])
-@pytest.mark.parametrize("cuts", CUTS, ids=CUT_NAMES)
+@pytest.mark.parametrize(
+    ("cuts", "workers"), list(zip(CUTS, ["1", "4", "4"], strict=True)), ids=CUT_NAMES
+)
 @pytest.mark.parametrize("form", [str(ADA).upper(), MIXED_ADA], ids=["upper", "mixed"])
 @pytest.mark.parametrize("is_user", [False, True], ids=["order", "user"])
 def test_a_non_canonical_id_causes_a_single_exact_query(

@@ -24,7 +24,7 @@ from loyalty.concurrency import ProgressCallback
 from loyalty.daemon import Daemon, RecountOutcome
 from loyalty.errors import ConfigurationError, DatabaseUnavailable
 from loyalty.retry import Backoff, RetryPolicy
-from sandbox.mongod import wait_until
+from sandbox.mongod import DEADLINE_SECONDS, wait_until
 from sandbox.service import Process
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -180,7 +180,7 @@ def test_recounts_longer_than_the_interval_neither_overlap_nor_accumulate() -> N
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.3])
-def test_a_recount_can_ask_for_an_earlier_next_recount(seconds: float) -> None:
+def test_a_recount_can_request_an_earlier_next_recount(seconds: float) -> None:
     outcomes = [RecountOutcome("refused", retry_after_seconds=seconds), RecountOutcome("done")]
     job = FakeJob(lambda _: outcomes.pop(0))
     daemon = make(job)
@@ -208,7 +208,7 @@ def test_an_unscheduled_recount_can_request_an_earlier_recount() -> None:
     assert second - first >= 0.3
 
 
-def test_a_recount_cannot_ask_for_a_later_next_recount(systemd: Callable[[], list[str]]) -> None:
+def test_a_recount_cannot_request_a_later_next_recount(systemd: Callable[[], list[str]]) -> None:
     job = FakeJob(lambda _: RecountOutcome("refused", retry_after_seconds=1e6), interval=1)
     run_until(job, lambda: systemd() and job.count("recount") == 2)
     (status, *_) = [message for message in systemd() if "refused" in message]
@@ -424,7 +424,7 @@ def test_a_reload_changes_the_interval_and_the_stall_timeout(
 
     def recount(_: ProgressCallback) -> None:
         if job.count("recount") == 4:
-            hang.wait(20)
+            hang.wait(2 * DEADLINE_SECONDS)
 
     job = FakeJob(recount, reload=reload)
     daemon = make(job)
@@ -472,7 +472,7 @@ def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
         yield read
 
 
-def test_systemd_is_told_ready_after_connecting_then_the_status_and_stopping(
+def test_systemd_is_notified_when_the_daemon_is_ready_has_a_status_and_stops(
     systemd: Callable[[], list[str]],
 ) -> None:
     job = FakeJob(lambda _: RecountOutcome("recounted, 3 changed"), connect=raising(DOWN))
@@ -511,7 +511,7 @@ def test_systemd_is_told_when_a_reload_starts_and_ends(
     assert messages[start + 1] == f"READY=1\nSTATUS={status}"
 
 
-def test_systemd_is_not_told_ready_by_a_reload_before_the_first_connection(
+def test_a_reload_before_the_first_connection_does_not_notify_ready(
     systemd: Callable[[], list[str]],
 ) -> None:
     job = FakeJob(connect=raising(DOWN), reload=raising(ConfigurationError("wrong")))
@@ -529,7 +529,7 @@ def test_systemd_is_not_told_ready_by_a_reload_before_the_first_connection(
     run(job, script, make(job, RetryPolicy(initial_seconds=1000, max_seconds=3000)))
 
 
-def test_the_watchdog_is_fed_during_progress_and_not_after_the_stall_timeout(
+def test_the_watchdog_is_notified_until_the_stall_timeout_without_progress(
     systemd: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WATCHDOG_USEC", "100000")
@@ -541,7 +541,7 @@ def test_the_watchdog_is_fed_during_progress_and_not_after_the_stall_timeout(
             time.sleep(0.05)
             on_progress("")
         fed.append(systemd().count("WATCHDOG=1"))
-        hang.wait(20)
+        hang.wait(2 * DEADLINE_SECONDS)
 
     def is_not_fed() -> bool:
         if not fed:

@@ -222,7 +222,7 @@ def test_a_directory_that_install_did_not_create_is_not_touched(
     assert (dest / "srv" / file).read_text(encoding="ascii") == "theirs"
 
 
-def test_an_empty_directory_is_installed_to(dest: Path, fake_python: str) -> None:
+def test_install_accepts_an_empty_directory(dest: Path, fake_python: str) -> None:
     (dest / "srv").mkdir(parents=True)
     _make("install", f"DESTDIR={dest}", fake_python, "PREFIX=/srv")
     assert (dest / "srv/loyalty_microservice.py").exists()

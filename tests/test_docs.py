@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from bson import DBRef, ObjectId
-from conftest import MEMORY, ROOT
+from conftest import ROOT, Command
 from pymongo import MongoClient
 from pymongo.database import Database
 
@@ -82,7 +82,7 @@ def _help(capsys: pytest.CaptureFixture[str]) -> str:
 # Pages and links
 
 
-def test_the_readme_is_short() -> None:
+def test_the_readme_has_at_most_1300_words() -> None:
     assert len(README.split()) <= MAX_README_WORDS
 
 
@@ -176,25 +176,25 @@ PYTHON_OUTPUT = {
 @pytest.mark.xdist_group("oms_db")
 @pytest.mark.parametrize("snippet", _in_language("python"), ids=str)
 def test_a_python_snippet_prints_the_points(
-    snippet: Snippet, shop: Database[Any], deployment: Deployment, service: Start
+    snippet: Snippet, shop: Database[Any], deployment: Deployment, command: Command
 ) -> None:
-    assert service("--once", MONGODB_URI=deployment.uri).wait() == 0
+    assert command("--once", MONGODB_URI=deployment.uri) == 0
     assert re.fullmatch(PYTHON_OUTPUT[snippet.page], _run_python(snippet, deployment.uri))
 
 
 @pytest.mark.xdist_group("oms_db")
 def test_the_documented_erasure_removes_one_user_from_the_change_log(
-    shop: Database[Any], deployment: Deployment, service: Start
+    shop: Database[Any], deployment: Deployment, command: Command
 ) -> None:
     shop.users.insert_one({"_id": 18, "loyalty_points": 5})
-    assert service("--once", MONGODB_URI=deployment.uri).wait() == 0
+    assert command("--once", MONGODB_URI=deployment.uri) == 0
     (snippet,) = [one for one in _in_language("python") if one.page == "docs/security.md"]
     shop.users.delete_one({"_id": 17})
     _run_python(snippet, deployment.uri)
     (logged,) = shop.loyalty_changes.find()
     assert logged["changes"] == [{"user": 18, "before": 5, "after": 0}]
     # The other user can still be restored.
-    assert service("--undo", "last", MONGODB_URI=deployment.uri).wait() == 0
+    assert command("--undo", "last", MONGODB_URI=deployment.uri) == 0
     assert [*shop.users.find()] == [{"_id": 18, "loyalty_points": 5}]
 
 
@@ -207,13 +207,13 @@ def _program_calls(text: str) -> list[list[str]]:
 
 @pytest.mark.xdist_group("oms_db")
 def test_the_commands_of_the_quick_start_work_in_their_order(
-    shop: Database[Any], deployment: Deployment, service: Start
+    shop: Database[Any], deployment: Deployment, command: Command, service: Start
 ) -> None:
     quick_start = README.split("## Quick start")[1].split("\n## ")[0]
     *commands, daemon = _program_calls(quick_start)
     assert (commands, daemon) == ([["--check-config"], ["--create-index"]], [])
     for arguments in commands:
-        assert service(*arguments, MONGODB_URI=deployment.uri).wait() == 0
+        assert command(*arguments, MONGODB_URI=deployment.uri) == 0
     assert shop.users.find_one() == {"_id": 17, "name": "Ada", "loyalty_points": 5}
     running = service(MONGODB_URI=deployment.uri)
     running.wait_for("outcome=succeeded")
@@ -223,11 +223,11 @@ def test_the_commands_of_the_quick_start_work_in_their_order(
 
 @pytest.mark.xdist_group("oms_db")
 def test_the_commands_of_the_undo_page_restore_the_points(
-    shop: Database[Any], deployment: Deployment, service: Start
+    shop: Database[Any], deployment: Deployment, command: Command
 ) -> None:
     shop.users.insert_one({"_id": 18})
     before = list(shop.users.find())
-    assert service("--once", MONGODB_URI=deployment.uri).wait() == 0
+    assert command("--once", MONGODB_URI=deployment.uri) == 0
     calls = [
         arguments
         for snippet in SNIPPETS
@@ -239,8 +239,8 @@ def test_the_commands_of_the_undo_page_restore_the_points(
         shows_changes = "--dry-run" in arguments
         if arguments == ["--undo", "last"]:
             assert {user["loyalty_points"] for user in shop.users.find()} == {0, 7}
-        process = service(*arguments, MONGODB_URI=deployment.uri)
-        assert process.wait() in ({0, 1} if shows_changes else {0}), process.output
+        code = command(*arguments, MONGODB_URI=deployment.uri)
+        assert code in ({0, 1} if shows_changes else {0}), arguments
     assert list(shop.users.find()) == before
 
 
@@ -350,7 +350,7 @@ def test_the_mongosh_command_for_pre_images_switches_them_on(
 
 @pytest.mark.xdist_group("oms_db")
 def test_the_steps_of_the_first_installation_keep_and_restore_the_points(
-    shop: Database[Any], deployment: Deployment, service: Start
+    shop: Database[Any], deployment: Deployment, command: Command
 ) -> None:
     """One user has 5 points and 7 counted orders, the other one neither points nor orders."""
     page, heading = "docs/operation.md", "First installation on a shop with points"
@@ -361,14 +361,14 @@ def test_the_steps_of_the_first_installation_keep_and_restore_the_points(
     ada, bob = before = list(shop.users.find())
     assert ada == {"_id": 17, "name": "Ada", "loyalty_points": 5}
     _run_mongosh(shop, save)
-    assert service("--check-config", MONGODB_URI=deployment.uri).wait() == 0
-    assert service("--dry-run", MONGODB_URI=deployment.uri).wait() == 1
+    assert command("--check-config", MONGODB_URI=deployment.uri) == 0
+    assert command("--dry-run", MONGODB_URI=deployment.uri) == 1
     new_field = {"USER_POINTS_FIELD": "loyalty_points_new"}
     assert "USER_POINTS_FIELD=loyalty_points_new" in section
-    assert service("--once", MONGODB_URI=deployment.uri, **new_field).wait() == 0
+    assert command("--once", MONGODB_URI=deployment.uri, **new_field) == 0
     new = [{**ada, "loyalty_points_new": 7}, {**bob, "loyalty_points_new": 0}]
     assert _run_mongosh(shop, compare) == new
-    assert service("--once", MONGODB_URI=deployment.uri).wait() == 0
+    assert command("--once", MONGODB_URI=deployment.uri) == 0
     assert _run_mongosh(shop, compare) == []
     assert _run_mongosh(shop, remove) == 2
     counted = [{**ada, "loyalty_points": 7}, {**bob, "loyalty_points": 0}]
@@ -391,7 +391,10 @@ def test_the_page_on_undo_lists_the_ids_of_recounts_that_changed_points(
 
 @pytest.mark.xdist_group("oms_db")
 def test_the_documented_repairs_make_unknown_customers_known(
-    shop: Database[Any], deployment: Deployment, service: Start
+    shop: Database[Any],
+    deployment: Deployment,
+    command: Command,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     ada = ObjectId("66abcdefabcdefabcdefabcd")
     shop.users.insert_many([{"_id": ada}, {"_id": "bob@example.com"}])
@@ -406,15 +409,15 @@ def test_the_documented_repairs_make_unknown_customers_known(
     ]
     shop.orders.delete_many({})
     shop.orders.insert_many([{"customer_id": one, "status": "Shipped"} for one, *_ in unknown])
-    listed = service("--unknown-customers", MONGODB_URI=deployment.uri)
-    assert listed.wait() == 0
+    assert command("--unknown-customers", MONGODB_URI=deployment.uri) == 0
+    listed = capsys.readouterr().out
     for _, kind, _ in unknown:
-        assert f'"kind": "{kind}"' in listed.output
-    commands = _mongosh_snippets("docs/operation.md", "Unknown customers")
-    assert len(commands) == len(unknown)
-    for command in commands:
-        assert _run_mongosh(shop, command) == 1
-        assert service("--once", MONGODB_URI=deployment.uri).wait() == 0
+        assert f'"kind": "{kind}"' in listed
+    repairs = _mongosh_snippets("docs/operation.md", "Unknown customers")
+    assert len(repairs) == len(unknown)
+    for repair in repairs:
+        assert _run_mongosh(shop, repair) == 1
+        assert command("--once", MONGODB_URI=deployment.uri) == 0
     repaired = [order["customer_id"] for order in shop.orders.find(sort=[("_id", 1)])]
     assert repaired == [user for *_, user in unknown]
     assert {user["loyalty_points"] for user in shop.users.find()} == {2}
@@ -422,25 +425,27 @@ def test_the_documented_repairs_make_unknown_customers_known(
 
 @pytest.mark.xdist_group("oms_db")
 def test_the_page_on_operation_shows_orders_without_customer(
-    shop: Database[Any], deployment: Deployment, service: Start
+    shop: Database[Any],
+    deployment: Deployment,
+    command: Command,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     shop.orders.insert_many([{"customer_id": "", "status": "Shipped"}, {"status": "Shipped"}])
-    (command,) = _mongosh_snippets("docs/operation.md", "Orders without customer")
-    assert len(_run_mongosh(shop, command)) == 2
-    process = service("--dry-run", "--customer", "", MONGODB_URI=deployment.uri)
-    assert process.wait() == 1
-    assert "an order without customer" in process.output
+    (query,) = _mongosh_snippets("docs/operation.md", "Orders without customer")
+    assert len(_run_mongosh(shop, query)) == 2
+    assert command("--dry-run", "--customer", "", MONGODB_URI=deployment.uri) == 1
+    assert "an order without customer" in capsys.readouterr().out
 
 
 @pytest.mark.xdist_group("oms_db")
 def test_points_stored_as_strings_are_refused_until_they_are_converted(
-    shop: Database[Any], deployment: Deployment, service: Start
+    shop: Database[Any], deployment: Deployment, command: Command
 ) -> None:
     shop.users.insert_many([{"_id": n, "loyalty_points": "0"} for n in range(100, 120)])
-    assert service("--once", MONGODB_URI=deployment.uri).wait() == 65
-    (command,) = _mongosh_snippets("docs/operation.md", "Points stored as strings")
-    assert _run_mongosh(shop, command) == 20
-    assert service("--once", MONGODB_URI=deployment.uri).wait() == 0
+    assert command("--once", MONGODB_URI=deployment.uri) == 65
+    (conversion,) = _mongosh_snippets("docs/operation.md", "Points stored as strings")
+    assert _run_mongosh(shop, conversion) == 20
+    assert command("--once", MONGODB_URI=deployment.uri) == 0
 
 
 def test_the_page_on_operation_has_every_alert_and_only_metrics_that_exist() -> None:
@@ -525,9 +530,9 @@ def test_the_table_of_modules_has_every_module() -> None:
 
 @pytest.mark.xdist_group("oms_db")
 def test_the_table_of_record_fields_has_every_field(
-    shop: Database[Any], deployment: Deployment, service: Start
+    shop: Database[Any], deployment: Deployment, command: Command
 ) -> None:
-    assert service("--once", MONGODB_URI=deployment.uri).wait() == 0
+    assert command("--once", MONGODB_URI=deployment.uri) == 0
     record = shop.loyalty_recounts.find_one()
     assert record
     assert {_codes(row[0])[0] for row in _table("docs/json.md", "Records")} == set(record)
@@ -586,19 +591,26 @@ def _required_actions(cells: list[str]) -> dict[str, set[str]]:
 
 
 @pytest.fixture(scope="module")
-def secured() -> Iterator[Deployment]:
-    with Deployment(auth=True, parent=MEMORY) as deployment, deployment.client() as client:
+def secured(authenticated_deployment: Deployment) -> Iterator[Deployment]:
+    with authenticated_deployment.client() as client:
         client["oms_db"].users.insert_one({"_id": 1, "loyalty_points": 1})
         client["oms_db"].orders.insert_one({"customer_id": 1, "status": "Shipped"})
         client.admin.command("createRole", "documented", privileges=[], roles=[])
         client.admin.command("createUser", "documented", pwd=PASSWORD, roles=["documented"])
-        yield deployment
+        yield authenticated_deployment
+        client.admin.command("dropUser", "documented")
+        client.admin.command("dropRole", "documented")
+        client.drop_database("oms_db")
 
 
-@pytest.mark.xdist_group("documented_role")
+@pytest.mark.xdist_group("auth")
 @pytest.mark.parametrize("row", PRIVILEGES, ids=[row[0] for row in PRIVILEGES])
 def test_the_privileges_in_the_table_are_enough(
-    row: list[str], secured: Deployment, service: Start
+    row: list[str],
+    secured: Deployment,
+    command: Command,
+    service: Start,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Each command works, and warns about nothing, with exactly the documented privileges."""
     required = _required_actions(row[1:])
@@ -610,20 +622,20 @@ def test_the_privileges_in_the_table_are_enough(
     uri = secured.uri_for("documented", PASSWORD, "oms_db")
     with secured.client() as client:
         client["oms_db"].users.update_one({"_id": 1}, {"$set": {"loyalty_points": 2}})
-        assert service("--once", "--force", MONGODB_URI=secured.uri).wait() == 0
+        assert command("--once", "--force", MONGODB_URI=secured.uri) == 0
         client.admin.command("updateRole", "documented", privileges=privileges, roles=[])
-    command = [*_codes(row[0])]
+    capsys.readouterr()
+    codes = _codes(row[0])
     if row[0].startswith("daemon"):
-        settings = dict(code.split("=") for code in command)
+        settings = dict(code.split("=") for code in codes)
         daemon = service(MONGODB_URI=uri, **settings)
         daemon.wait_for("outcome=succeeded")
         assert daemon.stop() == 0
         output = daemon.output
     else:
-        arguments = command + ["last"] * (command[0] in ("--undo", "--changes"))
-        process = service(*arguments, MONGODB_URI=uri)
-        assert process.wait() == 0, process.output
-        output = process.output
+        arguments = codes + ["last"] * (codes[0] in ("--undo", "--changes"))
+        assert command(*arguments, MONGODB_URI=uri) == 0
+        output = capsys.readouterr().err
     assert not re.findall(r".* (?:WARNING|ERROR) (?!points_decrease).*", output)
 
 

@@ -98,13 +98,13 @@ def test_an_unknown_code_is_transient_and_named_as_the_server_names_it() -> None
     assert "(code 12345, NewProblem)" in str(error)
 
 
-def test_a_changed_split_horizon_is_not_taken_for_a_missing_feature() -> None:
+def test_a_changed_split_horizon_is_not_an_unsupported_feature() -> None:
     text = "The original request horizon parameter does not match"
     error = mapped(failure(303, text, codeName="SplitHorizonChange"))
     assert type(error) is DatabaseUnavailable
 
 
-def test_a_snapshot_that_is_too_old_names_the_parameter_of_the_server(
+def test_the_error_for_a_too_old_snapshot_names_the_server_parameter(
     deployment: Deployment, database: Database[Any]
 ) -> None:
     parameter = "minSnapshotHistoryWindowInSeconds"
@@ -201,7 +201,7 @@ def test_failed_updates_are_reported_by_code_without_the_document(
     assert "unknown" in str(mapped(write_errors((999_999, "of an index"))))
 
 
-def test_a_server_without_retryable_writes_names_the_option() -> None:
+def test_the_error_for_missing_retryable_writes_names_the_option() -> None:
     # As the driver raises it: with a text of its own, and the server's reply without one.
     reply = {"writeErrors": [{"index": 0, "code": 20, "errmsg": "Transaction numbers are …"}]}
     error = mapped(OperationFailure("does not support retryable writes", 20, reply))
@@ -216,7 +216,7 @@ def test_a_write_concern_that_times_out_is_transient() -> None:
     assert "WriteConcernTimeout" in str(error)
 
 
-def test_a_time_limit_of_the_client_names_its_option(
+def test_the_error_for_a_client_timeout_names_its_option(
     deployment: Deployment, database: Database[Any]
 ) -> None:
     database.orders.insert_one({})

@@ -27,7 +27,7 @@ from loyalty.concurrency import ignore_progress
 from loyalty.errors import ConfigurationError, DatabaseUnavailable, ResyncRequired
 from loyalty.heartbeat import HEARTBEAT_INTERVAL
 from loyalty.history import History
-from loyalty.live import events
+from loyalty.live import events, updater
 from loyalty.live.state import TRANSITIONS, LiveState
 from loyalty.live.watcher import ChangeStreamWatcher, LiveLimits
 from loyalty.mongo.connection import connect
@@ -35,7 +35,7 @@ from loyalty.recount import runner
 from loyalty.retry import RetryPolicy
 from loyalty.service import REFUSED_RETRY_SECONDS, Service
 from sandbox import faults
-from sandbox.mongod import Deployment, wait_until
+from sandbox.mongod import DEADLINE_SECONDS, Deployment, wait_until
 from sandbox.shop import canonical_key, count_points, find_mismatches
 
 
@@ -232,12 +232,31 @@ def test_a_full_recount_never_reads_before_the_last_live_update(small: LiveHarne
     assert newest.time > 0
 
 
+@pytest.fixture
+def short_retry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a count that fails be repeated for 1 s only."""
+    policy = RetryPolicy(timeout_seconds=1, initial_seconds=0.1, max_seconds=1)
+
+    def recount(connection: Any, told: Any, history: Any, request: Any, on_progress: Any) -> Any:
+        request = replace(request, retry_policy=policy)
+        return runner.run_recount(connection, told, history, request, on_progress)
+
+    for module in (service, updater):
+        monkeypatch.setattr(module, "run_recount", recount)
+
+
 @pytest.mark.parametrize(
     ("code", "kind", "is_live"),
     [(8, DatabaseUnavailable, True), (286, ResyncRequired, True), (286, ResyncRequired, False)],
 )
 def test_live_updates_stop_until_a_full_recount_succeeds(
-    small: LiveHarness, deployment: Deployment, code: int, kind: type[Exception], *, is_live: bool
+    small: LiveHarness,
+    deployment: Deployment,
+    short_retry: None,
+    code: int,
+    kind: type[Exception],
+    *,
+    is_live: bool,
 ) -> None:
     small.shop.orders.insert_one(shipped(IDS[0]))
     if not is_live:
@@ -258,7 +277,7 @@ def test_live_updates_stop_until_a_full_recount_succeeds(
 
 
 def test_pending_changes_are_not_lost_when_a_live_update_fails(
-    small: LiveHarness, deployment: Deployment
+    small: LiveHarness, deployment: Deployment, short_retry: None
 ) -> None:
     small.shop.orders.insert_one(shipped(IDS[0]))
     with (
@@ -307,14 +326,14 @@ def test_one_changed_order_takes_three_commands_after_its_event(
 def test_only_a_change_after_a_recent_update_waits_for_the_minimum_interval(
     deployment: Deployment, small_shop: Database[Any]
 ) -> None:
-    seconds = 1.0
+    seconds = 4.0  # a slow machine needs less than half of it for an update
     options = {"limits": LiveLimits(min_interval_seconds=seconds)}
     with live_service(deployment, small_shop, options) as harness:
         durations = []
         for _ in range(2):
             small_shop.orders.insert_one(shipped(IDS[0]))
             started_at = time.monotonic()
-            harness.update(10)
+            harness.update(2 * seconds)
             durations.append(time.monotonic() - started_at)
             assert find_mismatches(small_shop) == []
     first, second = durations
@@ -323,9 +342,12 @@ def test_only_a_change_after_a_recent_update_waits_for_the_minimum_interval(
 
 
 def test_a_large_shop_without_the_index_has_no_live_updates(
-    deployment: Deployment, small_shop: Database[Any], caplog: pytest.LogCaptureFixture
+    deployment: Deployment,
+    small_shop: Database[Any],
+    low_limit: int,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    small_shop.orders.insert_many({"status": "Paid"} for _ in range(100_001))
+    small_shop.orders.insert_many({"status": "Paid"} for _ in range(low_limit + 1))
     small_shop.orders.drop_indexes()
     with live_service(deployment, small_shop) as harness:
         harness.recount()
@@ -339,9 +361,12 @@ def test_a_large_shop_without_the_index_has_no_live_updates(
 
 
 def test_live_updates_run_only_while_the_index_exists(
-    deployment: Deployment, small_shop: Database[Any], caplog: pytest.LogCaptureFixture
+    deployment: Deployment,
+    small_shop: Database[Any],
+    low_limit: int,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    small_shop.orders.insert_many({"status": "Paid"} for _ in range(100_001))
+    small_shop.orders.insert_many({"status": "Paid"} for _ in range(low_limit + 1))
     options = {"heartbeat_interval": timedelta(0)}
     with live_service(deployment, small_shop, options) as harness:
         harness.update()
@@ -391,7 +416,7 @@ def test_live_updates_work_with_any_pool_size_of_the_uri(
 # --- ids in upper and mixed case
 
 
-def test_a_burst_of_upper_case_ids_is_exact_within_five_seconds(
+def test_a_burst_of_upper_case_ids_is_exact_by_live_updates(
     deployment: Deployment, database: Database[Any]
 ) -> None:
     user_ids = [ObjectId(f"ab{n:022x}") for n in range(5_000)]
@@ -401,14 +426,12 @@ def test_a_burst_of_upper_case_ids_is_exact_within_five_seconds(
         database.orders.insert_many(
             {"customer_id": str(user_id).upper(), "status": "Shipped"} for user_id in user_ids
         )
-        started_at = time.monotonic()
         harness.update_until(lambda: not database.users.find_one({"loyalty_points": {"$ne": 1}}))
-        assert time.monotonic() - started_at < 5
         assert harness.is_live
 
 
 @pytest.mark.parametrize("collection", ["orders", "users"])
-def test_an_id_in_mixed_case_means_no_live_updates_and_one_warning(
+def test_an_id_in_mixed_case_stops_live_updates_with_one_warning(
     deployment: Deployment,
     small_shop: Database[Any],
     caplog: pytest.LogCaptureFixture,
@@ -636,7 +659,7 @@ def test_after_the_oplog_has_lost_history_a_resync_makes_the_points_exact(
             harness.update_until_exact()
 
 
-def test_a_stream_whose_cursor_dies_repeatedly_polls_a_few_times_a_second(
+def test_a_stream_whose_cursor_is_killed_repeatedly_polls_a_few_times_a_second(
     small: LiveHarness, deployment: Deployment
 ) -> None:
     with faults.fail_command(deployment.servers[0], "getMore", 10_000, errorCode=43):
@@ -665,7 +688,7 @@ def test_a_stalled_stream_is_an_error(deployment: Deployment, small_shop: Databa
         assert not harness.is_live
 
 
-def test_too_many_pending_changes_are_a_resync(
+def test_too_many_pending_changes_cause_a_resync(
     deployment: Deployment, small_shop: Database[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     options = {"limits": LiveLimits(max_pending=50)}
@@ -777,7 +800,7 @@ def test_the_watermark_advances_with_and_without_events(database: Database[Any])
         watermark = events.read_watermark(stream.resume_token)
         assert watermark == event["clusterTime"] == session.operation_time
         database.other.insert_one({})
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + DEADLINE_SECONDS
         while events.read_watermark(stream.resume_token) == watermark:
             assert stream.try_next() is None
             assert time.monotonic() < deadline
@@ -926,7 +949,7 @@ def test_after_a_wrong_reload_the_current_settings_stay(
 
 @pytest.mark.usefixtures("pre_images")
 def test_check_config_reports_live_updates_and_pre_images(
-    small: LiveHarness, command: Command, capsys: pytest.CaptureFixture[str]
+    small: LiveHarness, low_limit: int, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command("--check-config") == 0
     assert "live updates" not in capsys.readouterr().out
@@ -940,7 +963,7 @@ def test_check_config_reports_live_updates_and_pre_images(
     small.shop.command("collMod", "orders", changeStreamPreAndPostImages={"enabled": True})
     command("--check-config", LIVE_UPDATES="yes")
     assert re.search("pre-images +on\n", capsys.readouterr().out)
-    small.shop.orders.insert_many({"status": "Paid"} for _ in range(100_001))
+    small.shop.orders.insert_many({"status": "Paid"} for _ in range(low_limit + 1))
     small.shop.orders.drop_indexes()
     assert command("--check-config", LIVE_UPDATES="yes") == 1
     assert "will NOT work: each update would read all orders" in capsys.readouterr().out

@@ -73,7 +73,7 @@ def ship_all(harness: FaultHarness) -> None:
     harness.shop.orders.update_many({"status": "Paid"}, {"$set": {"status": "Shipped"}})
 
 
-@pytest.mark.xdist_group("frozen")
+@pytest.mark.xdist_group("cluster")
 @pytest.mark.size(1, deep=9)
 def test_when_the_primary_is_killed_live_updates_continue_with_the_next(
     three_node_cluster: Deployment, start: Start, size: int
@@ -138,7 +138,7 @@ def test_when_one_of_two_services_is_killed_all_points_become_exact(
         assert len(lines_with("outcome=succeeded", survivor)) == 1
 
 
-def test_each_drop_or_rename_of_orders_is_one_full_recount(
+def test_each_drop_or_rename_of_orders_causes_one_full_recount(
     deployment: Deployment, database: Database[Any], uri: str, start: Start
 ) -> None:
     users = range(8)  # too few for the safety check
@@ -195,7 +195,7 @@ def commands(client: MongoClient[Any]) -> int:
     return sum(counted[kind] for kind in ("command", "query", "getmore", "insert", "update"))
 
 
-def test_a_standalone_server_is_one_warning_and_full_recounts_only(
+def test_a_standalone_server_causes_one_warning_and_no_live_updates(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with Deployment(replica_set=False, parent=MEMORY) as alone, alone.client() as client:
@@ -238,8 +238,8 @@ def test_live_updates_start_after_the_privilege_is_granted(
         assert "_write_failed" not in caplog.text
 
 
-@pytest.mark.xdist_group("frozen")
-@pytest.mark.size(20, deep=60)
+@pytest.mark.xdist_group("cluster")
+@pytest.mark.size(14, deep=60)
 def test_points_are_reported_as_older_while_the_commit_point_stalls(
     command: Command, capsys: pytest.CaptureFixture[str], tmp_path: Path, size: int
 ) -> None:

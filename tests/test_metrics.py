@@ -122,7 +122,7 @@ def test_the_series_of_two_shops_differ_in_a_label(tmp_path: Path, setting: str)
     assert not series[0] & series[1]
 
 
-def test_no_increment_is_lost_when_threads_write_at_once(tmp_path: Path) -> None:
+def test_no_increment_is_lost_when_threads_write_concurrently(tmp_path: Path) -> None:
     file = tmp_path / "loyalty.prom"
     metrics = Metrics(settings_for("mongodb://h", METRICS_FILE=str(file)))
 
@@ -161,7 +161,7 @@ def test_counters_and_the_last_success_survive_the_process(
     assert samples(file) == before
 
 
-def test_live_updates_are_in_the_metrics_while_they_are_active(
+def test_live_updates_are_in_the_metrics_while_they_are_running(
     deployment: Deployment, database: Shop, tmp_path: Path
 ) -> None:
     database.users.insert_one({"_id": 1})
@@ -209,7 +209,7 @@ def test_the_file_is_written_again_when_it_is_a_minute_old(tmp_path: Path) -> No
         file.unlink()
 
 
-def test_a_file_that_cannot_be_written_is_one_warning_and_no_failure(
+def test_a_file_that_cannot_be_written_causes_one_warning_and_no_failure(
     shop: Shop, command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = str(tmp_path / "missing" / "loyalty.prom")

@@ -99,7 +99,7 @@ def test_customer_shows_each_form_of_an_object_id_in_its_own_row(
         ),
     ],
 )
-def test_a_rejected_login_names_the_database_of_the_user(
+def test_the_error_for_a_rejected_login_names_the_authentication_database(
     authenticated_deployment: Deployment,
     command: Command,
     capsys: Capture,
@@ -118,7 +118,9 @@ def test_a_rejected_login_names_the_database_of_the_user(
     assert "looked up in the database 'admin'" in capsys.readouterr().err
 
 
-def test_a_uri_of_a_secondary_names_the_replica_set(command: Command, capsys: Capture) -> None:
+def test_the_error_for_a_uri_of_a_secondary_names_the_replica_set(
+    command: Command, capsys: Capture
+) -> None:
     with Deployment(parent=MEMORY) as alone:
         faults.step_down(alone.servers[0])
         uri = alone.servers[0].uri
@@ -140,7 +142,7 @@ def test_a_primary_that_has_just_stepped_down_is_unavailable(deployment: Deploym
         connect(settings_for(deployment.uri), writing=False)
 
 
-def test_a_slow_count_without_the_index_suggests_to_create_it(
+def test_the_error_for_a_slow_count_suggests_creating_the_index(
     database: Database[Any], deployment: Deployment, command: Command, capsys: Capture
 ) -> None:
     ship(database, 1)
@@ -155,7 +157,7 @@ def test_a_slow_count_without_the_index_suggests_to_create_it(
         assert ("--create-index" in text) is not made
 
 
-def test_tls_to_a_server_without_it_says_to_check_tls(
+def test_the_error_for_a_server_without_tls_says_to_check_tls(
     deployment: Deployment, command: Command, capsys: Capture
 ) -> None:
     assert command("--once", MONGODB_URI=deployment.uri + "&tls=true") == 69

@@ -107,14 +107,14 @@ def each_boundary_starts_a_partition(boundaries: Iterable[Any]) -> bool:
     ],
     ids=["numbers", "binaries", "strings", "object ids", "all types"],
 )
-def test_boundaries_of_each_type_cut(boundaries: list[Any]) -> None:
+def test_boundaries_of_each_type_divide_the_ids(boundaries: list[Any]) -> None:
     assert each_boundary_starts_a_partition(boundaries)
 
 
 @pytest.mark.parametrize(
     "boundaries", [[], [None], [True], [float("nan")], [""], [Decimal128("5")], [{"a": 1}]]
 )
-def test_a_boundary_that_cannot_cut_is_ignored(boundaries: list[Any]) -> None:
+def test_an_unusable_boundary_is_ignored(boundaries: list[Any]) -> None:
     assert len(partitions(boundaries)) == len(partitions([]))
 
 

@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT
 from pymongo.database import Database
 
+from sandbox.mongod import DEADLINE_SECONDS
 from sandbox.shop import find_mismatches
 
 
@@ -47,7 +48,7 @@ def test_a_signal_during_the_imports_ends_the_process_without_a_traceback(
         assert process.stdout is not None
         assert process.stdout.readline() == "importing\n"
         process.send_signal(number)
-        rest = process.communicate(timeout=30)
+        rest = process.communicate(timeout=DEADLINE_SECONDS)
     assert rest == ("", "")
     assert process.returncode == code
 
@@ -65,7 +66,7 @@ def run_in_shell(command: str, **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_full_stdout_is_an_error_and_no_internal_error(database: Database[Any], uri: str) -> None:
+def test_a_full_disk_at_stdout_is_not_an_internal_error(database: Database[Any], uri: str) -> None:
     database.users.insert_one({"_id": 1})
     database.orders.insert_one({"customer_id": 1, "status": "Shipped"})
     ran = run_in_shell("--once > /dev/full", MONGODB_URI=uri)

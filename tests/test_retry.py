@@ -125,7 +125,7 @@ def test_the_timeout_starts_at_the_first_failure(clock: FakeClock) -> None:
 @pytest.mark.parametrize(
     "error", [QueryTimeout("slow"), ClientUnusable("no keys"), KeyError(), ConfigurationError("no")]
 )
-def test_an_error_that_a_repetition_cannot_help_is_raised_at_once(
+def test_an_error_that_is_not_transient_is_raised_immediately(
     clock: FakeClock, error: Exception
 ) -> None:
     operation = Operation(error, clock=clock)

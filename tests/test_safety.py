@@ -113,7 +113,7 @@ def test_a_recount_is_refused_if_no_counted_order_matches_a_user(
     ("values", "non_numeric", "is_refused"),
     [(9, 9, False), (12, 10, True), (20, 10, False), (21, 11, True), (1_000, 500, False)],
 )
-def test_a_points_field_with_mostly_other_values_than_numbers_is_refused(
+def test_a_points_field_whose_values_are_mostly_not_numbers_is_refused(
     values: int, non_numeric: int, is_refused: bool
 ) -> None:
     totals = healthy(users_with_a_value=values, non_numeric_values=non_numeric)
@@ -212,7 +212,7 @@ def judge(*statuses: Any, **values: str) -> SafetyReport:
     ["shipped", "SHIPPED", "Shipped ", " ship ped", "Shipped\u200b", "\ufeffShipped", "Shipped\n"]
     + ["Shipped\u00ad", "\uff33hipped", "Ship\u00a0ped", "Shipped\0"],
 )
-def test_a_status_that_differs_only_in_form_is_refused_and_shown_apart(stored: str) -> None:
+def test_a_status_that_differs_only_in_form_is_refused_and_shown_differently(stored: str) -> None:
     report = judge("Pending", stored)
     assert report.warnings == []
     (refusal,) = report.refusals
@@ -223,12 +223,14 @@ def test_a_status_that_differs_only_in_form_is_refused_and_shown_apart(stored: s
 
 
 @pytest.mark.parametrize(("stored", "shown"), [(2, "2"), (2.0, "2.0")])
-def test_a_number_is_told_apart_from_the_string_of_its_digits(stored: Any, shown: str) -> None:
+def test_a_number_is_shown_differently_from_the_string_of_its_digits(
+    stored: Any, shown: str
+) -> None:
     (refusal,) = judge(stored, ORDER_STATUSES=shown).refusals
     assert f"no order has status '{shown}'; found: {shown} (4)" in refusal
 
 
-def test_other_unicode_forms_of_one_status_are_told_apart() -> None:
+def test_other_unicode_forms_of_a_status_are_shown_differently() -> None:
     (refusal,) = judge("Envoye\u0301", ORDER_STATUSES="Envoy\u00e9").refusals
     assert "no order has status Envoyé; found: 'Envoye\\u0301' (4)" in refusal
 
@@ -244,7 +246,7 @@ def test_a_status_field_that_no_order_has_is_refused() -> None:
     assert "no order has a field status: is ORDER_STATUS_FIELD right?" in refusal
 
 
-def test_a_shop_without_orders_or_with_a_counted_one_passes() -> None:
+def test_a_shop_without_orders_or_with_a_counted_order_is_not_refused() -> None:
     assert judge() == SafetyReport()
     assert judge("shipped", "Shipped") == SafetyReport()
 

@@ -385,9 +385,9 @@ def test_a_filter_that_matches_no_order_causes_a_warning_and_takes_no_points(
 
 
 def test_live_updates_of_many_users_need_the_index_on_the_key(
-    database: Database[Any], uri: str
+    database: Database[Any], uri: str, low_limit: int
 ) -> None:
-    database.users.insert_many([{"customer_no": n} for n in range(100_001)], ordered=False)
+    database.users.insert_many([{"customer_no": n} for n in range(low_limit + 1)])
     settings = settings_for(uri, **BY_NUMBER)
     with connect(settings, writing=True) as connection:
         ship(database, 1)

@@ -208,7 +208,7 @@ def connect_to_shop(deployment: Deployment, shape: Shape) -> Iterator[tuple[Conn
             connection.client.drop_database(connection.users.database.name)
 
 
-@settings(max_examples=examples(60, 600), suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(25, 600), suppress_health_check=list(HealthCheck))
 @given(
     shop=shops(),
     cuts=st.none() | st.lists(BOUNDARIES, max_size=4),
@@ -245,7 +245,7 @@ def test_users_of_any_shape_have_the_points_that_python_counts(
 EDIT_KINDS = st.sampled_from(["insert", "update", "update", "replace", "delete", "unset"])
 
 
-@settings(max_examples=examples(15, 150), suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(8, 150), suppress_health_check=list(HealthCheck))
 @given(shop=shops(), kinds=st.lists(EDIT_KINDS, min_size=8, max_size=8), with_index=st.booleans())
 def test_in_a_shop_of_any_shape_live_updates_make_all_points_exact(
     deployment: Deployment,

@@ -63,7 +63,7 @@ def reshaped(deployment: Deployment) -> Iterator[Connection]:
         connection.client.drop_database(connection.users.database.name)
 
 
-@settings(max_examples=examples(25, 200), suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(15, 200), suppress_health_check=list(HealthCheck))
 @given(shop=SHOPS, cuts=st.lists(BOUNDARIES, max_size=4))
 def test_users_of_another_shape_have_the_points_that_python_counts(
     reshaped: Connection, shop: tuple[list[Any], list[Any], list[Any]], cuts: list[Any]

@@ -74,7 +74,8 @@ def test_a_batch_that_fails_with_a_transient_error_is_written_again(
     assert find_mismatches(connection.users.database) == []
 
 
-@pytest.mark.parametrize("code", TRANSIENT_CODES, ids=TRANSIENT_CODES.values())
+# With one of them the driver looks for the primary again. test_driver_errors.py has all codes.
+@pytest.mark.parametrize("code", [112, 11600], ids=TRANSIENT_CODES.get)
 def test_a_persistent_transient_error_ends_the_recount(
     connection: Connection, deployment: Deployment, code: int
 ) -> None:
@@ -113,7 +114,7 @@ class RejectingUsers:
         )
 
 
-@pytest.mark.parametrize("code", TRANSIENT_CODES, ids=TRANSIENT_CODES.values())
+@pytest.mark.parametrize("code", [112, 11600], ids=TRANSIENT_CODES.get)
 @pytest.mark.parametrize("times", [1, 99])
 def test_a_transient_error_of_one_update_is_not_a_failed_update(
     connection: Connection, code: int, times: int

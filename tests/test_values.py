@@ -65,7 +65,7 @@ def test_only_32_bit_and_64_bit_integers_are_integers(stored: Any) -> None:
 @pytest.mark.parametrize(
     ("stored", "number"), [(5.0, True), (Decimal128("5"), True), (True, False), ("5", False)]
 )
-def test_other_number_types_are_numbers_but_no_integers(stored: Any, number: bool) -> None:
+def test_other_number_types_are_numbers_but_not_integers(stored: Any, number: bool) -> None:
     assert not is_integer(stored)
     assert is_number(stored) is number
 

@@ -16,7 +16,7 @@ from bson import ObjectId
 from pymongo import DeleteOne, MongoClient, ReplaceOne, UpdateOne
 from pymongo.client_session import ClientSession
 
-USERS, ORDERS = 2_000, 40_000
+USERS, ORDERS = 1_000, 20_000
 STATUSES = {"move": ["Shipped", "Delivered"], "change": ["Shipped", "Delivered", "Returned"]}
 ID_SECONDS = 1_700_000_000
 START_OR_STOP_SECONDS = 120.0
