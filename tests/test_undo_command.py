@@ -295,7 +295,8 @@ def test_after_a_kill_while_writing_undo_restores_every_user_bit_for_bit(
     logged = sum(len(document["changes"]) for document in shop.loyalty_changes.find())
     assert restored + sum(unchanged) == logged
     assert 0 < restored < 600
-    assert (unchanged != []) is batches_are_lost
+    if batches_are_lost:
+        assert unchanged  # without that, a writer may also be killed between log and update
     assert read_users(shop) == before
 
 
