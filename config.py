@@ -28,6 +28,7 @@ from loyalty.parsers import (
 )
 
 VERSION = "1.1.0"
+SECRETS = ("MONGODB_URI",)  # never in a log or in an output
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +41,10 @@ class SettingSpec:
     description: str
 
 
-def setting(
-    name: str, default: str, parse: Parser, description: str, *, is_secret: bool = False
-) -> Any:
+def setting(name: str, default: str, parse: Parser, description: str) -> Any:
     """Declare a setting; the default is as a person would write it, "" for none."""
     spec = SettingSpec(name, default, parse, description)
-    return dataclasses.field(metadata={"spec": spec}, repr=not is_secret)
+    return dataclasses.field(metadata={"spec": spec}, repr=name not in SECRETS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,11 +52,7 @@ class Settings:
     """The settings of one service, made by `load`; `.env.example` explains each."""
 
     mongodb_uri: str = setting(
-        "MONGODB_URI",
-        "",
-        str,
-        "server, required; or MONGODB_URI_FILE, a file with the URI",
-        is_secret=True,
+        "MONGODB_URI", "", str, "server, required; or MONGODB_URI_FILE, a file with the URI"
     )
     database: str = setting(
         "MONGODB_DATABASE", "", database_name, "database; else that of the URI, else oms_db"
@@ -151,9 +146,9 @@ class Settings:
         return json_util.dumps(dict(self.order_filter)) if self.order_filter else ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all values by the names of their variables, without the URI and its password."""
+        """Return all values by the names of their variables, without secrets."""
         specs = setting_specs().items()
-        values = {s.name: getattr(self, a) for a, s in specs if s.name != "MONGODB_URI"}
+        values = {s.name: getattr(self, a) for a, s in specs if s.name not in SECRETS}
         return values | {"ORDER_FILTER": self.order_filter_json}
 
 

@@ -53,6 +53,24 @@ settings, from the environment or from .env; .env.example explains each:
 """
 
 
+_COMMANDS = (
+    ("--once", once.run, "make one recount, then exit"),
+    ("--dry-run", dry_run.run, "show what a recount would change; exit 1 if anything"),
+    ("--status", status.run, "show the last recounts; exit 1 if the points are stale"),
+    (
+        "--check-config",
+        check_config.run,
+        "check settings, privileges and data, with a full count; exit 1 if there is a problem",
+    ),
+    (
+        "--unknown-customers",
+        unknown_customers.run,
+        "list all customers of counted orders that no user has, as JSON lines",
+    ),
+    ("--create-index", create_index.run, "create the indexes that recounts use"),
+)
+
+
 def run_process() -> NoReturn:
     """Run the command line as this process, and end it."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # not every terminal can show every character
@@ -87,7 +105,6 @@ def _run_command(args: argparse.Namespace) -> int:
         except ConfigurationError as error:
             _log_settings_problems(error, args.env_file or ENV_FILE)
             return error.exit_code
-        log.setLevel(settings.log_level)
         return int(args.run(args, settings))
     except ResultsNotWritten:
         raise
@@ -113,43 +130,53 @@ def _log_settings_problems(error: ConfigurationError, env_file: Path) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the arguments; `run` is the function of the command."""
+    parser = _make_parser()
+    args = parser.parse_args(argv)
+    args.dry_run = args.run is dry_run.run
+    if args.undo is not None:
+        if (args.run is not None and not args.dry_run) or args.changes is not None or args.customer:
+            parser.error("--undo can only be combined with --dry-run")
+        args.run = undo.run
+    elif args.changes is not None:
+        args.run = changes.run
+    if args.customer and args.run not in (once.run, dry_run.run):
+        parser.error("--customer needs --once or --dry-run")
+    if args.force and (args.run is not once.run or args.customer):
+        parser.error("--force needs --once, without --customer")
+    if args.json and args.run in (None, create_index.run):
+        parser.error("--json needs a command that prints results")
+    args.run = args.run or _run_daemon
+    return args
+
+
+def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="loyalty_microservice.py",
         description=_DESCRIPTION,
         epilog=_EPILOG + settings_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=_run_daemon)
     commands = parser.add_mutually_exclusive_group()
-    for flag, run, text in (
-        ("--once", once.run, "make one recount, then exit"),
-        ("--dry-run", dry_run.run, "show what a recount would change; exit 1 if anything"),
-        ("--status", status.run, "show the last recounts; exit 1 if the points are stale"),
-        (
-            "--check-config",
-            check_config.run,
-            "check settings, privileges and data, with a full count; exit 1 if there is a problem",
-        ),
-        (
-            "--unknown-customers",
-            unknown_customers.run,
-            "list all customers of counted orders that no user has, as JSON lines",
-        ),
-        ("--create-index", create_index.run, "create the indexes that recounts use"),
-    ):
+    for flag, run, text in _COMMANDS:
         commands.add_argument(flag, dest="run", action="store_const", const=run, help=text)
     parser.add_argument(
         "--undo",
         metavar="RECOUNT",
+        type=_recount,
         help="restore the points from before a recount: an id, or last; with --dry-run, only "
         "show it; exit 1 if some users keep other points",
     )
     commands.add_argument(
-        "--changes", metavar="RECOUNT", help="list the changes of a recount: an id, or last"
+        "--changes",
+        metavar="RECOUNT",
+        type=_recount,
+        help="list the changes of a recount: an id, or last",
     )
     parser.add_argument(
         "--customer",
         metavar="ID",
+        type=_customer,
         action="append",
         default=[],
         help='recount only this customer, with --once or --dry-run; repeatable; "" shows the '
@@ -166,33 +193,19 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"the file to read settings from, instead of {ENV_FILE.name}",
     )
     parser.add_argument("--version", action="version", version=VERSION)
-    args = parser.parse_args(argv)
-    _check_recount_arguments(parser, args)
-    _check_combinations(parser, args)
-    return args
+    return parser
 
 
-def _check_recount_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    for recount in (args.undo, args.changes):
-        if recount is not None and recount != "last" and not ObjectId.is_valid(recount):
-            parser.error(f"{recount!r} is neither the id of a recount nor the word last")
-    if args.undo is not None:
-        if args.run not in (_run_daemon, dry_run.run) or args.changes is not None or args.customer:
-            parser.error("--undo can only be combined with --dry-run")
-        args.dry_run, args.run = args.run is dry_run.run, undo.run
-    elif args.changes is not None:
-        args.run = changes.run
+def _recount(text: str) -> str:
+    if text != "last" and not ObjectId.is_valid(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither the id of a recount nor last")
+    return text
 
 
-def _check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    if args.customer and args.run not in (once.run, dry_run.run):
-        parser.error("--customer needs --once or --dry-run")
-    if any("\udc80" <= character <= "\udcff" for character in "".join(args.customer)):
-        parser.error("--customer: the id is not valid in this terminal's encoding")
-    if args.force and (args.run is not once.run or args.customer):
-        parser.error("--force needs --once, without --customer")
-    if args.json and args.run in (_run_daemon, create_index.run):
-        parser.error("--json needs a command that prints results")
+def _customer(text: str) -> str:
+    if any("\udc80" <= character <= "\udcff" for character in text):
+        raise argparse.ArgumentTypeError("the id is not valid in this terminal's encoding")
+    return text
 
 
 def _run_daemon(args: argparse.Namespace, settings: Settings) -> Exit:

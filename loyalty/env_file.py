@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 import stat
 from collections.abc import Iterable, Mapping
+from difflib import SequenceMatcher
 from pathlib import Path
 
 from dotenv.parser import parse_stream
@@ -19,10 +19,10 @@ from loyalty.parsers import os_error_text
 log = logging.getLogger("loyalty")
 
 _URI_NAMES = ("MONGODB_URI", "MONGODB_URI_FILE")
-# How similar two names are, as difflib's ratio from 0 to 1. MONGODB_USER and MONGODB_URI have
-# 0.87, ACCOUNTS_COLLECTION and RECOUNTS_COLLECTION 0.89, MONGO_URI and MONGODB_URI 0.90.
-SIMILARITY_CUTOFF = 0.8
-MISSPELLING_CUTOFF = 0.9
+# How similar two names are, from 0 to 1. MONGODB_USER and MONGODB_URI have 0.87,
+# ACCOUNTS_COLLECTION and RECOUNTS_COLLECTION 0.89, MONGO_URI and MONGODB_URI 0.90.
+MIN_SIMILARITY = 0.8
+MIN_MISSPELLING_SIMILARITY = 0.9
 
 
 def load_settings(
@@ -42,18 +42,11 @@ def load_settings(
     # A URI in the environment replaces both variables in the file.
     if any(name in from_environment for name in _URI_NAMES):
         values |= {name: from_environment.get(name, "") for name in _URI_NAMES}
-    misspelt, similar = _unknown_settings(in_file, values)
-    try:
-        settings = load(values, problems + misspelt)
-        set_log_format(settings.log_format)
-    except ConfigurationError:
-        set_log_format(values.get("LOG_FORMAT", ""))
-        raise
-    finally:
-        for name, other in similar.items():
-            log.warning("unknown_setting name=%s similar_to=%s", name, other)
-        if in_file and _is_readable_by_others(file):
-            log.warning('env_file_permissions error="others can read %s" fix="chmod 600"', file)
+    set_log_format(values.get("LOG_FORMAT", ""))
+    problems += _check_names(in_file, values)
+    if in_file and _is_readable_by_others(file):
+        log.warning('env_file_permissions error="others can read %s" fix="chmod 600"', file)
+    settings = load(values, problems)
     log.setLevel(settings.log_level)
     return settings
 
@@ -75,29 +68,29 @@ def read_env_file(path: Path) -> tuple[dict[str, str], list[str]]:
     return values, problems
 
 
-def _unknown_settings(
-    names: Iterable[str], values: Mapping[str, str]
-) -> tuple[list[str], dict[str, str]]:
-    """Return the problems with names in a file, and the harmless names that resemble a setting.
+def _check_names(in_file: Iterable[str], values: Mapping[str, str]) -> list[str]:
+    """Return a problem for each misspelt name in a file; log other names that resemble a setting.
 
-    A file may be shared with other programs, so a name is a problem only if it is probably a
-    misspelling, and the setting that it resembles has no value.
+    A file may be shared with other programs, so a name is a misspelling only if it is very similar
+    to a setting that has no value.
     """
     known = [*_URI_NAMES, *(spec.name for spec in setting_specs().values())]
-    problems, harmless = [], {}
-    for name in names:
-        similar = difflib.get_close_matches(name.upper(), known, n=1, cutoff=SIMILARITY_CUTOFF)
-        if name in known or not similar:
+    misspelt = []
+    for name in in_file:
+        similarity, setting = max((_similarity(name, setting), setting) for setting in known)
+        if name in known or similarity < MIN_SIMILARITY:
             continue
-        same = _URI_NAMES if similar[0] in _URI_NAMES else similar
+        same = _URI_NAMES if setting in _URI_NAMES else (setting,)
         has_value = any(values.get(other, "").strip() for other in same)
-        if has_value or not difflib.get_close_matches(
-            name.upper(), similar, cutoff=MISSPELLING_CUTOFF
-        ):
-            harmless[name] = similar[0]
+        if has_value or similarity < MIN_MISSPELLING_SIMILARITY:
+            log.warning("unknown_setting name=%s similar_to=%s", name, setting)
         else:
-            problems.append(f"unknown setting {name}, did you mean {similar[0]}?")
-    return problems, harmless
+            misspelt.append(f"unknown setting {name}, did you mean {setting}?")
+    return misspelt
+
+
+def _similarity(name: str, setting: str) -> float:
+    return SequenceMatcher(None, name.upper(), setting).ratio()
 
 
 def _is_readable_by_others(path: Path) -> bool:

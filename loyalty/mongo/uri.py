@@ -72,25 +72,30 @@ def check_uri(uri: str) -> list[str]:
     """
     if not uri.startswith(("mongodb://", "mongodb+srv://")):
         return ["must begin with mongodb:// or mongodb+srv://"]
-    userinfo, hosts, database, options = split_uri(uri)
-    written = re.split("[&;]", options) if options else []
-    names = {option: option.partition("=")[0] for option in written}
-    bad_options = [option for option in written if not _is_accepted(split_options, option)]
-    if (
-        not all(_HOST.fullmatch(host) for host in hosts.split(","))
-        or not _is_accepted(split_hosts, hosts)
-        or (uri.startswith("mongodb+srv") and re.search(r"[,:]", hosts))
-        or (f"//{userinfo}@" in uri and not _is_accepted(parse_userinfo, userinfo))
-        or not _is_accepted(database_name, database)
-        or "@" in database
-        or (bad_options and "@" in options)  # their names may be the end of a password
-    ):
-        return [_SYNTAX]
+    options = [option for option in re.split("[&;]", split_uri(uri)[3]) if option]
+    bad_options = [option for option in options if not _is_accepted(split_options, option)]
+    if not _has_valid_parts(uri) or (bad_options and "@" in "".join(options)):
+        return [_SYNTAX]  # without the names: with an "@" they may be the end of a password
     if bad_options:
-        return [f"unknown option, or bad value of option {names[o]!r}" for o in bad_options]
+        names = [option.partition("=")[0] for option in bad_options]
+        return [f"unknown option, or bad value of option {name!r}" for name in names]
     if not _is_accepted(_make_client, uri):
-        return [f"options do not go together, or not with the rest: {', '.join(names.values())}"]
+        together = ", ".join(option.partition("=")[0] for option in options)
+        return [f"options do not go together, or not with the rest: {together}"]
     return []
+
+
+def _has_valid_parts(uri: str) -> bool:
+    """Return whether everything before the options is valid."""
+    userinfo, hosts, database, _ = split_uri(uri)
+    if not all(_HOST.fullmatch(host) for host in hosts.split(",")):
+        return False
+    if uri.startswith("mongodb+srv") and re.search("[,:]", hosts):
+        return False
+    if f"//{userinfo}@" in uri and not _is_accepted(parse_userinfo, userinfo):
+        return False
+    has_database = _is_accepted(database_name, database) and "@" not in database
+    return has_database and _is_accepted(split_hosts, hosts)
 
 
 def _is_accepted(parse: Callable[[str], object], text: str) -> bool:
