@@ -182,16 +182,13 @@ class Daemon:
         """Log the error of a step that started then, and let the next one wait for the backoff."""
         pause = self._backoff.record_failure(started, max_seconds=self._interval_seconds)
         if isinstance(error, ServiceError):
-            fields = {"error": str(error), "retry_in": pause}
-            log.error('failed error="%s" retry_in=%.3gs', error, pause, extra={"fields": fields})
-            status = f"failed: {error}"
+            extra = {"fields": {"error": str(error), "retry_in": pause}}
+            log.error('failed error="%s" retry_in=%.3gs', error, pause, extra=extra)
+            self._schedule_next(f"failed: {error}", pause)
         else:
-            fields = {"error": type(error).__name__, "retry_in": pause}
-            log.error(
-                "internal_error retry_in=%.3gs", pause, exc_info=error, extra={"fields": fields}
-            )
-            status = "failed: internal error, see the log"
-        self._schedule_next(status, pause)
+            extra = {"fields": {"error": type(error).__name__, "retry_in": pause}}
+            log.error("internal_error retry_in=%.3gs", pause, exc_info=error, extra=extra)
+            self._schedule_next("failed: internal error, see the log", pause)
 
     def _schedule_next(self, status: str, seconds: float) -> None:
         self._due_at = time.monotonic() + seconds
@@ -216,11 +213,15 @@ class Daemon:
         self._reload_requested.clear()
         if self._is_connected:  # before, READY=1 at the end would be untrue
             systemd.notify_reloading()
+        status = "reload failed, the old settings are kept; see the log"
         try:
             self._job.reload()
-        except Exception as error:  # noqa: BLE001 -- logged here; the old settings still work
-            self._log_reload_failure(error)
-            status = "reload failed, the old settings are kept; see the log"
+        except ServiceError as error:
+            for problem in error.problems:
+                fields = {"error": problem}
+                log.error('reload_failed error="%s"', problem, extra={"fields": fields})
+        except Exception:  # the old settings still work
+            log.exception("internal_error during=reload")
         else:
             self._apply_intervals()
             self._backoff.reset()
@@ -229,13 +230,6 @@ class Daemon:
             status = "reloaded"
         if self._is_connected:
             systemd.notify("READY=1", f"STATUS={status}")
-
-    def _log_reload_failure(self, error: Exception) -> None:
-        if not isinstance(error, ServiceError):
-            log.error("internal_error during=reload", exc_info=error)
-            return
-        for problem in getattr(error, "problems", (str(error),)):
-            log.error('reload_failed error="%s"', problem, extra={"fields": {"error": problem}})
 
     def _apply_intervals(self) -> None:
         self._interval_seconds = self._job.interval.total_seconds()

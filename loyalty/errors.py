@@ -22,23 +22,20 @@ class Exit(IntEnum):
 class ServiceError(Exception):
     """The base class. Any other exception is a bug.
 
-    The message is one line for the operator, without secrets.
+    `problems` has one line for the operator for each problem, without secrets.
     """
 
     exit_code: ClassVar[Exit] = Exit.UNAVAILABLE
 
-
-class ConfigurationError(ServiceError):
-    """Settings, credentials, permissions or a server that only a person can correct.
-
-    `problems` has one line for each problem, without secrets.
-    """
-
-    exit_code = Exit.CONFIG
-
     def __init__(self, *problems: str) -> None:
         super().__init__("; ".join(problems))
         self.problems = problems
+
+
+class ConfigurationError(ServiceError):
+    """Settings, credentials, permissions or a server that only a person can correct."""
+
+    exit_code = Exit.CONFIG
 
 
 class NoPermission(ConfigurationError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from math import inf
 from pathlib import Path
@@ -80,9 +80,8 @@ class Metrics:
         except Exception as error:
             values = {}
             if isinstance(error, TooManyFailedUpdates):
-                values["loyalty_failed_updates"] = float(error.number)
-            outcome = "refused" if isinstance(error, RecountRefused) else "failed"
-            self.write([self._sample(_RECOUNTS, outcome)], values)
+                values["loyalty_failed_updates"] = error.number
+            self.write("refused" if isinstance(error, RecountRefused) else "failed", values)
             raise
 
     def record_recount(self, result: Result) -> None:
@@ -98,7 +97,7 @@ class Metrics:
             "loyalty_orders_of_unknown_customers": totals.orders_of_unknown_customers,
             "loyalty_orders_without_customer": totals.orders_without_customer,
         }
-        self.write([self._sample(_RECOUNTS, result.outcome)], values)
+        self.write(result.outcome, values)
 
     def check(self) -> str | None:
         """Return why the file cannot be written, or None."""
@@ -110,9 +109,9 @@ class Metrics:
         return None
 
     def write(
-        self, increments: Iterable[str] = (), values: Mapping[str, float] | None = None
+        self, outcome: Outcome | None = None, values: Mapping[str, float] | None = None
     ) -> None:
-        """Write all metrics, with these samples of counters one higher, and new values of gauges.
+        """Write all metrics, with one more recount of this outcome and new values of gauges.
 
         A failure is one warning.
         """
@@ -127,8 +126,8 @@ class Metrics:
                 as_of = self._sample("loyalty_as_of_timestamp_seconds")
                 live_as_of = self._sample("loyalty_live_as_of_timestamp_seconds")
                 samples[as_of] = max(samples[as_of], samples[live_as_of])
-                for sample in increments:
-                    samples[sample] += 1
+                if outcome is not None:
+                    samples[self._sample(_RECOUNTS, outcome)] += 1
                 _replace(self._file, _text(samples))
             except OSError as error:
                 self._warn_once("metrics_write_failed", f"{self._file}: {error.strerror}")

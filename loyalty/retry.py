@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import count
 from math import inf
 from typing import TypeVar
 
@@ -54,7 +53,7 @@ BACKOFF_RESET_SECONDS = 60.0
 SHORT_OUTAGE_RETRY = RetryPolicy(timeout_seconds=30, initial_seconds=0.5, max_seconds=8)
 """Within one command: an election takes about 10 seconds, and may have to be repeated."""
 
-ORPHANED_WRITES_POLL = RetryPolicy(initial_seconds=0.05, max_seconds=0.5, jitter=0)
+ORPHANED_WRITES_RETRY = RetryPolicy(initial_seconds=0.05, max_seconds=0.5, jitter=0)
 """Until the server has finished the writes of an earlier process, or connecting takes too long."""
 
 
@@ -78,44 +77,19 @@ def retry(
     `on_retry` is called before each pause with the number of the attempt that follows, 2 after the
     first failure, and the error. Raises the last error when the policy gives up.
     """
-    delays = _delays(policy, clock)
-    for attempt in count(2):
+    failures, deadline = 0, inf
+    while True:
         try:
             return operation()
         except Exception as error:
-            delay = next(delays, None) if is_retryable(error) else None
-            if delay is None:
+            failures += 1
+            if failures == 1:
+                deadline = clock() + policy.timeout_seconds
+            delay = policy.delay_seconds(failures)
+            if not is_retryable(error) or clock() + delay > deadline:
                 raise
-            on_retry(attempt, error)
+            on_retry(failures + 1, error)
         sleep(delay)
-    raise AssertionError("unreachable: count() does not end")
-
-
-def poll(
-    is_done: Callable[[], bool],
-    policy: RetryPolicy,
-    *,
-    clock: Clock = time.monotonic,
-    sleep: Sleep = time.sleep,
-) -> bool:
-    """Call `is_done` until it returns True; return False if the policy gives up before."""
-    delays = _delays(policy, clock)
-    while not is_done():
-        delay = next(delays, None)
-        if delay is None:
-            return False
-        sleep(delay)
-    return True
-
-
-def _delays(policy: RetryPolicy, clock: Clock) -> Iterator[float]:
-    """Yield the pause after each failure; end when there is to be no further attempt."""
-    deadline = clock() + policy.timeout_seconds  # runs from the first next(): the first failure
-    for failures in count(1):
-        delay = policy.delay_seconds(failures)
-        if clock() + delay > deadline:
-            return
-        yield delay
 
 
 class Backoff:

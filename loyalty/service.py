@@ -59,7 +59,7 @@ class Service:
     def _apply_settings(self, settings: Settings) -> None:
         self.settings = settings
         self.metrics = Metrics(settings, self.state)
-        self.updater = LiveUpdater(settings, self._limits)
+        self.updater = LiveUpdater(settings, self._limits, self.state)
         self._history = History(None, settings)
 
     def connect(self) -> None:
@@ -71,9 +71,7 @@ class Service:
         self.metrics.refresh_if_due()
         try:
             self._connection = connect_and_verify(self.settings, writing=True)
-        except ConfigurationError as error:
-            if not any(isinstance(e, AuthenticationFailed) for e in (error, error.__cause__)):
-                raise
+        except AuthenticationFailed:
             uri = self._load_settings().mongodb_uri
             if uri == self.settings.mongodb_uri:
                 raise
@@ -88,7 +86,6 @@ class Service:
         if self._connection is not None:
             self._connection.client.close()
             self._connection = None
-        self._read_live_state()
 
     def reload(self) -> None:
         """Read all settings again, and use them from the next recount on.
@@ -135,7 +132,6 @@ class Service:
             raise
         self.state.result = result
         self.updater.finish_recount(result)
-        self._read_live_state()
         self.metrics.record_recount(result)
         return RecountOutcome(self.state.status, self.updater.retry_after_seconds())
 
@@ -152,19 +148,17 @@ class Service:
         with self._stop_live_updates_on_error():
             try:
                 self.updater.update(self._connection, seconds, on_progress)
-                self._read_live_state()
                 self._report_if_due(self._connection, on_progress)
             except ResyncRequired as error:
                 self.updater.stop_for_resync()
-                self._read_live_state()
                 reason = error
             else:
                 return None
         return self._resync(reason, on_progress)
 
     def _resync(self, reason: ResyncRequired, on_progress: ProgressCallback) -> RecountOutcome:
-        is_repeated = time.monotonic() - self._resync_at < MIN_RESYNC_INTERVAL_SECONDS
-        if is_repeated:  # the daemon retries with backoff
+        if time.monotonic() - self._resync_at < MIN_RESYNC_INTERVAL_SECONDS:
+            # The daemon retries with backoff.
             raise DatabaseUnavailable(f"{reason}, again within {MIN_RESYNC_INTERVAL_SECONDS:g} s")
         log.info('resync reason="%s"', reason)
         try:
@@ -179,12 +173,7 @@ class Service:
             yield
         except BaseException as error:
             self.updater.stop(type(error).__name__)
-            self._read_live_state()
             raise
-
-    def _read_live_state(self) -> None:
-        self.state.live = self.updater.heartbeat()
-        self.state.live_lag_seconds = self.updater.lag_seconds() if self.state.live else 0.0
 
     def _report_if_due(self, connection: Connection, on_progress: ProgressCallback) -> None:
         """Report the progress of live updates: in the heartbeat, the metrics and to systemd."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from functools import partial
 
 from bson import ObjectId, Timestamp
 
@@ -27,20 +26,17 @@ def open_watcher(
     Raises ServiceError.
     """
     limits = limits or LiveLimits()
-    attempt = partial(_open_watcher, connection, settings, limits)
+
+    def attempt() -> tuple[ChangeStreamWatcher, Timestamp]:
+        start_after = pin_cluster_time(connection)
+        if start_after is None:
+            server = connection.snapshot_unsupported_reason or "a server without snapshots"
+            raise ConfigurationError(f"{server} has no change streams for this")
+        if problem := find_index_problem(connection.orders, settings):
+            raise ConfigurationError(f"each update would read all orders: {problem}")
+        return ChangeStreamWatcher(connection, settings, start_after, limits), start_after
+
     return retry(attempt, limits.opening_retry)
-
-
-def _open_watcher(
-    connection: Connection, settings: Settings, limits: LiveLimits
-) -> tuple[ChangeStreamWatcher, Timestamp]:
-    start_after = pin_cluster_time(connection)
-    if start_after is None:
-        server = connection.snapshot_unsupported_reason or "a server without snapshots"
-        raise ConfigurationError(f"{server} has no change streams for this")
-    if problem := find_index_problem(connection.orders, settings):
-        raise ConfigurationError(f"each update would read all orders: {problem}")
-    return ChangeStreamWatcher(connection, settings, start_after, limits), start_after
 
 
 def find_live_updates_problem(connection: Connection, settings: Settings) -> str | None:

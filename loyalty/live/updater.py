@@ -28,6 +28,7 @@ from loyalty.recount.runner import RecountRequest, run_recount
 from loyalty.recount.safety import check_live_update
 from loyalty.recount.tally import Totals
 from loyalty.retry import RetryPolicy
+from loyalty.state import ServiceState
 
 log = logging.getLogger("loyalty")
 
@@ -43,12 +44,13 @@ class LiveUpdater:
     It is used by one thread. Its methods raise ServiceError; the caller then calls `stop`.
     """
 
-    def __init__(self, settings: Settings, limits: LiveLimits) -> None:
+    def __init__(self, settings: Settings, limits: LiveLimits, service_state: ServiceState) -> None:
         self.state = LiveState.OFF
         self.newest = NEVER
         """The newest cluster time that any recount has counted at. None may go back before it."""
         self._settings = settings
         self._limits = limits
+        self._service_state = service_state
         self._watcher: ChangeStreamWatcher | None = None
         self._is_blocked = False
         self._failed_openings = 0
@@ -63,13 +65,12 @@ class LiveUpdater:
 
     def _enter(self, state: LiveState) -> None:
         """Go to another state; the change stream is closed if the state has none."""
-        if state is self.state:
-            return
-        assert (self.state, state) in TRANSITIONS, f"{self.state} -> {state}"
+        assert state is self.state or (self.state, state) in TRANSITIONS, f"{self.state} -> {state}"
         if self._watcher is not None and not state.has_stream:
             self._watcher.close()
             self._watcher = None
         self.state = state
+        self._report_state()
 
     def start(self, connection: Connection) -> Timestamp:
         """Open the change stream before a full recount, if live updates are wanted.
@@ -97,12 +98,12 @@ class LiveUpdater:
         self._full_recount = result
         self._decreased = 0
         self._is_blocked = False
-        self.newest = max(self.newest, *result.count.snapshots, NEVER)
+        self.newest = max([self.newest, *result.count.snapshots])
         if self._watcher is None:
             self._enter(LiveState.OFF)
             return
         if result.count.has_mixed_case_ids:
-            self._warn_of_mixed_case()
+            self._warn_once("live_updates_unavailable", describe_mixed_case(self._settings))
             self.stop("ids in mixed case")
             return
         oldest = min(result.count.snapshots, default=NEVER)
@@ -150,12 +151,13 @@ class LiveUpdater:
                 # The full recount that follows is exact; it must not open the stream again, or
                 # each change of such an order would cause another full recount.
                 self._is_blocked = True
-                self._warn_of_mixed_case()
+                self._warn_once("live_updates_unavailable", describe_mixed_case(self._settings))
                 raise ResyncRequired("a changed order has a customer id in mixed case")
             if changes.customers:
                 self._recount_customers(connection, changes, at, on_progress)
         if self.state is LiveState.LIVE:
             self._as_of = max(self._as_of, changes.reported_until)
+            self._report_state()
 
     def _check_pause(self, watcher: ChangeStreamWatcher) -> None:
         """Raise ResyncRequired if the mass change is over, or the pause has taken too long."""
@@ -173,18 +175,20 @@ class LiveUpdater:
         if problem := find_index_problem(connection.orders, self._settings):
             raise ResyncRequired(f"each update would read all orders: {problem}")
 
-    def heartbeat(self) -> Heartbeat | None:
-        """Return the progress of live updates, or None in every state but `live`."""
-        if self._watcher is None or self.state is not LiveState.LIVE:
-            return None
-        return Heartbeat(
-            live_since=self._watcher.since,
-            as_of=self._as_of.as_datetime(),
-            last_event=self._watcher.last_event,
-            last_update=self._last_update,
-            users_updated=self._users_updated,
-            waiting=self._watcher.pending_count(),
-        )
+    def _report_state(self) -> None:
+        """Report the progress of live updates, or in every state but `live` that there is none."""
+        live = None
+        if self._watcher is not None and self.state is LiveState.LIVE:
+            live = Heartbeat(
+                live_since=self._watcher.since,
+                as_of=self._as_of.as_datetime(),
+                last_event=self._watcher.last_event,
+                last_update=self._last_update,
+                users_updated=self._users_updated,
+                waiting=self._watcher.pending_count(),
+            )
+        self._service_state.live = live
+        self._service_state.live_lag_seconds = self.lag_seconds() if live else 0.0
 
     def lag_seconds(self) -> float:
         """Return for how long the oldest pending change has been waiting."""
@@ -209,7 +213,7 @@ class LiveUpdater:
         except RecountRefused as error:
             self._pause(error)
             return
-        self.newest = max(self.newest, *result.count.snapshots, NEVER)
+        self.newest = max([self.newest, *result.count.snapshots])
         self._decreased += result.totals.decreased
         self._users_updated += result.written
         self._last_update = datetime.now(UTC)
@@ -242,6 +246,3 @@ class LiveUpdater:
         else:
             self._paused_at = now
             self._enter(LiveState.PAUSED)
-
-    def _warn_of_mixed_case(self) -> None:
-        self._warn_once("live_updates_unavailable", describe_mixed_case(self._settings))

@@ -19,7 +19,7 @@ from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.privileges import collection_type, require_privileges
 from loyalty.mongo.uri import parse_options, split_uri
 from loyalty.mongo.values import READABLE_CODEC
-from loyalty.retry import ORPHANED_WRITES_POLL, poll
+from loyalty.retry import ORPHANED_WRITES_RETRY, retry
 
 log = logging.getLogger("loyalty")
 
@@ -103,7 +103,7 @@ def connect(
         with pymongo.timeout(timeout_seconds):
             connection = _inspect_server(client, settings)
             if verify:
-                _verify_access(connection, settings, writing=writing)
+                _verify_access(connection, writing=writing)
         if writing:
             _wait_for_orphaned_writes(connection, timeout_seconds)
     except AuthenticationFailed as error:
@@ -194,7 +194,7 @@ def _warn_of_clock_skew(server_time: datetime | None) -> None:
         log.warning('clock_skew seconds=%d clock="%s the server"', abs(ahead), relation)
 
 
-def _verify_access(connection: Connection, settings: Settings, *, writing: bool) -> None:
+def _verify_access(connection: Connection, *, writing: bool) -> None:
     # A ping succeeds without credentials, so access is verified by a query.
     for collection in (connection.orders, connection.users):
         with map_driver_errors("find", collection):
@@ -204,7 +204,7 @@ def _verify_access(connection: Connection, settings: Settings, *, writing: bool)
         kind = collection_type(users.database, users.name)
         if kind not in (None, "collection"):
             raise ConfigurationError(f"{users.full_name} is a {kind}, which cannot be updated")
-        require_privileges(connection.client, settings.database, {users.name: ["update"]})
+        require_privileges(users, "update")
 
 
 def _wait_for_orphaned_writes(connection: Connection, timeout_seconds: float) -> None:
@@ -229,10 +229,12 @@ def _wait_for_orphaned_writes(connection: Connection, timeout_seconds: float) ->
         with map_driver_errors("$currentOp", connection.hosts):
             return {operation["opid"] for operation in admin.aggregate(pipeline)}
 
-    policy = replace(ORPHANED_WRITES_POLL, timeout_seconds=timeout_seconds)
-    try:
-        orphaned = running()
-        if orphaned and not poll(lambda: not orphaned & running(), policy):
+    def check_finished() -> None:
+        if orphaned & running():
             raise DatabaseUnavailable(f"updates of an earlier process to {users} are still running")
+
+    try:
+        if orphaned := running():
+            retry(check_finished, replace(ORPHANED_WRITES_RETRY, timeout_seconds=timeout_seconds))
     except ConfigurationError as error:
         log.warning('orphaned_writes_unknown error="%s"', error)

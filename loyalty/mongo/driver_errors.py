@@ -9,9 +9,11 @@ import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 from pymongo import errors as driver
+from pymongo.collection import Collection
+from pymongo.database import Database
 from pymongo.errors import BulkWriteError, OperationFailure, PyMongoError
 
 from loyalty.errors import (
@@ -40,16 +42,9 @@ _SPLIT_HORIZON_CHANGE = CODES[DatabaseUnavailable]["SplitHorizonChange"]
 _SNAPSHOT_TOO_OLD = CODES[SnapshotTooOld]["SnapshotTooOld"]
 
 
-class _Named(Protocol):
-    """A collection or a database; the latter has no `full_name`."""
-
-    @property
-    def name(self) -> str: ...
-
-
 @contextmanager
 def map_driver_errors(
-    action: str, target: _Named | str, *, if_too_slow: str = ""
+    action: str, target: Collection[Any] | Database[Any] | str, *, if_too_slow: str = ""
 ) -> Iterator[None]:
     """Turn any error of the driver into a ServiceError.
 
@@ -59,7 +54,9 @@ def map_driver_errors(
     try:
         yield
     except (PyMongoError, OSError) as error:
-        where = target if isinstance(target, str) else getattr(target, "full_name", target.name)
+        where = target if isinstance(target, str) else target.name
+        if isinstance(target, Collection):
+            where = target.full_name
         preposition = "to" if action == "connect" else "on"
         raise _map(error, f"{action} {preposition} {where}", if_too_slow) from error
 
@@ -80,28 +77,31 @@ def _map(error: PyMongoError | OSError, action: str, if_too_slow: str) -> Servic
         # A bulk write whose write concern failed has its text and code in here.
         for concern_error in details.get("writeConcernErrors", []):
             details = concern_error
-        return _map_server_error(
-            details, details.get("code", getattr(error, "code", None)), action, if_too_slow
-        )
-    failed, reason = f"{action} failed", _one_line(str(error))
+        code = details.get("code", getattr(error, "code", None))
+        return _map_server_error(details, code, action, if_too_slow)
+    return _map_client_error(error, action)
+
+
+def _map_client_error(error: PyMongoError | OSError, action: str) -> ServiceError:
+    """Map an error that is not a reply of the server."""
+    error_type: type[ServiceError] = DatabaseUnavailable
+    reason = _one_line(str(error))
     if _is_certificate_error(str(error)):
-        return ConfigurationError(f"{failed}: {reason}")
-    if "SSL handshake failed" in reason:
+        error_type = ConfigurationError
+    elif "SSL handshake failed" in reason:
         # A server without TLS closes the connection, and so does a load balancer without servers.
-        return DatabaseUnavailable(
-            f"{failed}: {reason}; check that the server and the URI agree on TLS"
-        )
-    if "[Errno -2]" in reason or "[Errno -5]" in reason:  # getaddrinfo's EAI_NONAME, EAI_NODATA
-        return DatabaseUnavailable(f"{failed}: the host name cannot be resolved")
-    if isinstance(error, driver.NetworkTimeout):  # the driver names the options that set the limit
-        return DatabaseUnavailable(f"{failed}: {str(error)[:_MAX_REASON_LENGTH]}")
-    if isinstance(error, driver.InvalidOperation) and "after close" in reason:
-        return ClientUnusable(f"{failed}: {reason}")
+        reason += "; check that the server and the URI agree on TLS"
+    elif "[Errno -2]" in reason or "[Errno -5]" in reason:  # getaddrinfo's EAI_NONAME, EAI_NODATA
+        reason = "the host name cannot be resolved"
+    elif isinstance(error, driver.NetworkTimeout):  # the driver names the options with the limit
+        reason = str(error)[:_MAX_REASON_LENGTH]
+    elif isinstance(error, driver.InvalidOperation) and "after close" in reason:
+        error_type = ClientUnusable
+    elif isinstance(error, driver.ConfigurationError | OSError) and not _is_dns_error(error):
+        error_type = ConfigurationError  # an OSError: a certificate file is missing, or is none
     if "load balancing mode" in reason:
         reason += ": remove loadBalanced=true from the URI"
-    # An OSError: a certificate file that is missing or no certificate.
-    permanent = isinstance(error, driver.ConfigurationError | OSError) and not _is_dns_error(error)
-    return (ConfigurationError if permanent else DatabaseUnavailable)(f"{failed}: {reason}")
+    return error_type(f"{action} failed: {reason}")
 
 
 def _map_write_errors(details: Mapping[str, Any], action: str) -> ServiceError:
@@ -126,7 +126,7 @@ def _map_server_error(
     details: Mapping[str, Any], code: int | None, action: str, if_too_slow: str
 ) -> ServiceError:
     # Not str() of the driver's error: it ends with the whole reply, with commands and documents.
-    failed, reason = f"{action} failed", _one_line(str(details.get("errmsg", "no reason given")))
+    reason = _one_line(str(details.get("errmsg", "no reason given")))
     if code == _ILLEGAL_OPERATION and "writeErrors" in details:  # the driver's own reply, no text
         reason = "this server does not support retryable writes: add retryWrites=false to the URI"
     error_type = _classify(code, details, reason)
@@ -140,7 +140,7 @@ def _map_server_error(
         return QueryTimeout(f"{action} took too long" + (f": {if_too_slow}" if if_too_slow else ""))
     if error_type is UnsupportedServer:
         return UnsupportedServer(f"this server does not support what the service needs: {reason}")
-    message = f"{failed}: {reason} ({describe(code, details.get('codeName', ''))})"
+    message = f"{action} failed: {reason} ({describe(code, details.get('codeName', ''))})"
     if code == _SNAPSHOT_TOO_OLD:
         message += (
             "; if this repeats, raise the server's parameter minSnapshotHistoryWindowInSeconds "
