@@ -1,7 +1,5 @@
 """Settings: each is declared once, parsed from a mapping, and immutable."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

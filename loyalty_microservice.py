@@ -1,8 +1,6 @@
 #!/usr/bin/env python3
 """The entry point: answers signals during the imports, then runs `loyalty.cli`."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

@@ -1,7 +1,5 @@
 """The command line: arguments, dispatch, exit codes."""
 
-from __future__ import annotations
-
 import argparse
 import io
 import logging
@@ -29,11 +27,9 @@ from loyalty.commands.output import ResultsNotWritten, flush_results
 from loyalty.daemon import Daemon
 from loyalty.env_file import load_settings
 from loyalty.errors import ConfigurationError, Exit, RecountRefused, ServiceError
-from loyalty.logs import log_to_stderr
+from loyalty.logs import log, log_to_stderr
 from loyalty.service import Service
 from loyalty.systemd import update_environment
-
-log = logging.getLogger("loyalty")
 
 ENV_FILE = Path(__file__).parents[1] / ".env"
 _DESCRIPTION = """\

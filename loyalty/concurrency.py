@@ -1,8 +1,5 @@
 """Concurrency: an ordered parallel map, and progress reports for long work."""
 
-from __future__ import annotations
-
-import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -12,7 +9,7 @@ from itertools import chain, islice
 from threading import Event
 from typing import TypeVar
 
-log = logging.getLogger("loyalty")
+from loyalty.logs import log
 
 REPORT_SECONDS = 5.0
 

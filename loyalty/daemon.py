@@ -5,9 +5,6 @@ So a signal is handled at once, also while the worker waits for a server that do
 write can be repeated, and the process simply ends without the worker.
 """
 
-from __future__ import annotations
-
-import logging
 import select
 import signal
 import socket
@@ -23,9 +20,8 @@ import schedule
 from loyalty import systemd
 from loyalty.concurrency import ProgressCallback
 from loyalty.errors import ConfigurationError, ServiceError
+from loyalty.logs import log
 from loyalty.retry import Backoff
-
-log = logging.getLogger("loyalty")
 
 TICK_SECONDS = 1.0
 """The longest time until the worker notices that something is due or was asked for."""

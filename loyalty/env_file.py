@@ -1,8 +1,5 @@
 """The `.env` file, and the settings from it and the environment."""
 
-from __future__ import annotations
-
-import logging
 import os
 import stat
 from collections.abc import Iterable, Mapping
@@ -13,10 +10,8 @@ from dotenv.parser import parse_stream
 
 from config import Settings, load, setting_specs
 from loyalty.errors import ConfigurationError
-from loyalty.logs import set_log_format
+from loyalty.logs import log, set_log_format
 from loyalty.parsers import os_error_text
-
-log = logging.getLogger("loyalty")
 
 _URI_NAMES = ("MONGODB_URI", "MONGODB_URI_FILE")
 # How similar two names are, from 0 to 1. MONGODB_USER and MONGODB_URI have 0.87,

@@ -1,7 +1,5 @@
 """The errors of the service, and the exit code that each ends a command with."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from enum import IntEnum
 from typing import ClassVar

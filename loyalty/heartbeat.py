@@ -1,7 +1,5 @@
 """The heartbeat of live updates, and how old points may be."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 

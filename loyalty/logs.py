@@ -5,8 +5,6 @@ in `log.info("connected host=%s", host)`. If the format string itself has a vari
 `extra={"event": name}` gives it. The values that programs need are also in `extra={"fields": {}}`.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

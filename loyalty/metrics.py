@@ -1,7 +1,5 @@
 """METRICS_FILE: the metrics of recounts, for node_exporter's textfile collector."""
 
-from __future__ import annotations
-
 import tempfile
 import threading
 import time

@@ -1,7 +1,5 @@
 """Parsers of the values of settings: each returns the value, or raises ValueError."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Mapping

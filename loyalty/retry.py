@@ -1,7 +1,5 @@
 """Retries and backoff: how long to wait after a failure, and when to give up."""
 
-from __future__ import annotations
-
 import random
 import time
 from collections.abc import Callable

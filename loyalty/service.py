@@ -1,8 +1,5 @@
 """The daemon's job: the connection, full recounts, and live updates between them."""
 
-from __future__ import annotations
-
-import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,13 +22,12 @@ from loyalty.heartbeat import HEARTBEAT_INTERVAL
 from loyalty.history import History
 from loyalty.live.updater import LiveUpdater
 from loyalty.live.watcher import LiveLimits
+from loyalty.logs import log
 from loyalty.metrics import Metrics
 from loyalty.mongo.connection import Connection
 from loyalty.recount.preflight import connect_and_verify
 from loyalty.recount.runner import RecountRequest, run_recount
 from loyalty.state import ServiceState
-
-log = logging.getLogger("loyalty")
 
 REFUSED_RETRY_SECONDS = 600.0  # an operator may correct the data meanwhile
 MIN_RESYNC_INTERVAL_SECONDS = 10.0  # a stream that ends at once must not mean recounts in a loop

@@ -1,7 +1,5 @@
 """The state that the service reports: to systemd, in the heartbeat and in the metrics."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from loyalty.heartbeat import Heartbeat

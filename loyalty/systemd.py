@@ -1,7 +1,5 @@
 """The service's side of systemd's protocols: notifications, the watchdog and the environment."""
 
-from __future__ import annotations
-
 import os
 import socket
 import time

@@ -3,8 +3,6 @@
 It changes no document. Everything that it prints is exact.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 

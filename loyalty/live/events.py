@@ -1,7 +1,5 @@
 """The events of the change stream: which of them can change a count, and for which customers."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any

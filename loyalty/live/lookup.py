@@ -1,7 +1,5 @@
 """The look-up of the customers of updated orders, whose events hold only the order's `_id`."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

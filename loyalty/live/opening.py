@@ -1,21 +1,16 @@
 """Opening the change stream, and what can be in the way of live updates."""
 
-from __future__ import annotations
-
-import logging
-
 from bson import ObjectId, Timestamp
 
 from config import Settings
 from loyalty.errors import ConfigurationError, ServiceError
 from loyalty.live.watcher import ChangeStreamWatcher, LiveLimits
+from loyalty.logs import log
 from loyalty.mongo.connection import Connection
 from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.recount.index import find_index_problem
 from loyalty.recount.snapshot import pin_cluster_time
 from loyalty.retry import retry
-
-log = logging.getLogger("loyalty")
 
 
 def open_watcher(

@@ -1,7 +1,5 @@
 """The state of live updates, and the one table of its transitions."""
 
-from __future__ import annotations
-
 from enum import StrEnum
 
 

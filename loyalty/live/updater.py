@@ -1,8 +1,5 @@
 """Live updates: recount the customers whose orders have changed, as soon as they have."""
 
-from __future__ import annotations
-
-import logging
 import time
 from datetime import UTC, datetime
 from math import inf
@@ -19,7 +16,7 @@ from loyalty.live.lookup import resolve_customers
 from loyalty.live.opening import describe_mixed_case, open_watcher, warn_if_pre_images_are_off
 from loyalty.live.state import TRANSITIONS, LiveState
 from loyalty.live.watcher import ChangeStreamWatcher, LiveLimits
-from loyalty.logs import WarnOnce
+from loyalty.logs import WarnOnce, log
 from loyalty.mongo.connection import Connection
 from loyalty.recount.counter import Customers
 from loyalty.recount.index import find_index_problem
@@ -29,8 +26,6 @@ from loyalty.recount.safety import check_live_update
 from loyalty.recount.tally import Totals
 from loyalty.retry import RetryPolicy
 from loyalty.state import ServiceState
-
-log = logging.getLogger("loyalty")
 
 NEVER = Timestamp(0, 0)
 REOPENING_RETRY = RetryPolicy(initial_seconds=60, max_seconds=600)

@@ -4,9 +4,6 @@ A thread reads the stream and only adds to the pending changes. The worker threa
 counts at the cluster time of the newest one or later.
 """
 
-from __future__ import annotations
-
-import logging
 import threading
 import time
 from dataclasses import dataclass
@@ -25,12 +22,11 @@ from loyalty.live.events import (
     change_stream_pipeline,
     read_watermark,
 )
+from loyalty.logs import log
 from loyalty.mongo.connection import Connection
 from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.values import READABLE_CODEC, Document, get_nested
 from loyalty.retry import RetryPolicy
-
-log = logging.getLogger("loyalty")
 
 MAX_PENDING = 100_000  # changes; one full recount is cheaper than a live update of more
 MAX_AWAIT_MS = 1_000  # the server answers each getMore of the stream within this time

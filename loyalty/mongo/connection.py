@@ -1,8 +1,5 @@
 """The connection to MongoDB: made, and verified to allow what the service must do."""
 
-from __future__ import annotations
-
-import logging
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Self
@@ -15,13 +12,12 @@ from pymongo.read_concern import ReadConcern
 
 from config import Settings
 from loyalty.errors import AuthenticationFailed, ConfigurationError, DatabaseUnavailable
+from loyalty.logs import log
 from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.privileges import collection_type, require_privileges
 from loyalty.mongo.uri import parse_options, split_uri
 from loyalty.mongo.values import READABLE_CODEC
 from loyalty.retry import ORPHANED_WRITES_RETRY, retry
-
-log = logging.getLogger("loyalty")
 
 CONNECT_TIMEOUT_SECONDS = 5.0
 MAX_CLOCK_SKEW_SECONDS = 60

@@ -3,9 +3,6 @@
 Every call of the driver is made inside `with map_driver_errors(...)`.
 """
 
-from __future__ import annotations
-
-import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,9 +26,8 @@ from loyalty.errors import (
     SnapshotTooOld,
     UnsupportedServer,
 )
+from loyalty.logs import log
 from loyalty.mongo.error_codes import CODES, classify, describe
-
-log = logging.getLogger("loyalty")
 
 _MAX_REASON_LENGTH = 300
 

@@ -7,8 +7,6 @@ table has only those transient codes that a server may report for one update of 
 error of an update, the codes of ConfigurationError mean: this document cannot be updated.
 """
 
-from __future__ import annotations
-
 from loyalty.errors import (
     AuthenticationFailed,
     ClientUnusable,

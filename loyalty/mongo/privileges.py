@@ -3,8 +3,6 @@
 Both are read from the server, not tested by writing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

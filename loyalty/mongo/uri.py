@@ -1,7 +1,5 @@
 """MongoDB URIs: their parts, and what is wrong with one, without showing a credential."""
 
-from __future__ import annotations
-
 import re
 import warnings
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """BSON values in Python: decoding without failures, and texts for people."""
 
-from __future__ import annotations
-
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
