@@ -11,8 +11,6 @@ from typing import TypeVar
 
 from loyalty.logs import log
 
-REPORT_SECONDS = 5.0
-
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -72,7 +70,7 @@ def map_ordered(
 
 
 class Progress:
-    """Reports every few seconds how far long work has come: to the log and to a callback."""
+    """Reports every `report_seconds` how far long work has come: to the log and to a callback."""
 
     def __init__(
         self,
@@ -80,7 +78,7 @@ class Progress:
         total: int,
         on_progress: ProgressCallback,
         *,
-        report_seconds: float = REPORT_SECONDS,
+        report_seconds: float = 5.0,
     ) -> None:
         self._activity = activity
         self._total = total

@@ -23,9 +23,6 @@ from loyalty.errors import ConfigurationError, ServiceError
 from loyalty.logs import log
 from loyalty.retry import Backoff
 
-TICK_SECONDS = 1.0
-"""The longest time until the worker notices that something is due or was asked for."""
-
 
 @dataclass(frozen=True)
 class RecountOutcome:
@@ -38,18 +35,18 @@ class RecountOutcome:
 
 
 class Job(Protocol):
-    """What the daemon repeats. Each method may raise ServiceError."""
+    """What the daemon repeats. Each method may raise ServiceError.
+
+    The properties are read at start and after each `reload`.
+    """
 
     @property
     def interval(self) -> timedelta:
-        """The time between two recounts; read at start and after each `reload`."""
+        """The time between two recounts."""
 
     @property
     def stall_timeout(self) -> timedelta:
-        """How long a method may go without calling `on_progress` before it counts as hung.
-
-        Read as `interval` is.
-        """
+        """How long a method may go without calling `on_progress` before it counts as hung."""
 
     def connect(self) -> object:
         """Do what has to succeed once before the first recount."""
@@ -58,15 +55,15 @@ class Job(Protocol):
         """Do one recount. A refused recount is an outcome, not an error."""
 
     def run_between(self, seconds: float, on_progress: ProgressCallback) -> RecountOutcome | None:
-        """Wait about `seconds`, and process live updates meanwhile.
+        """Do live updates for about `seconds`; return the outcome if that was a recount.
 
-        Returns the outcome if that was a recount. Also called before `connect` has succeeded.
+        Also called before `connect` has succeeded.
         """
 
     def reload(self) -> None:
-        """Read the settings again; the next `recount`, or `connect`, uses them.
+        """Read the settings again, for the next `recount` or `connect`.
 
-        Raises ConfigurationError if a setting is wrong. The current settings then stay in use.
+        Raises ConfigurationError if one is wrong; the current settings then stay in use.
         """
 
 
@@ -78,10 +75,11 @@ class Daemon:
     - SIGHUP makes the job reload its settings between two recounts. If they are right, a recount
       follows at once; if not, the error is logged and nothing else changes.
     - systemd's watchdog is fed until the job has not made progress for its `stall_timeout`.
+    - What is due or was asked for waits at most `tick_seconds`.
     """
 
     def __init__(
-        self, job: Job, *, backoff: Backoff | None = None, tick_seconds: float = TICK_SECONDS
+        self, job: Job, *, backoff: Backoff | None = None, tick_seconds: float = 1.0
     ) -> None:
         self._job = job
         self._backoff = backoff or Backoff()

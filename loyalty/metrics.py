@@ -15,8 +15,6 @@ from loyalty.logs import WarnOnce
 from loyalty.recount.result import Outcome, Result
 from loyalty.state import ServiceState
 
-REFRESH_SECONDS = 60.0  # after 300 without a write, the alert says that the service is down
-
 _RECOUNTS = "loyalty_recounts_total"
 _COUNTERS = {_RECOUNTS: "Recounts by outcome"}
 _GAUGES = {
@@ -41,6 +39,9 @@ class Metrics:
 
     The counters and the last success are read back from the file, so they survive a restart and
     runs of `--once` add up. Safe to call from several threads.
+
+    The file is written every `refresh_seconds` at least: after 300 without a write, the alert says
+    that the service is down.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class Metrics:
         settings: Settings,
         state: ServiceState | None = None,
         *,
-        refresh_seconds: float = REFRESH_SECONDS,
+        refresh_seconds: float = 60.0,
     ) -> None:
         self._file = Path(settings.metrics_file) if settings.metrics_file else None
         labels = {

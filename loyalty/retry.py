@@ -45,9 +45,6 @@ class RetryPolicy:
 DAEMON_BACKOFF = RetryPolicy(initial_seconds=10, max_seconds=300)
 """After a recount or a connection that failed; the daemon never gives up."""
 
-BACKOFF_RESET_SECONDS = 60.0
-"""Idle time without a failure after which the daemon's next failure counts as the first."""
-
 SHORT_OUTAGE_RETRY = RetryPolicy(timeout_seconds=30, initial_seconds=0.5, max_seconds=8)
 """Within one command: an election takes about 10 seconds, and may have to be repeated."""
 
@@ -101,7 +98,7 @@ class Backoff:
         self,
         policy: RetryPolicy = DAEMON_BACKOFF,
         *,
-        reset_seconds: float = BACKOFF_RESET_SECONDS,
+        reset_seconds: float = 60.0,
         clock: Clock = time.monotonic,
     ) -> None:
         self._policy = policy

@@ -7,8 +7,6 @@ from contextlib import suppress
 from math import inf
 from pathlib import Path
 
-RELOADED_ENVIRONMENT = "environment"
-"""A file in the runtime directory, see `update_environment` and ExecReload= of the unit."""
 # systemd sets these for the main process only, or with another value for each process.
 _MAIN_PROCESS_VARIABLES = {
     "JOURNAL_STREAM",
@@ -55,15 +53,15 @@ def update_environment() -> None:
     """Copy the environment written by `systemctl reload` into this process.
 
     systemd reads EnvironmentFile= again for each command of a unit, but cannot change the
-    environment of a process that runs. So ExecReload= of the unit leaves its own environment in
-    the runtime directory, with a null byte after each variable. Nothing changes if there has been
-    no `systemctl reload`.
+    environment of a process that runs. So ExecReload= of the unit leaves its own environment in a
+    file in the runtime directory, with a null byte after each variable. Without that file nothing
+    changes.
     """
     directory = os.environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]
     if not directory:
         return
     try:
-        content = Path(directory, RELOADED_ENVIRONMENT).read_bytes()
+        content = Path(directory, "environment").read_bytes()
     except FileNotFoundError:
         return
     found = dict(line.split("=", 1) for line in os.fsdecode(content).split("\0") if "=" in line)

@@ -28,13 +28,8 @@ from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.values import READABLE_CODEC, Document, get_nested
 from loyalty.retry import RetryPolicy
 
-MAX_PENDING = 100_000  # changes; one full recount is cheaper than a live update of more
 MAX_AWAIT_MS = 1_000  # the server answers each getMore of the stream within this time
 EMPTY_POLL_DELAY_SECONDS = 0.5  # after an empty answer that came at once: the cursor was killed
-STALL_TIMEOUT_SECONDS = 30.0  # without an answer to a getMore
-MIN_INTERVAL_SECONDS = 0.02
-"""From the start of one live update to the start of the next: a change that comes alone never
-waits, and changes that come one after another share updates, which saves CPU time."""
 OPENING_RETRY = RetryPolicy(timeout_seconds=5, initial_seconds=0.5, max_seconds=4)
 """Within one opening: for example, no snapshot of a collection can be read that was just made."""
 _BATCH_SIZE = 1_000
@@ -44,14 +39,18 @@ _BATCH_SIZE = 1_000
 class LiveLimits:
     """The limits of live updates. Tests pass smaller ones."""
 
-    max_pending: int = MAX_PENDING
-    stall_timeout_seconds: float = STALL_TIMEOUT_SECONDS
+    max_pending: int = 100_000
+    """One full recount is cheaper than a live update of more changes."""
+    stall_timeout_seconds: float = 30.0
+    """How long the server may take to answer a getMore of the stream."""
     quiet_seconds: float = 1.0
     """Without a change for so long, a mass change is over."""
     max_pause_seconds: float = 60.0
     """A shop that is never quiet must not stay paused until the next scheduled recount."""
     opening_retry: RetryPolicy = OPENING_RETRY
-    min_interval_seconds: float = MIN_INTERVAL_SECONDS
+    min_interval_seconds: float = 0.02
+    """From the start of one live update to the start of the next: a change that comes alone never
+    waits, and changes that come one after another share updates, which saves CPU time."""
 
 
 class ChangeStreamWatcher:

@@ -23,19 +23,12 @@ from loyalty.errors import (
     QueryTimeout,
     ResyncRequired,
     ServiceError,
-    SnapshotTooOld,
     UnsupportedServer,
 )
 from loyalty.logs import log
-from loyalty.mongo.error_codes import CODES, classify, describe
+from loyalty.mongo.error_codes import classify, describe, error_name
 
 _MAX_REASON_LENGTH = 300
-
-_TOO_LARGE = CODES[ConfigurationError]["BSONObjectTooLarge"]
-_ILLEGAL_OPERATION = CODES[ConfigurationError]["IllegalOperation"]
-_ATLAS_ERROR = CODES[ConfigurationError]["AtlasError"]  # any request that Atlas itself rejects
-_SPLIT_HORIZON_CHANGE = CODES[DatabaseUnavailable]["SplitHorizonChange"]
-_SNAPSHOT_TOO_OLD = CODES[SnapshotTooOld]["SnapshotTooOld"]
 
 
 @contextmanager
@@ -122,11 +115,13 @@ def _map_server_error(
     details: Mapping[str, Any], code: int | None, action: str, if_too_slow: str
 ) -> ServiceError:
     # Not str() of the driver's error: it ends with the whole reply, with commands and documents.
-    reason = _one_line(str(details.get("errmsg", "no reason given")))
-    if code == _ILLEGAL_OPERATION and "writeErrors" in details:  # the driver's own reply, no text
+    name, reason = error_name(code), _one_line(str(details.get("errmsg", "no reason given")))
+    if name == "IllegalOperation" and "writeErrors" in details:  # the driver's own reply, no text
         reason = "this server does not support retryable writes: add retryWrites=false to the URI"
     error_type = _classify(code, details, reason)
-    if code == _TOO_LARGE and action.startswith("watch "):  # of an event, which no resume can skip
+    if name == "BSONObjectTooLarge" and action.startswith(
+        "watch "
+    ):  # of an event, which no resume can skip
         error_type = ResyncRequired
     if error_type is NoPermission:
         return permission_error(action, has_user="requires authentication" not in reason)
@@ -137,7 +132,7 @@ def _map_server_error(
     if error_type is UnsupportedServer:
         return UnsupportedServer(f"this server does not support what the service needs: {reason}")
     message = f"{action} failed: {reason} ({describe(code, details.get('codeName', ''))})"
-    if code == _SNAPSHOT_TOO_OLD:
+    if name == "SnapshotTooOld":
         message += (
             "; if this repeats, raise the server's parameter minSnapshotHistoryWindowInSeconds "
             "above the time that the count of one partition takes"
@@ -147,12 +142,13 @@ def _map_server_error(
 
 def _classify(code: int | None, details: Mapping[str, Any], reason: str) -> type[ServiceError]:
     """Return the type of an error, also if one code has several meanings."""
-    if code == _ATLAS_ERROR and "not allowed to do action" in reason:
+    name = error_name(code)
+    if name == "AtlasError" and "not allowed to do action" in reason:
         return NoPermission
-    if code == _ATLAS_ERROR and "bad auth" in reason:
+    if name == "AtlasError" and "bad auth" in reason:
         return AuthenticationFailed
     # Amazon DocumentDB reports an unsupported feature with this code.
-    if code == _SPLIT_HORIZON_CHANGE and details.get("codeName") != "SplitHorizonChange":
+    if name == "SplitHorizonChange" and details.get("codeName") != "SplitHorizonChange":
         return UnsupportedServer
     return classify(code) or DatabaseUnavailable
 

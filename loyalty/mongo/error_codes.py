@@ -42,7 +42,8 @@ CODES: dict[type[ServiceError], dict[str, int]] = {
         "NoQueryExecutionPlans": 291, "QueryExceededMemoryLimitNoDiskUseAllowed": 292,
         "DataCorruptionDetected": 301, "MechanismUnavailable": 334,
         "KeyPatternShorterThanBound": 349, "NonConformantBSON": 378, "QueryRejectedBySettings": 411,
-        "AtlasError": 8000, "CannotGrowDocumentInCappedNamespace": 10003,
+        "AtlasError": 8000,  # any request that Atlas itself rejects
+        "CannotGrowDocumentInCappedNamespace": 10003,
         "BSONObjectTooLarge": 10334, "DuplicateKey": 11000,
         "Location16755": 16755,  # no valid GeoJSON for an index
         "Location17419": 17419,  # the document would become larger than 16 MB
@@ -103,7 +104,12 @@ def classify(code: int | None) -> type[ServiceError] | None:
     return _BY_CODE[code][0] if code in _BY_CODE else None
 
 
+def error_name(code: int | None) -> str:
+    """Return the name of a code; "" for a code that is not in the table."""
+    return _BY_CODE[code][1] if code in _BY_CODE else ""
+
+
 def describe(code: int | None, server_name: str = "") -> str:
     """Return the number and the name of an error code, for the operator."""
-    name = _BY_CODE[code][1] if code in _BY_CODE else server_name
+    name = error_name(code) or server_name
     return f"code {code}, {name}" if name else f"error code {code} is unknown to this service"
