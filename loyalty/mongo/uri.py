@@ -13,9 +13,8 @@ from pymongo.uri_parser import parse_userinfo, split_hosts, split_options
 
 from loyalty.parsers import os_error_text
 
-_IPV6 = r"\[[0-9A-Fa-f:.]+(%[^\s\]]+)?\]"  # such as [fe80::1%25eth0]
-_LABEL = r"[^\s:/\[\]%.]{1,63}"  # between dots; longer ones cannot be looked up
-_HOST = re.compile(rf"({_IPV6}|{_LABEL}(\.{_LABEL})*\.?)(:\d{{1,5}})?|[^:/]+\.sock")
+# What the driver accepts and no name server knows: whitespace, and empty or too long labels.
+_BAD_HOSTS = re.compile(r"\s|(^|[.,])\.|[^.,:%]{64}")
 _SYNTAX = (
     "must be mongodb://USER:PASSWORD@HOST:PORT,HOST:PORT/DATABASE?OPTION=VALUE&OPTION=VALUE, "
     "where only a HOST is required and a PORT is from 1 to 65535, or mongodb+srv:// with one HOST "
@@ -86,14 +85,13 @@ def check_uri(uri: str) -> list[str]:
 def _has_valid_parts(uri: str) -> bool:
     """Return whether everything before the options is valid."""
     userinfo, hosts, database, _ = split_uri(uri)
-    if not all(_HOST.fullmatch(host) for host in hosts.split(",")):
+    if _BAD_HOSTS.search(hosts) or not _is_accepted(split_hosts, hosts):
         return False
     if uri.startswith("mongodb+srv") and re.search("[,:]", hosts):
         return False
     if f"//{userinfo}@" in uri and not _is_accepted(parse_userinfo, userinfo):
         return False
-    has_database = _is_accepted(database_name, database) and "@" not in database
-    return has_database and _is_accepted(split_hosts, hosts)
+    return _is_accepted(database_name, database) and "@" not in database
 
 
 def _is_accepted(parse: Callable[[str], object], text: str) -> bool:
