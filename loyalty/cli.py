@@ -33,17 +33,17 @@ from loyalty.systemd import update_environment
 
 ENV_FILE = Path(__file__).parents[1] / ".env"
 _DESCRIPTION = """\
-Counts the shipped orders of each customer and keeps loyalty_points in the users collection correct.
-Without a command it is a daemon: it recounts at once and then every RECOUNT_INTERVAL."""
+Counts the orders of each customer that have a counted status, and stores the points of each user.
+Without a command, it runs as a daemon: it recounts immediately, and then every RECOUNT_INTERVAL."""
 _EPILOG = """\
 exit codes:
   0   success
-  1   a check found something, or some users could not be updated
+  1   a check found a problem, points would change, or some updates failed
   2   wrong usage
-  65  the safety check refused the recount
-  69  the database is unavailable or too slow, or there is no temporary disk space
+  65  the safety checks refused the recount
+  69  the database is unavailable or too slow, or the temporary file has no disk space
   70  internal error
-  78  a setting, a credential or a permission is wrong
+  78  wrong settings, credentials, privileges or server
 
 settings, from the environment or from .env; .env.example explains each:
 """
@@ -51,17 +51,21 @@ settings, from the environment or from .env; .env.example explains each:
 
 _COMMANDS = (
     ("--once", once.run, "make one recount, then exit"),
-    ("--dry-run", dry_run.run, "show what a recount would change; exit 1 if anything"),
+    (
+        "--dry-run",
+        dry_run.run,
+        "show what a recount would change; exit 1 if it would change points or be refused",
+    ),
     ("--status", status.run, "show the last recounts; exit 1 if the points are stale"),
     (
         "--check-config",
         check_config.run,
-        "check settings, privileges and data, with a full count; exit 1 if there is a problem",
+        "check settings and privileges, and count all orders; exit 1 if there is a problem",
     ),
     (
         "--unknown-customers",
         unknown_customers.run,
-        "list all customers of counted orders that no user has, as JSON lines",
+        "list all unknown customers (ids in counted orders that no user has), as JSON lines",
     ),
     ("--create-index", create_index.run, "create the indexes that recounts use"),
 )
@@ -132,7 +136,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.dry_run = args.run is dry_run.run
     if args.undo is not None:
         if (args.run is not None and not args.dry_run) or args.changes is not None or args.customer:
-            parser.error("--undo can only be combined with --dry-run")
+            parser.error("--undo cannot be combined with another command, except --dry-run")
         args.run = undo.run
     elif args.changes is not None:
         args.run = changes.run
@@ -152,6 +156,7 @@ def _make_parser() -> argparse.ArgumentParser:
         description=_DESCRIPTION,
         epilog=_EPILOG + settings_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # the entry point knows the daemon by its options
     )
     commands = parser.add_mutually_exclusive_group()
     for flag, run, text in _COMMANDS:
@@ -160,14 +165,14 @@ def _make_parser() -> argparse.ArgumentParser:
         "--undo",
         metavar="RECOUNT",
         type=_recount,
-        help="restore the points from before a recount: an id, or last; with --dry-run, only "
-        "show it; exit 1 if some users keep other points",
+        help="restore the points that users had before a recount (its id, or last); with "
+        "--dry-run, only show this; exit 1 if some users are not restored",
     )
     commands.add_argument(
         "--changes",
         metavar="RECOUNT",
         type=_recount,
-        help="list the changes of a recount: an id, or last",
+        help="list the changes of a recount (its id, or last)",
     )
     parser.add_argument(
         "--customer",
@@ -175,18 +180,18 @@ def _make_parser() -> argparse.ArgumentParser:
         type=_customer,
         action="append",
         default=[],
-        help='recount only this customer, with --once or --dry-run; repeatable; "" shows the '
-        "orders without customer; an id that begins with a hyphen: --customer=-...",
+        help='with --once or --dry-run: recount only this customer; repeatable; "" shows the '
+        "orders without customer; for an id that begins with a hyphen: --customer=-...",
     )
     parser.add_argument(
-        "--force", action="store_true", help="override the safety check, with --once"
+        "--force", action="store_true", help="with --once: override the safety checks"
     )
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     parser.add_argument(
         "--env-file",
         metavar="PATH",
         type=Path,
-        help=f"the file to read settings from, instead of {ENV_FILE.name}",
+        help=f"read settings from this file instead of {ENV_FILE.name}",
     )
     parser.add_argument("--version", action="version", version=VERSION)
     return parser

@@ -15,9 +15,9 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 ProgressCallback = Callable[[str], None]
-"""Is called after each step of long work, with a text for people now and then, otherwise with "".
+"""Called after each step of long work: from time to time with a text for people, otherwise with "".
 
-The call itself shows that the work has not stalled.
+The call shows that the work has not stalled.
 """
 
 
@@ -31,10 +31,10 @@ def map_ordered(
 ) -> Iterator[Iterator[R]]:
     """Yield an iterator over `do(item)`, in the order of `items`, computed by `workers` threads.
 
-    The server works while a reply travels or is decoded. Up to `prefetch` more items are computed
-    before their turn while one takes long. After one item has failed, no other is started. At the
-    end no call is running, so that no write lands after a newer count. Ctrl-C does not wait.
-    A single item is computed by the calling thread.
+    The threads keep the server busy while a reply is transferred or decoded. If one item takes
+    long, up to `prefetch` later items are computed in advance. After an item has failed, no further
+    item is started. When the block ends, no call is running, so no write can follow a newer count;
+    Ctrl-C ends it without waiting. A single item is computed by the calling thread.
     """
     first = list(islice(items, 2))
     if len(first) < 2:
@@ -70,7 +70,7 @@ def map_ordered(
 
 
 class Progress:
-    """Reports every `report_seconds` how far long work has come: to the log and to a callback."""
+    """Reports the progress of long work every `report_seconds`, to the log and to a callback."""
 
     def __init__(
         self,

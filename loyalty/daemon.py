@@ -1,8 +1,8 @@
 """The schedule, the backoff and the signals. It contains no counting code.
 
-A worker thread does the job; the main thread only waits for signals and feeds systemd's watchdog.
-So a signal is handled at once, also while the worker waits for a server that does not answer: every
-write can be repeated, and the process simply ends without the worker.
+A worker thread does the job. The main thread only waits for signals, and sends WATCHDOG=1 to
+systemd. So a signal is handled immediately, also while the worker waits for a server that does not
+answer. The process ends without waiting for the worker, because every write can be repeated.
 """
 
 import select
@@ -35,7 +35,7 @@ class RecountOutcome:
 
 
 class Job(Protocol):
-    """What the daemon repeats. Each method may raise ServiceError.
+    """The work that the daemon repeats. Each method may raise ServiceError.
 
     The properties are read at start and after each `reload`.
     """
@@ -49,7 +49,7 @@ class Job(Protocol):
         """How long a method may go without calling `on_progress` before it counts as hung."""
 
     def connect(self) -> object:
-        """Do what has to succeed once before the first recount."""
+        """Connect; this must succeed once before the first recount."""
 
     def recount(self, on_progress: ProgressCallback) -> RecountOutcome:
         """Do one recount. A refused recount is an outcome, not an error."""
@@ -68,14 +68,15 @@ class Job(Protocol):
 
 
 class Daemon:
-    """Connects, recounts at once and after each interval, until SIGTERM or SIGINT.
+    """Connects, recounts immediately and after each interval, until SIGTERM or SIGINT.
 
     - An error is logged, and the step is repeated after a pause that `backoff` decides. Only a
-      ConfigurationError before the first connection ends the daemon: it cannot pass by itself.
+      ConfigurationError before the first connection ends the daemon, because only an operator can
+      correct it.
     - SIGHUP makes the job reload its settings between two recounts. If they are right, a recount
-      follows at once; if not, the error is logged and nothing else changes.
-    - systemd's watchdog is fed until the job has not made progress for its `stall_timeout`.
-    - What is due or was asked for waits at most `tick_seconds`.
+      follows immediately; if not, the error is logged and nothing else changes.
+    - WATCHDOG=1 is sent until the job has made no progress for its `stall_timeout`.
+    - The worker starts work that is due or was requested within `tick_seconds`.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class Daemon:
         self._job = job
         self._backoff = backoff or Backoff()
         self._tick_seconds = tick_seconds
-        self._is_connected = False
+        self._has_connected = False
         self._due_at = 0.0  # on the monotonic clock, as is the next
         self._progress_at = time.monotonic()
         self._reload_requested = threading.Event()
@@ -131,7 +132,7 @@ class Daemon:
                 if self._reload_requested.is_set():
                     self._reload()
                 is_due = time.monotonic() >= self._due_at
-                if not self._is_connected:
+                if not self._has_connected:
                     if is_due:
                         self._attempt(self._connect)
                 # The scheduler follows the wall clock, so that time in which the machine was
@@ -143,11 +144,11 @@ class Daemon:
                 self._wait()
         except BaseException as error:  # noqa: BLE001 -- the main thread raises it again
             self._fatal = error
-            wake.send(b"\0")
+            wake.send(b"\0")  # no signal has the number 0
 
     def _connect(self) -> RecountOutcome:
         self._job.connect()
-        self._is_connected = True
+        self._has_connected = True
         systemd.notify("READY=1")
         return RecountOutcome("connected", retry_after_seconds=0)
 
@@ -161,8 +162,8 @@ class Daemon:
         try:
             outcome = step()
         except Exception as error:
-            if isinstance(error, ConfigurationError) and not self._is_connected:
-                raise  # only a person can correct it, and is likely still watching
+            if isinstance(error, ConfigurationError) and not self._has_connected:
+                raise  # only an operator can correct it
             self._handle_failure(error, started)
             return
         self._backoff.record_work(time.monotonic() - started)
@@ -173,15 +174,16 @@ class Daemon:
         self._schedule_next(outcome.status, interval if after is None else min(after, interval))
 
     def _handle_failure(self, error: Exception, started: float) -> None:
-        """Log the error of a step that started then, and let the next one wait for the backoff."""
+        """Log the error of a step that started at `started`; schedule the next after a pause."""
         pause = self._backoff.record_failure(started, max_seconds=self._interval_seconds)
+        shown = round(pause, 2)
         if isinstance(error, ServiceError):
             extra = {"fields": {"error": str(error), "retry_in": pause}}
-            log.error('failed error="%s" retry_in=%.3gs', error, pause, extra=extra)
+            log.error('failed error="%s" retry_in=%gs', error, shown, extra=extra)
             self._schedule_next(f"failed: {error}", pause)
         else:
             extra = {"fields": {"error": type(error).__name__, "retry_in": pause}}
-            log.error("internal_error retry_in=%.3gs", pause, exc_info=error, extra=extra)
+            log.error("internal_error retry_in=%gs", shown, exc_info=error, extra=extra)
             self._schedule_next("failed: internal error, see the log", pause)
 
     def _schedule_next(self, status: str, seconds: float) -> None:
@@ -196,6 +198,7 @@ class Daemon:
             if outcome := self._job.run_between(seconds, self._report_progress):
                 self._handle_outcome(outcome)
         except Exception as error:  # noqa: BLE001 -- logged there
+            # The time before the error was idle: live updates have worked.
             self._handle_failure(error, time.monotonic())
 
     def _report_progress(self, progress: str) -> None:
@@ -205,7 +208,7 @@ class Daemon:
 
     def _reload(self) -> None:
         self._reload_requested.clear()
-        if self._is_connected:  # before, READY=1 at the end would be untrue
+        if self._has_connected:  # before the first, READY=1 at the end would be wrong
             systemd.notify_reloading()
         status = "reload failed, the old settings are kept; see the log"
         try:
@@ -222,7 +225,7 @@ class Daemon:
             self._due_at = 0.0
             log.info("reloaded")
             status = "reloaded"
-        if self._is_connected:
+        if self._has_connected:
             systemd.notify("READY=1", f"STATUS={status}")
 
     def _apply_intervals(self) -> None:

@@ -25,13 +25,14 @@ def load_settings(
 ) -> Settings:
     """Load the settings: those of the environment first, then those of a file.
 
-    The file at `default_path` need not exist. The log gets the level and the format that the
-    settings say; the format also if they are wrong, because the problems are logged next.
+    The file at `default_path` need not exist. This sets the level and the format of the log. It
+    sets the format even if other settings are wrong, because their problems are logged next.
     Raises ConfigurationError with all problems.
     """
     file = path or default_path
     from_environment = {name: value for name, value in environment.items() if value.strip()}
-    set_log_format(from_environment.get("LOG_FORMAT", ""))
+    if "LOG_FORMAT" in from_environment:  # before the file: it may be unreadable
+        set_log_format(from_environment["LOG_FORMAT"])
     in_file, problems = read_env_file(file) if path or file.exists() else ({}, [])
     values = in_file | from_environment
     # A URI in the environment replaces both variables in the file.
@@ -40,14 +41,14 @@ def load_settings(
     set_log_format(values.get("LOG_FORMAT", ""))
     problems += _check_names(in_file, values)
     if in_file and _is_readable_by_others(file):
-        log.warning('env_file_permissions error="others can read %s" fix="chmod 600"', file)
+        log.warning('env_file_permissions error="other users can read %s" fix="chmod 600"', file)
     settings = load(values, problems)
     log.setLevel(settings.log_level)
     return settings
 
 
 def read_env_file(path: Path) -> tuple[dict[str, str], list[str]]:
-    """Return the values in an `.env` file as written (`$`, `%` and `#` stay), and a problem a line.
+    """Return the values in an `.env` file as written (`$`, `%` and `#` stay), and its bad lines.
 
     Raises ConfigurationError if the file cannot be read.
     """
@@ -58,7 +59,7 @@ def read_env_file(path: Path) -> tuple[dict[str, str], list[str]]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path}: cannot be read: {os_error_text(error)}") from None
     bad = [line.original.line for line in lines if line.error or (line.key and line.value is None)]
-    problems = [f"{path} line {n}: not NAME=value (quotes that do not close?)" for n in bad]
+    problems = [f"{path} line {n} is not NAME=value; is a closing quote missing?" for n in bad]
     values = {line.key: line.value for line in lines if line.key and line.value is not None}
     return values, problems
 

@@ -1,4 +1,4 @@
-"""The errors of the service, and the exit code that each ends a command with."""
+"""The errors of the service, each with the exit code of a command that it ends."""
 
 from collections.abc import Mapping
 from enum import IntEnum
@@ -53,11 +53,11 @@ class DatabaseUnavailable(ServiceError):
 
 
 class QueryTimeout(DatabaseUnavailable):
-    """The query reached its time limit; to repeat it at once would not help."""
+    """The query reached its time limit; an immediate retry would also reach it."""
 
 
 class SnapshotTooOld(DatabaseUnavailable):
-    """The server no longer keeps the snapshot that was being read; a new one may succeed."""
+    """The server no longer keeps the snapshot; a read at a new snapshot may succeed."""
 
 
 class ClientUnusable(DatabaseUnavailable):
@@ -73,13 +73,13 @@ class NoTempSpace(ServiceError):
 
 
 class RecountRefused(ServiceError):
-    """The safety check refused the recount. Nothing was written."""
+    """The safety checks refused the recount. Nothing was written."""
 
     exit_code = Exit.REFUSED
 
 
 class ResyncRequired(ServiceError):
-    """Live updates cannot continue, and a full recount replaces them. Planned, not an error."""
+    """Live updates cannot continue; a full recount must follow. This is normal operation."""
 
 
 class BulkUpdateErrors(ServiceError):
@@ -98,7 +98,7 @@ class BulkUpdateErrors(ServiceError):
 
 
 class TooManyFailedUpdates(ServiceError):
-    """So many updates failed that the recount itself did; the others are written."""
+    """So many updates failed that the recount failed. All other updates are written."""
 
     exit_code = Exit.FINDINGS
 

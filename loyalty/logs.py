@@ -44,7 +44,7 @@ class WarnOnce:
             log.warning('%s error="%s"', event, error, extra={"event": event})
 
     def reset(self, event: str) -> None:
-        """Let the next warning of this event be logged: what it warned of works again."""
+        """Allow the next warning of this event: the operation has succeeded again."""
         self._logged.discard(event)
 
 
@@ -67,7 +67,7 @@ def _formatter(name: str) -> logging.Formatter:
 
 
 class _TextFormatter(logging.Formatter):
-    """One line for each event; only a traceback has lines of its own."""
+    """One line for each event, except that a traceback has several lines."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 -- the library's name
         return escape_control_characters(super().formatMessage(record))

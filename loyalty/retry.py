@@ -16,7 +16,7 @@ Sleep = Callable[[float], None]
 
 @dataclass(frozen=True, kw_only=True)
 class RetryPolicy:
-    """When an operation that failed is tried again, and when it is not.
+    """Decides when a failed operation is tried again, and when to give up.
 
     The pause after the n-th failure in a row is `initial_seconds * multiplier ** (n - 1)`, plus a
     random share of it: up to `jitter` (0.5: up to half as much again). No pause is longer than
@@ -43,13 +43,20 @@ class RetryPolicy:
 
 
 DAEMON_BACKOFF = RetryPolicy(initial_seconds=10, max_seconds=300)
-"""After a recount or a connection that failed; the daemon never gives up."""
+"""The pauses after a failed recount or connection. The daemon never gives up."""
 
 SHORT_OUTAGE_RETRY = RetryPolicy(timeout_seconds=30, initial_seconds=0.5, max_seconds=8)
-"""Within one command: an election takes about 10 seconds, and may have to be repeated."""
+"""The pauses within one command. An election takes about 10 s, and may have to be repeated."""
 
 ORPHANED_WRITES_RETRY = RetryPolicy(initial_seconds=0.05, max_seconds=0.5, jitter=0)
-"""Until the server has finished the writes of an earlier process, or connecting takes too long."""
+"""The pauses until the server has finished the writes of an earlier process."""
+
+OPEN_STREAM_RETRY = RetryPolicy(timeout_seconds=5, initial_seconds=0.5, max_seconds=4)
+"""For one attempt to open the change stream. For example, a collection that was just created has
+no readable snapshot."""
+
+REOPEN_STREAM_BACKOFF = RetryPolicy(initial_seconds=60, max_seconds=600)
+"""The pauses between full recounts while the change stream cannot be opened."""
 
 
 def is_retryable(error: Exception) -> bool:
@@ -88,7 +95,7 @@ def retry(
 
 
 class Backoff:
-    """The pauses of a task that is repeated without end, and that fails now and then.
+    """Computes the pauses after failures of a task that is repeated without end.
 
     Failures count as consecutive until `reset_seconds` of idle time pass without one. Pauses and
     working time do not count as idle.
@@ -118,8 +125,8 @@ class Backoff:
 
     def record_failure(self, started: float, *, max_seconds: float = inf) -> float:
         """Return the seconds to wait after a failure now, of work that started at `started`."""
-        failed_recently = started - self._failed_at < self._pause + self._reset_seconds
-        self._failures = self._failures + 1 if failed_recently else 1
+        has_failed_recently = started - self._failed_at < self._pause + self._reset_seconds
+        self._failures = self._failures + 1 if has_failed_recently else 1
         self._pause = min(self._policy.delay_seconds(self._failures), max_seconds)
         self._failed_at = self._clock()
         return self._pause

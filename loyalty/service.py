@@ -30,7 +30,7 @@ from loyalty.recount.runner import RecountRequest, run_recount
 from loyalty.state import ServiceState
 
 REFUSED_RETRY_SECONDS = 600.0  # an operator may correct the data meanwhile
-MIN_RESYNC_INTERVAL_SECONDS = 10.0  # a stream that ends at once must not mean recounts in a loop
+MIN_RESYNC_INTERVAL_SECONDS = 10.0  # a stream that ends immediately must not cause a loop
 
 
 class Service:
@@ -58,11 +58,11 @@ class Service:
         self.updater = LiveUpdater(settings, self._limits, self.state)
         self._history = History(None, settings)
 
-    def connect(self) -> None:
+    def connect(self) -> Connection:
         """Connect with the current settings. Raises ServiceError.
 
-        A rejected login reads the URI again, and nothing else: the password may have changed, and
-        the file that holds it.
+        After a rejected login, this takes only the connection string from the settings: the
+        password may have changed.
         """
         self.metrics.refresh_if_due()
         try:
@@ -75,6 +75,7 @@ class Service:
             self.settings = replace(self.settings, mongodb_uri=uri)
             self._connection = connect_and_verify(self.settings, writing=True)
         self._history = History(self._connection.recounts, self.settings)
+        return self._connection
 
     def disconnect(self) -> None:
         """Close the change stream and the connection; the next recount connects again."""
@@ -98,8 +99,9 @@ class Service:
 
     @property
     def stall_timeout(self) -> timedelta:
-        # The server ends a count at COUNT_TIMEOUT; every other answer comes within a minute.
-        return self.settings.count_timeout + timedelta(minutes=2)
+        # No reply takes longer than the driver's socket timeout, COUNT_TIMEOUT and 30 s. At most
+        # two commands follow each other without a report.
+        return 2 * (self.settings.count_timeout + timedelta(minutes=1))
 
     def recount(self, on_progress: ProgressCallback) -> RecountOutcome:
         """Do a full recount. Raises ServiceError."""
@@ -110,10 +112,7 @@ class Service:
 
         try:
             with self.metrics.count_failures(), self._stop_live_updates_on_error():
-                if self._connection is None:
-                    self.connect()
-                connection = self._connection
-                assert connection is not None
+                connection = self._connection or self.connect()
                 # Not older than a live update has counted, also after a failover to a server that
                 # is behind: a stale count would replace newer points.
                 request = RecountRequest(not_before=self.updater.start(connection))
@@ -134,23 +133,21 @@ class Service:
     def run_between(self, seconds: float, on_progress: ProgressCallback) -> RecountOutcome | None:
         """Do live updates for about `seconds`. Raises ServiceError if they cannot continue.
 
-        When they need a resync, this does a full recount at once, and returns its outcome: it is
-        planned, not an error.
+        When they need a resync, this does a full recount immediately, and returns its outcome.
         """
         self.metrics.refresh_if_due()
         if self._connection is None or not self.updater.state.has_stream:
             time.sleep(seconds)
             return None
+        resync = None
         with self._stop_live_updates_on_error():
             try:
                 self.updater.update(self._connection, seconds, on_progress)
                 self._report_if_due(self._connection, on_progress)
             except ResyncRequired as error:
                 self.updater.stop_for_resync()
-                reason = error
-            else:
-                return None
-        return self._resync(reason, on_progress)
+                resync = error
+        return self._resync(resync, on_progress) if resync else None
 
     def _resync(self, reason: ResyncRequired, on_progress: ProgressCallback) -> RecountOutcome:
         if time.monotonic() - self._resync_at < MIN_RESYNC_INTERVAL_SECONDS:
@@ -164,7 +161,7 @@ class Service:
 
     @contextmanager
     def _stop_live_updates_on_error(self) -> Iterator[None]:
-        """Close the stream on any error: changes that were popped and not counted are lost."""
+        """Close the stream on any error: the changes of an update that failed are lost."""
         try:
             yield
         except BaseException as error:
@@ -172,7 +169,7 @@ class Service:
             raise
 
     def _report_if_due(self, connection: Connection, on_progress: ProgressCallback) -> None:
-        """Report the progress of live updates: in the heartbeat, the metrics and to systemd."""
+        """Check the index, and report to the heartbeat, the metrics and systemd, if it is time."""
         now = time.monotonic()
         if self.state.live is None or now - self._heartbeat_at < self._heartbeat_seconds:
             return

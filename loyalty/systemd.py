@@ -25,7 +25,7 @@ def notify(*assignments: str) -> None:
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         return
-    if address.startswith("@"):  # only there does it stand for the null byte of an abstract socket
+    if address.startswith("@"):  # only a leading @ stands for a null byte
         address = "\0" + address[1:]
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender, suppress(OSError):
         sender.sendto("\n".join(assignments).encode(), address)

@@ -561,7 +561,7 @@ def test_a_database_in_the_uri_is_used_unless_another_is_set() -> None:
 
 def test_a_database_of_the_server_is_a_problem_unless_another_is_set() -> None:
     (problem,) = problems_of({"MONGODB_URI": "mongodb://h/admin"})
-    assert problem == "MONGODB_DATABASE: 'admin' belongs to the server"
+    assert problem.startswith("MONGODB_DATABASE: 'admin' is reserved for the server")
     assert load({"MONGODB_URI": "mongodb://h/admin", "MONGODB_DATABASE": "b"}).database == "b"
 
 

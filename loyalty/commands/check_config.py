@@ -51,7 +51,7 @@ def run(args: argparse.Namespace, settings: Settings) -> Exit:
     2. Check the records, live updates, the collections, the index and the statuses.
     3. Count everything, as `--dry-run` does, unless a collection is missing.
 
-    Each step prints its result before the next one: to read all orders takes its time.
+    Each step prints its result before the next one, because reading all orders is slow.
     Raises ServiceError.
     """
 
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace, settings: Settings) -> Exit:
 def _check_own_collections(
     connection: Connection, settings: Settings
 ) -> tuple[list[str], list[str]]:
-    """Return which privileges records lack, and what prevents the start: raised at the end."""
+    """Return the missing privileges for records, and the errors that would prevent the start."""
     missing: list[str] = []
     errors: list[str] = []
     history = History(connection.recounts, settings)
@@ -118,7 +118,7 @@ def _count_all(
         result = make_dry_run(connection, settings)
     is_any_counted = any(is_counted(status, settings) for status, _ in statuses)
     if result is not None and result.refusal:
-        problems.append(f"the safety check would refuse the recount: {result.refusal}")
+        problems.append(f"the safety checks would refuse the recount: {result.refusal}")
     elif not is_any_counted and 0 < len(statuses) < MAX_STATUSES:  # of more, some are unknown
         problems.append(describe_uncounted(statuses, settings))
     if problem := Metrics(settings).check():
@@ -138,7 +138,7 @@ def _describe_index(connection: Connection, settings: Settings) -> str:
     if not number:
         return plan.advice
     have = f"{pluralize(number, 'order')} {'has' if number == 1 else 'have'}"
-    return f"{plan.advice}; {have} an array in {' or '.join(fields)}: correct them first"
+    return f"{plan.advice}; {have} an array in {' or '.join(fields)}. Correct these orders first"
 
 
 def _settings_rows(
@@ -149,21 +149,21 @@ def _settings_rows(
     return [
         ("hosts", settings.hosts),
         ("server", f"{connection.server_version}, {connection.topology.replace('_', ' ')}"),
-        ("one snapshot", f"no: {reason}" if reason else "yes"),
+        ("snapshots", f"not supported: {reason}" if reason else "supported"),
         *((name, format_cell(value)) for name, value in settings.to_dict().items()),
         ("permissions", permissions),
     ]
 
 
 def _live_updates_rows(connection: Connection, live_problem: str | None) -> list[tuple[str, str]]:
-    """Return whether live updates will work, and which changes they will see at once."""
+    """Return whether live updates will work, and whether pre-images are on."""
     orders = connection.orders
     command = f"db.runCommand({{collMod: '{orders.name}', changeStreamPreAndPostImages: "
     texts = {
         True: "on",
-        False: "off: deleted orders, and orders that get another customer, wait for the next full "
-        f"recount; to switch them on: {command}{{enabled: true}}}})",
-        None: "unknown: to read the option takes the privilege listCollections",
+        False: "off: after an order is deleted or its customer changes, points change only at the "
+        f"next full recount; to switch pre-images on: {command}{{enabled: true}}}})",
+        None: "unknown: the option cannot be read, which needs the privilege listCollections",
     }
     if not connection.supports_pre_images:
         texts[False] = "none before MongoDB 6.0: deleted orders wait for the next full recount"
@@ -197,7 +197,7 @@ def _order_rows(settings: Settings, index: str, statuses: StatusCounts) -> list[
 
 def _print_count(result: Result | None, problems: Sequence[str]) -> None:
     if result is not None:
-        print_line("Full count, nothing is written")
+        print_line("Full count: nothing is written")
         print_totals(result, is_dry_run=True)
         print_unknown_customers(result)
         print_warnings([text for text in result.warnings if text not in problems])

@@ -15,7 +15,7 @@ class LiveState(StrEnum):
     PAUSED = "paused"
     """A mass change: the change stream is read, and customers are not recounted."""
     RESYNC = "resync"
-    """The change stream is closed, and a full recount that opens another follows at once."""
+    """The change stream is closed; a full recount that opens another follows immediately."""
 
     @property
     def has_stream(self) -> bool:

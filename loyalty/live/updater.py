@@ -24,12 +24,10 @@ from loyalty.recount.result import Result
 from loyalty.recount.runner import RecountRequest, run_recount
 from loyalty.recount.safety import check_live_update
 from loyalty.recount.tally import Totals
-from loyalty.retry import RetryPolicy
+from loyalty.retry import REOPEN_STREAM_BACKOFF
 from loyalty.state import ServiceState
 
 NEVER = Timestamp(0, 0)
-REOPENING_RETRY = RetryPolicy(initial_seconds=60, max_seconds=600)
-"""Full recounts after a change stream that did not open though the recount succeeded."""
 _PAUSED_POLL_SECONDS = 0.25
 
 
@@ -42,12 +40,12 @@ class LiveUpdater:
     def __init__(self, settings: Settings, limits: LiveLimits, service_state: ServiceState) -> None:
         self.state = LiveState.OFF
         self.newest = NEVER
-        """The newest cluster time that any recount has counted at. None may go back before it."""
+        """The newest cluster time that a recount has read at. No later one may read before it."""
         self._settings = settings
         self._limits = limits
         self._service_state = service_state
         self._watcher: ChangeStreamWatcher | None = None
-        self._is_blocked = False
+        self._has_mixed_case_ids = False
         self._failed_openings = 0
         self._warn_once = WarnOnce()
         self._full_recount: Result | None = None
@@ -70,10 +68,10 @@ class LiveUpdater:
     def start(self, connection: Connection) -> Timestamp:
         """Open the change stream before a full recount, if live updates are wanted.
 
-        Returns the cluster time that the recount must not be older than. A stream that cannot be
-        opened is a warning: it never keeps the recount from running.
+        Returns the oldest cluster time that the recount may read at. If the stream cannot be
+        opened, this logs a warning, and the recount runs without it.
         """
-        if self._watcher is not None or not self._settings.live_updates or self._is_blocked:
+        if self._watcher is not None or not self._settings.live_updates or self._has_mixed_case_ids:
             return self.newest
         try:
             self._watcher, start_after = open_watcher(connection, self._settings, self._limits)
@@ -89,10 +87,10 @@ class LiveUpdater:
         return max(start_after, self.newest)
 
     def finish_recount(self, result: Result) -> None:
-        """Take note of a full recount: it includes every change up to its snapshot."""
+        """Record the result of a full recount, which includes every change up to its snapshot."""
         self._full_recount = result
         self._decreased = 0
-        self._is_blocked = False
+        self._has_mixed_case_ids = False
         self.newest = max([self.newest, *result.count.snapshots])
         if self._watcher is None:
             self._enter(LiveState.OFF)
@@ -110,18 +108,18 @@ class LiveUpdater:
         self._enter(LiveState.LIVE)
 
     def retry_after_seconds(self) -> float | None:
-        """Return when to recount and open the stream again, if it failed for a while only."""
+        """Return the seconds until the stream is opened again after a transient error, or None."""
         failures = self._failed_openings
-        return REOPENING_RETRY.delay_seconds(failures) if failures else None
+        return REOPEN_STREAM_BACKOFF.delay_seconds(failures) if failures else None
 
     def stop(self, reason: str) -> None:
-        """Close the change stream and drop what is pending. A full recount opens another."""
+        """Close the change stream, and discard the pending changes, until the next full recount."""
         if self.state in (LiveState.LIVE, LiveState.PAUSED):
             log.info('live_updates_stopped until="the next full recount" reason="%s"', reason)
         self._enter(LiveState.OFF)
 
     def stop_for_resync(self) -> None:
-        """Close the change stream. The caller does a full recount at once."""
+        """Close the change stream. The caller does a full recount immediately."""
         self._enter(LiveState.RESYNC)
 
     def update(self, connection: Connection, seconds: float, on_progress: ProgressCallback) -> None:
@@ -145,7 +143,7 @@ class LiveUpdater:
             if changes.has_mixed_case_ids:
                 # The full recount that follows is exact; it must not open the stream again, or
                 # each change of such an order would cause another full recount.
-                self._is_blocked = True
+                self._has_mixed_case_ids = True
                 self._warn_once("live_updates_unavailable", describe_mixed_case(self._settings))
                 raise ResyncRequired("a changed order has a customer id in mixed case")
             if changes.customers:
@@ -160,7 +158,7 @@ class LiveUpdater:
         paused_for = time.monotonic() - self._paused_at
         is_quiet = watcher.idle_seconds() > self._limits.quiet_seconds
         if is_quiet or paused_for > self._limits.max_pause_seconds:
-            raise ResyncRequired("live updates were paused")
+            raise ResyncRequired("the pause of live updates has ended")
 
     def check_index(self, connection: Connection) -> None:
         """Raise ResyncRequired if each update would read all orders: the index was dropped.
@@ -218,8 +216,8 @@ class LiveUpdater:
         """Return why a live update is refused, or None: the safety check of live updates.
 
         Decreases are summed since the last full recount, so that a mass change in many small
-        batches is noticed. Increases do not make up for them: a renamed status takes points away
-        while a migration gives others theirs.
+        batches is noticed. Increases are not subtracted: while a migration renames a status, some
+        users lose points and others get theirs back.
         """
         if self._full_recount is None:
             return None
@@ -227,10 +225,10 @@ class LiveUpdater:
         return check_live_update(self._decreased + totals.decreased, with_points, self._settings)
 
     def _pause(self, reason: RecountRefused) -> None:
-        """Pause until the mass change is over; then a full recount checks the whole of it.
+        """Pause until the mass change is over; a full recount then checks all of its changes.
 
         A second mass change within the interval is probably part of the first: live updates stop
-        until the next full recount, as otherwise full recounts could follow one after another.
+        until the next full recount. Otherwise full recounts could follow without a pause.
         """
         now = time.monotonic()
         is_repeated = now - self._last_pause_at < self._settings.recount_interval.total_seconds()

@@ -26,12 +26,10 @@ from loyalty.logs import log
 from loyalty.mongo.connection import Connection
 from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.values import READABLE_CODEC, Document, get_nested
-from loyalty.retry import RetryPolicy
+from loyalty.retry import OPEN_STREAM_RETRY, RetryPolicy
 
 MAX_AWAIT_MS = 1_000  # the server answers each getMore of the stream within this time
-EMPTY_POLL_DELAY_SECONDS = 0.5  # after an empty answer that came at once: the cursor was killed
-OPENING_RETRY = RetryPolicy(timeout_seconds=5, initial_seconds=0.5, max_seconds=4)
-"""Within one opening: for example, no snapshot of a collection can be read that was just made."""
+EMPTY_POLL_DELAY_SECONDS = 0.5  # after an empty reply without a wait: the cursor was killed
 _BATCH_SIZE = 1_000
 
 
@@ -44,13 +42,13 @@ class LiveLimits:
     stall_timeout_seconds: float = 30.0
     """How long the server may take to answer a getMore of the stream."""
     quiet_seconds: float = 1.0
-    """Without a change for so long, a mass change is over."""
+    """A mass change is over when no order has changed for this time."""
     max_pause_seconds: float = 60.0
-    """A shop that is never quiet must not stay paused until the next scheduled recount."""
-    opening_retry: RetryPolicy = OPENING_RETRY
+    """The maximum duration of a pause, for a shop whose orders change all the time."""
+    opening_retry: RetryPolicy = OPEN_STREAM_RETRY
     min_interval_seconds: float = 0.02
-    """From the start of one live update to the start of the next: a change that comes alone never
-    waits, and changes that come one after another share updates, which saves CPU time."""
+    """The minimum time between the starts of two live updates. A single change does not wait.
+    Changes in quick succession are processed in one update, which saves CPU time."""
 
 
 class ChangeStreamWatcher:
@@ -64,12 +62,12 @@ class ChangeStreamWatcher:
         self.last_event: datetime | None = None
         self._limits = limits
         self._customer_field = settings.customer_field
-        # "majority" whatever the URI says: a change stream accepts nothing else.
+        # Overrides the URI's read concern: a change stream accepts only "majority".
         self._orders = connection.orders.with_options(
             codec_options=READABLE_CODEC, read_concern=ReadConcern("majority")
         )
         self._pending = PendingChanges()
-        self._condition = threading.Condition()  # of an RLock
+        self._condition = threading.Condition()  # reentrant: `_add` calls `_fail`
         self._reported_until = start_after
         self._error: ServiceError | None = None
         self._closed = False
@@ -138,7 +136,7 @@ class ChangeStreamWatcher:
                     asked_at = time.monotonic()
                     event = self._stream.try_next()
                     self._answered_at = time.monotonic()
-                    with self._condition:  # an event and the time up to it belong together
+                    with self._condition:  # set the event and its time together
                         if event:
                             self._add(event)
                         self._reported_until = max(

@@ -1,4 +1,4 @@
-"""The connection to MongoDB: made, and verified to allow what the service must do."""
+"""Connects to MongoDB, and verifies the access that the service needs."""
 
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -78,7 +78,9 @@ class Connection:
         """Why the server has no snapshot reads; "" if it has."""
         if self.supports_snapshots:
             return ""
-        return "a standalone server" if self.topology == "standalone" else "before MongoDB 5.0"
+        if self.topology == "standalone":
+            return "the server is standalone"
+        return "the server is older than MongoDB 5.0"
 
 
 def connect(
@@ -90,8 +92,8 @@ def connect(
 ) -> Connection:
     """Connect, and verify that orders and users can be read and, if `writing`, users updated.
 
-    Without `verify` only the connection itself is made. Raises ConfigurationError or
-    DatabaseUnavailable, within about `timeout_seconds`.
+    If `writing`, the updates of an earlier process have ended, also without `verify`. Raises
+    ConfigurationError or DatabaseUnavailable, within about twice `timeout_seconds`.
     """
     with map_driver_errors("connect", settings.hosts):
         client: MongoClient[Any] = MongoClient(settings.mongodb_uri, **_client_options(settings))
@@ -123,7 +125,7 @@ def _client_options(settings: Settings) -> dict[str, Any]:
         # The server ends a count at COUNT_TIMEOUT; silence beyond that is a dead connection.
         "socketTimeoutMS": min(settings.count_ms + 30_000, _MAX_SOCKET_TIMEOUT_MS),
         "timeoutMS": None,
-        # Every thread has a connection: one that waits for the change stream blocks no other.
+        # No limit: a thread that waits for the change stream must not block another thread.
         "maxPoolSize": None,
         "waitQueueTimeoutMS": None,
     }
@@ -133,7 +135,7 @@ def _auth_source_hint(uri: str) -> str:
     _, _, database, _ = split_uri(uri)
     named = parse_options(uri).get("authsource")
     source = named or database or "admin"
-    why = ", as authSource says" if named else ""
+    why = ", because of authSource" if named else ""
     other = "NAME" if source == "admin" else "admin"
     return (
         f"the user was looked up in the database {source!r}{why}: if the user is defined in "
@@ -150,8 +152,8 @@ def _inspect_server(client: MongoClient[Any], settings: Settings) -> Connection:
             raise DatabaseUnavailable(f"{settings.hosts} has no primary")  # an election
         name = hello["setName"]
         raise ConfigurationError(
-            f"{settings.hosts} is a secondary: name the replica set, with ?replicaSet={name} and "
-            "without directConnection, so that the primary is found"
+            f"{settings.hosts} is a secondary. Add ?replicaSet={name} and remove directConnection, "
+            "so that the driver finds the primary"
         )
     _warn_of_clock_skew(hello.get("localTime"))
     database = client.get_database(
@@ -163,8 +165,8 @@ def _inspect_server(client: MongoClient[Any], settings: Settings) -> Connection:
         write_concern=WriteConcern("majority", wtimeout=60_000),
         codec_options=READABLE_CODEC,
     )
-    sharded = hello.get("msg") == "isdbgrid"
-    topology = "sharded" if sharded else "replica_set" if "setName" in hello else "standalone"
+    is_sharded = hello.get("msg") == "isdbgrid"
+    topology = "sharded" if is_sharded else "replica_set" if "setName" in hello else "standalone"
     return Connection(
         client=client,
         orders=database[settings.orders],
@@ -206,9 +208,9 @@ def _verify_access(connection: Connection, *, writing: bool) -> None:
 def _wait_for_orphaned_writes(connection: Connection, timeout_seconds: float) -> None:
     """Wait until the server has finished the updates of an earlier process.
 
-    A process that was killed leaves a few batches behind. A batch that is written after the new
-    count would restore older points. A user sees its own operations without a privilege on a
-    replica set, but not on some hosted servers and on mongos.
+    The server may still write batches of a process that was killed. If it wrote such a batch after
+    the new count, older points would be restored. On a replica set, a user can see its own
+    operations without a privilege; on mongos and some hosted servers it cannot.
     """
     client, users = connection.client, connection.users.full_name
     admin = client.get_database(

@@ -1,4 +1,4 @@
-"""Maps what the driver raises to the errors of the service.
+"""Maps the exceptions of the driver to the errors of the service.
 
 Every call of the driver is made inside `with map_driver_errors(...)`.
 """
@@ -54,7 +54,7 @@ def permission_error(action: str, *, has_user: bool = True) -> NoPermission:
     """Return the error for an action, such as "find on shop.orders", that is not allowed."""
     hint = "grant it to the database user (deploy/mongodb-role.js)"
     if not has_user:
-        hint += ", or put a user name and password into MONGODB_URI"
+        hint += ", or add a user name and a password to MONGODB_URI"
     return NoPermission(f"no permission for {action}: {hint}")
 
 

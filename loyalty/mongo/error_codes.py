@@ -1,10 +1,12 @@
 """The error codes of MongoDB servers: their names, and the error that each becomes.
 
-The names are those of the server's src/mongo/base/error_codes.yml (read at 9.0). A name such as
-Location40324 is how the server names an error that has only a number. A code that is not in the
-table is transient, except in the error of one update: there it belongs to the document. So the
-table has only those transient codes that a server may report for one update of a batch. In the
-error of an update, the codes of ConfigurationError mean: this document cannot be updated.
+The names are those of the server's src/mongo/base/error_codes.yml (read at 9.0). The server uses
+names such as Location40324 for errors that have only a number.
+
+- A code that is not in the table is a transient error of a command. In the error of one update of
+  a batch, it is an error of the document. So the table lists the transient codes that a server may
+  report for one update.
+- In the error of one update, a code of ConfigurationError means that its document cannot change.
 """
 
 from loyalty.errors import (

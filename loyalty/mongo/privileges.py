@@ -55,7 +55,7 @@ def _covers(resource: Mapping[str, Any], collection: Collection[Any]) -> bool:
 def collection_type(database: Database[Any], name: str) -> str | None:
     """Return "collection", "view" or "timeseries"; None if there is none that the user may see.
 
-    To list the names and types of such collections takes no privilege. Raises ServiceError.
+    Listing the names and types of these collections needs no privilege. Raises ServiceError.
     """
     primary = database.with_options(read_preference=ReadPreference.PRIMARY)
     options: dict[str, Any] = {

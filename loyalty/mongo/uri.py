@@ -1,4 +1,4 @@
-"""MongoDB URIs: their parts, and what is wrong with one, without showing a credential."""
+"""Parses and checks connection strings. No result or message shows a credential."""
 
 import re
 import warnings
@@ -40,7 +40,7 @@ def parse_options(uri: str) -> dict[str, str]:
 def database_name(text: str) -> str:
     """Return `text`. Raises ValueError if no database can have that name."""
     if len(text.encode()) > 63 or re.search(r'[/\\. "$*<>:|?\0]', text):
-        raise ValueError('must be under 64 bytes, without spaces and / \\ . " $ * < > : | ?')
+        raise ValueError('must have at most 63 bytes, and none of space / \\ . " $ * < > : | ?')
     return text
 
 
@@ -78,7 +78,7 @@ def check_uri(uri: str) -> list[str]:
         return [f"unknown option, or bad value of option {name!r}" for name in names]
     if not _is_accepted(_make_client, uri):
         together = ", ".join(option.partition("=")[0] for option in options)
-        return [f"options do not go together, or not with the rest: {together}"]
+        return [f"these options contradict each other or another part: {together}"]
     return []
 
 

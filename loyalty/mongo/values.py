@@ -12,10 +12,10 @@ from bson.codec_options import CodecOptions, DatetimeConversion
 Document = Mapping[str, Any]
 
 SIMPLE_COLLATION = {"locale": "simple"}
-"""Overrides a collection's own collation: only exactly `Shipped` is `Shipped`."""
+"""Overrides the collation of a collection: strings are equal only if all their bytes are."""
 
-# Dates after the year 9999 become DatetimeMS, and bytes that are not UTF-8 lone surrogates. bson
-# refuses to encode the latter, so such a value is never sent back in another form.
+# Dates after the year 9999 become DatetimeMS. Bytes that are not UTF-8 become lone surrogates. bson
+# does not encode these, so such a value is never written back in another form.
 LENIENT_CODEC: CodecOptions[dict[str, Any]] = CodecOptions(
     tz_aware=True,
     datetime_conversion=DatetimeConversion.DATETIME_AUTO,
