@@ -159,7 +159,6 @@ def setting_specs() -> dict[str, SettingSpec]:
 
 
 def settings_help() -> str:
-    """Return the lines of --help about settings."""
     lines = []
     for spec in setting_specs().values():
         default = spec.default and f"(default: {spec.default})"

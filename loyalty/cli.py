@@ -82,22 +82,16 @@ def run_process() -> NoReturn:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code."""
     args = _parse(argv)
     log_to_stderr()
     try:
-        code = _run_command(args)
-        flush_results()
-    except ResultsNotWritten as error:
-        log.error('results_not_written error="%s"', error)
-        return error.exit_code
+        return _run_command(args)
     except KeyboardInterrupt:
         return Exit.INTERRUPTED
-    return code
 
 
 def _run_command(args: argparse.Namespace) -> int:
-    """Run the command and return its exit code. Raises ResultsNotWritten and KeyboardInterrupt."""
+    """Run the command and return its exit code. Raises KeyboardInterrupt."""
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
@@ -105,9 +99,13 @@ def _run_command(args: argparse.Namespace) -> int:
         except ConfigurationError as error:
             _log_settings_problems(error, args.env_file or ENV_FILE)
             return error.exit_code
-        return int(args.run(args, settings))
-    except ResultsNotWritten:
-        raise
+        try:
+            return int(args.run(args, settings))
+        finally:
+            flush_results()
+    except ResultsNotWritten as error:
+        log.error('results_not_written error="%s"', error)
+        return error.exit_code
     except RecountRefused as error:
         log.error('refused reason="%s"', error)
         return error.exit_code

@@ -21,8 +21,7 @@ The call shows that the work has not stalled.
 """
 
 
-def ignore_progress(_: str) -> None:
-    """Ignore progress: a `ProgressCallback`."""
+def ignore_progress(_: str) -> None: ...
 
 
 @contextmanager
@@ -88,7 +87,6 @@ class Progress:
         self._started = self._reported = time.monotonic()
 
     def add(self, done: int) -> None:
-        """Add the items done since the last call."""
         self._done += done
         now = time.monotonic()
         if now - self._reported < self._report_seconds:

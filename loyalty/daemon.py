@@ -157,7 +157,6 @@ class Daemon:
         return self._job.recount(self._report_progress)
 
     def _attempt(self, step: Callable[[], RecountOutcome]) -> None:
-        """Run `step`, and decide when the next one is due."""
         started = time.monotonic()
         try:
             outcome = step()

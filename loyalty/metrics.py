@@ -134,7 +134,6 @@ class Metrics:
             self._warn_once.reset("metrics_write_failed")
 
     def _state_values(self) -> dict[str, float]:
-        """Return the metrics that are read from the state of the service."""
         live = self._state.live
         return {
             "loyalty_interval_seconds": self._interval_seconds,

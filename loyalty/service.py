@@ -34,7 +34,7 @@ MIN_RESYNC_INTERVAL_SECONDS = 10.0  # a stream that ends immediately must not ca
 
 
 class Service:
-    """Implements daemon.Job: connects, recounts, and does live updates in between."""
+    """Implements `daemon.Job`, which documents the methods."""
 
     def __init__(
         self,
@@ -85,10 +85,6 @@ class Service:
             self._connection = None
 
     def reload(self) -> None:
-        """Read all settings again, and use them from the next recount on.
-
-        Raises ConfigurationError if they are wrong; then the current settings stay.
-        """
         settings = self._load_settings()
         self.disconnect()
         self._apply_settings(settings)
@@ -104,7 +100,6 @@ class Service:
         return 2 * (self.settings.count_timeout + timedelta(minutes=1))
 
     def recount(self, on_progress: ProgressCallback) -> RecountOutcome:
-        """Do a full recount. Raises ServiceError."""
 
         def report_progress(progress: str) -> None:
             self.metrics.refresh_if_due()
@@ -131,10 +126,7 @@ class Service:
         return RecountOutcome(self.state.status, self.updater.retry_after_seconds())
 
     def run_between(self, seconds: float, on_progress: ProgressCallback) -> RecountOutcome | None:
-        """Do live updates for about `seconds`. Raises ServiceError if they cannot continue.
-
-        When they need a resync, this does a full recount immediately, and returns its outcome.
-        """
+        """Do live updates for about `seconds`, or a full recount if they need a resync."""
         self.metrics.refresh_if_due()
         if self._connection is None or not self.updater.state.has_stream:
             time.sleep(seconds)

@@ -29,7 +29,6 @@ class ServiceState:
 
 
 def describe_live(live: Heartbeat) -> str:
-    """Return the progress of live updates in one line."""
     return (
         f"live, as of {live.as_of:%Y-%m-%d %H:%M:%S} UTC, "
         f"{live.users_updated:,} users updated, {live.waiting:,} pending changes"

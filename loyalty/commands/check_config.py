@@ -127,7 +127,6 @@ def _count_all(
 
 
 def _describe_index(connection: Connection, settings: Settings) -> str:
-    """Return whether a recount can use the index, what to do, and which orders prevent it."""
     plan, orders = inspect_plan(connection.orders, settings), connection.orders
     if not plan.advice:
         return "usable"
@@ -144,7 +143,6 @@ def _describe_index(connection: Connection, settings: Settings) -> str:
 def _settings_rows(
     settings: Settings, connection: Connection, permissions: str
 ) -> list[tuple[str, str]]:
-    """Return the settings, without credentials, and what the server allows."""
     reason = connection.snapshot_unsupported_reason
     return [
         ("hosts", settings.hosts),

@@ -10,7 +10,7 @@ from bson import Regex, Timestamp
 
 from config import Settings
 from loyalty.mongo.values import Document
-from loyalty.recount.customer_ids import canonicalize, indexable_forms, is_mixed_case
+from loyalty.recount.customer_ids import canonicalize, is_mixed_case
 from loyalty.recount.order_filter import counted_orders, other_conditions
 
 INVALIDATING_EVENTS = ["drop", "rename", "dropDatabase", "invalidate"]
@@ -89,10 +89,6 @@ class PendingChanges:
             canonical = canonicalize(customer)
             self.customers[bson.encode({"": canonical})] = canonical
             self.has_mixed_case_ids |= is_mixed_case(customer)
-
-    def customers_with_forms(self) -> list[tuple[Any, list[Any]]]:
-        """Return each customer's canonical id with the values that an index lookup needs."""
-        return [(customer, indexable_forms(customer)) for customer in self.customers.values()]
 
 
 def read_watermark(resume_token: Mapping[str, Any] | None) -> Timestamp:

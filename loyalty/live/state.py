@@ -19,7 +19,6 @@ class LiveState(StrEnum):
 
     @property
     def has_stream(self) -> bool:
-        """Whether the change stream is open."""
         return self in (LiveState.OPENING, LiveState.LIVE, LiveState.PAUSED)
 
 
@@ -36,4 +35,3 @@ TRANSITIONS = {
     (LiveState.RESYNC, LiveState.OPENING): "another change stream was opened",
     (LiveState.RESYNC, LiveState.OFF): "another change stream could not be opened",
 }
-"""Each transition that is possible, and when it happens."""

@@ -19,6 +19,7 @@ from loyalty.live.watcher import ChangeStreamWatcher, LiveLimits
 from loyalty.logs import WarnOnce, log
 from loyalty.mongo.connection import Connection
 from loyalty.recount.counter import Customers
+from loyalty.recount.customer_ids import indexable_forms
 from loyalty.recount.index import find_index_problem
 from loyalty.recount.result import Result
 from loyalty.recount.runner import RecountRequest, run_recount
@@ -184,7 +185,6 @@ class LiveUpdater:
         self._service_state.live_lag_seconds = self.lag_seconds() if live else 0.0
 
     def lag_seconds(self) -> float:
-        """Return for how long the oldest pending change has been waiting."""
         return self._watcher.lag_seconds() if self._watcher is not None else 0.0
 
     def _recount_customers(
@@ -194,10 +194,13 @@ class LiveUpdater:
         at: Timestamp,
         on_progress: ProgressCallback,
     ) -> None:
-        customers: Customers = changes.customers_with_forms()
-        if self._full_recount is not None and not self._full_recount.count.supports_partitions:
-            # The collection is small (see `open_watcher`), and the query reads all of its orders.
-            customers = [(customer, None) for customer, _ in customers]
+        assert self._full_recount is not None  # only a full recount makes updates live
+        # Without partitions the collection is small (see `open_watcher`): read all of its orders.
+        has_index = self._full_recount.count.supports_partitions
+        customers: Customers = [
+            (customer, indexable_forms(customer) if has_index else None)
+            for customer in changes.customers.values()
+        ]
         request = RecountRequest(
             customers=customers, not_before=at, safety_check=self._check_decreases
         )
@@ -219,8 +222,7 @@ class LiveUpdater:
         batches is noticed. Increases are not subtracted: while a migration renames a status, some
         users lose points and others get theirs back.
         """
-        if self._full_recount is None:
-            return None
+        assert self._full_recount is not None
         with_points = self._full_recount.totals.users_with_points_after
         return check_live_update(self._decreased + totals.decreased, with_points, self._settings)
 

@@ -90,7 +90,6 @@ class ChangeStreamWatcher:
         self._closed = True
 
     def pending_count(self) -> int:
-        """Return the number of pending changes."""
         return len(self._pending)
 
     def lag_seconds(self) -> float:
@@ -98,7 +97,6 @@ class ChangeStreamWatcher:
         return time.monotonic() - self._oldest_at if self._pending else 0.0
 
     def idle_seconds(self) -> float:
-        """Return the seconds since the last change."""
         return time.monotonic() - self._changed_at
 
     def check(self) -> None:

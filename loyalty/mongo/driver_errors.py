@@ -72,7 +72,6 @@ def _map(error: PyMongoError | OSError, action: str, if_too_slow: str) -> Servic
 
 
 def _map_client_error(error: PyMongoError | OSError, action: str) -> ServiceError:
-    """Map an error that is not a reply of the server."""
     error_type: type[ServiceError] = DatabaseUnavailable
     reason = _one_line(str(error))
     if _is_certificate_error(str(error)):
@@ -119,10 +118,8 @@ def _map_server_error(
     if name == "IllegalOperation" and "writeErrors" in details:  # the driver's own reply, no text
         reason = "this server does not support retryable writes: add retryWrites=false to the URI"
     error_type = _classify(code, details, reason)
-    if name == "BSONObjectTooLarge" and action.startswith(
-        "watch "
-    ):  # of an event, which no resume can skip
-        error_type = ResyncRequired
+    if name == "BSONObjectTooLarge" and action.startswith("watch "):
+        error_type = ResyncRequired  # the event is too large, and no resume can skip it
     if error_type is NoPermission:
         return permission_error(action, has_user="requires authentication" not in reason)
     if error_type is AuthenticationFailed:

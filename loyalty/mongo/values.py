@@ -30,7 +30,6 @@ MAX_VALUE_LENGTH = 60
 
 
 def decode_documents(batch: bytes) -> list[dict[str, Any]]:
-    """Return the documents in a raw batch of a cursor."""
     return bson.decode_all(batch, LENIENT_CODEC)
 
 
@@ -46,7 +45,6 @@ def format_value(value: Any) -> str:
 
 
 def is_dbref(value: Any) -> bool:
-    """Return whether a value is a reference `{$ref, $id}`."""
     return isinstance(value, DBRef)
 
 
