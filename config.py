@@ -67,7 +67,7 @@ class Settings:
         "CHANGES_COLLECTION",
         "loyalty_changes",
         none_or(parse_collection),
-        "collection of the change log, or none; --undo needs it",
+        "collection of the change log for --undo, or none",
     )
     retention: timedelta = setting(
         "RETENTION", "90d", duration_parser(3650), "lifetime of records and changes, 1s to 3650d"

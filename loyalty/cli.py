@@ -121,8 +121,9 @@ def _log_settings_problems(error: ConfigurationError, env_file: Path) -> None:
     for problem in error.problems:
         log.error('configuration_problem error="%s"', problem)
     log.info(
-        'configuration_help env_file=%s text="settings come from the environment or this file; '
-        '.env.example explains them; to try the service without a database: make demo"',
+        'configuration_help env_file=%s text="settings come from the environment (in a unit: from '
+        "EnvironmentFile=) or from this file; .env.example explains them; to try the service "
+        'without a database: make demo"',
         env_file,
     )
 

@@ -1,8 +1,9 @@
 """The `.env` file, and the settings from it and the environment."""
 
 import os
+import re
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from difflib import SequenceMatcher
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def load_settings(
     if any(name in from_environment for name in _URI_NAMES):
         values |= {name: from_environment.get(name, "") for name in _URI_NAMES}
     set_log_format(values.get("LOG_FORMAT", ""))
-    problems += _check_names(in_file, values)
+    problems += _check_names(in_file, from_environment, values)
     if in_file and _is_readable_by_others(file):
         log.warning('env_file_permissions error="other users can read %s" fix="chmod 600"', file)
     settings = load(values, problems)
@@ -59,29 +60,34 @@ def read_env_file(path: Path) -> tuple[dict[str, str], list[str]]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path}: cannot be read: {os_error_text(error)}") from None
     bad = [line.original.line for line in lines if line.error or (line.key and line.value is None)]
-    problems = [f"{path} line {n} is not NAME=value; is a closing quote missing?" for n in bad]
+    problems = [f"{path} line {n}: not NAME=value; is a closing quote missing?" for n in bad]
     values = {line.key: line.value for line in lines if line.key and line.value is not None}
     return values, problems
 
 
-def _check_names(in_file: Iterable[str], values: Mapping[str, str]) -> list[str]:
-    """Return a problem for each misspelt name in a file; log other names that resemble a setting.
+def _check_names(
+    in_file: Mapping[str, str], from_environment: Mapping[str, str], values: Mapping[str, str]
+) -> list[str]:
+    """Return a problem for each misspelt name in a file; warn of other suspicious variables.
 
-    A file may be shared with other programs, so a name is a misspelling only if it is very similar
-    to a setting that has no value.
+    Other programs may use the same file or environment, so a name is a misspelling only if it is
+    very similar to a setting that has no value.
     """
     known = [*_URI_NAMES, *(spec.name for spec in setting_specs().values())]
     misspelt = []
-    for name in in_file:
-        similarity, setting = max((_similarity(name, setting), setting) for setting in known)
-        if name in known or similarity < MIN_SIMILARITY:
+    for name in {**in_file, **from_environment}:
+        if name in known:
+            if re.search(r"\s#", from_environment.get(name, "")):  # systemd keeps comments
+                log.warning('comment_in_value name=%s effect="# is a part of the value"', name)
             continue
+        similarity, setting = max((_similarity(name, setting), setting) for setting in known)
         same = _URI_NAMES if setting in _URI_NAMES else (setting,)
         has_value = any(values.get(other, "").strip() for other in same)
-        if has_value or similarity < MIN_MISSPELLING_SIMILARITY:
-            log.warning("unknown_setting name=%s similar_to=%s", name, setting)
-        else:
+        is_misspelt = similarity >= MIN_MISSPELLING_SIMILARITY and not has_value
+        if is_misspelt and name in in_file:
             misspelt.append(f"unknown setting {name}, did you mean {setting}?")
+        elif is_misspelt or (name in in_file and similarity >= MIN_SIMILARITY):
+            log.warning("unknown_setting name=%s similar_to=%s", name, setting)
     return misspelt
 
 
