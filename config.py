@@ -9,7 +9,7 @@ from typing import Any
 from bson import json_util
 
 from loyalty.errors import ConfigurationError
-from loyalty.mongo.uri import database_name, read_uri, split_uri
+from loyalty.mongo.uri import parse_database, read_uri, split_uri
 from loyalty.parsers import (
     Parser,
     choice_parser,
@@ -53,7 +53,7 @@ class Settings:
         "MONGODB_URI", "", str, "connection string, required; or MONGODB_URI_FILE, a file with it"
     )
     database: str = setting(
-        "MONGODB_DATABASE", "", database_name, "database; else that in MONGODB_URI, else oms_db"
+        "MONGODB_DATABASE", "", parse_database, "database; else that in MONGODB_URI, else oms_db"
     )
     orders: str = setting("ORDERS_COLLECTION", "orders", parse_collection, "collection of orders")
     users: str = setting("USERS_COLLECTION", "users", parse_collection, "collection of users")
@@ -128,7 +128,7 @@ class Settings:
         "LOG_FORMAT", "text", choice_parser("text", "json"), "format of log lines, text or json"
     )
     metrics_file: str = setting(
-        "METRICS_FILE", "none", none_or(parse_prom_path), "absolute path of a .prom file, or none"
+        "METRICS_FILE", "none", none_or(parse_prom_path), "absolute path of a .prom file or none"
     )
 
     @property
@@ -139,7 +139,7 @@ class Settings:
     @property
     def hosts(self) -> str:
         """The hosts of the URI, as written; never its credentials."""
-        return split_uri(self.mongodb_uri)[1]
+        return split_uri(self.mongodb_uri).hosts
 
     @property
     def order_filter_json(self) -> str:
@@ -175,7 +175,7 @@ def load(values: Mapping[str, str], problems: Iterable[str] = ()) -> Settings:
     nonempty = {name: value for name, value in values.items() if value.strip()}
     uri, uri_problems = read_uri(nonempty)
     nonempty["MONGODB_URI"] = uri
-    in_uri = "" if uri_problems else split_uri(uri)[2]
+    in_uri = "" if uri_problems else split_uri(uri).database
     nonempty["MONGODB_DATABASE"] = nonempty.get("MONGODB_DATABASE") or in_uri or "oms_db"
     problems += uri_problems
     parsed: dict[str, Any] = {}
@@ -188,13 +188,13 @@ def load(values: Mapping[str, str], problems: Iterable[str] = ()) -> Settings:
             problems.append(f"{spec.name}: {error}")
             parsed[attribute] = spec.parse(spec.default)  # for the cross-checks
     settings = Settings(**parsed)
-    problems += _cross_checks(settings)
+    problems += _find_conflicts(settings)
     if problems:
         raise ConfigurationError(*problems)
     return settings
 
 
-def _cross_checks(settings: Settings) -> list[str]:
+def _find_conflicts(settings: Settings) -> list[str]:
     problems = []
     names = {"ORDERS_COLLECTION": settings.orders, "USERS_COLLECTION": settings.users}
     optional = {"RECOUNTS_COLLECTION": settings.recounts, "CHANGES_COLLECTION": settings.changes}

@@ -12,7 +12,7 @@ from dotenv.parser import parse_stream
 from config import Settings, load, setting_specs
 from loyalty.errors import ConfigurationError
 from loyalty.logs import log, set_log_format
-from loyalty.parsers import os_error_text
+from loyalty.parsers import describe_os_error
 
 _URI_NAMES = ("MONGODB_URI", "MONGODB_URI_FILE")
 # How similar two names are, from 0 to 1. MONGODB_USER and MONGODB_URI have 0.87,
@@ -58,7 +58,7 @@ def read_env_file(path: Path) -> tuple[dict[str, str], list[str]]:
         with path.open(encoding="utf-8", newline="") as stream:
             lines = list(parse_stream(stream))
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{path}: cannot be read: {os_error_text(error)}") from None
+        raise ConfigurationError(f"{path}: cannot be read: {describe_os_error(error)}") from None
     bad = [line.original.line for line in lines if line.error or (line.key and line.value is None)]
     problems = [f"{path} line {n}: not NAME=value; is a closing quote missing?" for n in bad]
     values = {line.key: line.value for line in lines if line.key and line.value is not None}

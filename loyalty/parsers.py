@@ -149,6 +149,6 @@ def parse_prom_path(text: str) -> str:
     return text
 
 
-def os_error_text(error: OSError | UnicodeDecodeError) -> str:
+def describe_os_error(error: OSError | UnicodeDecodeError) -> str:
     """Return why a file cannot be read, without its name."""
     return str(error.strerror) if isinstance(error, OSError) else "it is not UTF-8 text"

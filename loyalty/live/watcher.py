@@ -70,7 +70,7 @@ class ChangeStreamWatcher:
         self._condition = threading.Condition()  # reentrant: `_add` calls `_fail`
         self._reported_until = start_after
         self._error: ServiceError | None = None
-        self._closed = False
+        self._is_closed = False
         self._answered_at = self._changed_at = self._oldest_at = time.monotonic()
         with map_driver_errors("watch", connection.orders):
             self._stream: ChangeStream[Any] = self._orders.watch(
@@ -87,7 +87,7 @@ class ChangeStreamWatcher:
 
     def close(self) -> None:
         """Let the thread end after the server's next answer."""
-        self._closed = True
+        self._is_closed = True
 
     def pending_count(self) -> int:
         return len(self._pending)
@@ -130,7 +130,7 @@ class ChangeStreamWatcher:
     def _read(self) -> None:
         try:
             with self._stream, map_driver_errors("watch", self._orders):
-                while not self._closed and self._stream.alive:
+                while not self._is_closed and self._stream.alive:
                     asked_at = time.monotonic()
                     event = self._stream.try_next()
                     self._answered_at = time.monotonic()
@@ -171,5 +171,5 @@ class ChangeStreamWatcher:
     def _fail(self, error: ServiceError) -> None:
         with self._condition:
             self._error = self._error or error
-            self._closed = True
+            self._is_closed = True
             self._condition.notify_all()

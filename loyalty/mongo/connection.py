@@ -96,7 +96,7 @@ def connect(
     ConfigurationError or DatabaseUnavailable, within about twice `timeout_seconds`.
     """
     with map_driver_errors("connect", settings.hosts):
-        client: MongoClient[Any] = MongoClient(settings.mongodb_uri, **_client_options(settings))
+        client: MongoClient[Any] = MongoClient(settings.mongodb_uri, **_build_options(settings))
     try:
         with pymongo.timeout(timeout_seconds):
             connection = _inspect_server(client, settings)
@@ -106,7 +106,7 @@ def connect(
             _wait_for_orphaned_writes(connection, timeout_seconds)
     except AuthenticationFailed as error:
         client.close()
-        raise AuthenticationFailed(f"{error}; {_auth_source_hint(settings.mongodb_uri)}") from error
+        raise AuthenticationFailed(f"{error}; {_explain_login(settings.mongodb_uri)}") from error
     except BaseException:
         client.close()
         raise
@@ -116,7 +116,7 @@ def connect(
     return connection
 
 
-def _client_options(settings: Settings) -> dict[str, Any]:
+def _build_options(settings: Settings) -> dict[str, Any]:
     """Return the options of the client that override those of the URI, or are its defaults."""
     given = parse_options(settings.mongodb_uri)
     defaults: dict[str, Any] = {"appname": "loyalty-microservice", "connectTimeoutMS": 10_000}
@@ -131,10 +131,9 @@ def _client_options(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _auth_source_hint(uri: str) -> str:
-    _, _, database, _ = split_uri(uri)
+def _explain_login(uri: str) -> str:
     named = parse_options(uri).get("authsource")
-    source = named or database or "admin"
+    source = named or split_uri(uri).database or "admin"
     why = ", because of authSource" if named else ""
     other = "NAME" if source == "admin" else "admin"
     return (
@@ -223,16 +222,16 @@ def _wait_for_orphaned_writes(connection: Connection, timeout_seconds: float) ->
         {"$project": {"opid": 1}},
     ]
 
-    def running() -> set[Any]:
+    def find_running() -> set[Any]:
         with map_driver_errors("$currentOp", connection.hosts):
             return {operation["opid"] for operation in admin.aggregate(pipeline)}
 
     def check_finished() -> None:
-        if orphaned & running():
+        if orphaned & find_running():
             raise DatabaseUnavailable(f"updates of an earlier process to {users} are still running")
 
     try:
-        if orphaned := running():
+        if orphaned := find_running():
             retry(check_finished, replace(ORPHANED_WRITES_RETRY, timeout_seconds=timeout_seconds))
     except ConfigurationError as error:
         log.warning('orphaned_writes_unknown error="%s"', error)

@@ -50,7 +50,7 @@ def map_driver_errors(
         raise _map(error, f"{action} {preposition} {where}", if_too_slow) from error
 
 
-def permission_error(action: str, *, has_user: bool = True) -> NoPermission:
+def build_permission_error(action: str, *, has_user: bool = True) -> NoPermission:
     """Return the error for an action, such as "find on shop.orders", that is not allowed."""
     hint = "grant it to the database user (deploy/mongodb-role.js)"
     if not has_user:
@@ -73,7 +73,7 @@ def _map(error: PyMongoError | OSError, action: str, if_too_slow: str) -> Servic
 
 def _map_client_error(error: PyMongoError | OSError, action: str) -> ServiceError:
     error_type: type[ServiceError] = DatabaseUnavailable
-    reason = _one_line(str(error))
+    reason = _shorten(str(error))
     if _is_certificate_error(str(error)):
         error_type = ConfigurationError
     elif "SSL handshake failed" in reason:
@@ -101,11 +101,11 @@ def _map_write_errors(details: Mapping[str, Any], action: str) -> ServiceError:
     errors: Sequence[Mapping[str, Any]] = details["writeErrors"]
     for error in errors:
         if "write results unavailable" in error["errmsg"].lower():  # a mongos lost its shard
-            return DatabaseUnavailable(f"{action} failed: {_one_line(error['errmsg'])}")
+            return DatabaseUnavailable(f"{action} failed: {_shorten(error['errmsg'])}")
         if classify(error["code"]) not in (None, ConfigurationError):
             return _map_server_error(error, error["code"], action, "")
     for error in errors:
-        log.debug('update_failed code=%d error="%s"', error["code"], _one_line(error["errmsg"]))
+        log.debug('update_failed code=%d error="%s"', error["code"], _shorten(error["errmsg"]))
     reasons = {error["index"]: describe(error["code"]) for error in errors}
     return BulkUpdateErrors(reasons, details["nMatched"])
 
@@ -114,14 +114,14 @@ def _map_server_error(
     details: Mapping[str, Any], code: int | None, action: str, if_too_slow: str
 ) -> ServiceError:
     # Not str() of the driver's error: it ends with the whole reply, with commands and documents.
-    name, reason = error_name(code), _one_line(str(details.get("errmsg", "no reason given")))
+    name, reason = error_name(code), _shorten(str(details.get("errmsg", "no reason given")))
     if name == "IllegalOperation" and "writeErrors" in details:  # the driver's own reply, no text
         reason = "this server does not support retryable writes: add retryWrites=false to the URI"
     error_type = _classify(code, details, reason)
     if name == "BSONObjectTooLarge" and action.startswith("watch "):
         error_type = ResyncRequired  # the event is too large, and no resume can skip it
     if error_type is NoPermission:
-        return permission_error(action, has_user="requires authentication" not in reason)
+        return build_permission_error(action, has_user="requires authentication" not in reason)
     if error_type is AuthenticationFailed:
         return AuthenticationFailed("the server rejects the user name or password in MONGODB_URI")
     if error_type is QueryTimeout:
@@ -165,7 +165,7 @@ def _is_dns_error(error: Exception) -> bool:
     return type(error.__cause__).__module__.startswith("dns.")
 
 
-def _one_line(reason: str) -> str:
+def _shorten(reason: str) -> str:
     # The driver appends its timeouts and its whole view of the topology.
     reason = reason.split(", Timeout:")[0].split(" (configured")[0].replace("\n", " ")
     return reason[:_MAX_REASON_LENGTH]

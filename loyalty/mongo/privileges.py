@@ -11,13 +11,13 @@ from pymongo.collection import Collection
 from pymongo.database import Database
 
 from loyalty.errors import ConfigurationError
-from loyalty.mongo.driver_errors import map_driver_errors, permission_error
+from loyalty.mongo.driver_errors import build_permission_error, map_driver_errors
 
 
 def require_privileges(collection: Collection[Any], *actions: str) -> None:
     """Raise NoPermission if an action is not allowed. If that is unknown, this does nothing."""
     for action in missing_privileges(collection, *actions) or ():
-        raise permission_error(f"{action} on {collection.full_name}")
+        raise build_permission_error(f"{action} on {collection.full_name}")
 
 
 def missing_privileges(collection: Collection[Any], *actions: str) -> list[str] | None:
