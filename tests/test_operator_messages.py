@@ -95,7 +95,7 @@ def test_customer_shows_each_form_of_an_object_id_in_its_own_row(
         ("", "in the database 'shop': if the user is defined"),
         (
             "&authSource=stock",
-            "in the database 'stock', as authSource says: if the user is defined",
+            "in the database 'stock', because of authSource: if the user is defined",
         ),
     ],
 )

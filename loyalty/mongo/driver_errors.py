@@ -50,28 +50,28 @@ def map_driver_errors(
         raise _map(error, f"{action} {preposition} {where}", if_too_slow) from error
 
 
-def build_permission_error(action: str, *, has_user: bool = True) -> NoPermission:
-    """Return the error for an action, such as "find on shop.orders", that is not allowed."""
+def build_permission_error(operation: str, *, has_user: bool = True) -> NoPermission:
+    """Return the error for an operation, such as "find on shop.orders", that is not allowed."""
     hint = "grant it to the database user (deploy/mongodb-role.js)"
     if not has_user:
         hint += ", or add a user name and a password to MONGODB_URI"
-    return NoPermission(f"no permission for {action}: {hint}")
+    return NoPermission(f"no permission for {operation}: {hint}")
 
 
-def _map(error: PyMongoError | OSError, action: str, if_too_slow: str) -> ServiceError:
+def _map(error: PyMongoError | OSError, operation: str, if_too_slow: str) -> ServiceError:
     if isinstance(error, BulkWriteError) and error.details["writeErrors"]:
-        return _map_write_errors(error.details, action)
+        return _map_write_errors(error.details, operation)
     if isinstance(error, OperationFailure | driver.NotPrimaryError):
         details: Mapping[str, Any] = error.details or {}  # type: ignore[assignment]  # or a list
         # A bulk write whose write concern failed has its text and code in here.
         for concern_error in details.get("writeConcernErrors", []):
             details = concern_error
         code = details.get("code", getattr(error, "code", None))
-        return _map_server_error(details, code, action, if_too_slow)
-    return _map_client_error(error, action)
+        return _map_server_error(details, code, operation, if_too_slow)
+    return _map_client_error(error, operation)
 
 
-def _map_client_error(error: PyMongoError | OSError, action: str) -> ServiceError:
+def _map_client_error(error: PyMongoError | OSError, operation: str) -> ServiceError:
     error_type: type[ServiceError] = DatabaseUnavailable
     reason = _shorten(str(error))
     if _is_certificate_error(str(error)):
@@ -89,10 +89,10 @@ def _map_client_error(error: PyMongoError | OSError, action: str) -> ServiceErro
         error_type = ConfigurationError  # an OSError: a certificate file is missing, or is none
     if "load balancing mode" in reason:
         reason += ": remove loadBalanced=true from the URI"
-    return error_type(f"{action} failed: {reason}")
+    return error_type(f"{operation} failed: {reason}")
 
 
-def _map_write_errors(details: Mapping[str, Any], action: str) -> ServiceError:
+def _map_write_errors(details: Mapping[str, Any], operation: str) -> ServiceError:
     """Return BulkUpdateErrors if the documents are the cause of every error.
 
     Any other error ends the whole batch. A code that is not in the table counts as an error of the
@@ -101,9 +101,9 @@ def _map_write_errors(details: Mapping[str, Any], action: str) -> ServiceError:
     errors: Sequence[Mapping[str, Any]] = details["writeErrors"]
     for error in errors:
         if "write results unavailable" in error["errmsg"].lower():  # a mongos lost its shard
-            return DatabaseUnavailable(f"{action} failed: {_shorten(error['errmsg'])}")
+            return DatabaseUnavailable(f"{operation} failed: {_shorten(error['errmsg'])}")
         if classify(error["code"]) not in (None, ConfigurationError):
-            return _map_server_error(error, error["code"], action, "")
+            return _map_server_error(error, error["code"], operation, "")
     for error in errors:
         log.debug('update_failed code=%d error="%s"', error["code"], _shorten(error["errmsg"]))
     reasons = {error["index"]: describe(error["code"]) for error in errors}
@@ -111,24 +111,26 @@ def _map_write_errors(details: Mapping[str, Any], action: str) -> ServiceError:
 
 
 def _map_server_error(
-    details: Mapping[str, Any], code: int | None, action: str, if_too_slow: str
+    details: Mapping[str, Any], code: int | None, operation: str, if_too_slow: str
 ) -> ServiceError:
     # Not str() of the driver's error: it ends with the whole reply, with commands and documents.
     name, reason = error_name(code), _shorten(str(details.get("errmsg", "no reason given")))
     if name == "IllegalOperation" and "writeErrors" in details:  # the driver's own reply, no text
         reason = "this server does not support retryable writes: add retryWrites=false to the URI"
     error_type = _classify(code, details, reason)
-    if name == "BSONObjectTooLarge" and action.startswith("watch "):
+    if name == "BSONObjectTooLarge" and operation.startswith("watch "):
         error_type = ResyncRequired  # the event is too large, and no resume can skip it
     if error_type is NoPermission:
-        return build_permission_error(action, has_user="requires authentication" not in reason)
+        return build_permission_error(operation, has_user="requires authentication" not in reason)
     if error_type is AuthenticationFailed:
         return AuthenticationFailed("the server rejects the user name or password in MONGODB_URI")
     if error_type is QueryTimeout:
-        return QueryTimeout(f"{action} took too long" + (f": {if_too_slow}" if if_too_slow else ""))
+        return QueryTimeout(
+            f"{operation} took too long" + (f": {if_too_slow}" if if_too_slow else "")
+        )
     if error_type is UnsupportedServer:
         return UnsupportedServer(f"this server does not support what the service needs: {reason}")
-    message = f"{action} failed: {reason} ({describe(code, details.get('codeName', ''))})"
+    message = f"{operation} failed: {reason} ({describe(code, details.get('codeName', ''))})"
     if name == "SnapshotTooOld":
         message += (
             "; if this repeats, raise the server's parameter minSnapshotHistoryWindowInSeconds "
