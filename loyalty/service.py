@@ -100,7 +100,6 @@ class Service:
         return 2 * (self.settings.count_timeout + timedelta(minutes=1))
 
     def recount(self, on_progress: ProgressCallback) -> RecountOutcome:
-
         def report_progress(progress: str) -> None:
             self.metrics.refresh_if_due()
             on_progress(progress)

@@ -68,10 +68,8 @@ def run(args: argparse.Namespace, settings: Settings) -> Exit:
         if settings.live_updates:
             live_problem = find_live_updates_problem(connection, settings)
             print_rows(*_live_updates_rows(connection, live_problem))
-        index, statuses = (
-            _describe_index(connection, settings),
-            count_statuses(connection, settings),
-        )
+        index = _describe_index(connection, settings)
+        statuses = count_statuses(connection, settings)
         print_rows(*_order_rows(settings, index, statuses))
         result, problems = _count_all(connection, settings, statuses)
         if not args.json:
