@@ -4,7 +4,7 @@ import fcntl
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from math import inf
 from pathlib import Path
@@ -80,7 +80,8 @@ class Metrics:
             values = {}
             if isinstance(error, TooManyFailedUpdates):
                 values["loyalty_failed_updates"] = error.number
-            self.write("refused" if isinstance(error, RecountRefused) else "failed", values)
+            outcome = "refused" if isinstance(error, RecountRefused) else "failed"
+            self.write([self._sample(_RECOUNTS, outcome)], values)
             raise
 
     def record_recount(self, result: Result) -> None:
@@ -96,7 +97,7 @@ class Metrics:
             "loyalty_orders_of_unknown_customers": totals.orders_of_unknown_customers,
             "loyalty_orders_without_customer": totals.orders_without_customer,
         }
-        self.write(result.outcome, values)
+        self.write([self._sample(_RECOUNTS, result.outcome)], values)
 
     def check(self) -> str | None:
         """Return why the file cannot be written, or None."""
@@ -108,9 +109,9 @@ class Metrics:
         return None
 
     def write(
-        self, outcome: Outcome | None = None, values: Mapping[str, float] | None = None
+        self, increments: Iterable[str] = (), values: Mapping[str, float] | None = None
     ) -> None:
-        """Write all metrics, with one more recount of this outcome and new values of gauges.
+        """Increment the counters `increments`, set the gauges `values`, and write all metrics.
 
         A failure is one warning.
         """
@@ -125,8 +126,8 @@ class Metrics:
                 as_of = self._sample("loyalty_as_of_timestamp_seconds")
                 live_as_of = self._sample("loyalty_live_as_of_timestamp_seconds")
                 samples[as_of] = max(samples[as_of], samples[live_as_of])
-                if outcome is not None:
-                    samples[self._sample(_RECOUNTS, outcome)] += 1
+                for sample in increments:
+                    samples[sample] += 1
                 _replace(self._file, _text(samples))
         except OSError as error:
             self._warn_once("metrics_write_failed", f"{self._file}: {error.strerror}")
