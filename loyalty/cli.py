@@ -51,22 +51,10 @@ settings, from the environment or from .env; .env.example explains each:
 
 _COMMANDS = (
     ("--once", once.run, "make one recount, then exit"),
-    (
-        "--dry-run",
-        dry_run.run,
-        "show what a recount would change; exit 1 if it would change points or be refused",
-    ),
+    ("--dry-run", dry_run.run, "show what a recount would change; exit 1 if there are changes"),
     ("--status", status.run, "show the last recounts; exit 1 if the points are stale"),
-    (
-        "--check-config",
-        check_config.run,
-        "check settings and privileges, and count all orders; exit 1 if there is a problem",
-    ),
-    (
-        "--unknown-customers",
-        unknown_customers.run,
-        "list all unknown customers (ids in counted orders that no user has), as JSON lines",
-    ),
+    ("--check-config", check_config.run, "check settings and data; exit 1 if there is a problem"),
+    ("--unknown-customers", unknown_customers.run, "list all unknown customers, as JSON lines"),
     ("--create-index", create_index.run, "create the indexes that recounts use"),
 )
 

@@ -19,17 +19,12 @@ class ServiceState:
     def status(self) -> str:
         """One line for systemd."""
         if self.live is not None:
-            return describe_live(self.live)
+            as_of = f"{self.live.as_of:%Y-%m-%d %H:%M:%S} UTC"
+            updated, pending = self.live.users_updated, self.live.waiting
+            return f"live, as of {as_of}, {updated:,} users updated, {pending:,} pending changes"
         if self.result is None:
             return "no recount yet"
         changed = f"{self.result.written:,} changed"
         if self.result.failed_updates:
             changed += f", {self.result.failed_updates:,} failed updates"
         return f"recounted as of {self.result.as_of:%Y-%m-%d %H:%M:%S} UTC, {changed}"
-
-
-def describe_live(live: Heartbeat) -> str:
-    return (
-        f"live, as of {live.as_of:%Y-%m-%d %H:%M:%S} UTC, "
-        f"{live.users_updated:,} users updated, {live.waiting:,} pending changes"
-    )
