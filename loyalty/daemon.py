@@ -103,7 +103,7 @@ class Daemon:
             send.setblocking(False)
             signal.set_wakeup_fd(send.fileno())
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-                signal.signal(number, _ignore)
+                signal.signal(number, lambda *_: None)
             # The entry point blocks it: a SIGHUP during the start must not end the process.
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
             worker = threading.Thread(target=self._run_worker, args=(send,), daemon=True)
@@ -208,7 +208,8 @@ class Daemon:
     def _reload(self) -> None:
         self._reload_requested.clear()
         if self._has_connected:  # before the first, READY=1 at the end would be wrong
-            systemd.notify_reloading()
+            # Type=notify-reload needs the time, to know that this answers its latest SIGHUP.
+            systemd.notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
         status = "reload failed, the old settings are kept; see the log"
         try:
             self._job.reload()
@@ -233,6 +234,3 @@ class Daemon:
         self.scheduler.clear()
         job = self.scheduler.every(int(self._interval_seconds)).seconds
         job.do(self._attempt, self._recount)
-
-
-def _ignore(_number: int, _frame: object) -> None: ...

@@ -2,7 +2,6 @@
 
 import os
 import socket
-import time
 from contextlib import suppress
 from math import inf
 from pathlib import Path
@@ -29,14 +28,6 @@ def notify(*assignments: str) -> None:
         address = "\0" + address[1:]
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender, suppress(OSError):
         sender.sendto("\n".join(assignments).encode(), address)
-
-
-def notify_reloading() -> None:
-    """Report that a reload starts; "READY=1" reports its end.
-
-    Type=notify-reload needs the time, to know that this answers its latest SIGHUP.
-    """
-    notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
 
 def watchdog_seconds() -> float:
