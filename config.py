@@ -1,7 +1,5 @@
 """Settings: each is declared once, parsed from a mapping, and immutable."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,7 +9,7 @@ from typing import Any
 from bson import json_util
 
 from loyalty.errors import ConfigurationError
-from loyalty.mongo.uri import database_name, read_uri, split_uri
+from loyalty.mongo.uri import parse_database, read_uri, split_uri
 from loyalty.parsers import (
     Parser,
     choice_parser,
@@ -28,6 +26,7 @@ from loyalty.parsers import (
 )
 
 VERSION = "1.1.0"
+SECRETS = ("MONGODB_URI",)  # never in a log or in an output
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +39,10 @@ class SettingSpec:
     description: str
 
 
-def setting(
-    name: str, default: str, parse: Parser, description: str, *, is_secret: bool = False
-) -> Any:
-    """Declare a setting; the default is as a person would write it, "" for none."""
+def setting(name: str, default: str, parse: Parser, description: str) -> Any:
+    """Declare a setting. `default` is a text as in `.env`; "" means that there is no default."""
     spec = SettingSpec(name, default, parse, description)
-    return dataclasses.field(metadata={"spec": spec}, repr=not is_secret)
+    return dataclasses.field(metadata={"spec": spec}, repr=name not in SECRETS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,14 +50,10 @@ class Settings:
     """The settings of one service, made by `load`; `.env.example` explains each."""
 
     mongodb_uri: str = setting(
-        "MONGODB_URI",
-        "",
-        str,
-        "server, required; or MONGODB_URI_FILE, a file with the URI",
-        is_secret=True,
+        "MONGODB_URI", "", str, "connection string, required; or MONGODB_URI_FILE, a file with it"
     )
     database: str = setting(
-        "MONGODB_DATABASE", "", database_name, "database; else that of the URI, else oms_db"
+        "MONGODB_DATABASE", "", parse_database, "database; else that in MONGODB_URI, else oms_db"
     )
     orders: str = setting("ORDERS_COLLECTION", "orders", parse_collection, "collection of orders")
     users: str = setting("USERS_COLLECTION", "users", parse_collection, "collection of users")
@@ -74,22 +67,25 @@ class Settings:
         "CHANGES_COLLECTION",
         "loyalty_changes",
         none_or(parse_collection),
-        "collection of changes, which undo needs, or none",
+        "collection of the change log for --undo, or none",
     )
     retention: timedelta = setting(
         "RETENTION", "90d", duration_parser(3650), "lifetime of records and changes, 1s to 3650d"
     )
     order_statuses: tuple[str, ...] = setting(
-        "ORDER_STATUSES", "Shipped", parse_statuses, "statuses that earn points, comma-separated"
+        "ORDER_STATUSES", "Shipped", parse_statuses, "counted statuses, comma-separated"
     )
     points_per_order: int = setting(
         "POINTS_PER_ORDER", "1", integer_parser(1, 10**6), "points for one order, 1 to 1,000,000"
     )
     status_field: str = setting(
-        "ORDER_STATUS_FIELD", "status", parse_field, "field of an order's status, such as a or a.b"
+        "ORDER_STATUS_FIELD", "status", parse_field, "field of an order with its status, a or a.b"
     )
     customer_field: str = setting(
-        "ORDER_CUSTOMER_FIELD", "customer_id", parse_reference_field, "field of an order's customer"
+        "ORDER_CUSTOMER_FIELD",
+        "customer_id",
+        parse_reference_field,
+        "field of an order with the customer id",
     )
     order_filter: Mapping[str, Any] = setting(
         "ORDER_FILTER", "none", parse_order_filter, "condition on orders, a JSON object, or none"
@@ -111,7 +107,7 @@ class Settings:
         "COUNT_TIMEOUT", "10m", duration_parser(24), "time limit of one aggregation, 1s to 24d"
     )
     count_workers: int = setting(
-        "COUNT_WORKERS", "2", integer_parser(1, 16), "aggregations at the same time, 1 to 16"
+        "COUNT_WORKERS", "2", integer_parser(1, 16), "aggregations in parallel, 1 to 16"
     )
     max_decrease_percent: int = setting(
         "MAX_DECREASE_PERCENT",
@@ -132,7 +128,7 @@ class Settings:
         "LOG_FORMAT", "text", choice_parser("text", "json"), "format of log lines, text or json"
     )
     metrics_file: str = setting(
-        "METRICS_FILE", "none", none_or(parse_prom_path), "file for node_exporter, /*.prom, or none"
+        "METRICS_FILE", "none", none_or(parse_prom_path), "absolute path of a .prom file or none"
     )
 
     @property
@@ -143,7 +139,7 @@ class Settings:
     @property
     def hosts(self) -> str:
         """The hosts of the URI, as written; never its credentials."""
-        return split_uri(self.mongodb_uri)[1]
+        return split_uri(self.mongodb_uri).hosts
 
     @property
     def order_filter_json(self) -> str:
@@ -151,9 +147,9 @@ class Settings:
         return json_util.dumps(dict(self.order_filter)) if self.order_filter else ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all values by the names of their variables, without the URI and its password."""
+        """Return all values by the names of their variables, without secrets."""
         specs = setting_specs().items()
-        values = {s.name: getattr(self, a) for a, s in specs if s.name != "MONGODB_URI"}
+        values = {s.name: getattr(self, a) for a, s in specs if s.name not in SECRETS}
         return values | {"ORDER_FILTER": self.order_filter_json}
 
 
@@ -163,7 +159,6 @@ def setting_specs() -> dict[str, SettingSpec]:
 
 
 def settings_help() -> str:
-    """Return the lines of --help about settings."""
     lines = []
     for spec in setting_specs().values():
         default = spec.default and f"(default: {spec.default})"
@@ -172,15 +167,15 @@ def settings_help() -> str:
 
 
 def load(values: Mapping[str, str], problems: Iterable[str] = ()) -> Settings:
-    """Parse and check the values of variables; an empty value counts as not given.
+    """Parse and check the values of variables; an empty value is treated as unset.
 
-    Raises ConfigurationError with all problems at once, those that were known before included.
+    Raises ConfigurationError with all problems, including `problems`.
     """
     problems = list(problems)
     nonempty = {name: value for name, value in values.items() if value.strip()}
     uri, uri_problems = read_uri(nonempty)
     nonempty["MONGODB_URI"] = uri
-    in_uri = "" if uri_problems else split_uri(uri)[2]
+    in_uri = "" if uri_problems else split_uri(uri).database
     nonempty["MONGODB_DATABASE"] = nonempty.get("MONGODB_DATABASE") or in_uri or "oms_db"
     problems += uri_problems
     parsed: dict[str, Any] = {}
@@ -191,23 +186,26 @@ def load(values: Mapping[str, str], problems: Iterable[str] = ()) -> Settings:
             parsed[attribute] = spec.parse(text if spec.parse is parse_statuses else text.strip())
         except ValueError as error:
             problems.append(f"{spec.name}: {error}")
-            parsed[attribute] = spec.parse(spec.default)
+            parsed[attribute] = spec.parse(spec.default)  # for the cross-checks
     settings = Settings(**parsed)
-    problems += _cross_checks(settings)
+    problems += _find_conflicts(settings)
     if problems:
         raise ConfigurationError(*problems)
     return settings
 
 
-def _cross_checks(settings: Settings) -> list[str]:
+def _find_conflicts(settings: Settings) -> list[str]:
     problems = []
     names = {"ORDERS_COLLECTION": settings.orders, "USERS_COLLECTION": settings.users}
     optional = {"RECOUNTS_COLLECTION": settings.recounts, "CHANGES_COLLECTION": settings.changes}
     names |= {name: collection for name, collection in optional.items() if collection}
     if len(set(names.values())) < len(names):
         problems.append(f"{', '.join(names)}: must be different collections")
-    if settings.database in ("admin", "config", "local"):  # in a URI, often for authentication
-        problems.append(f"MONGODB_DATABASE: {settings.database!r} belongs to the server")
+    if settings.database in ("admin", "config", "local"):
+        problems.append(
+            f"MONGODB_DATABASE: {settings.database!r} is reserved for the server; if this is the "
+            "database in MONGODB_URI, set MONGODB_DATABASE"
+        )
     if _overlap(settings.status_field, settings.customer_field):
         problems.append("ORDER_STATUS_FIELD, ORDER_CUSTOMER_FIELD: must be different fields")
     if _overlap(settings.points_field, "_id"):
@@ -216,7 +214,7 @@ def _cross_checks(settings: Settings) -> list[str]:
         problems.append("USER_POINTS_FIELD, USER_KEY_FIELD: must be different fields")
     for name in settings.order_filter:
         if _overlap(name, settings.status_field):
-            problems.append(f"ORDER_FILTER: must not contain {name}; ORDER_STATUSES is for that")
+            problems.append(f"ORDER_FILTER: must not contain {name}; use ORDER_STATUSES instead")
         if _overlap(name, settings.customer_field):
             problems.append(f"ORDER_FILTER: must not contain {name}, the ORDER_CUSTOMER_FIELD")
     return problems

@@ -1,7 +1,5 @@
 #!/usr/bin/env python3
-"""The entry point: answers signals during the imports, then runs `loyalty.cli`."""
-
-from __future__ import annotations
+"""The entry point: handles signals during the imports, then runs `loyalty.cli`."""
 
 import os
 import signal
@@ -18,7 +16,7 @@ def _exit_on_early_signal(number: int, _frame: object) -> None:
     os._exit(0 if is_success else 128 + number)
 
 
-# The imports take a second. Nothing has started until `main` installs its own handlers.
+# The imports take a second. A command keeps the handler of SIGTERM: every write can be repeated.
 if __name__ == "__main__":
     for _number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(_number, _exit_on_early_signal)

@@ -1,7 +1,5 @@
 """The command line: arguments, dispatch, exit codes."""
 
-from __future__ import annotations
-
 import argparse
 import io
 import logging
@@ -29,28 +27,36 @@ from loyalty.commands.output import ResultsNotWritten, flush_results
 from loyalty.daemon import Daemon
 from loyalty.env_file import load_settings
 from loyalty.errors import ConfigurationError, Exit, RecountRefused, ServiceError
-from loyalty.logs import log_to_stderr
+from loyalty.logs import log, log_to_stderr
 from loyalty.service import Service
 from loyalty.systemd import update_environment
 
-log = logging.getLogger("loyalty")
-
 ENV_FILE = Path(__file__).parents[1] / ".env"
 _DESCRIPTION = """\
-Counts the shipped orders of each customer and keeps loyalty_points in the users collection correct.
-Without a command it is a daemon: it recounts at once and then every RECOUNT_INTERVAL."""
+Counts the orders of each customer that have a counted status, and stores the points of each user.
+Without a command, it runs as a daemon: it recounts immediately, and then every RECOUNT_INTERVAL."""
 _EPILOG = """\
 exit codes:
   0   success
-  1   a check found something, or some users could not be updated
+  1   a check found a problem, points would change, or some updates failed
   2   wrong usage
-  65  the safety check refused the recount
-  69  the database is unavailable or too slow, or there is no temporary disk space
+  65  the safety checks refused the recount
+  69  the database is unavailable or too slow, or the temporary file has no disk space
   70  internal error
-  78  a setting, a credential or a permission is wrong
+  78  wrong settings, credentials, privileges or server
 
 settings, from the environment or from .env; .env.example explains each:
 """
+
+
+_COMMANDS = (
+    ("--once", once.run, "make one recount, then exit"),
+    ("--dry-run", dry_run.run, "show what a recount would change; exit 1 if there are changes"),
+    ("--status", status.run, "show the last recounts; exit 1 if the points are stale"),
+    ("--check-config", check_config.run, "check settings and data; exit 1 if there is a problem"),
+    ("--unknown-customers", unknown_customers.run, "list all unknown customers, as JSON lines"),
+    ("--create-index", create_index.run, "create the indexes that recounts use"),
+)
 
 
 def run_process() -> NoReturn:
@@ -64,22 +70,16 @@ def run_process() -> NoReturn:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code."""
     args = _parse(argv)
     log_to_stderr()
     try:
-        code = _run_command(args)
-        flush_results()
-    except ResultsNotWritten as error:
-        log.error('results_not_written error="%s"', error)
-        return error.exit_code
+        return _run_command(args)
     except KeyboardInterrupt:
         return Exit.INTERRUPTED
-    return code
 
 
 def _run_command(args: argparse.Namespace) -> int:
-    """Run the command and return its exit code. Raises ResultsNotWritten and KeyboardInterrupt."""
+    """Run the command and return its exit code. Raises KeyboardInterrupt."""
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
@@ -87,10 +87,13 @@ def _run_command(args: argparse.Namespace) -> int:
         except ConfigurationError as error:
             _log_settings_problems(error, args.env_file or ENV_FILE)
             return error.exit_code
-        log.setLevel(settings.log_level)
-        return int(args.run(args, settings))
-    except ResultsNotWritten:
-        raise
+        try:
+            return int(args.run(args, settings))
+        finally:
+            flush_results()
+    except ResultsNotWritten as error:
+        log.error('results_not_written error="%s"', error)
+        return error.exit_code
     except RecountRefused as error:
         log.error('refused reason="%s"', error)
         return error.exit_code
@@ -106,93 +109,91 @@ def _log_settings_problems(error: ConfigurationError, env_file: Path) -> None:
     for problem in error.problems:
         log.error('configuration_problem error="%s"', problem)
     log.info(
-        'configuration_help env_file=%s text="settings come from the environment or this file; '
-        '.env.example explains them; to try the service without a database: make demo"',
+        'configuration_help env_file=%s text="settings come from the environment (in a unit: from '
+        "EnvironmentFile=) or from this file; .env.example explains them; to try the service "
+        'without a database: make demo"',
         env_file,
     )
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the arguments; `run` is the function of the command."""
+    parser = _make_parser()
+    args = parser.parse_args(argv)
+    args.dry_run = args.run is dry_run.run
+    if args.undo is not None:
+        if (args.run is not None and not args.dry_run) or args.changes is not None or args.customer:
+            parser.error("--undo cannot be combined with another command, except --dry-run")
+        args.run = undo.run
+    elif args.changes is not None:
+        args.run = changes.run
+    if args.customer and args.run not in (once.run, dry_run.run):
+        parser.error("--customer needs --once or --dry-run")
+    if args.force and (args.run is not once.run or args.customer):
+        parser.error("--force needs --once, without --customer")
+    if args.json and args.run in (None, create_index.run):
+        parser.error("--json needs a command that prints results")
+    args.run = args.run or _run_daemon
+    return args
+
+
+def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="loyalty_microservice.py",
         description=_DESCRIPTION,
         epilog=_EPILOG + settings_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # the entry point knows the daemon by its options
     )
-    parser.set_defaults(run=_run_daemon)
     commands = parser.add_mutually_exclusive_group()
-    for flag, run, text in (
-        ("--once", once.run, "make one recount, then exit"),
-        ("--dry-run", dry_run.run, "show what a recount would change; exit 1 if anything"),
-        ("--status", status.run, "show the last recounts; exit 1 if the points are stale"),
-        (
-            "--check-config",
-            check_config.run,
-            "check settings, privileges and data, with a full count; exit 1 if there is a problem",
-        ),
-        (
-            "--unknown-customers",
-            unknown_customers.run,
-            "list all customers of counted orders that no user has, as JSON lines",
-        ),
-        ("--create-index", create_index.run, "create the indexes that recounts use"),
-    ):
+    for flag, run, text in _COMMANDS:
         commands.add_argument(flag, dest="run", action="store_const", const=run, help=text)
     parser.add_argument(
         "--undo",
         metavar="RECOUNT",
-        help="restore the points from before a recount: an id, or last; with --dry-run, only "
-        "show it; exit 1 if some users keep other points",
+        type=_recount,
+        help="restore the points that users had before a recount (its id, or last); with "
+        "--dry-run, only show this; exit 1 if some users are not restored",
     )
     commands.add_argument(
-        "--changes", metavar="RECOUNT", help="list the changes of a recount: an id, or last"
+        "--changes",
+        metavar="RECOUNT",
+        type=_recount,
+        help="list the changes of a recount (its id, or last)",
     )
     parser.add_argument(
         "--customer",
         metavar="ID",
+        type=_customer,
         action="append",
         default=[],
-        help='recount only this customer, with --once or --dry-run; repeatable; "" shows the '
-        "orders without customer; an id that begins with a hyphen: --customer=-...",
+        help='with --once or --dry-run: recount only this customer; repeatable; "" shows the '
+        "orders without customer; for an id that begins with a hyphen: --customer=-...",
     )
     parser.add_argument(
-        "--force", action="store_true", help="override the safety check, with --once"
+        "--force", action="store_true", help="with --once: override the safety checks"
     )
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     parser.add_argument(
         "--env-file",
         metavar="PATH",
         type=Path,
-        help=f"the file to read settings from, instead of {ENV_FILE.name}",
+        help=f"read settings from this file instead of {ENV_FILE.name}",
     )
     parser.add_argument("--version", action="version", version=VERSION)
-    args = parser.parse_args(argv)
-    _check_recount_arguments(parser, args)
-    _check_combinations(parser, args)
-    return args
+    return parser
 
 
-def _check_recount_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    for recount in (args.undo, args.changes):
-        if recount is not None and recount != "last" and not ObjectId.is_valid(recount):
-            parser.error(f"{recount!r} is neither the id of a recount nor the word last")
-    if args.undo is not None:
-        if args.run not in (_run_daemon, dry_run.run) or args.changes is not None or args.customer:
-            parser.error("--undo can only be combined with --dry-run")
-        args.dry_run, args.run = args.run is dry_run.run, undo.run
-    elif args.changes is not None:
-        args.run = changes.run
+def _recount(text: str) -> str:
+    if text != "last" and not ObjectId.is_valid(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither the id of a recount nor last")
+    return text
 
 
-def _check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    if args.customer and args.run not in (once.run, dry_run.run):
-        parser.error("--customer needs --once or --dry-run")
-    if any("\udc80" <= character <= "\udcff" for character in "".join(args.customer)):
-        parser.error("--customer: the id is not valid in this terminal's encoding")
-    if args.force and (args.run is not once.run or args.customer):
-        parser.error("--force needs --once, without --customer")
-    if args.json and args.run in (_run_daemon, create_index.run):
-        parser.error("--json needs a command that prints results")
+def _customer(text: str) -> str:
+    if any("\udc80" <= character <= "\udcff" for character in text):
+        raise argparse.ArgumentTypeError("the id is not valid in this terminal's encoding")
+    return text
 
 
 def _run_daemon(args: argparse.Namespace, settings: Settings) -> Exit:

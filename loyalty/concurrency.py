@@ -1,8 +1,5 @@
 """Concurrency: an ordered parallel map, and progress reports for long work."""
 
-from __future__ import annotations
-
-import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -12,22 +9,19 @@ from itertools import chain, islice
 from threading import Event
 from typing import TypeVar
 
-log = logging.getLogger("loyalty")
-
-REPORT_SECONDS = 5.0
+from loyalty.logs import log
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 ProgressCallback = Callable[[str], None]
-"""Is called after each step of long work, with a text for people now and then, otherwise with "".
+"""Called after each step of long work: from time to time with a text for people, otherwise with "".
 
-The call itself shows that the work has not stalled.
+The call shows that the work has not stalled.
 """
 
 
-def ignore_progress(_: str) -> None:
-    """Ignore progress: a `ProgressCallback`."""
+def ignore_progress(_: str) -> None: ...
 
 
 @contextmanager
@@ -36,10 +30,10 @@ def map_ordered(
 ) -> Iterator[Iterator[R]]:
     """Yield an iterator over `do(item)`, in the order of `items`, computed by `workers` threads.
 
-    The server works while a reply travels or is decoded. Up to `prefetch` more items are computed
-    before their turn while one takes long. After one item has failed, no other is started. At the
-    end no call is running, so that no write lands after a newer count. Ctrl-C does not wait.
-    A single item is computed by the calling thread.
+    The threads keep the server busy while a reply is transferred or decoded. If one item takes
+    long, up to `prefetch` later items are computed in advance. After an item has failed, no further
+    item is started. When the block ends, no call is running, so no write can follow a newer count;
+    Ctrl-C ends it without waiting. A single item is computed by the calling thread.
     """
     first = list(islice(items, 2))
     if len(first) < 2:
@@ -75,7 +69,7 @@ def map_ordered(
 
 
 class Progress:
-    """Reports every few seconds how far long work has come: to the log and to a callback."""
+    """Reports the progress of long work every `report_seconds`, to the log and to a callback."""
 
     def __init__(
         self,
@@ -83,7 +77,7 @@ class Progress:
         total: int,
         on_progress: ProgressCallback,
         *,
-        report_seconds: float = REPORT_SECONDS,
+        report_seconds: float = 5.0,
     ) -> None:
         self._activity = activity
         self._total = total
@@ -93,7 +87,6 @@ class Progress:
         self._started = self._reported = time.monotonic()
 
     def add(self, done: int) -> None:
-        """Add the items done since the last call."""
         self._done += done
         now = time.monotonic()
         if now - self._reported < self._report_seconds:

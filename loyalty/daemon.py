@@ -1,13 +1,10 @@
 """The schedule, the backoff and the signals. It contains no counting code.
 
-A worker thread does the job; the main thread only waits for signals and feeds systemd's watchdog.
-So a signal is handled at once, also while the worker waits for a server that does not answer: every
-write can be repeated, and the process simply ends without the worker.
+A worker thread does the job. The main thread only waits for signals, and sends WATCHDOG=1 to
+systemd. So a signal is handled immediately, also while the worker waits for a server that does not
+answer. The process ends without waiting for the worker, because every write can be repeated.
 """
 
-from __future__ import annotations
-
-import logging
 import select
 import signal
 import socket
@@ -23,12 +20,8 @@ import schedule
 from loyalty import systemd
 from loyalty.concurrency import ProgressCallback
 from loyalty.errors import ConfigurationError, ServiceError
+from loyalty.logs import log
 from loyalty.retry import Backoff
-
-log = logging.getLogger("loyalty")
-
-TICK_SECONDS = 1.0
-"""The longest time until the worker notices that something is due or was asked for."""
 
 
 @dataclass(frozen=True)
@@ -42,55 +35,57 @@ class RecountOutcome:
 
 
 class Job(Protocol):
-    """What the daemon repeats. Each method may raise ServiceError."""
+    """The work that the daemon repeats. Each method may raise ServiceError.
+
+    The properties are read at start and after each `reload`.
+    """
 
     @property
     def interval(self) -> timedelta:
-        """The time between two recounts; read at start and after each `reload`."""
+        """The time between two recounts."""
 
     @property
     def stall_timeout(self) -> timedelta:
-        """How long a method may go without calling `on_progress` before it counts as hung.
-
-        Read as `interval` is.
-        """
+        """How long a method may go without calling `on_progress` before it counts as hung."""
 
     def connect(self) -> object:
-        """Do what has to succeed once before the first recount."""
+        """Connect; this must succeed once before the first recount."""
 
     def recount(self, on_progress: ProgressCallback) -> RecountOutcome:
         """Do one recount. A refused recount is an outcome, not an error."""
 
     def run_between(self, seconds: float, on_progress: ProgressCallback) -> RecountOutcome | None:
-        """Wait about `seconds`, and process live updates meanwhile.
+        """Do live updates for about `seconds`; return the outcome if that was a recount.
 
-        Returns the outcome if that was a recount. Also called before `connect` has succeeded.
+        Also called before `connect` has succeeded.
         """
 
     def reload(self) -> None:
-        """Read the settings again; the next `recount`, or `connect`, uses them.
+        """Read the settings again, for the next `recount` or `connect`.
 
-        Raises ConfigurationError if a setting is wrong. The current settings then stay in use.
+        Raises ConfigurationError if one is wrong; the current settings then stay in use.
         """
 
 
 class Daemon:
-    """Connects, recounts at once and after each interval, until SIGTERM or SIGINT.
+    """Connects, recounts immediately and after each interval, until SIGTERM or SIGINT.
 
     - An error is logged, and the step is repeated after a pause that `backoff` decides. Only a
-      ConfigurationError before the first connection ends the daemon: it cannot pass by itself.
+      ConfigurationError before the first connection ends the daemon, because only an operator can
+      correct it.
     - SIGHUP makes the job reload its settings between two recounts. If they are right, a recount
-      follows at once; if not, the error is logged and nothing else changes.
-    - systemd's watchdog is fed until the job has not made progress for its `stall_timeout`.
+      follows immediately; if not, the error is logged and nothing else changes.
+    - WATCHDOG=1 is sent until the job has made no progress for its `stall_timeout`.
+    - The worker starts work that is due or was requested within `tick_seconds`.
     """
 
     def __init__(
-        self, job: Job, *, backoff: Backoff | None = None, tick_seconds: float = TICK_SECONDS
+        self, job: Job, *, backoff: Backoff | None = None, tick_seconds: float = 1.0
     ) -> None:
         self._job = job
         self._backoff = backoff or Backoff()
         self._tick_seconds = tick_seconds
-        self._is_connected = False
+        self._has_connected = False
         self._due_at = 0.0  # on the monotonic clock, as is the next
         self._progress_at = time.monotonic()
         self._reload_requested = threading.Event()
@@ -108,7 +103,7 @@ class Daemon:
             send.setblocking(False)
             signal.set_wakeup_fd(send.fileno())
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-                signal.signal(number, _ignore)
+                signal.signal(number, lambda *_: None)
             # The entry point blocks it: a SIGHUP during the start must not end the process.
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
             worker = threading.Thread(target=self._run_worker, args=(send,), daemon=True)
@@ -137,7 +132,7 @@ class Daemon:
                 if self._reload_requested.is_set():
                     self._reload()
                 is_due = time.monotonic() >= self._due_at
-                if not self._is_connected:
+                if not self._has_connected:
                     if is_due:
                         self._attempt(self._connect)
                 # The scheduler follows the wall clock, so that time in which the machine was
@@ -149,11 +144,11 @@ class Daemon:
                 self._wait()
         except BaseException as error:  # noqa: BLE001 -- the main thread raises it again
             self._fatal = error
-            wake.send(b"\0")
+            wake.send(b"\0")  # no signal has the number 0
 
     def _connect(self) -> RecountOutcome:
         self._job.connect()
-        self._is_connected = True
+        self._has_connected = True
         systemd.notify("READY=1")
         return RecountOutcome("connected", retry_after_seconds=0)
 
@@ -162,13 +157,12 @@ class Daemon:
         return self._job.recount(self._report_progress)
 
     def _attempt(self, step: Callable[[], RecountOutcome]) -> None:
-        """Run `step`, and decide when the next one is due."""
         started = time.monotonic()
         try:
             outcome = step()
         except Exception as error:
-            if isinstance(error, ConfigurationError) and not self._is_connected:
-                raise  # only a person can correct it, and is likely still watching
+            if isinstance(error, ConfigurationError) and not self._has_connected:
+                raise  # only an operator can correct it
             self._handle_failure(error, started)
             return
         self._backoff.record_work(time.monotonic() - started)
@@ -179,19 +173,17 @@ class Daemon:
         self._schedule_next(outcome.status, interval if after is None else min(after, interval))
 
     def _handle_failure(self, error: Exception, started: float) -> None:
-        """Log the error of a step that started then, and let the next one wait for the backoff."""
+        """Log the error of a step that started at `started`; schedule the next after a pause."""
         pause = self._backoff.record_failure(started, max_seconds=self._interval_seconds)
+        shown = round(pause, 2)
         if isinstance(error, ServiceError):
-            fields = {"error": str(error), "retry_in": pause}
-            log.error('failed error="%s" retry_in=%.3gs', error, pause, extra={"fields": fields})
-            status = f"failed: {error}"
+            extra = {"fields": {"error": str(error), "retry_in": pause}}
+            log.error('failed error="%s" retry_in=%gs', error, shown, extra=extra)
+            self._schedule_next(f"failed: {error}", pause)
         else:
-            fields = {"error": type(error).__name__, "retry_in": pause}
-            log.error(
-                "internal_error retry_in=%.3gs", pause, exc_info=error, extra={"fields": fields}
-            )
-            status = "failed: internal error, see the log"
-        self._schedule_next(status, pause)
+            extra = {"fields": {"error": type(error).__name__, "retry_in": pause}}
+            log.error("internal_error retry_in=%gs", shown, exc_info=error, extra=extra)
+            self._schedule_next("failed: internal error, see the log", pause)
 
     def _schedule_next(self, status: str, seconds: float) -> None:
         self._due_at = time.monotonic() + seconds
@@ -205,6 +197,7 @@ class Daemon:
             if outcome := self._job.run_between(seconds, self._report_progress):
                 self._handle_outcome(outcome)
         except Exception as error:  # noqa: BLE001 -- logged there
+            # The time before the error was idle: live updates have worked.
             self._handle_failure(error, time.monotonic())
 
     def _report_progress(self, progress: str) -> None:
@@ -214,28 +207,26 @@ class Daemon:
 
     def _reload(self) -> None:
         self._reload_requested.clear()
-        if self._is_connected:  # before, READY=1 at the end would be untrue
-            systemd.notify_reloading()
+        if self._has_connected:  # before the first, READY=1 at the end would be wrong
+            # Type=notify-reload needs the time, to know that this answers its latest SIGHUP.
+            systemd.notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        status = "reload failed, the old settings are kept; see the log"
         try:
             self._job.reload()
-        except Exception as error:  # noqa: BLE001 -- logged here; the old settings still work
-            self._log_reload_failure(error)
-            status = "reload failed, the old settings are kept; see the log"
+        except ServiceError as error:
+            for problem in error.problems:
+                fields = {"error": problem}
+                log.error('reload_failed error="%s"', problem, extra={"fields": fields})
+        except Exception:  # the old settings still work
+            log.exception("internal_error during=reload")
         else:
             self._apply_intervals()
             self._backoff.reset()
             self._due_at = 0.0
             log.info("reloaded")
             status = "reloaded"
-        if self._is_connected:
+        if self._has_connected:
             systemd.notify("READY=1", f"STATUS={status}")
-
-    def _log_reload_failure(self, error: Exception) -> None:
-        if not isinstance(error, ServiceError):
-            log.error("internal_error during=reload", exc_info=error)
-            return
-        for problem in getattr(error, "problems", (str(error),)):
-            log.error('reload_failed error="%s"', problem, extra={"fields": {"error": problem}})
 
     def _apply_intervals(self) -> None:
         self._interval_seconds = self._job.interval.total_seconds()
@@ -243,6 +234,3 @@ class Daemon:
         self.scheduler.clear()
         job = self.scheduler.every(int(self._interval_seconds)).seconds
         job.do(self._attempt, self._recount)
-
-
-def _ignore(_number: int, _frame: object) -> None: ...

@@ -1,28 +1,24 @@
 """The `.env` file, and the settings from it and the environment."""
 
-from __future__ import annotations
-
-import difflib
-import logging
 import os
+import re
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from difflib import SequenceMatcher
 from pathlib import Path
 
 from dotenv.parser import parse_stream
 
 from config import Settings, load, setting_specs
 from loyalty.errors import ConfigurationError
-from loyalty.logs import set_log_format
-from loyalty.parsers import os_error_text
-
-log = logging.getLogger("loyalty")
+from loyalty.logs import log, set_log_format
+from loyalty.parsers import describe_os_error
 
 _URI_NAMES = ("MONGODB_URI", "MONGODB_URI_FILE")
-# How similar two names are, as difflib's ratio from 0 to 1. MONGODB_USER and MONGODB_URI have
-# 0.87, ACCOUNTS_COLLECTION and RECOUNTS_COLLECTION 0.89, MONGO_URI and MONGODB_URI 0.90.
-SIMILARITY_CUTOFF = 0.8
-MISSPELLING_CUTOFF = 0.9
+# How similar two names are, from 0 to 1. MONGODB_USER and MONGODB_URI have 0.87,
+# ACCOUNTS_COLLECTION and RECOUNTS_COLLECTION 0.89, MONGO_URI and MONGODB_URI 0.90.
+MIN_SIMILARITY = 0.8
+MIN_MISSPELLING_SIMILARITY = 0.9
 
 
 def load_settings(
@@ -30,36 +26,30 @@ def load_settings(
 ) -> Settings:
     """Load the settings: those of the environment first, then those of a file.
 
-    The file at `default_path` need not exist. The log gets the level and the format that the
-    settings say; the format also if they are wrong, because the problems are logged next.
+    The file at `default_path` need not exist. This sets the level and the format of the log. It
+    sets the format even if other settings are wrong, because their problems are logged next.
     Raises ConfigurationError with all problems.
     """
     file = path or default_path
     from_environment = {name: value for name, value in environment.items() if value.strip()}
-    set_log_format(from_environment.get("LOG_FORMAT", ""))
+    if "LOG_FORMAT" in from_environment:  # before the file: it may be unreadable
+        set_log_format(from_environment["LOG_FORMAT"])
     in_file, problems = read_env_file(file) if path or file.exists() else ({}, [])
     values = in_file | from_environment
     # A URI in the environment replaces both variables in the file.
     if any(name in from_environment for name in _URI_NAMES):
         values |= {name: from_environment.get(name, "") for name in _URI_NAMES}
-    misspelt, similar = _unknown_settings(in_file, values)
-    try:
-        settings = load(values, problems + misspelt)
-        set_log_format(settings.log_format)
-    except ConfigurationError:
-        set_log_format(values.get("LOG_FORMAT", ""))
-        raise
-    finally:
-        for name, other in similar.items():
-            log.warning("unknown_setting name=%s similar_to=%s", name, other)
-        if in_file and _is_readable_by_others(file):
-            log.warning('env_file_permissions error="others can read %s" fix="chmod 600"', file)
+    set_log_format(values.get("LOG_FORMAT", ""))
+    problems += _check_names(in_file, from_environment, values)
+    if in_file and _is_readable_by_others(file):
+        log.warning('env_file_permissions error="other users can read %s" fix="chmod 600"', file)
+    settings = load(values, problems)
     log.setLevel(settings.log_level)
     return settings
 
 
 def read_env_file(path: Path) -> tuple[dict[str, str], list[str]]:
-    """Return the values in an `.env` file as written (`$`, `%` and `#` stay), and a problem a line.
+    """Return the values in an `.env` file as written (`$`, `%` and `#` stay), and its bad lines.
 
     Raises ConfigurationError if the file cannot be read.
     """
@@ -68,36 +58,41 @@ def read_env_file(path: Path) -> tuple[dict[str, str], list[str]]:
         with path.open(encoding="utf-8", newline="") as stream:
             lines = list(parse_stream(stream))
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{path}: cannot be read: {os_error_text(error)}") from None
+        raise ConfigurationError(f"{path}: cannot be read: {describe_os_error(error)}") from None
     bad = [line.original.line for line in lines if line.error or (line.key and line.value is None)]
-    problems = [f"{path} line {n}: not NAME=value (quotes that do not close?)" for n in bad]
+    problems = [f"{path} line {n}: not NAME=value; is a closing quote missing?" for n in bad]
     values = {line.key: line.value for line in lines if line.key and line.value is not None}
     return values, problems
 
 
-def _unknown_settings(
-    names: Iterable[str], values: Mapping[str, str]
-) -> tuple[list[str], dict[str, str]]:
-    """Return the problems with names in a file, and the harmless names that resemble a setting.
+def _check_names(
+    in_file: Mapping[str, str], from_environment: Mapping[str, str], values: Mapping[str, str]
+) -> list[str]:
+    """Return a problem for each misspelt name in a file; warn of other suspicious variables.
 
-    A file may be shared with other programs, so a name is a problem only if it is probably a
-    misspelling, and the setting that it resembles has no value.
+    Other programs may use the same file or environment, so a name is a misspelling only if it is
+    very similar to a setting that has no value.
     """
     known = [*_URI_NAMES, *(spec.name for spec in setting_specs().values())]
-    problems, harmless = [], {}
-    for name in names:
-        similar = difflib.get_close_matches(name.upper(), known, n=1, cutoff=SIMILARITY_CUTOFF)
-        if name in known or not similar:
+    misspelt = []
+    for name in {**in_file, **from_environment}:
+        if name in known:
+            if re.search(r"\s#", from_environment.get(name, "")):  # systemd keeps comments
+                log.warning('comment_in_value name=%s effect="# is a part of the value"', name)
             continue
-        same = _URI_NAMES if similar[0] in _URI_NAMES else similar
+        similarity, setting = max((_similarity(name, setting), setting) for setting in known)
+        same = _URI_NAMES if setting in _URI_NAMES else (setting,)
         has_value = any(values.get(other, "").strip() for other in same)
-        if has_value or not difflib.get_close_matches(
-            name.upper(), similar, cutoff=MISSPELLING_CUTOFF
-        ):
-            harmless[name] = similar[0]
-        else:
-            problems.append(f"unknown setting {name}, did you mean {similar[0]}?")
-    return problems, harmless
+        is_misspelt = similarity >= MIN_MISSPELLING_SIMILARITY and not has_value
+        if is_misspelt and name in in_file:
+            misspelt.append(f"unknown setting {name}, did you mean {setting}?")
+        elif is_misspelt or (name in in_file and similarity >= MIN_SIMILARITY):
+            log.warning("unknown_setting name=%s similar_to=%s", name, setting)
+    return misspelt
+
+
+def _similarity(name: str, setting: str) -> float:
+    return SequenceMatcher(None, name.upper(), setting).ratio()
 
 
 def _is_readable_by_others(path: Path) -> bool:

@@ -1,6 +1,4 @@
-"""The errors of the service, and the exit code that each ends a command with."""
-
-from __future__ import annotations
+"""The errors of the service, each with the exit code of a command that it ends."""
 
 from collections.abc import Mapping
 from enum import IntEnum
@@ -22,23 +20,20 @@ class Exit(IntEnum):
 class ServiceError(Exception):
     """The base class. Any other exception is a bug.
 
-    The message is one line for the operator, without secrets.
+    `problems` has one line for the operator for each problem, without secrets.
     """
 
     exit_code: ClassVar[Exit] = Exit.UNAVAILABLE
 
-
-class ConfigurationError(ServiceError):
-    """Settings, credentials, permissions or a server that only a person can correct.
-
-    `problems` has one line for each problem, without secrets.
-    """
-
-    exit_code = Exit.CONFIG
-
     def __init__(self, *problems: str) -> None:
         super().__init__("; ".join(problems))
         self.problems = problems
+
+
+class ConfigurationError(ServiceError):
+    """Settings, credentials, permissions or a server that only a person can correct."""
+
+    exit_code = Exit.CONFIG
 
 
 class NoPermission(ConfigurationError):
@@ -58,11 +53,11 @@ class DatabaseUnavailable(ServiceError):
 
 
 class QueryTimeout(DatabaseUnavailable):
-    """The query reached its time limit; to repeat it at once would not help."""
+    """The query reached its time limit; an immediate retry would also reach it."""
 
 
 class SnapshotTooOld(DatabaseUnavailable):
-    """The server no longer keeps the snapshot that was being read; a new one may succeed."""
+    """The server no longer keeps the snapshot; a read at a new snapshot may succeed."""
 
 
 class ClientUnusable(DatabaseUnavailable):
@@ -78,13 +73,13 @@ class NoTempSpace(ServiceError):
 
 
 class RecountRefused(ServiceError):
-    """The safety check refused the recount. Nothing was written."""
+    """The safety checks refused the recount. Nothing was written."""
 
     exit_code = Exit.REFUSED
 
 
 class ResyncRequired(ServiceError):
-    """Live updates cannot continue, and a full recount replaces them. Planned, not an error."""
+    """Live updates cannot continue; a full recount must follow. This is normal operation."""
 
 
 class BulkUpdateErrors(ServiceError):
@@ -103,7 +98,7 @@ class BulkUpdateErrors(ServiceError):
 
 
 class TooManyFailedUpdates(ServiceError):
-    """So many updates failed that the recount itself did; the others are written."""
+    """So many updates failed that the recount failed. All other updates are written."""
 
     exit_code = Exit.FINDINGS
 

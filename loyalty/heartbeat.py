@@ -1,14 +1,12 @@
 """The heartbeat of live updates, and how old points may be."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
 HEARTBEAT_INTERVAL = timedelta(seconds=10)
 MAX_LIVE_AGE = timedelta(seconds=30)
-"""Of points while live updates are running: an idle server reports its time every 10 s, the
-heartbeat is written every 10 s, and the rest is for a busy machine."""
+"""The maximum age of points while live updates are running. An idle server reports its time every
+10 s, the heartbeat is written every 10 s, and the rest is for a busy machine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,7 +15,7 @@ class Heartbeat:
 
     live_since: datetime
     as_of: datetime
-    """All changes before this cluster time are in the points."""
+    """The points include all changes before this cluster time."""
     last_event: datetime | None
     last_update: datetime | None
     users_updated: int
@@ -31,5 +29,5 @@ class Heartbeat:
 
 
 def max_age(interval: timedelta, *, is_live: bool) -> timedelta:
-    """Return how old fresh points are at most: two intervals, or less with live updates."""
+    """Return the maximum age of fresh points: two intervals, or less with live updates."""
     return min(2 * interval, MAX_LIVE_AGE) if is_live else 2 * interval

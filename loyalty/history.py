@@ -153,9 +153,7 @@ class History:
     def check_privileges(self) -> None:
         """Raise NoPermission if records cannot be written; any ServiceError."""
         if self._collection is not None:
-            database = self._collection.database
-            wanted = {self._collection.name: ["insert", "createIndex"]}
-            require_privileges(database.client, database.name, wanted)
+            require_privileges(self._collection, "insert", "createIndex")
 
     def find_newest(self, limit: int, matching: Document | None = None) -> list[Document]:
         """Return the target's records, newest first. Raises ServiceError."""

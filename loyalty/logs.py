@@ -5,8 +5,6 @@ in `log.info("connected host=%s", host)`. If the format string itself has a vari
 `extra={"event": name}` gives it. The values that programs need are also in `extra={"fields": {}}`.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -46,7 +44,7 @@ class WarnOnce:
             log.warning('%s error="%s"', event, error, extra={"event": event})
 
     def reset(self, event: str) -> None:
-        """Let the next warning of this event be logged: what it warned of works again."""
+        """Allow the next warning of this event: the operation has succeeded again."""
         self._logged.discard(event)
 
 
@@ -60,14 +58,6 @@ def escape_control_characters(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def event_name(record: logging.LogRecord) -> str:
-    """Return the constant name of the event; for other libraries, the name of the logger."""
-    if record.name != LOGGER:
-        return record.name
-    # Not the formatted message, whose first word could be a stored value.
-    return str(getattr(record, "event", "") or str(record.msg).partition(" ")[0])
-
-
 def _formatter(name: str) -> logging.Formatter:
     is_json, under_journal = name.strip().lower() == "json", _is_under_journal()
     line = "%(message)s" if under_journal else "%(asctime)s %(levelname)s %(message)s"
@@ -77,7 +67,7 @@ def _formatter(name: str) -> logging.Formatter:
 
 
 class _TextFormatter(logging.Formatter):
-    """One line for each event; only a traceback has lines of its own."""
+    """One line for each event, except that a traceback has several lines."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 -- the library's name
         return escape_control_characters(super().formatMessage(record))
@@ -87,10 +77,12 @@ class _JsonFormatter(logging.Formatter):
     """One object a line, with the same keys in each."""
 
     def format(self, record: logging.LogRecord) -> str:
+        # Not from the formatted message, whose first word could be a stored value.
+        event = getattr(record, "event", "") or str(record.msg).partition(" ")[0]
         line = {
             "time": f"{datetime.fromtimestamp(record.created, UTC):%Y-%m-%dT%H:%M:%S.%fZ}",
             "level": record.levelname,
-            "event": event_name(record),
+            "event": event if record.name == LOGGER else record.name,
             "message": record.getMessage(),
             "fields": getattr(record, "fields", {}),
             "traceback": self.formatException(record.exc_info) if record.exc_info else None,

@@ -1,9 +1,8 @@
 """METRICS_FILE: the metrics of recounts, for node_exporter's textfile collector."""
 
-from __future__ import annotations
-
+import fcntl
+import os
 import tempfile
-import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -17,22 +16,20 @@ from loyalty.logs import WarnOnce
 from loyalty.recount.result import Outcome, Result
 from loyalty.state import ServiceState
 
-REFRESH_SECONDS = 60.0  # after 300 without a write, the alert says that the service is down
-
 _RECOUNTS = "loyalty_recounts_total"
 _COUNTERS = {_RECOUNTS: "Recounts by outcome"}
 _GAUGES = {
-    "loyalty_last_success_timestamp_seconds": "When a recount last succeeded; 0: never",
-    "loyalty_as_of_timestamp_seconds": "All changes before it are in the points",
+    "loyalty_last_success_timestamp_seconds": "Time of the last successful recount; 0 if none",
+    "loyalty_as_of_timestamp_seconds": "The points include all changes before this time",
     "loyalty_recount_duration_seconds": "Duration of the last successful recount",
     "loyalty_interval_seconds": "RECOUNT_INTERVAL",
     "loyalty_users": "Users in the last successful recount",
     "loyalty_changed_users": "Users whose points the last successful recount wrote",
     "loyalty_failed_updates": "Users that the last recount could not update",
-    "loyalty_orders_of_unknown_customers": "Counted orders whose customer is not a user",
+    "loyalty_orders_of_unknown_customers": "Counted orders of unknown customers",
     "loyalty_orders_without_customer": "Counted orders without a customer id",
-    "loyalty_live": "1 while live updates are active, else 0",
-    "loyalty_live_as_of_timestamp_seconds": "All changes before it are in the points; 0: not live",
+    "loyalty_live": "1 while live updates are running, otherwise 0",
+    "loyalty_live_as_of_timestamp_seconds": "The same for live updates; 0 if they are not running",
     "loyalty_live_waiting": "Pending changes: orders and customers to be counted",
     "loyalty_live_lag_seconds": "Age of the oldest pending change",
 }
@@ -41,8 +38,11 @@ _GAUGES = {
 class Metrics:
     """Writes METRICS_FILE, always as a whole; without the setting, nothing happens.
 
-    The counters and the last success are read back from the file, so they survive a restart and
-    runs of `--once` add up. Safe to call from several threads.
+    The counters and the last success are read back from the file, so they continue
+    after a restart, and several runs of `--once` are added. Safe for several threads and processes.
+
+    The file is written every `refresh_seconds` at least: after 300 without a write, the alert says
+    that the service is down.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Metrics:
         settings: Settings,
         state: ServiceState | None = None,
         *,
-        refresh_seconds: float = REFRESH_SECONDS,
+        refresh_seconds: float = 60.0,
     ) -> None:
         self._file = Path(settings.metrics_file) if settings.metrics_file else None
         labels = {
@@ -63,7 +63,6 @@ class Metrics:
         self._interval_seconds = settings.recount_interval.total_seconds()
         self._state = state or ServiceState()
         self._refresh_seconds = refresh_seconds
-        self._lock = threading.Lock()
         self._written_at = -inf
         self._warn_once = WarnOnce()
 
@@ -80,7 +79,7 @@ class Metrics:
         except Exception as error:
             values = {}
             if isinstance(error, TooManyFailedUpdates):
-                values["loyalty_failed_updates"] = float(error.number)
+                values["loyalty_failed_updates"] = error.number
             outcome = "refused" if isinstance(error, RecountRefused) else "failed"
             self.write([self._sample(_RECOUNTS, outcome)], values)
             raise
@@ -112,15 +111,15 @@ class Metrics:
     def write(
         self, increments: Iterable[str] = (), values: Mapping[str, float] | None = None
     ) -> None:
-        """Write all metrics, with these samples of counters one higher, and new values of gauges.
+        """Increment the counters `increments`, set the gauges `values`, and write all metrics.
 
         A failure is one warning.
         """
         if self._file is None:
             return
-        with self._lock:
-            self._written_at = time.monotonic()
-            try:
+        self._written_at = time.monotonic()
+        try:
+            with _lock(self._file.parent):
                 samples = self._load(self._file)
                 for name, value in {**self._state_values(), **(values or {})}.items():
                     samples[self._sample(name)] = value
@@ -130,13 +129,12 @@ class Metrics:
                 for sample in increments:
                     samples[sample] += 1
                 _replace(self._file, _text(samples))
-            except OSError as error:
-                self._warn_once("metrics_write_failed", f"{self._file}: {error.strerror}")
-            else:
-                self._warn_once.reset("metrics_write_failed")
+        except OSError as error:
+            self._warn_once("metrics_write_failed", f"{self._file}: {error.strerror}")
+        else:
+            self._warn_once.reset("metrics_write_failed")
 
     def _state_values(self) -> dict[str, float]:
-        """Return the metrics that are read from the state of the service."""
         live = self._state.live
         return {
             "loyalty_interval_seconds": self._interval_seconds,
@@ -177,8 +175,19 @@ def _text(values: Mapping[str, float]) -> str:
     return "\n".join(lines) + "\n"
 
 
+@contextmanager
+def _lock(directory: Path) -> Iterator[None]:
+    """Let one thread of all processes at a time write to a directory."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _replace(path: Path, text: str) -> None:
-    """Replace a file as a whole, so that no reader sees half of it."""
+    """Replace a file as a whole, so that no reader sees an incomplete file."""
     # node_exporter ignores the name, as it does not end in .prom. It is fixed: a process that is
     # killed here leaves one file, which the next write replaces.
     temporary = path.with_name(f"{path.name}.tmp")

@@ -1,7 +1,5 @@
 """Parsers of the values of settings: each returns the value, or raises ValueError."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -24,7 +22,7 @@ Parser = Callable[[str], Any]
 
 
 def none_or(parser: Parser) -> Parser:
-    """Return a parser that takes the word none, which it returns as an empty string."""
+    """Return a parser that returns "" for the word none, and otherwise calls `parser`."""
 
     def parse(text: str) -> Any:
         return "" if text.lower() == "none" else parser(text)
@@ -36,7 +34,7 @@ def parse_collection(text: str) -> str:
     if "$" in text or "\0" in text or ".." in text or text.strip(".") != text:
         raise ValueError(f"{text!r} is not a collection name")
     if text.startswith("system."):
-        raise ValueError(f"{text!r} belongs to the server")
+        raise ValueError(f"{text!r} is reserved for the server")
     return text
 
 
@@ -64,7 +62,7 @@ def parse_order_filter(text: str) -> Mapping[str, Any]:
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError, BSONError) as error:
         reason = " ".join(str(error).split())
         example = '{"deleted": {"$ne": true}}'
-        raise ValueError(f"expected Extended JSON such as {example}; found: {reason}") from None
+        raise ValueError(f"not Extended JSON such as {example}: {reason}") from None
     for key in conditions:
         if key.startswith("$"):
             raise ValueError(f"{key!r} is an operator; the keys must be names of fields")
@@ -82,8 +80,8 @@ def _convert_object(pairs: list[tuple[str, Any]]) -> Any:
 def parse_statuses(text: str) -> tuple[str, ...]:
     """Parse a list of statuses, which are separated by commas and quoted as in CSV.
 
-    Whitespace around a status does not belong to it, except in quotes, and if the whole value is
-    one status: `.env`, shells and YAML drop the quotes around a value.
+    Whitespace around a status is removed, except inside quotes, or if the whole value is one
+    status: `.env`, shells and YAML drop the quotes around a value.
     """
     found = []
     for match in _STATUS.finditer(text):
@@ -96,7 +94,7 @@ def parse_statuses(text: str) -> tuple[str, ...]:
             is_whole_value = match.start() == 0 and match.end(3) == len(text)
             found.append(text.strip("\r\n") if is_whole_value else plain.strip())
     if not any(found):
-        raise ValueError("names no status; expected for example Shipped or Shipped,Delivered")
+        raise ValueError("contains no status; example: Shipped,Delivered")
     return tuple(dict.fromkeys(filter(None, found)))
 
 
@@ -115,7 +113,7 @@ def duration_parser(max_days: int) -> Parser:
         seconds = int(match[1]) * SECONDS_PER_UNIT[match[2]] if match else 0
         if not 1 <= seconds <= max_days * SECONDS_PER_UNIT["d"]:
             raise ValueError(
-                f"{text!r} is not a time from 1s to {max_days}d, such as 90s, 30m, 2h or 1d"
+                f"{text!r} is not a duration from 1s to {max_days}d, such as 90s, 30m, 2h or 1d"
             )
         return timedelta(seconds=seconds)
 
@@ -141,7 +139,7 @@ def choice_parser(*words: str) -> Parser:
 
 
 def parse_boolean(text: str) -> bool:
-    return bool(choice_parser(*_TRUE, *_FALSE)(text) in _TRUE)
+    return choice_parser(*_TRUE, *_FALSE)(text) in _TRUE
 
 
 def parse_prom_path(text: str) -> str:
@@ -151,6 +149,6 @@ def parse_prom_path(text: str) -> str:
     return text
 
 
-def os_error_text(error: OSError | UnicodeDecodeError) -> str:
+def describe_os_error(error: OSError | UnicodeDecodeError) -> str:
     """Return why a file cannot be read, without its name."""
     return str(error.strerror) if isinstance(error, OSError) else "it is not UTF-8 text"

@@ -1,12 +1,9 @@
 """Retries and backoff: how long to wait after a failure, and when to give up."""
 
-from __future__ import annotations
-
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import count
 from math import inf
 from typing import TypeVar
 
@@ -19,7 +16,7 @@ Sleep = Callable[[float], None]
 
 @dataclass(frozen=True, kw_only=True)
 class RetryPolicy:
-    """When an operation that failed is tried again, and when it is not.
+    """Decides when a failed operation is tried again, and when to give up.
 
     The pause after the n-th failure in a row is `initial_seconds * multiplier ** (n - 1)`, plus a
     random share of it: up to `jitter` (0.5: up to half as much again). No pause is longer than
@@ -46,16 +43,20 @@ class RetryPolicy:
 
 
 DAEMON_BACKOFF = RetryPolicy(initial_seconds=10, max_seconds=300)
-"""After a recount or a connection that failed; the daemon never gives up."""
-
-BACKOFF_RESET_SECONDS = 60.0
-"""Idle time without a failure after which the daemon's next failure counts as the first."""
+"""The pauses after a failed recount or connection. The daemon never gives up."""
 
 SHORT_OUTAGE_RETRY = RetryPolicy(timeout_seconds=30, initial_seconds=0.5, max_seconds=8)
-"""Within one command: an election takes about 10 seconds, and may have to be repeated."""
+"""The pauses within one command. An election takes about 10 s, and may have to be repeated."""
 
-ORPHANED_WRITES_POLL = RetryPolicy(initial_seconds=0.05, max_seconds=0.5, jitter=0)
-"""Until the server has finished the writes of an earlier process, or connecting takes too long."""
+ORPHANED_WRITES_RETRY = RetryPolicy(initial_seconds=0.05, max_seconds=0.5, jitter=0)
+"""The pauses until the server has finished the writes of an earlier process."""
+
+OPEN_STREAM_RETRY = RetryPolicy(timeout_seconds=5, initial_seconds=0.5, max_seconds=4)
+"""For one attempt to open the change stream. For example, a collection that was just created has
+no readable snapshot."""
+
+REOPEN_STREAM_BACKOFF = RetryPolicy(initial_seconds=60, max_seconds=600)
+"""The pauses between full recounts while the change stream cannot be opened."""
 
 
 def is_retryable(error: Exception) -> bool:
@@ -78,48 +79,23 @@ def retry(
     `on_retry` is called before each pause with the number of the attempt that follows, 2 after the
     first failure, and the error. Raises the last error when the policy gives up.
     """
-    delays = _delays(policy, clock)
-    for attempt in count(2):
+    failures, deadline = 0, inf
+    while True:
         try:
             return operation()
         except Exception as error:
-            delay = next(delays, None) if is_retryable(error) else None
-            if delay is None:
+            failures += 1
+            if failures == 1:
+                deadline = clock() + policy.timeout_seconds
+            delay = policy.delay_seconds(failures)
+            if not is_retryable(error) or clock() + delay > deadline:
                 raise
-            on_retry(attempt, error)
+            on_retry(failures + 1, error)
         sleep(delay)
-    raise AssertionError("unreachable: count() does not end")
-
-
-def poll(
-    is_done: Callable[[], bool],
-    policy: RetryPolicy,
-    *,
-    clock: Clock = time.monotonic,
-    sleep: Sleep = time.sleep,
-) -> bool:
-    """Call `is_done` until it returns True; return False if the policy gives up before."""
-    delays = _delays(policy, clock)
-    while not is_done():
-        delay = next(delays, None)
-        if delay is None:
-            return False
-        sleep(delay)
-    return True
-
-
-def _delays(policy: RetryPolicy, clock: Clock) -> Iterator[float]:
-    """Yield the pause after each failure; end when there is to be no further attempt."""
-    deadline = clock() + policy.timeout_seconds  # runs from the first next(): the first failure
-    for failures in count(1):
-        delay = policy.delay_seconds(failures)
-        if clock() + delay > deadline:
-            return
-        yield delay
 
 
 class Backoff:
-    """The pauses of a task that is repeated without end, and that fails now and then.
+    """Computes the pauses after failures of a task that is repeated without end.
 
     Failures count as consecutive until `reset_seconds` of idle time pass without one. Pauses and
     working time do not count as idle.
@@ -129,7 +105,7 @@ class Backoff:
         self,
         policy: RetryPolicy = DAEMON_BACKOFF,
         *,
-        reset_seconds: float = BACKOFF_RESET_SECONDS,
+        reset_seconds: float = 60.0,
         clock: Clock = time.monotonic,
     ) -> None:
         self._policy = policy
@@ -149,8 +125,8 @@ class Backoff:
 
     def record_failure(self, started: float, *, max_seconds: float = inf) -> float:
         """Return the seconds to wait after a failure now, of work that started at `started`."""
-        failed_recently = started - self._failed_at < self._pause + self._reset_seconds
-        self._failures = self._failures + 1 if failed_recently else 1
+        has_failed_recently = started - self._failed_at < self._pause + self._reset_seconds
+        self._failures = self._failures + 1 if has_failed_recently else 1
         self._pause = min(self._policy.delay_seconds(self._failures), max_seconds)
         self._failed_at = self._clock()
         return self._pause

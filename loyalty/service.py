@@ -1,8 +1,5 @@
 """The daemon's job: the connection, full recounts, and live updates between them."""
 
-from __future__ import annotations
-
-import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,20 +22,19 @@ from loyalty.heartbeat import HEARTBEAT_INTERVAL
 from loyalty.history import History
 from loyalty.live.updater import LiveUpdater
 from loyalty.live.watcher import LiveLimits
+from loyalty.logs import log
 from loyalty.metrics import Metrics
 from loyalty.mongo.connection import Connection
 from loyalty.recount.preflight import connect_and_verify
 from loyalty.recount.runner import RecountRequest, run_recount
 from loyalty.state import ServiceState
 
-log = logging.getLogger("loyalty")
-
 REFUSED_RETRY_SECONDS = 600.0  # an operator may correct the data meanwhile
-MIN_RESYNC_INTERVAL_SECONDS = 10.0  # a stream that ends at once must not mean recounts in a loop
+MIN_RESYNC_INTERVAL_SECONDS = 10.0  # a stream that ends immediately must not cause a loop
 
 
 class Service:
-    """Implements daemon.Job: connects, recounts, and does live updates in between."""
+    """Implements `daemon.Job`, which documents the methods."""
 
     def __init__(
         self,
@@ -59,21 +55,19 @@ class Service:
     def _apply_settings(self, settings: Settings) -> None:
         self.settings = settings
         self.metrics = Metrics(settings, self.state)
-        self.updater = LiveUpdater(settings, self._limits)
+        self.updater = LiveUpdater(settings, self._limits, self.state)
         self._history = History(None, settings)
 
-    def connect(self) -> None:
+    def connect(self) -> Connection:
         """Connect with the current settings. Raises ServiceError.
 
-        A rejected login reads the URI again, and nothing else: the password may have changed, and
-        the file that holds it.
+        After a rejected login, this takes only the connection string from the settings: the
+        password may have changed.
         """
         self.metrics.refresh_if_due()
         try:
             self._connection = connect_and_verify(self.settings, writing=True)
-        except ConfigurationError as error:
-            if not any(isinstance(e, AuthenticationFailed) for e in (error, error.__cause__)):
-                raise
+        except AuthenticationFailed:
             uri = self._load_settings().mongodb_uri
             if uri == self.settings.mongodb_uri:
                 raise
@@ -81,6 +75,7 @@ class Service:
             self.settings = replace(self.settings, mongodb_uri=uri)
             self._connection = connect_and_verify(self.settings, writing=True)
         self._history = History(self._connection.recounts, self.settings)
+        return self._connection
 
     def disconnect(self) -> None:
         """Close the change stream and the connection; the next recount connects again."""
@@ -88,13 +83,8 @@ class Service:
         if self._connection is not None:
             self._connection.client.close()
             self._connection = None
-        self._read_live_state()
 
     def reload(self) -> None:
-        """Read all settings again, and use them from the next recount on.
-
-        Raises ConfigurationError if they are wrong; then the current settings stay.
-        """
         settings = self._load_settings()
         self.disconnect()
         self._apply_settings(settings)
@@ -105,22 +95,18 @@ class Service:
 
     @property
     def stall_timeout(self) -> timedelta:
-        # The server ends a count at COUNT_TIMEOUT; every other answer comes within a minute.
-        return self.settings.count_timeout + timedelta(minutes=2)
+        # No reply takes longer than the driver's socket timeout, COUNT_TIMEOUT and 30 s. At most
+        # two commands follow each other without a report.
+        return 2 * (self.settings.count_timeout + timedelta(minutes=1))
 
     def recount(self, on_progress: ProgressCallback) -> RecountOutcome:
-        """Do a full recount. Raises ServiceError."""
-
         def report_progress(progress: str) -> None:
             self.metrics.refresh_if_due()
             on_progress(progress)
 
         try:
             with self.metrics.count_failures(), self._stop_live_updates_on_error():
-                if self._connection is None:
-                    self.connect()
-                connection = self._connection
-                assert connection is not None
+                connection = self._connection or self.connect()
                 # Not older than a live update has counted, also after a failover to a server that
                 # is behind: a stale count would replace newer points.
                 request = RecountRequest(not_before=self.updater.start(connection))
@@ -135,36 +121,28 @@ class Service:
             raise
         self.state.result = result
         self.updater.finish_recount(result)
-        self._read_live_state()
         self.metrics.record_recount(result)
         return RecountOutcome(self.state.status, self.updater.retry_after_seconds())
 
     def run_between(self, seconds: float, on_progress: ProgressCallback) -> RecountOutcome | None:
-        """Do live updates for about `seconds`. Raises ServiceError if they cannot continue.
-
-        When they need a resync, this does a full recount at once, and returns its outcome: it is
-        planned, not an error.
-        """
+        """Do live updates for about `seconds`, or a full recount if they need a resync."""
         self.metrics.refresh_if_due()
         if self._connection is None or not self.updater.state.has_stream:
             time.sleep(seconds)
             return None
+        resync = None
         with self._stop_live_updates_on_error():
             try:
                 self.updater.update(self._connection, seconds, on_progress)
-                self._read_live_state()
                 self._report_if_due(self._connection, on_progress)
             except ResyncRequired as error:
                 self.updater.stop_for_resync()
-                self._read_live_state()
-                reason = error
-            else:
-                return None
-        return self._resync(reason, on_progress)
+                resync = error
+        return self._resync(resync, on_progress) if resync else None
 
     def _resync(self, reason: ResyncRequired, on_progress: ProgressCallback) -> RecountOutcome:
-        is_repeated = time.monotonic() - self._resync_at < MIN_RESYNC_INTERVAL_SECONDS
-        if is_repeated:  # the daemon retries with backoff
+        if time.monotonic() - self._resync_at < MIN_RESYNC_INTERVAL_SECONDS:
+            # The daemon retries with backoff.
             raise DatabaseUnavailable(f"{reason}, again within {MIN_RESYNC_INTERVAL_SECONDS:g} s")
         log.info('resync reason="%s"', reason)
         try:
@@ -174,20 +152,15 @@ class Service:
 
     @contextmanager
     def _stop_live_updates_on_error(self) -> Iterator[None]:
-        """Close the stream on any error: changes that were popped and not counted are lost."""
+        """Close the stream on any error: the changes of an update that failed are lost."""
         try:
             yield
         except BaseException as error:
             self.updater.stop(type(error).__name__)
-            self._read_live_state()
             raise
 
-    def _read_live_state(self) -> None:
-        self.state.live = self.updater.heartbeat()
-        self.state.live_lag_seconds = self.updater.lag_seconds() if self.state.live else 0.0
-
     def _report_if_due(self, connection: Connection, on_progress: ProgressCallback) -> None:
-        """Report the progress of live updates: in the heartbeat, the metrics and to systemd."""
+        """Check the index, and report to the heartbeat, the metrics and systemd, if it is time."""
         now = time.monotonic()
         if self.state.live is None or now - self._heartbeat_at < self._heartbeat_seconds:
             return

@@ -1,7 +1,5 @@
 """The state that the service reports: to systemd, in the heartbeat and in the metrics."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from loyalty.heartbeat import Heartbeat
@@ -21,18 +19,12 @@ class ServiceState:
     def status(self) -> str:
         """One line for systemd."""
         if self.live is not None:
-            return describe_live(self.live)
+            as_of = f"{self.live.as_of:%Y-%m-%d %H:%M:%S} UTC"
+            updated, pending = self.live.users_updated, self.live.waiting
+            return f"live, as of {as_of}, {updated:,} users updated, {pending:,} pending changes"
         if self.result is None:
             return "no recount yet"
         changed = f"{self.result.written:,} changed"
         if self.result.failed_updates:
             changed += f", {self.result.failed_updates:,} failed updates"
         return f"recounted as of {self.result.as_of:%Y-%m-%d %H:%M:%S} UTC, {changed}"
-
-
-def describe_live(live: Heartbeat) -> str:
-    """Return the progress of live updates in one line."""
-    return (
-        f"live, as of {live.as_of:%Y-%m-%d %H:%M:%S} UTC, "
-        f"{live.users_updated:,} updates, {live.waiting:,} waiting"
-    )

@@ -1,16 +1,11 @@
 """The service's side of systemd's protocols: notifications, the watchdog and the environment."""
 
-from __future__ import annotations
-
 import os
 import socket
-import time
 from contextlib import suppress
 from math import inf
 from pathlib import Path
 
-RELOADED_ENVIRONMENT = "environment"
-"""A file in the runtime directory, see `update_environment` and ExecReload= of the unit."""
 # systemd sets these for the main process only, or with another value for each process.
 _MAIN_PROCESS_VARIABLES = {
     "JOURNAL_STREAM",
@@ -29,18 +24,10 @@ def notify(*assignments: str) -> None:
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         return
-    if address.startswith("@"):  # only there does it stand for the null byte of an abstract socket
+    if address.startswith("@"):  # only a leading @ stands for a null byte
         address = "\0" + address[1:]
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender, suppress(OSError):
         sender.sendto("\n".join(assignments).encode(), address)
-
-
-def notify_reloading() -> None:
-    """Report that a reload starts; "READY=1" reports its end.
-
-    Type=notify-reload needs the time, to know that this answers its latest SIGHUP.
-    """
-    notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
 
 def watchdog_seconds() -> float:
@@ -57,15 +44,15 @@ def update_environment() -> None:
     """Copy the environment written by `systemctl reload` into this process.
 
     systemd reads EnvironmentFile= again for each command of a unit, but cannot change the
-    environment of a process that runs. So ExecReload= of the unit leaves its own environment in
-    the runtime directory, with a null byte after each variable. Nothing changes if there has been
-    no `systemctl reload`.
+    environment of a process that runs. So ExecReload= of the unit leaves its own environment in a
+    file in the runtime directory, with a null byte after each variable. Without that file nothing
+    changes.
     """
     directory = os.environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]
     if not directory:
         return
     try:
-        content = Path(directory, RELOADED_ENVIRONMENT).read_bytes()
+        content = Path(directory, "environment").read_bytes()
     except FileNotFoundError:
         return
     found = dict(line.split("=", 1) for line in os.fsdecode(content).split("\0") if "=" in line)

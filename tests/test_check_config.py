@@ -96,7 +96,7 @@ def test_a_count_that_the_safety_checks_would_refuse_is_a_problem(
 ) -> None:
     code, out, err = check()
     assert code == 1
-    problem = "PROBLEM: the safety check would refuse the recount: 20 of the 20 users with points"
+    problem = "PROBLEM: the safety checks would refuse the recount: 20 of the 20 users with points"
     assert problem in out
     assert "Traceback" not in err
 
@@ -176,7 +176,7 @@ def test_each_mistake_is_found_and_does_not_hide_the_others(
     assert (code, "did you mean MONGODB_DATABASE?" in err) == (78, True)
     code, out, err = check(**names, RECOUNTS_COLLECTION="jobs")
     assert (code, ".jobs holds documents of other programs" in err) == (78, True)
-    assert re.search("^PROBLEM: the safety check .*no order has status Shipped", out, re.MULTILINE)
+    assert re.search("^PROBLEM: the safety checks .*no order has status Shipped", out, re.MULTILINE)
     code, out, _ = check(**names, USERS_COLLECTION="clients")
     assert code == 1
     assert f"PROBLEM: there is no collection {database.name}.clients" in out
@@ -237,7 +237,7 @@ def test_check_config_finds_a_missing_privilege_on_the_records(
     code, out, err = check(MONGODB_URI=uri)
     assert code == 1
     assert "no permission for createIndex on examined.loyalty_recounts" in cell("permissions", out)
-    assert "put a user name" not in out + err  # there is one
+    assert "add a user name" not in out + err  # there is one
     assert cell("users", out) == "1"
     assert "PROBLEM" not in out
     assert "WARNING" not in err

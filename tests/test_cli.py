@@ -148,7 +148,7 @@ def test_the_env_file_beside_the_program_is_read_from_any_working_directory(
     once = service("--once", program=tmp_path / "loyalty_microservice.py")
     assert once.wait() == 0
     assert find_mismatches(shop) == []
-    text = f'WARNING env_file_permissions error="others can read {tmp_path / ".env"}'
+    text = f'WARNING env_file_permissions error="other users can read {tmp_path / ".env"}'
     assert text in once.output
 
 
@@ -265,7 +265,7 @@ def test_help_says_what_each_option_is(capsys: pytest.CaptureFixture[str]) -> No
     assert caught.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "--customer=-..." in text
-    assert "override the safety check" in text
+    assert "override the safety checks" in text
     for setting in setting_specs().values():
         assert setting.name in text
 

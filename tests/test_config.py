@@ -418,6 +418,35 @@ def test_the_name_of_another_program_causes_only_a_warning(
         assert message.startswith(f"unknown_setting name={name} ")
 
 
+def test_a_misspelt_name_in_the_environment_causes_a_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    environment = {"MONGODB_URI": URI, "ORDER_STATUS": "Sent", "MONGODB_USER": "x", "HOME": "/"}
+    assert load_settings(None, NO_FILE, environment).order_statuses == ("Shipped",)
+    assert caplog.messages == ["unknown_setting name=ORDER_STATUS similar_to=ORDER_STATUSES"]
+
+
+def test_a_comment_after_a_value_in_the_environment_causes_a_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    environment = {"MONGODB_URI": URI, "ORDER_STATUSES": "Shipped,Sent # both"}
+    assert load_settings(None, NO_FILE, environment).order_statuses == ("Shipped", "Sent # both")
+    (message,) = caplog.messages
+    assert message.startswith("comment_in_value name=ORDER_STATUSES ")
+
+
+def test_a_failed_reload_keeps_the_format_of_the_log(
+    env_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    env_file.write_text(f"MONGODB_URI={URI}\nLOG_FORMAT=json\n")
+    load_settings(env_file, NO_FILE, {})
+    env_file.write_bytes(b"\xff")
+    with pytest.raises(ConfigurationError):
+        load_settings(env_file, NO_FILE, {})
+    logging.getLogger("loyalty").critical("event")
+    assert caplog.handler.stream.getvalue().splitlines()[-1].startswith("{")
+
+
 def test_the_log_gets_the_level_and_the_format_of_the_settings(
     env_file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -561,7 +590,7 @@ def test_a_database_in_the_uri_is_used_unless_another_is_set() -> None:
 
 def test_a_database_of_the_server_is_a_problem_unless_another_is_set() -> None:
     (problem,) = problems_of({"MONGODB_URI": "mongodb://h/admin"})
-    assert problem == "MONGODB_DATABASE: 'admin' belongs to the server"
+    assert problem.startswith("MONGODB_DATABASE: 'admin' is reserved for the server")
     assert load({"MONGODB_URI": "mongodb://h/admin", "MONGODB_DATABASE": "b"}).database == "b"
 
 

@@ -370,7 +370,7 @@ def test_sighup_ends_a_pause_and_the_next_pause_is_short_again(
 
     run(job, script, make(job, policy))
     failures = [line for line in caplog.messages if line.startswith("failed ")]
-    assert failures == ['failed error="down" retry_in=1e+03s'] * 2
+    assert failures == ['failed error="down" retry_in=1000s'] * 2
 
 
 def has_reloaded(job: FakeJob, times: int) -> bool:

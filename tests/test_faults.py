@@ -734,7 +734,7 @@ def test_no_combination_of_wrong_settings_causes_a_traceback_or_shows_the_passwo
     secret = {"MONGODB_URI": f"mongodb://user:{PASSWORD}{uri}", "RECOUNT_INTERVAL": "soon"}
     code, output = run_daemon(**values | secret, LOG_LEVEL="DEBUG")
     assert code == 78
-    assert "RECOUNT_INTERVAL: 'soon' is not a time" in output
+    assert "RECOUNT_INTERVAL: 'soon' is not a duration" in output
     assert "Traceback" not in output
     assert_no_secret(output)
 
@@ -747,7 +747,7 @@ def test_a_settings_file_that_others_can_read_causes_a_warning(
         file.write_text("MONGODB_URI=http://\n")
         file.chmod(mode)
         assert loyalty_microservice.main(["--env-file", str(file)]) == 78
-        assert capsys.readouterr().err.count(f"others can read {file}") == warnings
+        assert capsys.readouterr().err.count(f"other users can read {file}") == warnings
 
 
 Privilege = dict[str, Any]
@@ -892,7 +892,7 @@ def test_without_find_on_records_only_commands_that_read_them_fail(
     [
         (("loyalty", PASSWORD + "x"), "rejects the user name or password"),
         (("nobody", PASSWORD), "rejects the user name or password"),
-        (("", ""), "put a user name and password into MONGODB_URI"),
+        (("", ""), "add a user name and a password to MONGODB_URI"),
     ],
     ids=["wrong password", "unknown user", "no credentials"],
 )

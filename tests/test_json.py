@@ -135,7 +135,7 @@ def test_check_config_lists_every_problem(shop: Shop, command: Command, capsys: 
     assert command("--check-config", "--json", METRICS_FILE="/nowhere/loyalty.prom") == 1
     found = json.loads(capsys.readouterr().out)
     refusal, metrics = found["problems"]
-    assert refusal.startswith("the safety check would refuse the recount: 21 of the 21 users")
+    assert refusal.startswith("the safety checks would refuse the recount: 21 of the 21 users")
     assert metrics.startswith("METRICS_FILE: /nowhere/loyalty.prom cannot be written")
     assert found["dry_run"]["refusal"] in refusal
     assert command("--check-config", "--json", USERS_COLLECTION="clients") == 1

@@ -956,7 +956,7 @@ def test_check_config_reports_live_updates_and_pre_images(
     assert command("--check-config", LIVE_UPDATES="yes") == 0
     said = capsys.readouterr().out
     assert re.search("live updates +will work\n", said)
-    found = re.search(r"pre-images +off: .* switch them on: db.runCommand\((.*)\)", said)
+    found = re.search(r"pre-images +off: .* switch pre-images on: db.runCommand\((.*)\)", said)
     assert found
     # The printed command is for mongosh; this is the same command for the driver.
     assert found[1] == "{collMod: 'orders', changeStreamPreAndPostImages: {enabled: true}}"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import stat
+import subprocess
+import sys
 import threading
 from contextlib import suppress
 from datetime import UTC
@@ -137,6 +139,22 @@ def test_no_increment_is_lost_when_threads_write_concurrently(tmp_path: Path) ->
     for thread in threads:
         thread.join()
     assert samples(file)["loyalty_recounts_total failed"] == 200
+
+
+def test_no_increment_is_lost_when_processes_write_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "loyalty.prom"
+    program = f"""
+from contextlib import suppress
+from config import load
+from loyalty.metrics import Metrics
+metrics = Metrics(load({{"MONGODB_URI": "mongodb://h", "METRICS_FILE": {str(file)!r}}}))
+for _ in range(50):
+    with suppress(ValueError), metrics.count_failures():
+        raise ValueError
+"""
+    writers = [subprocess.Popen([sys.executable, "-c", program], cwd=ROOT) for _ in range(3)]
+    assert [writer.wait(60) for writer in writers] == [0, 0, 0]
+    assert samples(file)["loyalty_recounts_total failed"] == 150
 
 
 def test_a_temporary_file_that_a_killed_process_left_is_replaced(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_customer_shows_each_form_of_an_object_id_in_its_own_row(
         ("", "in the database 'shop': if the user is defined"),
         (
             "&authSource=stock",
-            "in the database 'stock', as authSource says: if the user is defined",
+            "in the database 'stock', because of authSource: if the user is defined",
         ),
     ],
 )
@@ -127,7 +127,7 @@ def test_the_error_for_a_uri_of_a_secondary_names_the_replica_set(
         assert command("--once", MONGODB_URI=uri) == 78
     text = capsys.readouterr().err
     host = uri.split("/")[2]
-    assert f"{host} is a secondary: name the replica set, with ?replicaSet=rs0" in text
+    assert f"{host} is a secondary. Add ?replicaSet=rs0" in text
 
 
 def test_a_primary_that_has_just_stepped_down_is_unavailable(deployment: Deployment) -> None:
@@ -177,10 +177,10 @@ def test_an_old_replica_set_is_not_called_standalone(uri: str) -> None:
     with connect(settings_for(uri), writing=False) as connection:
         assert connection.snapshot_unsupported_reason == ""
         old = dataclasses.replace(connection, supports_snapshots=False)
-        assert old.snapshot_unsupported_reason == "before MongoDB 5.0"
+        assert old.snapshot_unsupported_reason == "the server is older than MongoDB 5.0"
         assert (
             dataclasses.replace(old, topology="standalone").snapshot_unsupported_reason
-            == "a standalone server"
+            == "the server is standalone"
         )
 
 

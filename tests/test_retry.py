@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import pairwise
 from math import inf
 
@@ -18,15 +17,7 @@ from loyalty.errors import (
     QueryTimeout,
     SnapshotTooOld,
 )
-from loyalty.retry import (
-    DAEMON_BACKOFF,
-    ORPHANED_WRITES_POLL,
-    SHORT_OUTAGE_RETRY,
-    Backoff,
-    RetryPolicy,
-    poll,
-    retry,
-)
+from loyalty.retry import DAEMON_BACKOFF, SHORT_OUTAGE_RETRY, Backoff, RetryPolicy, retry
 
 NO_JITTER = RetryPolicy(initial_seconds=1, max_seconds=10, jitter=0)
 
@@ -189,21 +180,6 @@ def test_the_daemon_waits_10_seconds_to_5_minutes_and_never_gives_up() -> None:
     assert DAEMON_BACKOFF.delay_seconds(1, lambda: 0) == 10
     assert DAEMON_BACKOFF.delay_seconds(99, lambda: 1) == 300
     assert DAEMON_BACKOFF.timeout_seconds == inf
-
-
-@pytest.mark.parametrize("answers", [[True], [False, True], [False, False, False, True]])
-def test_polling_ends_once_the_condition_holds(clock: FakeClock, answers: list[bool]) -> None:
-    left = list(answers)
-    assert poll(lambda: left.pop(0), ORPHANED_WRITES_POLL, clock=clock, sleep=clock.sleep)
-    assert not left
-    assert clock.pauses == [0.05, 0.1, 0.2][: len(answers) - 1]
-
-
-def test_polling_reports_that_the_condition_did_not_hold_in_time(clock: FakeClock) -> None:
-    started = clock.now
-    policy = replace(ORPHANED_WRITES_POLL, timeout_seconds=5)
-    assert not poll(lambda: False, policy, clock=clock, sleep=clock.sleep)
-    assert 4 < clock.now - started <= 5
 
 
 @pytest.fixture

@@ -3,8 +3,6 @@
 It changes no document. Everything that it prints is exact.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 
@@ -53,32 +51,33 @@ def run(args: argparse.Namespace, settings: Settings) -> Exit:
     2. Check the records, live updates, the collections, the index and the statuses.
     3. Count everything, as `--dry-run` does, unless a collection is missing.
 
+    Each step prints its result before the next one, because reading all orders is slow.
     Raises ServiceError.
     """
+
+    def print_rows(*rows: Sequence[str]) -> None:
+        if not args.json:
+            print_table(*rows)
+            flush_results()
+
     with connect_and_verify(settings, writing=True, recording=False) as connection:
         missing, errors = _check_own_collections(connection, settings)
         permissions = "; ".join([*missing, *errors]) or None
-        live_problem = (
-            find_live_updates_problem(connection, settings) if settings.live_updates else None
-        )
-        if not args.json:  # before the queries that read all orders, which take their time
-            _print_settings(settings, connection, permissions)
-            if settings.live_updates:
-                print_live_updates_check(connection, live_problem, keeps_pre_images(connection))
-            flush_results()
-        index, found = _describe_index(connection, settings), count_statuses(connection, settings)
-        if not args.json:
-            _print_orders(settings, index, found)
-            flush_results()
-        result, problems = _count_all(connection, settings, found)
+        print_rows(*_settings_rows(settings, connection, permissions or "sufficient"))
+        live_problem = None
+        if settings.live_updates:
+            live_problem = find_live_updates_problem(connection, settings)
+            print_rows(*_live_updates_rows(connection, live_problem))
+        index = _describe_index(connection, settings)
+        statuses = count_statuses(connection, settings)
+        print_rows(*_order_rows(settings, index, statuses))
+        result, problems = _count_all(connection, settings, statuses)
         if not args.json:
             _print_count(result, problems)
         elif not errors:
             problems += [f"live updates will not work: {live_problem}"] if live_problem else []
-            details = _details_json(connection, settings, found, result)
-            print_json(
-                {"problems": problems, "permissions": permissions, "index": index, **details}
-            )
+            checks = {"problems": problems, "permissions": permissions, "index": index}
+            print_json({**checks, **_details_json(connection, settings, statuses, result)})
     if errors:
         raise ConfigurationError(*errors)
     return Exit.FINDINGS if problems or permissions or live_problem else Exit.OK
@@ -87,7 +86,7 @@ def run(args: argparse.Namespace, settings: Settings) -> Exit:
 def _check_own_collections(
     connection: Connection, settings: Settings
 ) -> tuple[list[str], list[str]]:
-    """Return which privileges records lack, and what prevents the start: raised at the end."""
+    """Return the missing privileges for records, and the errors that would prevent the start."""
     missing: list[str] = []
     errors: list[str] = []
     history = History(connection.recounts, settings)
@@ -107,26 +106,25 @@ def _check_own_collections(
 
 
 def _count_all(
-    connection: Connection, settings: Settings, found: StatusCounts
+    connection: Connection, settings: Settings, statuses: StatusCounts
 ) -> tuple[Result | None, list[str]]:
     """Count everything unless a collection is missing; return the result and the problems."""
-    result = None
-    missing = find_missing_collections(connection)
-    problems = [missing] if missing else []
-    if not problems:
+    result, problems = None, []
+    if missing := find_missing_collections(connection):
+        problems.append(missing)
+    else:
         result = make_dry_run(connection, settings)
-    # Among more than MAX_STATUSES, a rare status may be missing; the count misses none.
-    counted = result.totals.counted_orders if result else 0
+    is_any_counted = any(is_counted(status, settings) for status, _ in statuses)
     if result is not None and result.refusal:
-        problems.append(f"the safety check would refuse the recount: {result.refusal}")
-    elif found and not counted and not any(is_counted(status, settings) for status, _ in found):
-        problems.append(describe_uncounted(found, settings))
-    problems += filter(None, [Metrics(settings).check()])
+        problems.append(f"the safety checks would refuse the recount: {result.refusal}")
+    elif not is_any_counted and 0 < len(statuses) < MAX_STATUSES:  # of more, some are unknown
+        problems.append(describe_uncounted(statuses, settings))
+    if problem := Metrics(settings).check():
+        problems.append(problem)
     return result, problems
 
 
 def _describe_index(connection: Connection, settings: Settings) -> str:
-    """Return whether a recount can use the index, what to do, and which orders prevent it."""
     plan, orders = inspect_plan(connection.orders, settings), connection.orders
     if not plan.advice:
         return "usable"
@@ -137,61 +135,65 @@ def _describe_index(connection: Connection, settings: Settings) -> str:
     if not number:
         return plan.advice
     have = f"{pluralize(number, 'order')} {'has' if number == 1 else 'have'}"
-    return f"{plan.advice}; {have} an array in {' or '.join(fields)}: correct them first"
+    return f"{plan.advice}; {have} an array in {' or '.join(fields)}. Correct these orders first"
 
 
-def _print_settings(settings: Settings, connection: Connection, permissions: str | None) -> None:
-    """Print the settings, without credentials, and what the server allows."""
+def _settings_rows(
+    settings: Settings, connection: Connection, permissions: str
+) -> list[tuple[str, str]]:
     reason = connection.snapshot_unsupported_reason
-    print_table(
+    return [
         ("hosts", settings.hosts),
         ("server", f"{connection.server_version}, {connection.topology.replace('_', ' ')}"),
-        ("one snapshot", f"no: {reason}" if reason else "yes"),
+        ("snapshots", f"not supported: {reason}" if reason else "supported"),
         *((name, format_cell(value)) for name, value in settings.to_dict().items()),
-        ("permissions", permissions or "sufficient"),
-    )
+        ("permissions", permissions),
+    ]
 
 
-def print_live_updates_check(
-    connection: Connection, live_problem: str | None, pre_images: bool | None
-) -> None:
-    """Print whether live updates will work, and which changes they will see at once."""
+def _live_updates_rows(connection: Connection, live_problem: str | None) -> list[tuple[str, str]]:
+    """Return whether live updates will work, and whether pre-images are on."""
     orders = connection.orders
     command = f"db.runCommand({{collMod: '{orders.name}', changeStreamPreAndPostImages: "
     texts = {
         True: "on",
-        False: "off: deleted orders, and orders that get another customer, wait for the next full "
-        f"recount; to switch them on: {command}{{enabled: true}}}})",
-        None: "unknown: to read the option takes the privilege listCollections",
+        False: "off: after an order is deleted or its customer changes, points change only at the "
+        f"next full recount; to switch pre-images on: {command}{{enabled: true}}}})",
+        None: "unknown: the option cannot be read, which needs the privilege listCollections",
     }
     if not connection.supports_pre_images:
         texts[False] = "none before MongoDB 6.0: deleted orders wait for the next full recount"
-    print_table(
+    return [
         ("live updates", f"will NOT work: {live_problem}" if live_problem else "will work"),
-        ("pre-images", texts[pre_images]),
-    )
+        ("pre-images", texts[keeps_pre_images(connection)]),
+    ]
 
 
-def _print_orders(settings: Settings, index: str, found: StatusCounts) -> None:
-    """Print the index, and the number of orders by status, the most frequent first."""
-    names = {status for status, _ in found if isinstance(status, str)}
-    absent = [(status, 0) for status in settings.order_statuses if status not in names]
-    shown = [*found[:MAX_STATUSES_SHOWN], *absent]
-    shown += [row for row in found[MAX_STATUSES_SHOWN:] if is_counted(row[0], settings)]
-    rows = []
-    for status, number in shown:
+def _order_rows(settings: Settings, index: str, statuses: StatusCounts) -> list[tuple[str, str]]:
+    """Return the index, and the number of orders by status, the most frequent first.
+
+    Rare statuses are left out, except for counted ones.
+    """
+    frequent, rare = statuses[:MAX_STATUSES_SHOWN], statuses[MAX_STATUSES_SHOWN:]
+    rare_counted = [row for row in rare if is_counted(row[0], settings)]
+    found = [status for status, _ in statuses]
+    absent = [(status, 0) for status in settings.order_statuses if status not in found]
+    rows = [
+        (f"index {', '.join(name for name, _ in index_keys(settings))}", index),
+        ("orders by status", ""),
+    ]
+    for status, number in [*frequent, *absent, *rare_counted]:
         counted = ", counted" if is_counted(status, settings) else ""
         rows.append((f"  {format_status(status)}", f"{number:,}{counted}"))
-    if hidden := len(found) + len(absent) - len(shown):
-        at_least = "at least " if len(found) == MAX_STATUSES else ""
+    if hidden := len(rare) - len(rare_counted):
+        at_least = "at least " if len(statuses) == MAX_STATUSES else ""
         rows.append((f"  {at_least}{hidden:,} other statuses", ""))
-    index_name = f"index {', '.join(name for name, _ in index_keys(settings))}"
-    print_table((index_name, index), ("orders by status", ""), *rows)
+    return rows
 
 
 def _print_count(result: Result | None, problems: Sequence[str]) -> None:
     if result is not None:
-        print_line("Full count, nothing is written")
+        print_line("Full count: nothing is written")
         print_totals(result, is_dry_run=True)
         print_unknown_customers(result)
         print_warnings([text for text in result.warnings if text not in problems])
@@ -200,7 +202,7 @@ def _print_count(result: Result | None, problems: Sequence[str]) -> None:
 
 
 def _details_json(
-    connection: Connection, settings: Settings, found: StatusCounts, result: Result | None
+    connection: Connection, settings: Settings, statuses: StatusCounts, result: Result | None
 ) -> Document:
     return {
         "hosts": settings.hosts,
@@ -210,7 +212,7 @@ def _details_json(
         "settings": settings.to_dict(),
         "statuses": [
             {"status": format_status(s), "orders": n, "counted": is_counted(s, settings)}
-            for s, n in found
+            for s, n in statuses
         ],
         "dry_run": dry_run_json(result) if result else None,
     }

@@ -1,7 +1,6 @@
 """The events of the change stream: which of them can change a count, and for which customers."""
 
-from __future__ import annotations
-
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +10,7 @@ from bson import Regex, Timestamp
 
 from config import Settings
 from loyalty.mongo.values import Document
-from loyalty.recount.customer_ids import canonicalize, indexable_forms, is_mixed_case
+from loyalty.recount.customer_ids import canonicalize, is_mixed_case
 from loyalty.recount.order_filter import counted_orders, other_conditions
 
 INVALIDATING_EVENTS = ["drop", "rename", "dropDatabase", "invalidate"]
@@ -19,23 +18,20 @@ INVALIDATING_EVENTS = ["drop", "rename", "dropDatabase", "invalidate"]
 
 
 def change_stream_pipeline(settings: Settings) -> list[Document]:
-    """Return the pipeline that passes the events that can change a count, with ids only."""
+    """Return the pipeline that selects the events that can change a count, with ids only."""
     changed_fields: list[Document] = [
         {"$map": {"input": _key_value_pairs("updatedFields"), "in": "$$this.k"}},
         {"$ifNull": ["$updateDescription.removedFields", []]},
     ]
     names = [settings.status_field, settings.customer_field]
     if conditions := other_conditions(settings):
-        # The whole of an outer document: a change of an array's element has a number in its path.
+        # Use the outermost field: the path of a changed array element contains its position.
         names += sorted({name.split(".")[0] for name in conditions})
         truncated_arrays = {"$ifNull": ["$updateDescription.truncatedArrays", []]}
         changed_fields.append({"$map": {"input": truncated_arrays, "in": "$$this.field"}})
     # A change of `a.b` touches the fields `a` and `a.b.c` as well.
-    touches_field = [
-        {"$eq": [{"$indexOfBytes": [{"$concat": [one, "."]}, {"$concat": [other, "."]}]}, 0]}
-        for name in names
-        for one, other in (("$$this", name), (name, "$$this"))
-    ]
+    touches_field = [_begins_with_expr("$$this", name) for name in names]
+    touches_field += [_begins_with_expr(name, "$$this") for name in names]
     touches_any_field = {
         "$anyElementTrue": [
             {"$map": {"input": {"$concatArrays": changed_fields}, "in": {"$or": touches_field}}}
@@ -63,13 +59,18 @@ def change_stream_pipeline(settings: Settings) -> list[Document]:
     ]
 
 
+def _begins_with_expr(path: str, prefix: str) -> Document:
+    """Return an expression for whole names: `a.b` begins with `a`, and `ab` does not."""
+    return {"$eq": [{"$indexOfBytes": [{"$concat": [path, "."]}, {"$concat": [prefix, "."]}]}, 0]}
+
+
 def _key_value_pairs(name: str) -> Document:
     return {"$objectToArray": {"$ifNull": [f"$updateDescription.{name}", {}]}}
 
 
 @dataclass(slots=True)
 class PendingChanges:
-    """Customers to recount as of `cluster_time` or later, and orders whose customer is unknown."""
+    """Customers to recount at `cluster_time` or later, and orders whose customer is to look up."""
 
     cluster_time: Timestamp = field(default_factory=lambda: Timestamp(0, 0))
     customers: dict[bytes, Any] = field(default_factory=dict)
@@ -89,10 +90,6 @@ class PendingChanges:
             self.customers[bson.encode({"": canonical})] = canonical
             self.has_mixed_case_ids |= is_mixed_case(customer)
 
-    def customers_with_forms(self) -> list[tuple[Any, list[Any]]]:
-        """Return each customer's canonical id with the values that an index lookup needs."""
-        return [(customer, indexable_forms(customer)) for customer in self.customers.values()]
-
 
 def read_watermark(resume_token: Mapping[str, Any] | None) -> Timestamp:
     """Return the cluster time before which the change stream has reported every change.
@@ -103,15 +100,14 @@ def read_watermark(resume_token: Mapping[str, Any] | None) -> Timestamp:
     server's source). Without a token that can be read, the result is Timestamp(0, 0).
     """
     data = (resume_token or {}).get("_data")
-    if not isinstance(data, str) or not data.startswith("82"):
-        return Timestamp(0, 0)
-    return Timestamp(int(data[2:10], 16), int(data[10:18], 16))
+    match = re.match("82([0-9A-Fa-f]{8})([0-9A-Fa-f]{8})", str(data))
+    return Timestamp(int(match[1], 16), int(match[2], 16)) if match else Timestamp(0, 0)
 
 
 def is_queryable_id(customer: Any) -> bool:
-    """Return whether a user can have this id, and a query for it means equality.
+    """Return whether a user can have this id, and a query for it compares for equality.
 
-    A query reads an array, a regular expression and a document of operators in another way.
+    A query interprets an array, a regular expression or a document of operators differently.
     """
     if isinstance(customer, dict):
         return not any(name.startswith("$") for name in customer)

@@ -1,14 +1,12 @@
 """The look-up of the customers of updated orders, whose events hold only the order's `_id`."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 
 from bson import Timestamp
 
 from config import Settings
-from loyalty.errors import DatabaseUnavailable
+from loyalty.errors import ResyncRequired
 from loyalty.live.events import PendingChanges
 from loyalty.mongo.connection import Connection
 from loyalty.mongo.driver_errors import map_driver_errors
@@ -26,7 +24,7 @@ def resolve_customers(
 
     That is the newest one, and `not_before` or later: if two services run, an older count of the
     slower one would replace the newer count of the other. One round trip for up to 1,000 orders. A
-    deleted order has an event of its own. Raises ServiceError.
+    deleted order is reported by a separate event. Raises ServiceError.
     """
     at: Timestamp | None = None
     orders = changes.orders
@@ -37,7 +35,9 @@ def resolve_customers(
         for order in found:
             changes.add_customer(get_nested(order, settings.customer_field))
     changes.orders = []
-    return at or pin_cluster_time(connection, not_before) or not_before
+    if at is None:
+        at = pin_cluster_time(connection, not_before)
+    return not_before if at is None else at
 
 
 def _find(
@@ -64,7 +64,7 @@ def _find(
         cursor = orders.database.command(command, codec_options=READABLE_CODEC)["cursor"]
     read_at: Timestamp | None = cursor.get("atClusterTime")  # None: the collection was dropped
     if read_at is not None and read_at < not_before:  # a new primary may be behind
-        return _find(connection, settings, ids, not_before, not_before)
-    if cursor["id"]:
-        raise DatabaseUnavailable(f"{len(ids):,} customer ids are longer than 16 MB")
+        return _find(connection, settings, ids, at=not_before, not_before=not_before)
+    if cursor["id"]:  # the reply is full
+        raise ResyncRequired(f"the customer ids of {len(ids):,} orders are larger than 16 MB")
     return cursor["firstBatch"], read_at

@@ -1,22 +1,16 @@
-"""Opening the change stream, and what can be in the way of live updates."""
-
-from __future__ import annotations
-
-import logging
-from functools import partial
+"""Opens the change stream, and finds problems that prevent live updates."""
 
 from bson import ObjectId, Timestamp
 
 from config import Settings
 from loyalty.errors import ConfigurationError, ServiceError
 from loyalty.live.watcher import ChangeStreamWatcher, LiveLimits
+from loyalty.logs import log
 from loyalty.mongo.connection import Connection
 from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.recount.index import find_index_problem
 from loyalty.recount.snapshot import pin_cluster_time
 from loyalty.retry import retry
-
-log = logging.getLogger("loyalty")
 
 
 def open_watcher(
@@ -27,20 +21,19 @@ def open_watcher(
     Raises ServiceError.
     """
     limits = limits or LiveLimits()
-    attempt = partial(_open_watcher, connection, settings, limits)
+
+    def attempt() -> tuple[ChangeStreamWatcher, Timestamp]:
+        start_after = pin_cluster_time(connection)
+        if start_after is None:
+            reason = connection.snapshot_unsupported_reason or "the server has no snapshots"
+            raise ConfigurationError(
+                f"live updates need MongoDB 5.0 or newer and replicas: {reason}"
+            )
+        if problem := find_index_problem(connection.orders, settings):
+            raise ConfigurationError(f"each update would read all orders: {problem}")
+        return ChangeStreamWatcher(connection, settings, start_after, limits), start_after
+
     return retry(attempt, limits.opening_retry)
-
-
-def _open_watcher(
-    connection: Connection, settings: Settings, limits: LiveLimits
-) -> tuple[ChangeStreamWatcher, Timestamp]:
-    start_after = pin_cluster_time(connection)
-    if start_after is None:
-        server = connection.snapshot_unsupported_reason or "a server without snapshots"
-        raise ConfigurationError(f"{server} has no change streams for this")
-    if problem := find_index_problem(connection.orders, settings):
-        raise ConfigurationError(f"each update would read all orders: {problem}")
-    return ChangeStreamWatcher(connection, settings, start_after, limits), start_after
 
 
 def find_live_updates_problem(connection: Connection, settings: Settings) -> str | None:
@@ -67,11 +60,11 @@ def keeps_pre_images(connection: Connection) -> bool | None:
 
 
 def warn_if_pre_images_are_off(connection: Connection) -> None:
-    """Warn if the orders keep none: also after a restore, which does not restore the option."""
+    """Warn if pre-images are off, for example after a restore, which does not restore them."""
     if connection.supports_pre_images and keeps_pre_images(connection) is False:
         log.warning(
-            'pre_images_off effect="deletes, and orders that another customer gets, wait for the '
-            'next full recount" fix="--check-config prints the command that switches them on"'
+            'pre_images_off effect="after an order is deleted or its customer changes, points '
+            'change only at the next full recount" fix="--check-config prints the command"'
         )
 
 
@@ -81,8 +74,8 @@ def describe_mixed_case(settings: Settings) -> str:
     matching = f"{{'{field}': {{$regex: '^[0-9A-Fa-f]{{24}}$', $not: {{$type: 'array'}}}}}}"
     key = settings.user_key_field
     return (
-        "some ids are hex strings in mixed case, which no index lookup finds. To normalize "
-        f"those of orders: db.getCollection('{name}').updateMany({matching}, "
+        "some customer ids are hex strings in mixed case, which an index lookup cannot find. To "
+        f"normalize those of orders: db.getCollection('{name}').updateMany({matching}, "
         f"[{{$set: {{'{field}': {{$toLower: '${field}'}}}}}}]). A user whose {key} is such a "
         f"string must {'be inserted again in' if key == '_id' else 'get it in'} lower case"
     )

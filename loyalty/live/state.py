@@ -1,7 +1,5 @@
 """The state of live updates, and the one table of its transitions."""
 
-from __future__ import annotations
-
 from enum import StrEnum
 
 
@@ -17,11 +15,10 @@ class LiveState(StrEnum):
     PAUSED = "paused"
     """A mass change: the change stream is read, and customers are not recounted."""
     RESYNC = "resync"
-    """The change stream is closed, and a full recount that opens another follows at once."""
+    """The change stream is closed; a full recount that opens another follows immediately."""
 
     @property
     def has_stream(self) -> bool:
-        """Whether the change stream is open."""
         return self in (LiveState.OPENING, LiveState.LIVE, LiveState.PAUSED)
 
 
@@ -38,4 +35,3 @@ TRANSITIONS = {
     (LiveState.RESYNC, LiveState.OPENING): "another change stream was opened",
     (LiveState.RESYNC, LiveState.OFF): "another change stream could not be opened",
 }
-"""Each transition that is possible, and when it happens."""

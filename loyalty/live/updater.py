@@ -1,8 +1,5 @@
 """Live updates: recount the customers whose orders have changed, as soon as they have."""
 
-from __future__ import annotations
-
-import logging
 import time
 from datetime import UTC, datetime
 from math import inf
@@ -19,21 +16,19 @@ from loyalty.live.lookup import resolve_customers
 from loyalty.live.opening import describe_mixed_case, open_watcher, warn_if_pre_images_are_off
 from loyalty.live.state import TRANSITIONS, LiveState
 from loyalty.live.watcher import ChangeStreamWatcher, LiveLimits
-from loyalty.logs import WarnOnce
+from loyalty.logs import WarnOnce, log
 from loyalty.mongo.connection import Connection
 from loyalty.recount.counter import Customers
+from loyalty.recount.customer_ids import indexable_forms
 from loyalty.recount.index import find_index_problem
 from loyalty.recount.result import Result
 from loyalty.recount.runner import RecountRequest, run_recount
 from loyalty.recount.safety import check_live_update
 from loyalty.recount.tally import Totals
-from loyalty.retry import RetryPolicy
-
-log = logging.getLogger("loyalty")
+from loyalty.retry import REOPEN_STREAM_BACKOFF
+from loyalty.state import ServiceState
 
 NEVER = Timestamp(0, 0)
-REOPENING_RETRY = RetryPolicy(initial_seconds=60, max_seconds=600)
-"""Full recounts after a change stream that did not open though the recount succeeded."""
 _PAUSED_POLL_SECONDS = 0.25
 
 
@@ -43,14 +38,15 @@ class LiveUpdater:
     It is used by one thread. Its methods raise ServiceError; the caller then calls `stop`.
     """
 
-    def __init__(self, settings: Settings, limits: LiveLimits) -> None:
+    def __init__(self, settings: Settings, limits: LiveLimits, service_state: ServiceState) -> None:
         self.state = LiveState.OFF
         self.newest = NEVER
-        """The newest cluster time that any recount has counted at. None may go back before it."""
+        """The newest cluster time that a recount has read at. No later one may read before it."""
         self._settings = settings
         self._limits = limits
+        self._service_state = service_state
         self._watcher: ChangeStreamWatcher | None = None
-        self._is_blocked = False
+        self._has_mixed_case_ids = False
         self._failed_openings = 0
         self._warn_once = WarnOnce()
         self._full_recount: Result | None = None
@@ -63,21 +59,20 @@ class LiveUpdater:
 
     def _enter(self, state: LiveState) -> None:
         """Go to another state; the change stream is closed if the state has none."""
-        if state is self.state:
-            return
-        assert (self.state, state) in TRANSITIONS, f"{self.state} -> {state}"
+        assert state is self.state or (self.state, state) in TRANSITIONS, f"{self.state} -> {state}"
         if self._watcher is not None and not state.has_stream:
             self._watcher.close()
             self._watcher = None
         self.state = state
+        self._report_state()
 
     def start(self, connection: Connection) -> Timestamp:
         """Open the change stream before a full recount, if live updates are wanted.
 
-        Returns the cluster time that the recount must not be older than. A stream that cannot be
-        opened is a warning: it never keeps the recount from running.
+        Returns the oldest cluster time that the recount may read at. If the stream cannot be
+        opened, this logs a warning, and the recount runs without it.
         """
-        if self._watcher is not None or not self._settings.live_updates or self._is_blocked:
+        if self._watcher is not None or not self._settings.live_updates or self._has_mixed_case_ids:
             return self.newest
         try:
             self._watcher, start_after = open_watcher(connection, self._settings, self._limits)
@@ -93,16 +88,16 @@ class LiveUpdater:
         return max(start_after, self.newest)
 
     def finish_recount(self, result: Result) -> None:
-        """Take note of a full recount: it includes every change up to its snapshot."""
+        """Record the result of a full recount, which includes every change up to its snapshot."""
         self._full_recount = result
         self._decreased = 0
-        self._is_blocked = False
-        self.newest = max(self.newest, *result.count.snapshots, NEVER)
+        self._has_mixed_case_ids = False
+        self.newest = max([self.newest, *result.count.snapshots])
         if self._watcher is None:
             self._enter(LiveState.OFF)
             return
         if result.count.has_mixed_case_ids:
-            self._warn_of_mixed_case()
+            self._warn_once("live_updates_unavailable", describe_mixed_case(self._settings))
             self.stop("ids in mixed case")
             return
         oldest = min(result.count.snapshots, default=NEVER)
@@ -114,18 +109,18 @@ class LiveUpdater:
         self._enter(LiveState.LIVE)
 
     def retry_after_seconds(self) -> float | None:
-        """Return when to recount and open the stream again, if it failed for a while only."""
+        """Return the seconds until the stream is opened again after a transient error, or None."""
         failures = self._failed_openings
-        return REOPENING_RETRY.delay_seconds(failures) if failures else None
+        return REOPEN_STREAM_BACKOFF.delay_seconds(failures) if failures else None
 
     def stop(self, reason: str) -> None:
-        """Close the change stream and drop what is pending. A full recount opens another."""
+        """Close the change stream, and discard the pending changes, until the next full recount."""
         if self.state in (LiveState.LIVE, LiveState.PAUSED):
             log.info('live_updates_stopped until="the next full recount" reason="%s"', reason)
         self._enter(LiveState.OFF)
 
     def stop_for_resync(self) -> None:
-        """Close the change stream. The caller does a full recount at once."""
+        """Close the change stream. The caller does a full recount immediately."""
         self._enter(LiveState.RESYNC)
 
     def update(self, connection: Connection, seconds: float, on_progress: ProgressCallback) -> None:
@@ -149,13 +144,14 @@ class LiveUpdater:
             if changes.has_mixed_case_ids:
                 # The full recount that follows is exact; it must not open the stream again, or
                 # each change of such an order would cause another full recount.
-                self._is_blocked = True
-                self._warn_of_mixed_case()
+                self._has_mixed_case_ids = True
+                self._warn_once("live_updates_unavailable", describe_mixed_case(self._settings))
                 raise ResyncRequired("a changed order has a customer id in mixed case")
             if changes.customers:
                 self._recount_customers(connection, changes, at, on_progress)
         if self.state is LiveState.LIVE:
             self._as_of = max(self._as_of, changes.reported_until)
+            self._report_state()
 
     def _check_pause(self, watcher: ChangeStreamWatcher) -> None:
         """Raise ResyncRequired if the mass change is over, or the pause has taken too long."""
@@ -163,7 +159,7 @@ class LiveUpdater:
         paused_for = time.monotonic() - self._paused_at
         is_quiet = watcher.idle_seconds() > self._limits.quiet_seconds
         if is_quiet or paused_for > self._limits.max_pause_seconds:
-            raise ResyncRequired("live updates were paused")
+            raise ResyncRequired("the pause of live updates has ended")
 
     def check_index(self, connection: Connection) -> None:
         """Raise ResyncRequired if each update would read all orders: the index was dropped.
@@ -173,21 +169,22 @@ class LiveUpdater:
         if problem := find_index_problem(connection.orders, self._settings):
             raise ResyncRequired(f"each update would read all orders: {problem}")
 
-    def heartbeat(self) -> Heartbeat | None:
-        """Return the progress of live updates, or None in every state but `live`."""
-        if self._watcher is None or self.state is not LiveState.LIVE:
-            return None
-        return Heartbeat(
-            live_since=self._watcher.since,
-            as_of=self._as_of.as_datetime(),
-            last_event=self._watcher.last_event,
-            last_update=self._last_update,
-            users_updated=self._users_updated,
-            waiting=self._watcher.pending_count(),
-        )
+    def _report_state(self) -> None:
+        """Report the progress of live updates, or in every state but `live` that there is none."""
+        live = None
+        if self._watcher is not None and self.state is LiveState.LIVE:
+            live = Heartbeat(
+                live_since=self._watcher.since,
+                as_of=self._as_of.as_datetime(),
+                last_event=self._watcher.last_event,
+                last_update=self._last_update,
+                users_updated=self._users_updated,
+                waiting=self._watcher.pending_count(),
+            )
+        self._service_state.live = live
+        self._service_state.live_lag_seconds = self.lag_seconds() if live else 0.0
 
     def lag_seconds(self) -> float:
-        """Return for how long the oldest pending change has been waiting."""
         return self._watcher.lag_seconds() if self._watcher is not None else 0.0
 
     def _recount_customers(
@@ -197,10 +194,13 @@ class LiveUpdater:
         at: Timestamp,
         on_progress: ProgressCallback,
     ) -> None:
-        customers: Customers = changes.customers_with_forms()
-        if self._full_recount is not None and not self._full_recount.count.supports_partitions:
-            # The collection is small (see `open_watcher`), and the query reads all of its orders.
-            customers = [(customer, None) for customer, _ in customers]
+        assert self._full_recount is not None  # only a full recount makes updates live
+        # Without partitions the collection is small (see `open_watcher`): read all of its orders.
+        has_index = self._full_recount.count.supports_partitions
+        customers: Customers = [
+            (customer, indexable_forms(customer) if has_index else None)
+            for customer in changes.customers.values()
+        ]
         request = RecountRequest(
             customers=customers, not_before=at, safety_check=self._check_decreases
         )
@@ -209,7 +209,7 @@ class LiveUpdater:
         except RecountRefused as error:
             self._pause(error)
             return
-        self.newest = max(self.newest, *result.count.snapshots, NEVER)
+        self.newest = max([self.newest, *result.count.snapshots])
         self._decreased += result.totals.decreased
         self._users_updated += result.written
         self._last_update = datetime.now(UTC)
@@ -219,19 +219,18 @@ class LiveUpdater:
         """Return why a live update is refused, or None: the safety check of live updates.
 
         Decreases are summed since the last full recount, so that a mass change in many small
-        batches is noticed. Increases do not make up for them: a renamed status takes points away
-        while a migration gives others theirs.
+        batches is noticed. Increases are not subtracted: while a migration renames a status, some
+        users lose points and others get theirs back.
         """
-        if self._full_recount is None:
-            return None
+        assert self._full_recount is not None
         with_points = self._full_recount.totals.users_with_points_after
         return check_live_update(self._decreased + totals.decreased, with_points, self._settings)
 
     def _pause(self, reason: RecountRefused) -> None:
-        """Pause until the mass change is over; then a full recount checks the whole of it.
+        """Pause until the mass change is over; a full recount then checks all of its changes.
 
         A second mass change within the interval is probably part of the first: live updates stop
-        until the next full recount, as otherwise full recounts could follow one after another.
+        until the next full recount. Otherwise full recounts could follow without a pause.
         """
         now = time.monotonic()
         is_repeated = now - self._last_pause_at < self._settings.recount_interval.total_seconds()
@@ -242,6 +241,3 @@ class LiveUpdater:
         else:
             self._paused_at = now
             self._enter(LiveState.PAUSED)
-
-    def _warn_of_mixed_case(self) -> None:
-        self._warn_once("live_updates_unavailable", describe_mixed_case(self._settings))

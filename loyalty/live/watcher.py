@@ -4,9 +4,6 @@ A thread reads the stream and only adds to the pending changes. The worker threa
 counts at the cluster time of the newest one or later.
 """
 
-from __future__ import annotations
-
-import logging
 import threading
 import time
 from dataclasses import dataclass
@@ -25,22 +22,14 @@ from loyalty.live.events import (
     change_stream_pipeline,
     read_watermark,
 )
+from loyalty.logs import log
 from loyalty.mongo.connection import Connection
 from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.values import READABLE_CODEC, Document, get_nested
-from loyalty.retry import RetryPolicy
+from loyalty.retry import OPEN_STREAM_RETRY, RetryPolicy
 
-log = logging.getLogger("loyalty")
-
-MAX_PENDING = 100_000  # changes; one full recount is cheaper than a live update of more
 MAX_AWAIT_MS = 1_000  # the server answers each getMore of the stream within this time
-EMPTY_POLL_DELAY_SECONDS = 0.5  # after an empty answer that came at once: the cursor was killed
-STALL_TIMEOUT_SECONDS = 30.0  # without an answer to a getMore
-MIN_INTERVAL_SECONDS = 0.02
-"""From the start of one live update to the start of the next: a change that comes alone never
-waits, and changes that come one after another share updates, which saves CPU time."""
-OPENING_RETRY = RetryPolicy(timeout_seconds=5, initial_seconds=0.5, max_seconds=4)
-"""Within one opening: for example, no snapshot of a collection can be read that was just made."""
+EMPTY_POLL_DELAY_SECONDS = 0.5  # after an empty reply without a wait: the cursor was killed
 _BATCH_SIZE = 1_000
 
 
@@ -48,14 +37,18 @@ _BATCH_SIZE = 1_000
 class LiveLimits:
     """The limits of live updates. Tests pass smaller ones."""
 
-    max_pending: int = MAX_PENDING
-    stall_timeout_seconds: float = STALL_TIMEOUT_SECONDS
+    max_pending: int = 100_000
+    """One full recount is cheaper than a live update of more changes."""
+    stall_timeout_seconds: float = 30.0
+    """How long the server may take to answer a getMore of the stream."""
     quiet_seconds: float = 1.0
-    """Without a change for so long, a mass change is over."""
+    """A mass change is over when no order has changed for this time."""
     max_pause_seconds: float = 60.0
-    """A shop that is never quiet must not stay paused until the next scheduled recount."""
-    opening_retry: RetryPolicy = OPENING_RETRY
-    min_interval_seconds: float = MIN_INTERVAL_SECONDS
+    """The maximum duration of a pause, for a shop whose orders change all the time."""
+    opening_retry: RetryPolicy = OPEN_STREAM_RETRY
+    min_interval_seconds: float = 0.02
+    """The minimum time between the starts of two live updates. A single change does not wait.
+    Changes in quick succession are processed in one update, which saves CPU time."""
 
 
 class ChangeStreamWatcher:
@@ -69,15 +62,15 @@ class ChangeStreamWatcher:
         self.last_event: datetime | None = None
         self._limits = limits
         self._customer_field = settings.customer_field
-        # "majority" whatever the URI says: a change stream accepts nothing else.
+        # Overrides the URI's read concern: a change stream accepts only "majority".
         self._orders = connection.orders.with_options(
             codec_options=READABLE_CODEC, read_concern=ReadConcern("majority")
         )
         self._pending = PendingChanges()
-        self._condition = threading.Condition()  # of an RLock
+        self._condition = threading.Condition()  # reentrant: `_add` calls `_fail`
         self._reported_until = start_after
         self._error: ServiceError | None = None
-        self._closed = False
+        self._is_closed = False
         self._answered_at = self._changed_at = self._oldest_at = time.monotonic()
         with map_driver_errors("watch", connection.orders):
             self._stream: ChangeStream[Any] = self._orders.watch(
@@ -94,10 +87,9 @@ class ChangeStreamWatcher:
 
     def close(self) -> None:
         """Let the thread end after the server's next answer."""
-        self._closed = True
+        self._is_closed = True
 
     def pending_count(self) -> int:
-        """Return the number of pending changes."""
         return len(self._pending)
 
     def lag_seconds(self) -> float:
@@ -105,7 +97,6 @@ class ChangeStreamWatcher:
         return time.monotonic() - self._oldest_at if self._pending else 0.0
 
     def idle_seconds(self) -> float:
-        """Return the seconds since the last change."""
         return time.monotonic() - self._changed_at
 
     def check(self) -> None:
@@ -139,11 +130,11 @@ class ChangeStreamWatcher:
     def _read(self) -> None:
         try:
             with self._stream, map_driver_errors("watch", self._orders):
-                while not self._closed and self._stream.alive:
+                while not self._is_closed and self._stream.alive:
                     asked_at = time.monotonic()
                     event = self._stream.try_next()
                     self._answered_at = time.monotonic()
-                    with self._condition:  # an event and the time up to it belong together
+                    with self._condition:  # set the event and its time together
                         if event:
                             self._add(event)
                         self._reported_until = max(
@@ -180,5 +171,5 @@ class ChangeStreamWatcher:
     def _fail(self, error: ServiceError) -> None:
         with self._condition:
             self._error = self._error or error
-            self._closed = True
+            self._is_closed = True
             self._condition.notify_all()

@@ -1,8 +1,5 @@
-"""The connection to MongoDB: made, and verified to allow what the service must do."""
+"""Connects to MongoDB, and verifies the access that the service needs."""
 
-from __future__ import annotations
-
-import logging
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Self
@@ -15,13 +12,12 @@ from pymongo.read_concern import ReadConcern
 
 from config import Settings
 from loyalty.errors import AuthenticationFailed, ConfigurationError, DatabaseUnavailable
+from loyalty.logs import log
 from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.privileges import collection_type, require_privileges
 from loyalty.mongo.uri import parse_options, split_uri
 from loyalty.mongo.values import READABLE_CODEC
-from loyalty.retry import ORPHANED_WRITES_POLL, poll
-
-log = logging.getLogger("loyalty")
+from loyalty.retry import ORPHANED_WRITES_RETRY, retry
 
 CONNECT_TIMEOUT_SECONDS = 5.0
 MAX_CLOCK_SKEW_SECONDS = 60
@@ -82,7 +78,9 @@ class Connection:
         """Why the server has no snapshot reads; "" if it has."""
         if self.supports_snapshots:
             return ""
-        return "a standalone server" if self.topology == "standalone" else "before MongoDB 5.0"
+        if self.topology == "standalone":
+            return "the server is standalone"
+        return "the server is older than MongoDB 5.0"
 
 
 def connect(
@@ -94,21 +92,21 @@ def connect(
 ) -> Connection:
     """Connect, and verify that orders and users can be read and, if `writing`, users updated.
 
-    Without `verify` only the connection itself is made. Raises ConfigurationError or
-    DatabaseUnavailable, within about `timeout_seconds`.
+    If `writing`, the updates of an earlier process have ended, also without `verify`. Raises
+    ConfigurationError or DatabaseUnavailable, within about twice `timeout_seconds`.
     """
     with map_driver_errors("connect", settings.hosts):
-        client: MongoClient[Any] = MongoClient(settings.mongodb_uri, **_client_options(settings))
+        client: MongoClient[Any] = MongoClient(settings.mongodb_uri, **_build_options(settings))
     try:
         with pymongo.timeout(timeout_seconds):
             connection = _inspect_server(client, settings)
             if verify:
-                _verify_access(connection, settings, writing=writing)
+                _verify_access(connection, writing=writing)
         if writing:
             _wait_for_orphaned_writes(connection, timeout_seconds)
     except AuthenticationFailed as error:
         client.close()
-        raise AuthenticationFailed(f"{error}; {_auth_source_hint(settings.mongodb_uri)}") from error
+        raise AuthenticationFailed(f"{error}; {_explain_login(settings.mongodb_uri)}") from error
     except BaseException:
         client.close()
         raise
@@ -118,7 +116,7 @@ def connect(
     return connection
 
 
-def _client_options(settings: Settings) -> dict[str, Any]:
+def _build_options(settings: Settings) -> dict[str, Any]:
     """Return the options of the client that override those of the URI, or are its defaults."""
     given = parse_options(settings.mongodb_uri)
     defaults: dict[str, Any] = {"appname": "loyalty-microservice", "connectTimeoutMS": 10_000}
@@ -127,17 +125,16 @@ def _client_options(settings: Settings) -> dict[str, Any]:
         # The server ends a count at COUNT_TIMEOUT; silence beyond that is a dead connection.
         "socketTimeoutMS": min(settings.count_ms + 30_000, _MAX_SOCKET_TIMEOUT_MS),
         "timeoutMS": None,
-        # Every thread has a connection: one that waits for the change stream blocks no other.
+        # No limit: a thread that waits for the change stream must not block another thread.
         "maxPoolSize": None,
         "waitQueueTimeoutMS": None,
     }
 
 
-def _auth_source_hint(uri: str) -> str:
-    _, _, database, _ = split_uri(uri)
+def _explain_login(uri: str) -> str:
     named = parse_options(uri).get("authsource")
-    source = named or database or "admin"
-    why = ", as authSource says" if named else ""
+    source = named or split_uri(uri).database or "admin"
+    why = ", because of authSource" if named else ""
     other = "NAME" if source == "admin" else "admin"
     return (
         f"the user was looked up in the database {source!r}{why}: if the user is defined in "
@@ -154,8 +151,8 @@ def _inspect_server(client: MongoClient[Any], settings: Settings) -> Connection:
             raise DatabaseUnavailable(f"{settings.hosts} has no primary")  # an election
         name = hello["setName"]
         raise ConfigurationError(
-            f"{settings.hosts} is a secondary: name the replica set, with ?replicaSet={name} and "
-            "without directConnection, so that the primary is found"
+            f"{settings.hosts} is a secondary. Add ?replicaSet={name} and remove directConnection, "
+            "so that the driver finds the primary"
         )
     _warn_of_clock_skew(hello.get("localTime"))
     database = client.get_database(
@@ -167,8 +164,8 @@ def _inspect_server(client: MongoClient[Any], settings: Settings) -> Connection:
         write_concern=WriteConcern("majority", wtimeout=60_000),
         codec_options=READABLE_CODEC,
     )
-    sharded = hello.get("msg") == "isdbgrid"
-    topology = "sharded" if sharded else "replica_set" if "setName" in hello else "standalone"
+    is_sharded = hello.get("msg") == "isdbgrid"
+    topology = "sharded" if is_sharded else "replica_set" if "setName" in hello else "standalone"
     return Connection(
         client=client,
         orders=database[settings.orders],
@@ -194,7 +191,7 @@ def _warn_of_clock_skew(server_time: datetime | None) -> None:
         log.warning('clock_skew seconds=%d clock="%s the server"', abs(ahead), relation)
 
 
-def _verify_access(connection: Connection, settings: Settings, *, writing: bool) -> None:
+def _verify_access(connection: Connection, *, writing: bool) -> None:
     # A ping succeeds without credentials, so access is verified by a query.
     for collection in (connection.orders, connection.users):
         with map_driver_errors("find", collection):
@@ -204,15 +201,15 @@ def _verify_access(connection: Connection, settings: Settings, *, writing: bool)
         kind = collection_type(users.database, users.name)
         if kind not in (None, "collection"):
             raise ConfigurationError(f"{users.full_name} is a {kind}, which cannot be updated")
-        require_privileges(connection.client, settings.database, {users.name: ["update"]})
+        require_privileges(users, "update")
 
 
 def _wait_for_orphaned_writes(connection: Connection, timeout_seconds: float) -> None:
     """Wait until the server has finished the updates of an earlier process.
 
-    A process that was killed leaves a few batches behind. A batch that is written after the new
-    count would restore older points. A user sees its own operations without a privilege on a
-    replica set, but not on some hosted servers and on mongos.
+    The server may still write batches of a process that was killed. If it wrote such a batch after
+    the new count, older points would be restored. On a replica set, a user can see its own
+    operations without a privilege; on mongos and some hosted servers it cannot.
     """
     client, users = connection.client, connection.users.full_name
     admin = client.get_database(
@@ -225,14 +222,16 @@ def _wait_for_orphaned_writes(connection: Connection, timeout_seconds: float) ->
         {"$project": {"opid": 1}},
     ]
 
-    def running() -> set[Any]:
+    def find_running() -> set[Any]:
         with map_driver_errors("$currentOp", connection.hosts):
             return {operation["opid"] for operation in admin.aggregate(pipeline)}
 
-    policy = replace(ORPHANED_WRITES_POLL, timeout_seconds=timeout_seconds)
-    try:
-        orphaned = running()
-        if orphaned and not poll(lambda: not orphaned & running(), policy):
+    def check_finished() -> None:
+        if orphaned & find_running():
             raise DatabaseUnavailable(f"updates of an earlier process to {users} are still running")
+
+    try:
+        if orphaned := find_running():
+            retry(check_finished, replace(ORPHANED_WRITES_RETRY, timeout_seconds=timeout_seconds))
     except ConfigurationError as error:
         log.warning('orphaned_writes_unknown error="%s"', error)

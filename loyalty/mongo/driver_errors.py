@@ -1,17 +1,16 @@
-"""Maps what the driver raises to the errors of the service.
+"""Maps the exceptions of the driver to the errors of the service.
 
 Every call of the driver is made inside `with map_driver_errors(...)`.
 """
 
-from __future__ import annotations
-
-import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 from pymongo import errors as driver
+from pymongo.collection import Collection
+from pymongo.database import Database
 from pymongo.errors import BulkWriteError, OperationFailure, PyMongoError
 
 from loyalty.errors import (
@@ -24,32 +23,17 @@ from loyalty.errors import (
     QueryTimeout,
     ResyncRequired,
     ServiceError,
-    SnapshotTooOld,
     UnsupportedServer,
 )
-from loyalty.mongo.error_codes import CODES, classify, describe
-
-log = logging.getLogger("loyalty")
+from loyalty.logs import log
+from loyalty.mongo.error_codes import classify, describe, error_name
 
 _MAX_REASON_LENGTH = 300
-
-_TOO_LARGE = CODES[ConfigurationError]["BSONObjectTooLarge"]
-_ILLEGAL_OPERATION = CODES[ConfigurationError]["IllegalOperation"]
-_ATLAS_ERROR = CODES[ConfigurationError]["AtlasError"]  # any request that Atlas itself rejects
-_SPLIT_HORIZON_CHANGE = CODES[DatabaseUnavailable]["SplitHorizonChange"]
-_SNAPSHOT_TOO_OLD = CODES[SnapshotTooOld]["SnapshotTooOld"]
-
-
-class _Named(Protocol):
-    """A collection or a database; the latter has no `full_name`."""
-
-    @property
-    def name(self) -> str: ...
 
 
 @contextmanager
 def map_driver_errors(
-    action: str, target: _Named | str, *, if_too_slow: str = ""
+    action: str, target: Collection[Any] | Database[Any] | str, *, if_too_slow: str = ""
 ) -> Iterator[None]:
     """Turn any error of the driver into a ServiceError.
 
@@ -59,52 +43,56 @@ def map_driver_errors(
     try:
         yield
     except (PyMongoError, OSError) as error:
-        where = target if isinstance(target, str) else getattr(target, "full_name", target.name)
+        where = target if isinstance(target, str) else target.name
+        if isinstance(target, Collection):
+            where = target.full_name
         preposition = "to" if action == "connect" else "on"
         raise _map(error, f"{action} {preposition} {where}", if_too_slow) from error
 
 
-def permission_error(action: str, *, has_user: bool = True) -> NoPermission:
-    """Return the error for an action, such as "find on shop.orders", that is not allowed."""
+def build_permission_error(operation: str, *, has_user: bool = True) -> NoPermission:
+    """Return the error for an operation, such as "find on shop.orders", that is not allowed."""
     hint = "grant it to the database user (deploy/mongodb-role.js)"
     if not has_user:
-        hint += ", or put a user name and password into MONGODB_URI"
-    return NoPermission(f"no permission for {action}: {hint}")
+        hint += ", or add a user name and a password to MONGODB_URI"
+    return NoPermission(f"no permission for {operation}: {hint}")
 
 
-def _map(error: PyMongoError | OSError, action: str, if_too_slow: str) -> ServiceError:
+def _map(error: PyMongoError | OSError, operation: str, if_too_slow: str) -> ServiceError:
     if isinstance(error, BulkWriteError) and error.details["writeErrors"]:
-        return _map_write_errors(error.details, action)
+        return _map_write_errors(error.details, operation)
     if isinstance(error, OperationFailure | driver.NotPrimaryError):
         details: Mapping[str, Any] = error.details or {}  # type: ignore[assignment]  # or a list
         # A bulk write whose write concern failed has its text and code in here.
         for concern_error in details.get("writeConcernErrors", []):
             details = concern_error
-        return _map_server_error(
-            details, details.get("code", getattr(error, "code", None)), action, if_too_slow
-        )
-    failed, reason = f"{action} failed", _one_line(str(error))
+        code = details.get("code", getattr(error, "code", None))
+        return _map_server_error(details, code, operation, if_too_slow)
+    return _map_client_error(error, operation)
+
+
+def _map_client_error(error: PyMongoError | OSError, operation: str) -> ServiceError:
+    error_type: type[ServiceError] = DatabaseUnavailable
+    reason = _shorten(str(error))
     if _is_certificate_error(str(error)):
-        return ConfigurationError(f"{failed}: {reason}")
-    if "SSL handshake failed" in reason:
+        error_type = ConfigurationError
+    elif "SSL handshake failed" in reason:
         # A server without TLS closes the connection, and so does a load balancer without servers.
-        return DatabaseUnavailable(
-            f"{failed}: {reason}; check that the server and the URI agree on TLS"
-        )
-    if "[Errno -2]" in reason or "[Errno -5]" in reason:  # getaddrinfo's EAI_NONAME, EAI_NODATA
-        return DatabaseUnavailable(f"{failed}: the host name cannot be resolved")
-    if isinstance(error, driver.NetworkTimeout):  # the driver names the options that set the limit
-        return DatabaseUnavailable(f"{failed}: {str(error)[:_MAX_REASON_LENGTH]}")
-    if isinstance(error, driver.InvalidOperation) and "after close" in reason:
-        return ClientUnusable(f"{failed}: {reason}")
+        reason += "; check that the server and the URI agree on TLS"
+    elif "[Errno -2]" in reason or "[Errno -5]" in reason:  # getaddrinfo's EAI_NONAME, EAI_NODATA
+        reason = "the host name cannot be resolved"
+    elif isinstance(error, driver.NetworkTimeout):  # the driver names the options with the limit
+        reason = str(error)[:_MAX_REASON_LENGTH]
+    elif isinstance(error, driver.InvalidOperation) and "after close" in reason:
+        error_type = ClientUnusable
+    elif isinstance(error, driver.ConfigurationError | OSError) and not _is_dns_error(error):
+        error_type = ConfigurationError  # an OSError: a certificate file is missing, or is none
     if "load balancing mode" in reason:
         reason += ": remove loadBalanced=true from the URI"
-    # An OSError: a certificate file that is missing or no certificate.
-    permanent = isinstance(error, driver.ConfigurationError | OSError) and not _is_dns_error(error)
-    return (ConfigurationError if permanent else DatabaseUnavailable)(f"{failed}: {reason}")
+    return error_type(f"{operation} failed: {reason}")
 
 
-def _map_write_errors(details: Mapping[str, Any], action: str) -> ServiceError:
+def _map_write_errors(details: Mapping[str, Any], operation: str) -> ServiceError:
     """Return BulkUpdateErrors if the documents are the cause of every error.
 
     Any other error ends the whole batch. A code that is not in the table counts as an error of the
@@ -113,35 +101,37 @@ def _map_write_errors(details: Mapping[str, Any], action: str) -> ServiceError:
     errors: Sequence[Mapping[str, Any]] = details["writeErrors"]
     for error in errors:
         if "write results unavailable" in error["errmsg"].lower():  # a mongos lost its shard
-            return DatabaseUnavailable(f"{action} failed: {_one_line(error['errmsg'])}")
+            return DatabaseUnavailable(f"{operation} failed: {_shorten(error['errmsg'])}")
         if classify(error["code"]) not in (None, ConfigurationError):
-            return _map_server_error(error, error["code"], action, "")
+            return _map_server_error(error, error["code"], operation, "")
     for error in errors:
-        log.debug('update_failed code=%d error="%s"', error["code"], _one_line(error["errmsg"]))
+        log.debug('update_failed code=%d error="%s"', error["code"], _shorten(error["errmsg"]))
     reasons = {error["index"]: describe(error["code"]) for error in errors}
     return BulkUpdateErrors(reasons, details["nMatched"])
 
 
 def _map_server_error(
-    details: Mapping[str, Any], code: int | None, action: str, if_too_slow: str
+    details: Mapping[str, Any], code: int | None, operation: str, if_too_slow: str
 ) -> ServiceError:
     # Not str() of the driver's error: it ends with the whole reply, with commands and documents.
-    failed, reason = f"{action} failed", _one_line(str(details.get("errmsg", "no reason given")))
-    if code == _ILLEGAL_OPERATION and "writeErrors" in details:  # the driver's own reply, no text
+    name, reason = error_name(code), _shorten(str(details.get("errmsg", "no reason given")))
+    if name == "IllegalOperation" and "writeErrors" in details:  # the driver's own reply, no text
         reason = "this server does not support retryable writes: add retryWrites=false to the URI"
     error_type = _classify(code, details, reason)
-    if code == _TOO_LARGE and action.startswith("watch "):  # of an event, which no resume can skip
-        error_type = ResyncRequired
+    if name == "BSONObjectTooLarge" and operation.startswith("watch "):
+        error_type = ResyncRequired  # the event is too large, and no resume can skip it
     if error_type is NoPermission:
-        return permission_error(action, has_user="requires authentication" not in reason)
+        return build_permission_error(operation, has_user="requires authentication" not in reason)
     if error_type is AuthenticationFailed:
         return AuthenticationFailed("the server rejects the user name or password in MONGODB_URI")
     if error_type is QueryTimeout:
-        return QueryTimeout(f"{action} took too long" + (f": {if_too_slow}" if if_too_slow else ""))
+        return QueryTimeout(
+            f"{operation} took too long" + (f": {if_too_slow}" if if_too_slow else "")
+        )
     if error_type is UnsupportedServer:
         return UnsupportedServer(f"this server does not support what the service needs: {reason}")
-    message = f"{failed}: {reason} ({describe(code, details.get('codeName', ''))})"
-    if code == _SNAPSHOT_TOO_OLD:
+    message = f"{operation} failed: {reason} ({describe(code, details.get('codeName', ''))})"
+    if name == "SnapshotTooOld":
         message += (
             "; if this repeats, raise the server's parameter minSnapshotHistoryWindowInSeconds "
             "above the time that the count of one partition takes"
@@ -151,12 +141,13 @@ def _map_server_error(
 
 def _classify(code: int | None, details: Mapping[str, Any], reason: str) -> type[ServiceError]:
     """Return the type of an error, also if one code has several meanings."""
-    if code == _ATLAS_ERROR and "not allowed to do action" in reason:
+    name = error_name(code)
+    if name == "AtlasError" and "not allowed to do action" in reason:
         return NoPermission
-    if code == _ATLAS_ERROR and "bad auth" in reason:
+    if name == "AtlasError" and "bad auth" in reason:
         return AuthenticationFailed
     # Amazon DocumentDB reports an unsupported feature with this code.
-    if code == _SPLIT_HORIZON_CHANGE and details.get("codeName") != "SplitHorizonChange":
+    if name == "SplitHorizonChange" and details.get("codeName") != "SplitHorizonChange":
         return UnsupportedServer
     return classify(code) or DatabaseUnavailable
 
@@ -176,7 +167,7 @@ def _is_dns_error(error: Exception) -> bool:
     return type(error.__cause__).__module__.startswith("dns.")
 
 
-def _one_line(reason: str) -> str:
+def _shorten(reason: str) -> str:
     # The driver appends its timeouts and its whole view of the topology.
     reason = reason.split(", Timeout:")[0].split(" (configured")[0].replace("\n", " ")
     return reason[:_MAX_REASON_LENGTH]

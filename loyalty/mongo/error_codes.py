@@ -1,13 +1,13 @@
 """The error codes of MongoDB servers: their names, and the error that each becomes.
 
-The names are those of the server's src/mongo/base/error_codes.yml (read at 9.0). A name such as
-Location40324 is how the server names an error that has only a number. A code that is not in the
-table is transient, except in the error of one update: there it belongs to the document. So the
-table has only those transient codes that a server may report for one update of a batch. In the
-error of an update, the codes of ConfigurationError mean: this document cannot be updated.
-"""
+The names are those of the server's src/mongo/base/error_codes.yml (read at 9.0). The server uses
+names such as Location40324 for errors that have only a number.
 
-from __future__ import annotations
+- A code that is not in the table is a transient error of a command. In the error of one update of
+  a batch, it is an error of the document. So the table lists the transient codes that a server may
+  report for one update.
+- In the error of one update, a code of ConfigurationError means that its document cannot change.
+"""
 
 from loyalty.errors import (
     AuthenticationFailed,
@@ -44,7 +44,8 @@ CODES: dict[type[ServiceError], dict[str, int]] = {
         "NoQueryExecutionPlans": 291, "QueryExceededMemoryLimitNoDiskUseAllowed": 292,
         "DataCorruptionDetected": 301, "MechanismUnavailable": 334,
         "KeyPatternShorterThanBound": 349, "NonConformantBSON": 378, "QueryRejectedBySettings": 411,
-        "AtlasError": 8000, "CannotGrowDocumentInCappedNamespace": 10003,
+        "AtlasError": 8000,  # any request that Atlas itself rejects
+        "CannotGrowDocumentInCappedNamespace": 10003,
         "BSONObjectTooLarge": 10334, "DuplicateKey": 11000,
         "Location16755": 16755,  # no valid GeoJSON for an index
         "Location17419": 17419,  # the document would become larger than 16 MB
@@ -105,7 +106,12 @@ def classify(code: int | None) -> type[ServiceError] | None:
     return _BY_CODE[code][0] if code in _BY_CODE else None
 
 
+def error_name(code: int | None) -> str:
+    """Return the name of a code; "" for a code that is not in the table."""
+    return _BY_CODE[code][1] if code in _BY_CODE else ""
+
+
 def describe(code: int | None, server_name: str = "") -> str:
     """Return the number and the name of an error code, for the operator."""
-    name = _BY_CODE[code][1] if code in _BY_CODE else server_name
+    name = error_name(code) or server_name
     return f"code {code}, {name}" if name else f"error code {code} is unknown to this service"

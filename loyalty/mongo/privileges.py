@@ -3,79 +3,59 @@
 Both are read from the server, not tested by writing.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from pymongo import MongoClient, ReadPreference
+from pymongo import ReadPreference
+from pymongo.collection import Collection
 from pymongo.database import Database
 
 from loyalty.errors import ConfigurationError
-from loyalty.mongo.driver_errors import map_driver_errors, permission_error
+from loyalty.mongo.driver_errors import build_permission_error, map_driver_errors
 
 
-def missing_privileges(
-    client: MongoClient[Any], database: str, wanted: Mapping[str, Sequence[str]]
-) -> list[str] | None:
-    """Return which actions the database user may not do, such as "find on shop.orders".
+def require_privileges(collection: Collection[Any], *actions: str) -> None:
+    """Raise NoPermission if an action is not allowed. If that is unknown, this does nothing."""
+    for action in missing_privileges(collection, *actions) or ():
+        raise build_permission_error(f"{action} on {collection.full_name}")
 
-    `wanted` has the actions by collection. None if that is unknown: the server does not list
-    privileges, or has no access control. Raises DatabaseUnavailable.
+
+def missing_privileges(collection: Collection[Any], *actions: str) -> list[str] | None:
+    """Return those actions, such as "find", that the database user may not do on a collection.
+
+    None if that is unknown: the server does not list privileges, or has no access control.
+    Raises DatabaseUnavailable.
     """
     try:
-        with map_driver_errors("connectionStatus", database):
-            status = client.admin.command("connectionStatus", showPrivileges=True)
+        with map_driver_errors("connectionStatus", collection.database):
+            admin = collection.database.client.admin
+            status = admin.command("connectionStatus", showPrivileges=True)
     except ConfigurationError:  # not every server that speaks the protocol has the command
         return None
     privileges = status.get("authInfo", {}).get("authenticatedUserPrivileges")
     if not privileges:
         return None
-    return [
-        f"{action} on {database}.{collection}"
-        for collection, actions in wanted.items()
-        for action in actions
-        if not _is_allowed(privileges, database, collection, action)
-    ]
+    covering = [p for p in privileges if _covers(p["resource"], collection)]
+    allowed = {action for privilege in covering for action in privilege["actions"]}
+    return [action for action in actions if action not in allowed]
 
 
-def _is_allowed(
-    privileges: Iterable[Mapping[str, Any]], database: str, collection: str, action: str
-) -> bool:
-    return any(
-        action in privilege["actions"] and _covers(privilege["resource"], database, collection)
-        for privilege in privileges
-    )
-
-
-def _covers(resource: Mapping[str, Any], database: str, collection: str) -> bool:
+def _covers(resource: Mapping[str, Any], collection: Collection[Any]) -> bool:
     """Return whether a privilege on this resource is one on the collection.
 
-    An empty name stands for every database, or every collection that is not the server's own.
+    An empty name stands for every database, or every collection. A resource without both names is
+    the whole server, {anyResource: true}, or something else, such as {cluster: true}.
     """
-    if resource.get("anyResource"):
-        return True
-    if "db" not in resource or "collection" not in resource:  # such as {cluster: true}
-        return False
-    is_system_collection = collection.startswith("system.")
-    return resource["db"] in ("", database) and (
-        resource["collection"] == collection
-        or (resource["collection"] == "" and not is_system_collection)
-    )
-
-
-def require_privileges(
-    client: MongoClient[Any], database: str, wanted: Mapping[str, Sequence[str]]
-) -> None:
-    """Raise NoPermission if an action is not allowed. If that is unknown, this does nothing."""
-    for missing in missing_privileges(client, database, wanted) or ():
-        raise permission_error(missing)
+    if "db" not in resource or "collection" not in resource:
+        return bool(resource.get("anyResource"))
+    is_in_database = resource["db"] in ("", collection.database.name)
+    return is_in_database and resource["collection"] in ("", collection.name)
 
 
 def collection_type(database: Database[Any], name: str) -> str | None:
     """Return "collection", "view" or "timeseries"; None if there is none that the user may see.
 
-    To list the names and types of such collections takes no privilege. Raises ServiceError.
+    Listing the names and types of these collections needs no privilege. Raises ServiceError.
     """
     primary = database.with_options(read_preference=ReadPreference.PRIMARY)
     options: dict[str, Any] = {

@@ -1,23 +1,20 @@
-"""MongoDB URIs: their parts, and what is wrong with one, without showing a credential."""
-
-from __future__ import annotations
+"""Parses and checks connection strings. No result or message shows a credential."""
 
 import re
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, unquote_plus
 
 from pymongo import MongoClient
 from pymongo.errors import PyMongoError
 from pymongo.uri_parser import parse_userinfo, split_hosts, split_options
 
-from loyalty.parsers import os_error_text
+from loyalty.parsers import describe_os_error
 
-_IPV6 = r"\[[0-9A-Fa-f:.]+(%[^\s\]]+)?\]"  # such as [fe80::1%25eth0]
-_LABEL = r"[^\s:/\[\]%.]{1,63}"  # between dots; longer ones cannot be looked up
-_HOST = re.compile(rf"({_IPV6}|{_LABEL}(\.{_LABEL})*\.?)(:\d{{1,5}})?|[^:/]+\.sock")
+# What the driver accepts and no name server knows: whitespace, and empty or too long labels.
+_BAD_HOSTS = re.compile(r"\s|(^|[.,])\.|[^.,:%]{64}")
 _SYNTAX = (
     "must be mongodb://USER:PASSWORD@HOST:PORT,HOST:PORT/DATABASE?OPTION=VALUE&OPTION=VALUE, "
     "where only a HOST is required and a PORT is from 1 to 65535, or mongodb+srv:// with one HOST "
@@ -26,24 +23,32 @@ _SYNTAX = (
 )
 
 
-def split_uri(uri: str) -> tuple[str, str, str, str]:
-    """Split a URI into user information, hosts, database (decoded) and options."""
+class UriParts(NamedTuple):
+    """The parts of a URI as written; only the database is decoded."""
+
+    userinfo: str
+    hosts: str
+    database: str
+    options: str
+
+
+def split_uri(uri: str) -> UriParts:
     base, _, options = uri.partition("://")[2].partition("?")
     authority, _, database = base.partition("/")
     userinfo, _, hosts = authority.rpartition("@")
-    return userinfo, hosts, unquote_plus(database), options
+    return UriParts(userinfo, hosts, unquote_plus(database), options)
 
 
 def parse_options(uri: str) -> dict[str, str]:
     """Return the options of a URI by their names in lower case."""
-    options = split_uri(uri)[3].replace(";", "&")
+    options = split_uri(uri).options.replace(";", "&")
     return {name.lower(): value for name, value in parse_qsl(options, keep_blank_values=True)}
 
 
-def database_name(text: str) -> str:
+def parse_database(text: str) -> str:
     """Return `text`. Raises ValueError if no database can have that name."""
     if len(text.encode()) > 63 or re.search(r'[/\\. "$*<>:|?\0]', text):
-        raise ValueError('must be under 64 bytes, without spaces and / \\ . " $ * < > : | ?')
+        raise ValueError('must have at most 63 bytes, and none of space / \\ . " $ * < > : | ?')
     return text
 
 
@@ -56,7 +61,7 @@ def read_uri(values: Mapping[str, str]) -> tuple[str, list[str]]:
         try:
             uri = Path(file).read_text(encoding="utf-8-sig").strip()
         except (OSError, UnicodeDecodeError) as error:
-            return "", [f"MONGODB_URI_FILE: {file}: {os_error_text(error)}"]
+            return "", [f"MONGODB_URI_FILE: {file}: {describe_os_error(error)}"]
         if not uri:
             return "", [f"MONGODB_URI_FILE: {file} is empty"]
     if not uri:
@@ -72,25 +77,29 @@ def check_uri(uri: str) -> list[str]:
     """
     if not uri.startswith(("mongodb://", "mongodb+srv://")):
         return ["must begin with mongodb:// or mongodb+srv://"]
-    userinfo, hosts, database, options = split_uri(uri)
-    written = re.split("[&;]", options) if options else []
-    names = {option: option.partition("=")[0] for option in written}
-    bad_options = [option for option in written if not _is_accepted(split_options, option)]
-    if (
-        not all(_HOST.fullmatch(host) for host in hosts.split(","))
-        or not _is_accepted(split_hosts, hosts)
-        or (uri.startswith("mongodb+srv") and re.search(r"[,:]", hosts))
-        or (f"//{userinfo}@" in uri and not _is_accepted(parse_userinfo, userinfo))
-        or not _is_accepted(database_name, database)
-        or "@" in database
-        or (bad_options and "@" in options)  # their names may be the end of a password
-    ):
-        return [_SYNTAX]
+    options = [option for option in re.split("[&;]", split_uri(uri).options) if option]
+    bad_options = [option for option in options if not _is_accepted(split_options, option)]
+    if not _has_valid_parts(uri) or (bad_options and "@" in "".join(options)):
+        return [_SYNTAX]  # without the names: with an "@" they may be the end of a password
     if bad_options:
-        return [f"unknown option, or bad value of option {names[o]!r}" for o in bad_options]
+        names = [option.partition("=")[0] for option in bad_options]
+        return [f"unknown option, or bad value of option {name!r}" for name in names]
     if not _is_accepted(_make_client, uri):
-        return [f"options do not go together, or not with the rest: {', '.join(names.values())}"]
+        together = ", ".join(option.partition("=")[0] for option in options)
+        return [f"these options contradict each other or another part: {together}"]
     return []
+
+
+def _has_valid_parts(uri: str) -> bool:
+    """Return whether everything before the options is valid."""
+    userinfo, hosts, database, _ = split_uri(uri)
+    if _BAD_HOSTS.search(hosts) or not _is_accepted(split_hosts, hosts):
+        return False
+    if uri.startswith("mongodb+srv") and re.search("[,:]", hosts):
+        return False
+    if f"//{userinfo}@" in uri and not _is_accepted(parse_userinfo, userinfo):
+        return False
+    return _is_accepted(parse_database, database) and "@" not in database
 
 
 def _is_accepted(parse: Callable[[str], object], text: str) -> bool:
@@ -105,7 +114,7 @@ def _is_accepted(parse: Callable[[str], object], text: str) -> bool:
 
 
 def _make_client(uri: str) -> None:
-    if options := split_uri(uri)[3]:
+    if options := split_uri(uri).options:
         split_options(options)
     # A warning about the hosts is information only, such as "connected to a CosmosDB cluster".
     with warnings.catch_warnings(action="ignore"):

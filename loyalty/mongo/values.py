@@ -1,7 +1,5 @@
 """BSON values in Python: decoding without failures, and texts for people."""
 
-from __future__ import annotations
-
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
@@ -14,10 +12,10 @@ from bson.codec_options import CodecOptions, DatetimeConversion
 Document = Mapping[str, Any]
 
 SIMPLE_COLLATION = {"locale": "simple"}
-"""Overrides a collection's own collation: only exactly `Shipped` is `Shipped`."""
+"""Overrides the collation of a collection: strings are equal only if all their bytes are."""
 
-# Dates after the year 9999 become DatetimeMS, and bytes that are not UTF-8 lone surrogates. bson
-# refuses to encode the latter, so such a value is never sent back in another form.
+# Dates after the year 9999 become DatetimeMS. Bytes that are not UTF-8 become lone surrogates. bson
+# does not encode these, so such a value is never written back in another form.
 LENIENT_CODEC: CodecOptions[dict[str, Any]] = CodecOptions(
     tz_aware=True,
     datetime_conversion=DatetimeConversion.DATETIME_AUTO,
@@ -32,7 +30,6 @@ MAX_VALUE_LENGTH = 60
 
 
 def decode_documents(batch: bytes) -> list[dict[str, Any]]:
-    """Return the documents in a raw batch of a cursor."""
     return bson.decode_all(batch, LENIENT_CODEC)
 
 
@@ -48,7 +45,6 @@ def format_value(value: Any) -> str:
 
 
 def is_dbref(value: Any) -> bool:
-    """Return whether a value is a reference `{$ref, $id}`."""
     return isinstance(value, DBRef)
 
 

@@ -59,9 +59,8 @@ class ChangeLog:
 
 def check_change_log(collection: Collection[Any]) -> None:
     """Raise ConfigurationError if this is not a collection for changes, or one is not allowed."""
-    database = collection.database
     try:
-        require_privileges(database.client, database.name, {collection.name: ["find", "insert"]})
+        require_privileges(collection, "find", "insert")
         hint = "CHANGES_COLLECTION must name a collection that only this service uses, or be none"
         require_own_collection(collection, hint)
     except NoPermission as error:

@@ -29,7 +29,7 @@ def connect_and_verify(settings: Settings, *, writing: bool, recording: bool = T
     log.info("connected %s", connection.description)
     if connection.snapshot_unsupported_reason:
         log.warning(
-            'snapshot_unsupported server="%s" effect="an order that changes during a recount may '
+            'snapshot_unsupported reason="%s" effect="an order that changes during a recount may '
             'be missed or counted twice"',
             connection.snapshot_unsupported_reason,
         )
