@@ -4,8 +4,6 @@ Two shops in one database may share the collection. Records and heartbeats belon
 combination of orders collection, users collection and points field.
 """
 
-from __future__ import annotations
-
 import socket
 from collections import defaultdict
 from collections.abc import Iterator, Sequence

@@ -75,7 +75,7 @@ def test_every_document_has_the_keys_and_types_of_the_documented_example(
     unknown = printed(1, "--dry-run", "--customer", "nobody")
     assert unknown == {
         "customers": [
-            {"customer": "nobody", "orders": [], "users": [], "look_alikes": [], "changes": []}
+            {"customer": "nobody", "orders": [], "users": [], "similar_ids": [], "changes": []}
         ]
     }
     assert command("--unknown-customers") == 0

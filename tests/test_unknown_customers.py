@@ -91,24 +91,24 @@ def test_unknown_customers_are_shown_by_kind_with_those_that_have_most_orders(
 
 
 @pytest.mark.parametrize(
-    ("customer", "look_alike"),
+    ("customer", "similar_id"),
     [(customer, user) for customer, _, _, user in UNKNOWN if isinstance(customer, str | int)],
     ids=repr,
 )
 def test_an_unknown_customer_is_shown_with_similar_ids_of_users(
-    shop: Shop, command: Command, capsys: Capture, customer: Any, look_alike: str | None
+    shop: Shop, command: Command, capsys: Capture, customer: Any, similar_id: str | None
 ) -> None:
     if customer in ("17", 42):  # an argument finds the user with the number and with the string
         shop.users.delete_many({"_id": {"$in": [int(customer), str(customer)]}})
         shop.orders.delete_many({"customer_id": 17 if customer == "17" else "42"})
-        look_alike = None
+        similar_id = None
     argument = f"--customer={customer}"
     assert command("--once", argument, "--json") == 1
     (found,) = json.loads(capsys.readouterr().out)["customers"]
     assert found["users"] == []
-    assert found["look_alikes"] == ([look_alike] if look_alike else [])
+    assert found["similar_ids"] == ([similar_id] if similar_id else [])
     assert {row["points"] for row in found["orders"]} == {0}
     assert {row["why"] for row in found["orders"]} == {f"no user has the _id {customer!r}"}
     assert command("--once", argument) == 1
     out = capsys.readouterr().out
-    assert ("\n  users with a similar id: " in out) is (look_alike is not None)
+    assert ("\n  users with a similar id: " in out) is (similar_id is not None)

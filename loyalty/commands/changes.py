@@ -1,7 +1,5 @@
 """`--changes RECOUNT`: the users that a recount changed, with their points before and after."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Set as AbstractSet
 

@@ -1,7 +1,5 @@
 """`--create-index`: create the indexes on orders and users that recounts use."""
 
-from __future__ import annotations
-
 import argparse
 
 from config import Settings

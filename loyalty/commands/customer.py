@@ -1,7 +1,5 @@
 """`--customer`, with `--once` or `--dry-run`: the orders and points of some customers."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from contextlib import suppress
@@ -16,12 +14,12 @@ from loyalty.mongo.connection import Connection
 from loyalty.mongo.values import Document, format_value
 from loyalty.recount.change_log import find_user_changes, logged_target
 from loyalty.recount.customer_ids import all_forms, indexable_forms, parse_id_argument
-from loyalty.recount.look_alikes import find_look_alikes, find_user_ids
 from loyalty.recount.order_filter import is_counted
 from loyalty.recount.points import points_for
 from loyalty.recount.preflight import connect_and_verify
 from loyalty.recount.runner import RecountRequest, run_recount
 from loyalty.recount.safety import format_status
+from loyalty.recount.similar_ids import find_similar_ids, find_user_ids
 from loyalty.recount.statuses import CustomerOrders, count_customer_orders
 from loyalty.recount.tally import CustomerCount
 
@@ -40,11 +38,11 @@ def run(args: argparse.Namespace, settings: Settings, *, write: bool) -> Exit:
                 "customer": argument,
                 "orders": _find_orders(connection, settings, ids, rows),
                 "users": _list_users(rows, settings),
-                "look_alikes": [],
+                "similar_ids": [],
                 "changes": _find_changes(connection, settings, ids),
             }
             if not document["users"]:
-                document["look_alikes"] = _find_look_alikes(connection, settings, ids)
+                document["similar_ids"] = _find_similar_ids(connection, settings, ids)
             if not document["users"] or not is_up_to_date:
                 code = Exit.FINDINGS
             if args.json:
@@ -118,10 +116,10 @@ def _explain(orders: CustomerOrders, settings: Settings, *, user_exists: bool) -
     return None
 
 
-def _find_look_alikes(connection: Connection, settings: Settings, ids: Sequence[Any]) -> list[str]:
+def _find_similar_ids(connection: Connection, settings: Settings, ids: Sequence[Any]) -> list[str]:
     """Return ids of users that an unknown id may mean."""
     key = settings.user_key_field
-    found = [user for id_ in ids for user in find_look_alikes(connection.users, key, id_)]
+    found = [user for id_ in ids for user in find_similar_ids(connection.users, key, id_)]
     return list(dict.fromkeys(map(format_value, found)))
 
 
@@ -159,8 +157,8 @@ def _print_customer(customer: Document, settings: Settings) -> None:
     else:
         name = "id" if settings.user_key_field == "_id" else settings.user_key_field
         print_line(f"  no user has this {name}, as a string, number, UUID or ObjectId")
-    if customer["look_alikes"]:
-        print_line(f"  users with a similar id: {', '.join(customer['look_alikes'])}")
+    if customer["similar_ids"]:
+        print_line(f"  users with a similar id: {', '.join(customer['similar_ids'])}")
     if customer["changes"]:
         print_line("  changes by full recounts, the newest first (times are UTC)")
         _print_rows(("at", "recount", "outcome", "user", "from", "to"), customer["changes"])

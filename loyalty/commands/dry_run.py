@@ -1,7 +1,5 @@
 """`--dry-run`: what a recount would change. It writes nothing."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 

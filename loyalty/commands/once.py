@@ -1,7 +1,5 @@
 """`--once`: one recount, and what it counted."""
 
-from __future__ import annotations
-
 import argparse
 
 from config import Settings

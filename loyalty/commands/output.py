@@ -1,7 +1,5 @@
 """The output of all commands: lines, tables and JSON on stdout."""
 
-from __future__ import annotations
-
 import io
 import json
 import sys

@@ -1,7 +1,5 @@
 """`--status`: the last recounts, live updates, and how old the points are."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from contextlib import suppress

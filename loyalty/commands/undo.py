@@ -1,7 +1,5 @@
 """`--undo RECOUNT`: restore the points that users had before one recount."""
 
-from __future__ import annotations
-
 import argparse
 from dataclasses import replace
 from datetime import UTC, datetime

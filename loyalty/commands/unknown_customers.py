@@ -1,7 +1,5 @@
 """`--unknown-customers`: every unknown customer with counted orders, as JSON lines."""
 
-from __future__ import annotations
-
 import argparse
 from contextlib import closing
 
@@ -9,9 +7,9 @@ from config import Settings
 from loyalty.commands.output import print_json
 from loyalty.errors import Exit
 from loyalty.history import History
-from loyalty.recount.look_alikes import UnknownCustomerList
 from loyalty.recount.preflight import connect_and_verify
 from loyalty.recount.runner import RecountRequest, run_recount
+from loyalty.recount.similar_ids import UnknownCustomerList
 
 
 def run(args: argparse.Namespace, settings: Settings) -> Exit:

@@ -4,8 +4,6 @@ A batch's changes are inserted before its updates. After a crash the log may hol
 not made; it never lacks one that was.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime

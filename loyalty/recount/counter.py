@@ -1,8 +1,5 @@
 """One count: of all customers in partitions, or of some customers, at one cluster time."""
 
-from __future__ import annotations
-
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,6 +13,7 @@ from pymongo.collection import Collection
 from config import Settings
 from loyalty.concurrency import Progress, ProgressCallback, map_ordered
 from loyalty.errors import SnapshotTooOld
+from loyalty.logs import log
 from loyalty.mongo.connection import Connection
 from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.values import SIMPLE_COLLATION
@@ -28,8 +26,6 @@ from loyalty.recount.result import CountResult
 from loyalty.recount.snapshot import pin_cluster_time
 from loyalty.recount.spool import Spool
 from loyalty.recount.tally import CustomerCount, UpToDate
-
-log = logging.getLogger("loyalty")
 
 ROWS_PER_BATCH = 5_000
 """Rows in one reply. The server's own limit, 16 MB of BSON, needs about 100 MB in Python."""

@@ -4,8 +4,6 @@ A customer id may be stored as an ObjectId or as its 24 hex digits, in any case.
 is the ObjectId; any other id is its own canonical id.
 """
 
-from __future__ import annotations
-
 import re
 import uuid
 from typing import Any

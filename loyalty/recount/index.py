@@ -1,7 +1,5 @@
 """The covering index on orders, and the index on the key of users: whether the server uses them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace

@@ -1,8 +1,5 @@
 """Creates the indexes on orders and users. Other indexes may exist."""
 
-from __future__ import annotations
-
-import logging
 import re
 from collections.abc import Callable
 from functools import partial
@@ -14,6 +11,7 @@ from pymongo.errors import NetworkTimeout
 
 from config import Settings
 from loyalty.errors import ConfigurationError, DatabaseUnavailable, ServiceError
+from loyalty.logs import log
 from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.error_codes import CODES
 from loyalty.mongo.privileges import collection_type
@@ -25,8 +23,6 @@ from loyalty.recount.index import (
     inspect_orders_plan,
     inspect_users_plan,
 )
-
-log = logging.getLogger("loyalty")
 
 _Keys = list[tuple[str, int]]
 

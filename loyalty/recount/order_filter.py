@@ -1,7 +1,5 @@
 """The condition for counted orders. Queries, events and indexes take it from here."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from bson import Regex

@@ -5,8 +5,6 @@ values of one type only (MQL's type bracketing), so a partition has an interval 
 in it. Whatever the boundaries are, the partitions together hold every id once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """The aggregation that counts and compares, and the parser of its rows."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

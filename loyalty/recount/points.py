@@ -3,8 +3,6 @@
 The expressions for the server must agree with the functions.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from typing import Any

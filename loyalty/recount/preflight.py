@@ -1,8 +1,5 @@
 """Verifies what a recount needs: a connection, access, and a server that can count."""
 
-from __future__ import annotations
-
-import logging
 from contextlib import suppress
 
 from bson import ObjectId
@@ -11,12 +8,11 @@ from config import Settings
 from loyalty.concurrency import ignore_progress
 from loyalty.errors import ConfigurationError, DatabaseUnavailable, NoPermission, ServiceError
 from loyalty.history import History
+from loyalty.logs import log
 from loyalty.mongo.connection import Connection, connect
 from loyalty.recount.change_log import check_change_log
 from loyalty.recount.counter import Counter
 from loyalty.recount.index import find_index_problem, index_keys
-
-log = logging.getLogger("loyalty")
 
 
 def connect_and_verify(settings: Settings, *, writing: bool, recording: bool = True) -> Connection:

@@ -1,8 +1,5 @@
 """The result of a recount: the source of its record, its log line and the commands' output."""
 
-from __future__ import annotations
-
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -11,10 +8,9 @@ from typing import Any, Literal
 from bson import ObjectId, Timestamp
 
 from config import VERSION
+from loyalty.logs import log
 from loyalty.recount.tally import Totals
 from loyalty.recount.updates import UpdateResult
-
-log = logging.getLogger("loyalty")
 
 Outcome = Literal["succeeded", "incomplete", "refused", "failed"]
 """The outcome of a recount. The record of an undo has "undone", and a heartbeat "live"."""

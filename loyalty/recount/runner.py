@@ -1,8 +1,5 @@
 """One recount: count, check, write, record. Every command and the daemon use it."""
 
-from __future__ import annotations
-
-import logging
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,6 +13,7 @@ from config import Settings
 from loyalty.concurrency import ProgressCallback, ignore_progress
 from loyalty.errors import RecountRefused, ServiceError, SnapshotTooOld, TooManyFailedUpdates
 from loyalty.history import History
+from loyalty.logs import log
 from loyalty.mongo.connection import Connection
 from loyalty.recount.change_log import ChangeLog
 from loyalty.recount.counter import Counter, Customers, FindBoundaries
@@ -27,8 +25,6 @@ from loyalty.recount.statuses import check_uncounted
 from loyalty.recount.tally import CustomerRows, Tally, Totals
 from loyalty.recount.updates import LogChanges, PendingUpdates
 from loyalty.retry import SHORT_OUTAGE_RETRY, RetryPolicy, retry
-
-log = logging.getLogger("loyalty")
 
 
 @dataclass(frozen=True, kw_only=True)

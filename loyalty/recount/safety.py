@@ -3,12 +3,10 @@
 A refused recount writes nothing. This module makes no database calls.
 """
 
-from __future__ import annotations
-
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from config import Settings
 from loyalty.mongo.values import format_value
@@ -42,7 +40,7 @@ class SafetyReport:
     refusals: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
-    def add(self, other: SafetyReport) -> None:
+    def add(self, other: Self) -> None:
         self.refusals += other.refusals
         self.warnings += other.warnings
 

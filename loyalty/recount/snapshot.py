@@ -1,7 +1,5 @@
 """The cluster time that a count reads at."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pymongo

@@ -1,7 +1,5 @@
 """A temporary file of byte chunks, for data that does not fit in memory."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """Queries about the statuses that orders have."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

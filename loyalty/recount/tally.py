@@ -3,8 +3,6 @@
 It makes no database calls: rows come from `counter`, changes go to `updates`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol

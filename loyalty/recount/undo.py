@@ -1,7 +1,5 @@
 """Undo: restore the points that one recount changed, from the change log."""
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress

@@ -3,8 +3,6 @@
 Their orders earn nothing: no order is assigned to a user with a similar id.
 """
 
-from __future__ import annotations
-
 import heapq
 import re
 from collections.abc import Callable

@@ -4,8 +4,6 @@ A batch that fails is repeated with one update for each user, so that one user w
 stops no other.
 """
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -61,7 +59,7 @@ class UpdateResult:
     def add_failure(self, code: str, user: Any) -> None:
         self.add(UpdateResult(failures=Counter([code]), failed_sample=[format_value(user)]))
 
-    def add(self, other: UpdateResult) -> None:
+    def add(self, other: Self) -> None:
         self.written += other.written
         self.deleted += other.deleted
         self.failures += other.failures

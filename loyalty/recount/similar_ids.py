@@ -1,7 +1,5 @@
 """Look-alikes: all unknown customers of a count, and the users that they may mean."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,7 +14,7 @@ from loyalty.recount.spool import Spool
 from loyalty.recount.tally import CustomerCount
 from loyalty.recount.unknown import OBJECT_ID_CALL, classify_unknown
 
-MAX_LOOK_ALIKES = 5
+MAX_SIMILAR_IDS = 5
 
 
 class UnknownCustomerList:
@@ -44,7 +42,7 @@ class UnknownCustomerList:
         return map(bson.decode, self._spool)
 
 
-def find_look_alikes(users: Collection[Any], key: str, customer: Any) -> list[Any]:
+def find_similar_ids(users: Collection[Any], key: str, customer: Any) -> list[Any]:
     """Return up to 5 keys of users that an unknown customer id may mean. Raises ServiceError.
 
     Strings are also compared without regard to case, for which the server reads all users.
@@ -59,9 +57,9 @@ def find_look_alikes(users: Collection[Any], key: str, customer: Any) -> list[An
     found: dict[bytes, Any] = {}
     with map_driver_errors("find", users):
         for query in queries:
-            for user in lenient.find(projection={key: 1}, limit=MAX_LOOK_ALIKES, **query):
+            for user in lenient.find(projection={key: 1}, limit=MAX_SIMILAR_IDS, **query):
                 found[bson.encode({"": user["_id"]})] = get_nested(user, key)
-    return list(found.values())[:MAX_LOOK_ALIKES]
+    return list(found.values())[:MAX_SIMILAR_IDS]
 
 
 def _correct_mistakes(customer: Any) -> Sequence[Any]:
