@@ -228,7 +228,7 @@ def test_live_updates_start_after_the_privilege_is_granted(
         assert not harness.is_live
         harness.recount()
         (line,) = (line for line in caplog.messages if "live_updates_unavailable" in line)
-        assert f"no permission for watch on {name}.orders" in line
+        assert f"no permission for changeStream on {name}.orders" in line
         client.admin.command("updateRole", "liveRole", privileges=granted, roles=[])
         harness.recount()
         Shop(shop, random.Random(2)).ship_orders(5)

@@ -72,7 +72,7 @@ class ChangeStreamWatcher:
         self._error: ServiceError | None = None
         self._is_closed = False
         self._answered_at = self._changed_at = self._oldest_at = time.monotonic()
-        with map_driver_errors("watch", connection.orders):
+        with map_driver_errors("changeStream", connection.orders):
             self._stream: ChangeStream[Any] = self._orders.watch(
                 change_stream_pipeline(settings),
                 # A count at a cluster time sees everything that was written at that time.
@@ -129,7 +129,7 @@ class ChangeStreamWatcher:
 
     def _read(self) -> None:
         try:
-            with self._stream, map_driver_errors("watch", self._orders):
+            with self._stream, map_driver_errors("changeStream", self._orders):
                 while not self._is_closed and self._stream.alive:
                     asked_at = time.monotonic()
                     event = self._stream.try_next()

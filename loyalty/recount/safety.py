@@ -78,7 +78,8 @@ def check_totals(totals: Totals, settings: Settings, previous: PreviousRecounts)
 def _check_users(totals: Totals, settings: Settings, report: SafetyReport) -> None:
     if not totals.users:
         report.refusals.append(
-            f"{settings.users} holds no users: are MONGODB_DATABASE and USERS_COLLECTION right?"
+            f"{settings.users} holds no users: are MONGODB_DATABASE={settings.database} and "
+            f"USERS_COLLECTION={settings.users} right?"
         )
     if exceeds_share(totals.non_numeric_values, totals.users_with_a_value, MAX_NON_NUMERIC_PERCENT):
         report.refusals.append(
@@ -114,7 +115,7 @@ def _check_orders(
     if last >= MIN_PREVIOUS_ORDERS and 100 * counted < percent * last:
         report.refusals.append(
             f"{counted:,} orders are counted, less than {percent} % of the {last:,} in the last "
-            "successful recount: are the orders complete, and is ORDER_STATUSES right?"
+            f"successful recount: are the orders complete, and is {_statuses(settings)} right?"
         )
 
 
@@ -127,7 +128,7 @@ def _check_changes(
     if exceeds_share(losing, with_points, percent):
         report.refusals.append(
             f"{losing:,} of the {users} would lose points, more than MAX_DECREASE_PERCENT={percent}"
-            " allows: are ORDER_STATUSES and MONGODB_DATABASE right?"
+            f" allows: are {_statuses(settings)} and MONGODB_DATABASE={settings.database} right?"
         )
     elif losing and previous.is_first:
         report.warnings.append(f"{losing:,} of the {users} lose points in the first recount")
@@ -135,9 +136,13 @@ def _check_changes(
         report.warnings.append(f"{losing:,} of the {users} lose points")
     if exceeds_share(changed, with_points, WARN_CHANGED_PERCENT):
         report.warnings.append(
-            f"{changed:,} of the {users} would have different points: are POINTS_PER_ORDER and "
-            "ORDER_STATUSES right?"
+            f"{changed:,} of the {users} would have different points: are "
+            f"POINTS_PER_ORDER={settings.points_per_order} and {_statuses(settings)} right?"
         )
+
+
+def _statuses(settings: Settings) -> str:
+    return f"ORDER_STATUSES={','.join(map(format_status, settings.order_statuses))}"
 
 
 def check_live_update(losing: int, with_points: int, settings: Settings) -> str | None:
