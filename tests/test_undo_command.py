@@ -167,7 +167,7 @@ def test_a_recount_that_is_not_in_the_change_log_ends_with_1(
         with pytest.raises(SystemExit) as ended:
             command(option, argument)
         assert ended.value.code == 2
-        assert "is neither the id of a recount nor the word last" in capsys.readouterr().err
+        assert "is neither the id of a recount nor last" in capsys.readouterr().err
     assert read_users(shop) == before
 
 
