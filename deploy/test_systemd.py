@@ -144,19 +144,19 @@ def _wait_for(what: str, ready: Callable[[], T], seconds: float = 30.0) -> T:
 def _exclusive_use() -> Iterator[None]:
     if os.geteuid() != 0:
         pytest.exit("booting a systemd needs root: sudo make test-systemd", 1)
-    with debian.alone({"systemd-nspawn": "systemd-container"}):
+    with debian.lock_cache({"systemd-nspawn": "systemd-container"}):
         yield
 
 
 @pytest.fixture(scope="session")
 def machine(_exclusive_use: None) -> Iterator[Machine]:
-    root = debian.root_folder()
+    root = debian.prepare_root()
     command = ["systemd-nspawn", f"--directory={root}", "--volatile=overlay", "--boot"]
     command += ["--machine=loyalty-test", "--register=no", "--resolv-conf=off", "--quiet"]
     command += [
         "--console=pipe",
         f"--bind-ro={TOP}:/src",
-        f"--bind-ro={debian.wheels(root)}:/wheels",
+        f"--bind-ro={debian.download_wheels(root)}:/wheels",
     ]
     if not Path("/run/systemd/system").exists():
         command.append("--keep-unit")  # no systemd on the host could create a scope
@@ -164,7 +164,7 @@ def machine(_exclusive_use: None) -> Iterator[Machine]:
     with (
         tempfile.TemporaryFile() as console,
         # With --keep-unit, systemd-nspawn does not remove these.
-        debian.no_empty_groups("payload", "supervisor"),
+        debian.remove_empty_groups("payload", "supervisor"),
         subprocess.Popen(
             # On SIGTERM systemd-nspawn shuts the machine down, also when the tests are killed.
             bind_to_parent([nspawn, *command[1:]], signal.SIGTERM),
