@@ -362,8 +362,10 @@ def test_systemd_verifies_the_installed_unit_without_warnings(service: Machine) 
 def test_systemctl_status_shows_the_last_and_the_next_recount(service: Machine, shop: Shop) -> None:
     time_pattern = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC"
     pattern = rf"recounted as of {time_pattern}, [\d,]+ changed; next at {time_pattern}"
-    assert re.fullmatch(pattern, service.show("StatusText"))
-    assert re.search(rf'Status: "{pattern}"', service.systemctl("status", UNIT))
+    # Each second, it is "recounting" for a moment.
+    _wait_for("a status", lambda: re.fullmatch(pattern, service.show("StatusText")))
+    line = rf'Status: "{pattern}"'
+    _wait_for("a line", lambda: re.search(line, service.systemctl("status", UNIT)))
 
 
 def test_commands_work_while_the_service_runs(service: Machine) -> None:
