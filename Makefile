@@ -34,7 +34,7 @@ pictures: $(STAMP) ## run the demo and write its output to sandbox/demo.svg, for
 dashboard: $(STAMP) ## write deploy/grafana-dashboard.json
 	$(RUN) -m deploy.grafana_dashboard
 
-# The addresses of package indexes belong to this machine, not into the file.
+# Write no addresses of package indexes to the file: they depend on the machine.
 lock: $(STAMP) ## write requirements.lock; ARGS=--upgrade for new versions of transitive packages
 	CUSTOM_COMPILE_COMMAND='make lock' $(RUN) -m piptools compile --quiet --generate-hashes \
 	  --strip-extras --no-emit-index-url --no-emit-trusted-host --no-emit-find-links \
@@ -43,7 +43,7 @@ lock: $(STAMP) ## write requirements.lock; ARGS=--upgrade for new versions of tr
 test: $(STAMP) ## run all tests; ARGS="-k word" for some, ARGS=--cov with coverage
 	$(RUN) -m pytest $(WORKERS) $(ARGS)
 
-test-deep: $(STAMP) ## run the tests that have a larger size, with that size
+test-deep: $(STAMP) ## run the randomized and repeated tests with larger numbers
 	$(RUN) -m pytest $(WORKERS) --deep $(ARGS)
 
 test-servers: $(STAMP) ## run the tests that depend on the server with MongoDB 5.0.32 and 6.0.27
@@ -70,8 +70,8 @@ clean: ## remove every generated file
 
 include deploy/install.mk
 
-# Without the stamp, the environment is incomplete or of another Python: create it again. Ctrl-C
-# removes the incomplete environment, with pip's temporary files and traceback.
+# Without the stamp, the environment is incomplete, or belongs to another version of Python: create
+# it again. Ctrl-C removes the incomplete environment, with pip's temporary files and traceback.
 $(STAMP): requirements.txt requirements-dev.txt
 	@case "$(VERSION)" in 3.1[1-9] | 3.[2-9][0-9]) ;; *) \
 	echo "Python 3.11 or newer is needed; $(PYTHON) is $(or $(VERSION),not found)." >&2; \

@@ -1,4 +1,4 @@
-"""A small Debian in a folder, for the tests that boot it or make an image of it.
+"""A minimal Debian system in a folder, for the tests that boot it or build an image from it.
 
 It is made once, with debootstrap, and kept in the user's cache. SUITE chooses another Debian than
 12, the oldest that the unit is for (systemd 252).
@@ -26,8 +26,8 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "loyalt
 
 
 @contextmanager
-def alone(tools: Mapping[str, str]) -> Iterator[None]:
-    """Check that the tools (and their packages) are there, and take turns with other runs."""
+def lock_cache(tools: Mapping[str, str]) -> Iterator[None]:
+    """Check that the tools are installed, and hold a lock, so that no other run uses the folder."""
     tools = {"debootstrap": "debootstrap", **tools}
     if missing := [package for tool, package in tools.items() if not shutil.which(tool)]:
         pytest.exit(f"something is missing: apt-get install {' '.join(missing)}", 1)
@@ -41,8 +41,8 @@ def alone(tools: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def no_empty_groups(*names: str) -> Iterator[None]:
-    """At the end, remove the empty control groups of these names that others have made for us."""
+def remove_empty_groups(*names: str) -> Iterator[None]:
+    """At the end, remove the empty control groups with these names."""
     own = {line.split(":", 2)[2] for line in Path("/proc/self/cgroup").read_text().splitlines()}
     tops = {
         Path(hierarchy, group.lstrip("/"), name)
@@ -59,13 +59,13 @@ def no_empty_groups(*names: str) -> Iterator[None]:
                     Path(folder).rmdir()
 
 
-def root_folder() -> Path:
-    """Return the folder, which is read only by those who use it."""
+def prepare_root() -> Path:
+    """Return the root folder, which must not be changed; create it on first use."""
     root = CACHE / f"root-{SUITE}-{_digest(*PACKAGES)}"
     if not root.exists():
         unfinished = root.with_suffix(".unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
-        # In namespaces of their own its mounts and processes end with it, however it ends.
+        # In separate namespaces, all mounts and processes of debootstrap end when it ends.
         command = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
         command += ["debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}"]
         _prepare([*command, SUITE, str(unfinished)])
@@ -74,7 +74,7 @@ def root_folder() -> Path:
     return root
 
 
-def wheels(root: Path) -> Path:
+def download_wheels(root: Path) -> Path:
     """Return a folder with the pinned packages for the Python in `root`, made once."""
     (python,) = root.glob("usr/lib/python3.[0-9]*")
     version = python.name.removeprefix("python")

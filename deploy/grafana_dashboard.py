@@ -1,4 +1,4 @@
-"""The Grafana dashboard over the service's metrics: `make dashboard` writes it as JSON.
+"""The Grafana dashboard for the service's metrics. `make dashboard` writes it as JSON.
 
 Grafana 10.1 or newer. Change this file, not the JSON.
 """

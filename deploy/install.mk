@@ -5,6 +5,7 @@
 #   make install DESTDIR=/tmp/package     install below another directory, to build a package
 
 PREFIX ?= /opt/loyalty-microservice
+# For this service only: in the service, this directory contains only the copy of the settings.
 SYSCONFDIR ?= /etc/loyalty-microservice
 # systemd's directory for units that an administrator installs. /usr/lib belongs to the package
 # manager; in /etc/systemd/system an upgrade would overwrite the result of `systemctl edit --full`.
@@ -20,18 +21,18 @@ template := loyalty-microservice@.service
 checks := loyalty-microservice-status@.timer loyalty-microservice-status@.service \
   loyalty-microservice-alert@.service
 units := $(unit) $(template) $(checks)
-# Its presence in PREFIX shows that `make install` created the directory, and may delete in it.
+# This file shows that `make install` created PREFIX, so `make uninstall` may delete files there.
 marker := .installed-by-make
 running := $(unit) 'loyalty-microservice@*.service' 'loyalty-microservice-status@*.timer'
 prefix = $(DESTDIR)$(PREFIX)
 settings = $(DESTDIR)$(SYSCONFDIR)/loyalty.env
-# Call systemctl only if systemd runs, and if this machine is the one that is installed to.
+# Call systemctl only if systemd is running, and if DESTDIR is empty.
 systemctl = $(if $(DESTDIR),:,test ! -d /run/systemd/system || systemctl)
 
 .PHONY: install uninstall test-systemd test-container check-prefix
 
 check-prefix:
-	@test ! '$(prefix)' -ef . || { echo 'PREFIX=$(PREFIX): these are the sources'; exit 1; }
+	@test ! '$(prefix)' -ef . || { echo 'PREFIX=$(PREFIX): this is the source directory'; exit 1; }
 	@case '$(PREFIX)' in \
 	  /home/*|/root/*|/run/user/*|/tmp/*|/var/tmp/*) \
 	    echo 'PREFIX=$(PREFIX): the service cannot read it (ProtectHome, PrivateTmp)'; exit 1;; \
@@ -39,7 +40,7 @@ check-prefix:
 	    echo 'PREFIX=$(PREFIX): must be an absolute path of letters, digits and / . _ -'; exit 1;; \
 	esac
 	@test -z "$$(ls -A '$(prefix)' 2>/dev/null)" || test -e '$(prefix)/$(marker)' || \
-	  { echo 'PREFIX=$(PREFIX): is not empty, and make install did not create it'; exit 1; }
+	  { echo 'PREFIX=$(PREFIX): the directory is not empty, and make install did not create it'; exit 1; }
 
 # umask: the service runs as a user that does not own these files, and must be able to read them.
 install: check-prefix ## install or upgrade the systemd service, as root
@@ -60,17 +61,19 @@ install: check-prefix ## install or upgrade the systemd service, as root
 	set -e; for unit in $(unit) $(checks); do \
 	  sed 's#/opt/loyalty-microservice#$(PREFIX)#g; s#/etc/loyalty-microservice#$(SYSCONFDIR)#g' \
 	    "deploy/$$unit" > "$(DESTDIR)$(UNITDIR)/$$unit"; done
-	sed 's#loyalty\.env#%i.env#; s#^Description=.*#& (%i)#; s#^SyslogIdentifier=.*#&@%i#' \
+	sed 's#loyalty\.env#%i.env#g; s#^Description=.*#& (%i)#; s#^SyslogIdentifier=.*#&@%i#' \
 	  '$(DESTDIR)$(UNITDIR)/$(unit)' > '$(DESTDIR)$(UNITDIR)/$(template)'
 	chmod 0644 $(units:%='$(DESTDIR)$(UNITDIR)/%')
 	test -d '$(dir $(settings))' || install -d -m 0700 '$(dir $(settings))'
 	test -e '$(settings)' || install -m 0600 deploy/loyalty.env '$(settings)'
 	$(systemctl) daemon-reload
 	@echo
-	@echo 'Installed. The settings are in $(SYSCONFDIR)/loyalty.env; MONGODB_URI is required. Next:'
-	@echo '  first installation: systemctl enable --now loyalty-microservice'
-	@echo '  upgrade:            systemctl restart loyalty-microservice'
-	@echo '  changed settings:   systemctl reload loyalty-microservice'
+	@echo 'Installed. First installation: the first recount overwrites existing points, so check first.'
+	@echo '  1. edit $(SYSCONFDIR)/loyalty.env; MONGODB_URI is required'
+	@echo '  2. $(PREFIX)/venv/bin/python $(PREFIX)/loyalty_microservice.py \'
+	@echo '       --env-file $(SYSCONFDIR)/loyalty.env --check-config'
+	@echo '  3. systemctl enable --now loyalty-microservice'
+	@echo 'Upgrade: run step 2, then systemctl restart loyalty-microservice'
 
 uninstall: check-prefix ## remove the service; with PURGE=1 its settings as well
 	test ! -e '$(DESTDIR)$(UNITDIR)/$(unit)' || \
@@ -81,7 +84,8 @@ uninstall: check-prefix ## remove the service; with PURGE=1 its settings as well
 	  test ! -d "$$folder" || rmdir --ignore-fail-on-non-empty "$$folder"; done
 	rm -rf '$(prefix)/venv' '$(prefix)/venv.new' '$(prefix)/__pycache__' '$(prefix)/loyalty'
 	rm -f '$(prefix)/'*.py '$(prefix)/requirements.lock'
-# The marker stays while there are other files, so that uninstall and install work again.
+# While there are other files, the marker stays, so that install and uninstall still accept the
+# directory.
 	test "$$(ls -A '$(prefix)' 2>/dev/null)" != '$(marker)' || rm -r '$(prefix)'
 ifeq ($(PURGE),1)
 	rm -f '$(dir $(settings))'*.env
@@ -93,8 +97,9 @@ ifneq ($(PURGE),1)
 	@test ! -e '$(settings)' || echo 'The settings are still in $(SYSCONFDIR); PURGE=1 removes them.'
 endif
 
-# These run as root. No caches: they would be files of root among the sources.
-test-systemd: $(STAMP) ## the tests that need root: a real systemd, a full disk
+# These targets run as root. Caches are off, because root would own the cache files in the source
+# directory.
+test-systemd: $(STAMP) ## run the tests that need root: a real systemd, a full disk
 	$(RUN) -B -m pytest -p no:cacheprovider -m machine deploy/test_systemd.py tests $(ARGS)
 
 test-container: $(STAMP) $(VENV)/deploy-tools ## build the image and test it with podman, as root

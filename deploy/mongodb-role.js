@@ -26,11 +26,11 @@ const privileges = [
   // { resource: { db: database, collection: orders }, actions: ["changeStream"] },
   // { resource: { db: database, collection: recounts }, actions: ["update"] },
   { resource: { db: database, collection: users }, actions: ["find", "update"] },
-  // createIndex is for the indexes that let records and changes expire after RETENTION.
+  // createIndex is for the TTL indexes: the server deletes records and changes after RETENTION.
   { resource: { db: database, collection: recounts }, actions: ["find", "insert", "createIndex"] },
-  // find is for --changes, --customer and --undo.
+  // find is for --changes, --customer, --status and --undo.
   { resource: { db: database, collection: changes }, actions: ["find", "insert", "createIndex"] },
-  // Optional: shows whether pre-images are on, see docs/live-updates.md.
+  // Optional: lets the service see whether pre-images are on. See docs/live-updates.md.
   { resource: { db: database, collection: "" }, actions: ["listCollections"] },
 ];
 

@@ -86,8 +86,8 @@ def podman() -> Iterator[Podman]:
     script = "mount -t tmpfs none /run && mount -t tmpfs none /var/lib && echo && sleep infinity"
     unshare = ["/usr/bin/unshare", "--mount", "--pid", "--mount-proc", "--fork", "--kill-child"]
     with (
-        debian.alone({"podman": "podman", "runc": "runc"}),
-        debian.no_empty_groups("libpod_parent"),
+        debian.lock_cache({"podman": "podman", "runc": "runc"}),
+        debian.remove_empty_groups("libpod_parent"),
         subprocess.Popen(
             bind_to_parent([*unshare, "sh", "-c", script]),
             stdin=subprocess.DEVNULL,
@@ -112,7 +112,7 @@ def commands(podman: Podman, tmp_path_factory: pytest.TempPathFactory) -> list[l
     (documented,) = re.findall(r"```sh\n(docker build .*?)```", README, re.DOTALL)
     lines = documented.replace("\\\n", "").splitlines()
     build, run = ([*shlex.split(line)[1:]] for line in lines)
-    root = debian.root_folder()
+    root = debian.prepare_root()
     base = tmp_path_factory.mktemp("base") / "Dockerfile"
     base.write_text(BASE, encoding="ascii")
     name = "docker.io/library/python:3.13-slim"
@@ -120,7 +120,7 @@ def commands(podman: Podman, tmp_path_factory: pytest.TempPathFactory) -> list[l
     options = ["--pull=never", "--network=host"]
     podman.run("build", *options, f"--file={base}", f"--tag={name}", str(root))
     # Docker's format is the only one with a HEALTHCHECK.
-    options += ["--format=docker", f"--volume={debian.wheels(root)}:/wheels:ro"]
+    options += ["--format=docker", f"--volume={debian.download_wheels(root)}:/wheels:ro"]
     with _bytecode_in_the_sources():
         podman.run(build[0], *options, *build[1:])
     return [build, run]
@@ -188,7 +188,7 @@ def _container(podman: Podman, documented: list[str], settings: Path) -> Iterato
         podman.run("rm", "--force", "--time=0", "loyalty")
 
 
-def test_it_recounts_as_an_unprivileged_user_on_a_read_only_file_system(
+def test_the_container_recounts_as_an_unprivileged_user_on_a_read_only_file_system(
     loyalty: Podman, database: Database[dict[str, Any]]
 ) -> None:
     assert database.users.count_documents({"loyalty_points": 3}) == 100

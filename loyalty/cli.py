@@ -29,7 +29,6 @@ from loyalty.env_file import load_settings
 from loyalty.errors import ConfigurationError, Exit, RecountRefused, ServiceError
 from loyalty.logs import log, log_to_stderr
 from loyalty.service import Service
-from loyalty.systemd import update_environment
 
 ENV_FILE = Path(__file__).parents[1] / ".env"
 _DESCRIPTION = """\
@@ -108,11 +107,13 @@ def _run_command(args: argparse.Namespace) -> int:
 def _log_settings_problems(error: ConfigurationError, env_file: Path) -> None:
     for problem in error.problems:
         log.error('configuration_problem error="%s"', problem)
+    explanation = "--help explains them"
+    if ENV_FILE.with_name(".env.example").exists():  # not in an installation
+        explanation = ".env.example explains them; to try the service without a database: make demo"
     log.info(
-        'configuration_help env_file=%s text="settings come from the environment (in a unit: from '
-        "EnvironmentFile=) or from this file; .env.example explains them; to try the service "
-        'without a database: make demo"',
+        'configuration_help env_file=%s text="settings come from the environment or this file; %s"',
         env_file,
+        explanation,
     )
 
 
@@ -197,9 +198,5 @@ def _customer(text: str) -> str:
 
 
 def _run_daemon(args: argparse.Namespace, settings: Settings) -> Exit:
-    def reload_settings() -> Settings:
-        update_environment()
-        return load_settings(args.env_file, ENV_FILE)
-
-    Daemon(Service(settings, reload_settings)).run()
+    Daemon(Service(settings, lambda: load_settings(args.env_file, ENV_FILE))).run()
     return Exit.OK

@@ -120,6 +120,27 @@ def test_without_settings_the_log_has_advice_and_the_code_is_78(
     assert "Traceback" not in nothing.output
 
 
+def test_in_an_installation_the_advice_names_only_files_that_exist(
+    service: Start, tmp_path: Path
+) -> None:
+    _copy_program(tmp_path)
+    file = tmp_path / "shop.env"
+    file.write_text("RECOUNT_INTERVAL=1h\n")
+    program = tmp_path / "loyalty_microservice.py"
+    nothing = service("--once", "--env-file", str(file), program=program)
+    assert nothing.wait() == 78
+    assert f"configuration_help env_file={file} " in nothing.output
+    assert "--help explains them" in nothing.output
+    assert ".env.example" not in nothing.output
+    assert "make demo" not in nothing.output
+
+
+def _copy_program(folder: Path) -> None:
+    for module in ROOT.glob("*.py"):
+        (folder / module.name).write_text(module.read_text())
+    shutil.copytree(ROOT / "loyalty", folder / "loyalty")
+
+
 def test_the_environment_overrides_the_env_file(
     shop: Database[Any], uri: str, service: Start, tmp_path: Path
 ) -> None:
@@ -140,9 +161,7 @@ def test_the_environment_overrides_the_env_file(
 def test_the_env_file_beside_the_program_is_read_from_any_working_directory(
     shop: Database[Any], uri: str, service: Start, tmp_path: Path
 ) -> None:
-    for module in ROOT.glob("*.py"):
-        (tmp_path / module.name).write_text(module.read_text())
-    shutil.copytree(ROOT / "loyalty", tmp_path / "loyalty")
+    _copy_program(tmp_path)
     (tmp_path / ".env").write_text(f"MONGODB_URI={uri}\n")
     (tmp_path / ".env").chmod(0o644)
     once = service("--once", program=tmp_path / "loyalty_microservice.py")

@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from typing import Any, TypeVar
 
 import pytest
 from bson import ObjectId
-from conftest import ROOT, settings_for
+from conftest import settings_for
 from pymongo.database import Database
 
 from loyalty.concurrency import ProgressCallback
@@ -622,34 +621,4 @@ def test_sighup_during_the_start_does_not_end_the_process(
     daemon.wait_for("INFO reloaded")
     daemon.wait_for("outcome=succeeded")
     assert points(database, customer) == 3
-    assert daemon.stop() == 0
-
-
-def test_exec_reload_of_the_unit_passes_on_the_new_environment(
-    service: Callable[..., Process],
-    uri: str,
-    database: Database[Any],
-    customer: ObjectId,
-    tmp_path: Path,
-) -> None:
-    """Systemd cannot change the environment of a process that runs."""
-    unit = (ROOT / "deploy/loyalty-microservice.service").read_text(encoding="utf-8")
-    (command,) = re.findall(r"^ExecReload=/bin/sh -c '(.*)'$", unit, re.MULTILINE)
-    directory = {"RUNTIME_DIRECTORY": str(tmp_path)}
-    daemon = service(MONGODB_URI=uri, POINTS_PER_ORDER="2", LOG_LEVEL="DEBUG", **directory)
-    daemon.wait_for("outcome=succeeded")
-    environment = {
-        "MONGODB_URI": uri,
-        "POINTS_PER_ORDER": "5",
-        "MAINPID": str(daemon.pid),
-        "PATH": os.environ["PATH"],
-        **directory,
-    }
-    subprocess.run(
-        ["/bin/sh", "-c", command.replace("$$", "$")], env=environment, umask=0o077, check=True
-    )
-    daemon.wait_for("outcome=succeeded", times=2)
-    assert points(database, customer) == 15
-    (left,) = tmp_path.glob("environment*")
-    assert left.stat().st_mode & 0o777 == 0o600
     assert daemon.stop() == 0

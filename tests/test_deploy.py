@@ -148,8 +148,11 @@ def test_the_installed_unit_has_the_folders_of_the_installation(
 ) -> None:
     _make("install", f"DESTDIR={dest}", fake_python, "PREFIX=/srv/points", "SYSCONFDIR=/etc/points")
     unit = (dest / INSTALLED_UNIT).read_text(encoding="utf-8")
-    assert "\nExecStart=/srv/points/venv/bin/python /srv/points/loyalty_microservice.py\n" in unit
-    assert "\nEnvironmentFile=-/etc/points/loyalty.env\n" in unit
+    program = "/srv/points/venv/bin/python /srv/points/loyalty_microservice.py"
+    assert f"\nExecStart={program} --env-file /etc/points/loyalty.env\n" in unit
+    assert "\nBindReadOnlyPaths=%t/%N:/etc/points\n" in unit
+    assert unit.count("/proc/1/root/etc/points/loyalty.env ") == 2
+    assert "/etc/loyalty-microservice" not in unit
     assert (dest / "srv/points/loyalty_microservice.py").exists()
     assert (dest / "etc/points/loyalty.env").exists()
 
@@ -162,6 +165,17 @@ def test_a_prefix_that_the_service_cannot_read_is_an_error(
     assert done.returncode == 2
     assert done.stdout.startswith(f"PREFIX={prefix}: ")
     assert not dest.exists()
+
+
+def test_install_prints_to_check_before_the_first_start(dest: Path, fake_python: str) -> None:
+    printed = _make("install", f"DESTDIR={dest}", fake_python, "SYSCONFDIR=/etc/points").stdout
+    steps = [
+        "edit /etc/points/loyalty.env",
+        "--env-file /etc/points/loyalty.env --check-config",
+        "systemctl enable --now loyalty-microservice",
+    ]
+    positions = [printed.index(step) for step in steps]
+    assert positions == sorted(positions)
 
 
 def test_install_and_uninstall_never_remove_the_sources(fake_python: str) -> None:
@@ -217,7 +231,8 @@ def test_a_directory_that_install_did_not_create_is_not_touched(
     (dest / "srv" / file).write_text("theirs", encoding="ascii")
     done = _make(target, f"DESTDIR={dest}", fake_python, "PREFIX=/srv", check=False)
     assert done.returncode == 2
-    assert done.stdout.startswith("PREFIX=/srv: is not empty, and make install did not create it")
+    problem = "PREFIX=/srv: the directory is not empty, and make install did not create it"
+    assert done.stdout.startswith(problem)
     assert _files(dest) == {f"srv/{file}"}
     assert (dest / "srv" / file).read_text(encoding="ascii") == "theirs"
 

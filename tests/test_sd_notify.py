@@ -1,4 +1,4 @@
-"""systemd's protocols, with a socket and files in place of systemd."""
+"""systemd's protocols, with a socket in place of systemd."""
 
 from __future__ import annotations
 
@@ -63,46 +63,3 @@ def test_the_watchdog_is_only_for_the_process_it_names(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert systemd.watchdog_seconds() == seconds
-
-
-@pytest.fixture
-def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """An environment as systemd makes it, in place of this process's own."""
-    environment = {
-        "MONGODB_URI": "old",
-        "GONE": "old",
-        "NOTIFY_SOCKET": "/run/notify",
-        "JOURNAL_STREAM": "8:1",
-        "RUNTIME_DIRECTORY": f"{tmp_path}:/run/other",
-    }
-    monkeypatch.setattr(os, "environ", environment)
-    return environment
-
-
-def test_a_reload_takes_the_environment_that_systemctl_reload_left(
-    environment: dict[str, str], tmp_path: Path
-) -> None:
-    value = "a=b\nc $x %n 'q' \\"
-    found = {"MONGODB_URI": value, "NEW": "", "JOURNAL_STREAM": "8:2"}
-    found["RUNTIME_DIRECTORY"] = environment["RUNTIME_DIRECTORY"]
-    content = "".join(f"{name}={text}\0" for name, text in found.items())
-    (tmp_path / "environment").write_text(content, encoding="utf-8")
-    systemd.update_environment()
-    assert environment == {
-        "MONGODB_URI": value,
-        "NEW": "",
-        "NOTIFY_SOCKET": "/run/notify",
-        "JOURNAL_STREAM": "8:1",
-        "RUNTIME_DIRECTORY": f"{tmp_path}:/run/other",
-    }
-
-
-@pytest.mark.parametrize("has_directory", [True, False])
-def test_without_systemctl_reload_the_environment_stays(
-    environment: dict[str, str], has_directory: bool
-) -> None:
-    if not has_directory:
-        del environment["RUNTIME_DIRECTORY"]
-    before = dict(environment)
-    systemd.update_environment()
-    assert environment == before
