@@ -67,7 +67,7 @@ def resolve_recount(
                 f"next recount counts again. To repeat the undo, give {undone[0]}"
             )
     else:
-        raise RecountNotFound(f"{text!r} is neither the id of a recount nor the word last")
+        raise RecountNotFound(f"{text!r} is neither the id of a recount nor last")
     if found is None:
         raise RecountNotFound(f"{change_log.full_name} holds {hint}; --status lists the recounts")
     return found
