@@ -13,6 +13,10 @@ RUN := $(VENV)/bin/python
 SERVER_TESTS := $(addprefix tests/test_,$(addsuffix .py,\
   change_log counter driver_errors exact history index live live_faults recount shape_commands undo))
 
+# The tests that start and kill the most servers and processes.
+LONG_TESTS := $(addprefix tests/test_,$(addsuffix .py,\
+  exact faults flaky_endpoint live_faults uri_options))
+
 # Each worker starts a server and loads all tests, which takes several seconds of CPU time; tests
 # that wait need more workers than cores.
 WORKERS := -n 4 --dist loadgroup
@@ -20,7 +24,7 @@ WORKERS := -n 4 --dist loadgroup
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo pictures dashboard lock test test-deep test-servers soak bench lint format clean
+.PHONY: help demo pictures dashboard lock test test-long test-deep test-servers soak bench lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,8 +44,11 @@ lock: $(STAMP) ## write requirements.lock; ARGS=--upgrade for new versions of tr
 	  --strip-extras --no-emit-index-url --no-emit-trusted-host --no-emit-find-links \
 	  --output-file=requirements.lock $(ARGS) requirements.txt
 
-test: $(STAMP) ## run all tests; ARGS="-k word" for some, ARGS=--cov with coverage
-	$(RUN) -m pytest $(WORKERS) $(ARGS)
+test: $(STAMP) ## run the tests; ARGS="-k word" for some, ARGS=--cov with coverage
+	$(RUN) -m pytest $(WORKERS) $(addprefix --ignore=,$(LONG_TESTS)) $(ARGS)
+
+test-long: $(STAMP) ## run the tests of faults, busy writers and connection options
+	$(RUN) -m pytest $(WORKERS) $(LONG_TESTS) $(ARGS)
 
 test-deep: $(STAMP) ## run the randomized and repeated tests with larger numbers
 	$(RUN) -m pytest $(WORKERS) --deep $(ARGS)
