@@ -133,7 +133,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.force and (args.run is not once.run or args.customer):
         parser.error("--force needs --once, without --customer")
     if args.json and args.run in (None, create_index.run):
-        parser.error("--json needs a command that prints results")
+        parser.error("--json cannot be used with --create-index or with the daemon")
     args.run = args.run or _run_daemon
     return args
 

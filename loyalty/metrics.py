@@ -29,7 +29,7 @@ _GAUGES = {
     "loyalty_orders_of_unknown_customers": "Counted orders of unknown customers",
     "loyalty_orders_without_customer": "Counted orders without a customer id",
     "loyalty_live": "1 while live updates are running, otherwise 0",
-    "loyalty_live_as_of_timestamp_seconds": "The same for live updates; 0 if they are not running",
+    "loyalty_live_as_of_timestamp_seconds": "Points include all changes until then; 0: not live",
     "loyalty_live_waiting": "Pending changes: orders and customers to be counted",
     "loyalty_live_lag_seconds": "Age of the oldest pending change",
 }

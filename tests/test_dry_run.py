@@ -56,7 +56,7 @@ def test_a_dry_run_counts_users_whose_nested_points_field_cannot_be_created(
     nested = {"USER_POINTS_FIELD": "a.b.points"}
     assert command("--dry-run", "--json", **nested) == 1
     (warning,) = (w for w in json.loads(capsys.readouterr().out)["warnings"] if "a.b" in w)
-    assert warning.startswith("7 users cannot be updated: in a.b.points, ")
+    assert warning.startswith("7 users cannot be updated: a parent field of a.b.points ")
     assert command("--dry-run", **nested) == 1
     assert f"\nWarning: {warning}\n" in capsys.readouterr().out
     assert command("--once", "--json", **nested) == 1

@@ -145,7 +145,7 @@ def test_another_number_of_points_per_order_causes_a_warning(
 ) -> None:
     fill(database, 30, 2)
     assert command("--once", POINTS_PER_ORDER="100") == 0
-    warning = 'WARNING safety_warning text="30 of the 30 users with points would have different'
+    warning = 'WARNING safety_warning text="30 of the 30 users with points get different'
     assert warning in capsys.readouterr().err
 
 

@@ -37,8 +37,8 @@ def make_dry_run(connection: Connection, settings: Settings) -> Result:
     if failing := _count_failing_updates(connection, settings):
         users = pluralize(failing, "user")
         result.warnings.append(
-            f"{users} cannot be updated: in {settings.points_field}, a field that must be a "
-            "document has another type"
+            f"{users} cannot be updated: a parent field of {settings.points_field} is not a "
+            "document"
         )
     return result
 

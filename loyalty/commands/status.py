@@ -131,7 +131,7 @@ def _print_records(records: Sequence[Document]) -> None:
     }
     rows = ([format_cell(record.get(name)) for name in columns.values()] for record in records)
     print_table(list(columns), *rows)
-    print_line("  Written, failed: users. Orders: counted orders. --json prints all of a record.")
+    print_line("  written, failed: users; orders: counted orders; --json prints all fields")
 
 
 def _print_last_outcome(records: Sequence[Document]) -> None:
@@ -157,9 +157,9 @@ def _print_freshness(status: Status) -> None:
     if (recount := status.unrecorded) is not None:
         print_line(
             f"Recount {recount.id} of {format_cell(recount.at)} UTC has no record: it is still "
-            "writing, or it was interrupted after it had written some users. The next successful "
-            f"recount makes all points exact; --undo {recount.id} restores the points that users "
-            "had before it"
+            "writing, it was interrupted after it had written some users, or its record could not "
+            "be written (record_write_failed in the log). The next successful recount makes all "
+            f"points exact; --undo {recount.id} restores the points that users had before it"
         )
     if status.is_interrupted:
         print_line("The points are STALE until the next successful recount")

@@ -27,10 +27,11 @@ def open_watcher(
         if start_after is None:
             reason = connection.snapshot_unsupported_reason or "the server has no snapshots"
             raise ConfigurationError(
-                f"live updates need MongoDB 5.0 or newer and replicas: {reason}"
+                "live updates need MongoDB 5.0 or newer, as a replica set or a sharded cluster: "
+                f"{reason}"
             )
         if problem := find_index_problem(connection.orders, settings):
-            raise ConfigurationError(f"each update would read all orders: {problem}")
+            raise ConfigurationError(f"live updates need a usable index: {problem}")
         return ChangeStreamWatcher(connection, settings, start_after, limits), start_after
 
     return retry(attempt, limits.opening_retry)

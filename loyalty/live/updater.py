@@ -162,12 +162,12 @@ class LiveUpdater:
             raise ResyncRequired("the pause of live updates has ended")
 
     def check_index(self, connection: Connection) -> None:
-        """Raise ResyncRequired if each update would read all orders: the index was dropped.
+        """Raise ResyncRequired if each update would read all orders, because the index was dropped.
 
         The full recount that follows does not open the stream, until the index is there again.
         """
         if problem := find_index_problem(connection.orders, self._settings):
-            raise ResyncRequired(f"each update would read all orders: {problem}")
+            raise ResyncRequired(f"live updates need a usable index: {problem}")
 
     def _report_state(self) -> None:
         """Report the progress of live updates, or in every state but `live` that there is none."""

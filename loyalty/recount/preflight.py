@@ -12,7 +12,7 @@ from loyalty.logs import log
 from loyalty.mongo.connection import Connection, connect
 from loyalty.recount.change_log import check_change_log
 from loyalty.recount.counter import Counter
-from loyalty.recount.index import find_index_problem, index_keys
+from loyalty.recount.index import find_index_problem
 
 
 def connect_and_verify(settings: Settings, *, writing: bool, recording: bool = True) -> Connection:
@@ -33,9 +33,7 @@ def connect_and_verify(settings: Settings, *, writing: bool, recording: bool = T
         with suppress(DatabaseUnavailable):  # the first recount reports that, and retries
             _probe_aggregation(connection, settings)
         if problem := find_index_problem(connection.orders, settings):
-            fields = ", ".join(name for name, _ in index_keys(settings))
-            name = connection.orders.full_name
-            log.warning('index_missing collection=%s fields="%s" hint="%s"', name, fields, problem)
+            log.warning('index_missing reason="%s"', problem)
         if writing and recording:
             with suppress(NoPermission):  # a missing record is a warning, not an error
                 History(connection.recounts, settings).check_collection()

@@ -136,7 +136,7 @@ def _check_changes(
         report.warnings.append(f"{losing:,} of the {users} lose points")
     if exceeds_share(changed, with_points, WARN_CHANGED_PERCENT):
         report.warnings.append(
-            f"{changed:,} of the {users} would have different points: are "
+            f"{changed:,} of the {users} get different points: are "
             f"POINTS_PER_ORDER={settings.points_per_order} and {_statuses(settings)} right?"
         )
 

@@ -81,7 +81,7 @@ def count_customer_orders(
     """
     orders, status = connection.orders, settings.status_field
     is_none = customer == ""
-    forms = ["", None] if is_none else all_forms(customer)
+    forms = ["", None, []] if is_none else all_forms(customer)
     group_key = NO_CUSTOMER if is_none else customer
     match: dict[str, Any] = {settings.customer_field: {"$in": forms}}
     # The server reads each status once from the index (DISTINCT_SCAN).
