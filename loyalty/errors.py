@@ -111,3 +111,9 @@ class RecountNotFound(ServiceError):
     """The change log has no such recount."""
 
     exit_code = Exit.FINDINGS
+
+
+class RecountNotEnded(ServiceError):
+    """The recount may still be writing, so that an undo would restore only some users."""
+
+    exit_code = Exit.FINDINGS

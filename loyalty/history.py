@@ -22,19 +22,17 @@ from loyalty.errors import ConfigurationError, ServiceError
 from loyalty.heartbeat import Heartbeat
 from loyalty.logs import WarnOnce
 from loyalty.mongo.driver_errors import map_driver_errors
-from loyalty.mongo.privileges import collection_type, require_privileges
+from loyalty.mongo.privileges import OWNER_FILTER, require_own_collection, require_privileges
 from loyalty.mongo.values import Document
 
 _WRITE_TIMEOUT_SECONDS = 5  # a record is less important than the next recount
 
-OWNER_FILTER = {"recorded_by": "loyalty-microservice"}
-"""Matches the documents that this service wrote. It reads no others, and no others expire."""
+NO_RECORD = "no record"
 
-_CHECKED_DOCUMENTS = 10
-"""The oldest and the newest show another program. A search of all would read the change log."""
-
-_NOT_HEARTBEAT = {"outcome": {"$ne": "live"}}
 _SUCCESS_OUTCOMES = ["succeeded", "incomplete"]
+_UNDO_OUTCOMES = ["undoing", "undone"]
+"""An undo inserts a record before it starts, and another one when it has finished."""
+_SHOWN_OUTCOMES = {"outcome": {"$nin": ["live", "undoing"]}}
 
 TARGET_SETTINGS = ("orders", "users", "points_field")
 """The settings that tell two shops in one database apart."""
@@ -63,9 +61,11 @@ class History:
             return
         record = {**OWNER_FILTER, **record, **self._common_fields(record["finished_at"])}
         with self._warn_on_failure("record_write_failed", self._collection):
+            if record["outcome"] in _UNDO_OUTCOMES:
+                record["last_success"] = next((r["_id"] for r in self._find_newest_success()), None)
             # The first recount of a process warns only if it was refused: the operator may have
             # changed the settings.
-            if self._has_written or record["outcome"] == "refused":
+            elif self._has_written or record["outcome"] == "refused":
                 with suppress(ServiceError):
                     self._warn_of_other_service(self._warn_once[self._collection.name])
             with map_driver_errors("insert", self._collection):
@@ -157,20 +157,29 @@ class History:
         """Return the target's records, newest first. Raises ServiceError."""
         if self._collection is None:
             raise ConfigurationError("RECOUNTS_COLLECTION is none, so no records are kept")
-        query = {**OWNER_FILTER, **self._target, **(matching or _NOT_HEARTBEAT)}
+        query = {**OWNER_FILTER, **self._target, **(matching or _SHOWN_OUTCOMES)}
         with map_driver_errors("find", self._collection):
             return list(self._collection.find(query).sort("finished_at", -1).limit(limit))
 
     def find_last_success(self) -> Document | None:
         """Return the newest record of a success that was not undone. Raises ServiceError."""
-        undone = self.find_undone_recounts()
-        not_undone = {"outcome": {"$in": _SUCCESS_OUTCOMES}, "_id": {"$nin": undone}}
-        return next(iter(self.find_newest(1, not_undone)), None)
+        not_undone = {"_id": {"$nin": self.find_undone_recounts()}}
+        return next(iter(self._find_newest_success(not_undone)), None)
 
     def find_undo_since_success(self) -> Document | None:
         """Return the record of an undo after the newest success, if any. Raises ServiceError."""
-        newest = self.find_newest(1, {"outcome": {"$in": [*_SUCCESS_OUTCOMES, "undone"]}})
-        return newest[0] if newest and newest[0]["outcome"] == "undone" else None
+        for success in self._find_newest_success():
+            # Not by time: an undo may run on another machine, with its own clock.
+            undo = {"outcome": {"$in": _UNDO_OUTCOMES}, "last_success": success["_id"]}
+            return next(iter(self.find_newest(1, undo)), None)
+        return None
+
+    def has_success_since(self, at: datetime) -> bool:
+        """Return whether a recount that started then or later succeeded. Raises ServiceError."""
+        return bool(self._find_newest_success({"started_at": {"$gte": at}}))
+
+    def _find_newest_success(self, condition: Document | None = None) -> list[Document]:
+        return self.find_newest(1, {"outcome": {"$in": _SUCCESS_OUTCOMES}, **(condition or {})})
 
     def find_undone_recounts(self, undo_id: ObjectId | None = None) -> list[ObjectId]:
         """Return the ids of the recounts that were undone, by the undo with this id or by any."""
@@ -178,19 +187,26 @@ class History:
         return self._find_ids("undone_recount", condition)
 
     def find_recounts_without_effect(self) -> list[ObjectId]:
-        """Return the ids of recounts that were undone, or whose updates all failed."""
-        unwritten = {"outcome": {"$nin": ["undone", "live"]}, "changed": 0}
+        """Return the ids of logged recounts that were undone, or whose updates all failed.
+
+        After an error, `changed` may be too low, so a failed recount may have had an effect.
+        """
+        unwritten = {"outcome": "incomplete", "changed": 0}
         return self.find_undone_recounts() + self._find_ids("_id", unwritten)
 
     def find_outcomes(self, recounts: Sequence[ObjectId]) -> dict[ObjectId, str]:
-        """Return the outcomes of those recounts that have a record; "undone" if undone."""
+        """Return the outcome of each recount; "undone" if undone, NO_RECORD without a record.
+
+        Without a collection, all outcomes are "unknown".
+        """
         if self._collection is None:
-            return {}
+            return dict.fromkeys(recounts, "unknown")
         condition = {"$or": [{name: {"$in": recounts}} for name in ("_id", "undone_recount")]}
         with map_driver_errors("find", self._collection):
             records = list(self._collection.find({**OWNER_FILTER, **condition}))
         found = {record["_id"]: record["outcome"] for record in records}
-        return found | {r["undone_recount"]: "undone" for r in records if "undone_recount" in r}
+        undone = {r["undone_recount"]: "undone" for r in records if r["outcome"] == "undone"}
+        return dict.fromkeys(recounts, NO_RECORD) | found | undone
 
     def _find_ids(self, field: str, condition: Document) -> list[ObjectId]:
         if self._collection is None:
@@ -218,26 +234,8 @@ class History:
         return None
 
 
-def require_own_collection(collection: Collection[Any], hint: str) -> None:
-    """Raise ConfigurationError with `hint` if this is no collection, or another program uses it.
-
-    Raises NoPermission without `find`.
-    """
-    kind = collection_type(collection.database, collection.name)
-    if kind not in (None, "collection"):
-        raise ConfigurationError(f"{collection.full_name} is a {kind}: {hint}")
-    for order in (1, -1):
-        with map_driver_errors("find", collection):
-            found = collection.find({}, {"recorded_by": 1}, sort=[("_id", order)])
-            owners = [document.get("recorded_by") for document in found.limit(_CHECKED_DOCUMENTS)]
-        if any(owner != OWNER_FILTER["recorded_by"] for owner in owners):
-            raise ConfigurationError(
-                f"{collection.full_name} holds documents of other programs: {hint}"
-            )
-
-
 def recorded_settings(settings: Settings) -> Document:
     """Return the settings that say what is counted, and where."""
     values = {name: getattr(settings, name) for name in (*TARGET_SETTINGS, *_COUNTED_SETTINGS)}
-    statuses, order_filter = list(settings.order_statuses), settings.order_filter_json
+    statuses, order_filter = sorted(settings.order_statuses), settings.order_filter_json
     return values | {"order_statuses": statuses, "order_filter": order_filter}

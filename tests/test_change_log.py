@@ -14,8 +14,9 @@ from conftest import settings_for
 from pymongo.collection import Collection
 
 from loyalty.errors import DatabaseUnavailable, RecountRefused
-from loyalty.history import OWNER_FILTER, History
+from loyalty.history import History
 from loyalty.mongo.connection import Connection, connect
+from loyalty.mongo.privileges import OWNER_FILTER
 from loyalty.recount.change_log import find_changes, find_recount, find_user_changes
 from loyalty.recount.result import Result
 from loyalty.recount.runner import FULL_RECOUNT, RecountRequest, run_recount

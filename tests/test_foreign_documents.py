@@ -11,7 +11,7 @@ from conftest import MEMORY, Command
 from pymongo import MongoClient
 from pymongo.database import Database
 
-from loyalty.history import OWNER_FILTER
+from loyalty.mongo.privileges import OWNER_FILTER
 from sandbox.mongod import Deployment, wait_until
 
 Capture = pytest.CaptureFixture[str]

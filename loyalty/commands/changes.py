@@ -22,7 +22,7 @@ def run(args: argparse.Namespace, settings: Settings) -> Exit:
     with connect(settings, verify=False) as connection:
         history = History(connection.recounts, settings)
         recount = resolve_recount(connection, settings, history, args.changes)
-        outcome = history.find_outcomes([recount.id]).get(recount.id, "no record")
+        outcome = history.find_outcomes([recount.id])[recount.id]
         if not args.json:
             print_recount(recount)
         for batch in find_changes(change_log_collection(connection), recount.id):
@@ -43,7 +43,9 @@ def print_outcomes(outcomes: AbstractSet[str]) -> None:
     """Print what outcomes of recounts mean for their logged changes."""
     if "undone" in outcomes:
         print_line("  undone: the points were restored, unless they had changed meanwhile")
-    for outcome in sorted(outcomes - {"succeeded", "undone"}):
+    if "unknown" in outcomes:
+        print_line("  unknown: without the record of the recount, its outcome is not known")
+    for outcome in sorted(outcomes - {"succeeded", "undone", "unknown"}):
         print_line(f"  {outcome}: some of the changes were perhaps not made")
 
 

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace, settings: Settings, *, write: bool) -> Exit:
                 "orders": _find_orders(connection, settings, ids, rows),
                 "users": _list_users(rows, settings),
                 "similar_ids": [],
-                "changes": _find_changes(connection, settings, ids),
+                "changes": _find_changes(connection, settings, ids, rows),
             }
             if not document["users"]:
                 document["similar_ids"] = _find_similar_ids(connection, settings, ids)
@@ -123,12 +123,15 @@ def _find_similar_ids(connection: Connection, settings: Settings, ids: Sequence[
     return list(dict.fromkeys(map(format_value, found)))
 
 
-def _find_changes(connection: Connection, settings: Settings, ids: Sequence[Any]) -> list[Document]:
+def _find_changes(
+    connection: Connection, settings: Settings, ids: Sequence[Any], rows: Sequence[CustomerCount]
+) -> list[Document]:
     """Return the logged changes, `{at, recount, outcome, user, from, to}`, the newest first."""
     if connection.changes is None:
         return []
     keys = [form for id_ in ids for form in indexable_forms(id_)]
     users = find_user_ids(connection.users, settings.user_key_field, keys)
+    users += [user.id for row in rows for user in row.users]  # also those with a mixed-case id
     logged = find_user_changes(connection.changes, logged_target(settings), users)
     recounts = [row["recount"] for row in logged]
     outcomes = dict.fromkeys(recounts, "unknown")
@@ -138,7 +141,7 @@ def _find_changes(connection: Connection, settings: Settings, ids: Sequence[Any]
         {
             "at": row["at"],
             "recount": row["recount"],
-            "outcome": outcomes.get(row["recount"], "no record"),
+            "outcome": outcomes[row["recount"]],
             **change_json(row["change"]),
         }
         for row in logged

@@ -17,11 +17,9 @@ from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.values import Document
 from loyalty.parsers import format_duration
 from loyalty.recount.change_log import LoggedRecount
-from loyalty.recount.undo import find_interrupted
+from loyalty.recount.undo import find_unrecorded
 
 MAX_RECORDS = 10
-MAX_WRITE_TIME = timedelta(minutes=10)
-"""A recount without a record that has logged no changes for this time was interrupted."""
 _UNSUCCESSFUL_OUTCOMES = ("refused", "failed")
 
 
@@ -48,7 +46,7 @@ class Status:
     @property
     def is_interrupted(self) -> bool:
         """Whether the newest recount was interrupted, and some users lack its points."""
-        return self.unrecorded is not None and self.now - self.unrecorded.logged_at > MAX_WRITE_TIME
+        return self.unrecorded is not None and self.unrecorded.is_silent(self.now)
 
     @property
     def is_live(self) -> bool:
@@ -81,22 +79,24 @@ def run(args: argparse.Namespace, settings: Settings) -> Exit:
 def _read_status(connection: Connection, settings: Settings) -> Status:
     """Read the records and the heartbeat. Raises ServiceError."""
     history = History(connection.recounts, settings)
-    with map_driver_errors("hello", connection.hosts):
-        # The server's time: this machine's clock may be wrong.
-        now = connection.client.admin.command("hello")["localTime"].replace(tzinfo=UTC)
+    now = read_server_time(connection)
     heartbeat = history.find_heartbeat()
     unrecorded = None
     with suppress(NoPermission):  # a monitoring user may read the records only
-        unrecorded = find_interrupted(connection, settings, history)
-    return Status(
-        settings,
-        now,
-        records=history.find_newest(MAX_RECORDS),
-        heartbeat=heartbeat,
-        age=history.compute_age(now, heartbeat),
-        undo=history.find_undo_since_success(),
-        unrecorded=unrecorded,
-    )
+        unrecorded = find_unrecorded(connection, settings, history)
+    age = history.compute_age(now, heartbeat)
+    undo = history.find_undo_since_success()
+    # Last: where there is an age, the record that it is taken from is among these.
+    records = history.find_newest(MAX_RECORDS)
+    return Status(settings, now, records, heartbeat, age, undo, unrecorded)
+
+
+def read_server_time(connection: Connection) -> datetime:
+    """Return the server's time, as this machine's clock may be wrong. Raises ServiceError."""
+    with map_driver_errors("hello", connection.hosts):
+        hello = connection.client.admin.command("hello")
+    local_time: datetime = hello["localTime"]
+    return local_time.replace(tzinfo=UTC)
 
 
 def _to_json(status: Status) -> Document:
@@ -164,10 +164,12 @@ def _print_freshness(status: Status) -> None:
     if status.is_interrupted:
         print_line("The points are STALE until the next successful recount")
     elif (undo := status.undo) is not None:
-        print_line(
-            f"Recount {undo['undone_recount']} was undone: {pluralize(undo['changed'], 'user')} "
-            "restored. The points are STALE until the next successful recount"
-        )
+        recount_id = undo["undone_recount"]
+        text = f"The undo of recount {recount_id} has not finished: repeat --undo {recount_id}"
+        if undo["outcome"] == "undone":
+            restored = pluralize(undo["changed"], "user")
+            text = f"Recount {recount_id} was undone: {restored} restored"
+        print_line(f"{text}. The points are STALE until the next successful recount")
     elif status.age is None:
         print_line("No recount has succeeded yet")
     else:

@@ -7,12 +7,13 @@ from datetime import UTC, datetime
 from config import VERSION, Settings
 from loyalty.commands.changes import change_json, format_points, print_recount
 from loyalty.commands.output import pluralize, print_json, print_line
-from loyalty.errors import Exit
-from loyalty.history import History
-from loyalty.mongo.connection import connect
+from loyalty.commands.status import read_server_time
+from loyalty.errors import Exit, RecountNotEnded
+from loyalty.history import NO_RECORD, History
+from loyalty.mongo.connection import Connection, connect
 from loyalty.mongo.values import Document
-from loyalty.recount.change_log import LoggedRecount
-from loyalty.recount.undo import LoggedUser, UndoResult, resolve_recount, undo_recount
+from loyalty.recount.change_log import MAX_SILENCE, LoggedRecount
+from loyalty.recount.undo import LoggedUser, UndoResult, has_effect, resolve_recount, undo_recount
 
 _ADVICE = (
     "The next recount counts again, and may repeat the change. Before the next recount, stop the "
@@ -38,15 +39,19 @@ def run(args: argparse.Namespace, settings: Settings) -> Exit:
     with connect(settings, writing=write, verify=False) as connection:
         history = History(connection.recounts, settings)
         recount = resolve_recount(connection, settings, history, args.undo)
-        started_at = datetime.now(UTC)
+        if write:
+            _require_ended(connection, history, recount)
         if not args.json:
             print_recount(recount)
+        is_recorded = write and has_effect(connection, recount)
+        # The recount may have written elsewhere than the settings say now.
+        target = replace(settings, users=recount.users, points_field=recount.points_field)
+        history, started_at = History(connection.recounts, target), datetime.now(UTC)
+        if is_recorded:  # before the first update, as the undo may be interrupted
+            history.write(_build_record(recount, started_at))
         result = undo_recount(connection, recount, write=write, on_not_restored=print_user)
-        if write:
-            # The recount may have written elsewhere than the settings say now.
-            target = replace(settings, users=recount.users, points_field=recount.points_field)
-            record = _build_record(recount, result, started_at)
-            History(connection.recounts, target).write(record)
+        if is_recorded:
+            history.write(_build_record(recount, started_at, result))
     if args.json:
         print_json(_to_json(recount, result, write=write))
     else:
@@ -54,18 +59,39 @@ def run(args: argparse.Namespace, settings: Settings) -> Exit:
     return Exit.FINDINGS if result.not_restored else Exit.OK
 
 
-def _build_record(recount: LoggedRecount, result: UndoResult, started_at: datetime) -> Document:
+def _require_ended(connection: Connection, history: History, recount: LoggedRecount) -> None:
+    """Raise RecountNotEnded if the recount may still be writing; any ServiceError."""
+    if history.find_outcomes([recount.id])[recount.id] != NO_RECORD:
+        return
+    if not recount.is_silent(read_server_time(connection)):
+        raise RecountNotEnded(
+            f"recount {recount.id} has no record and logged changes at {recount.logged_at:%H:%M:%S}"
+            " UTC: it is still writing, or it was interrupted. Stop the service; --undo is possible"
+            f" after {recount.logged_at + MAX_SILENCE:%H:%M:%S} UTC"
+        )
+
+
+def _build_record(
+    recount: LoggedRecount, started_at: datetime, result: UndoResult | None = None
+) -> Document:
+    """Return the record of an undo; without a result, the one from before its first update."""
     finished_at = datetime.now(UTC)
-    return {
+    record = {
         "started_at": started_at,
         "finished_at": finished_at,
+        "outcome": "undoing",
+        "undone_recount": recount.id,
+        "version": VERSION,
+    }
+    if result is None:
+        return record
+    return {
+        **record,
         "seconds": (finished_at - started_at).total_seconds(),
         "outcome": "undone",
-        "undone_recount": recount.id,
         "changed": result.restored,
         "not_restored": result.not_restored.total(),
         "error": None,
-        "version": VERSION,
     }
 
 

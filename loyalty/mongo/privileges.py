@@ -1,6 +1,6 @@
-"""The privileges of the database user, and the type of a collection.
+"""The privileges of the database user, and the type and the owner of a collection.
 
-Both are read from the server, not tested by writing.
+All are read from the server, not tested by writing.
 """
 
 from collections.abc import Mapping
@@ -12,6 +12,12 @@ from pymongo.database import Database
 
 from loyalty.errors import ConfigurationError
 from loyalty.mongo.driver_errors import build_permission_error, map_driver_errors
+
+OWNER_FILTER = {"recorded_by": "loyalty-microservice"}
+"""Matches the documents that this service wrote. It reads no others, and no others expire."""
+
+_CHECKED_DOCUMENTS = 10
+"""The oldest and the newest show another program. A search of all would read the change log."""
 
 
 def require_privileges(collection: Collection[Any], *actions: str) -> None:
@@ -67,3 +73,21 @@ def collection_type(database: Database[Any], name: str) -> str | None:
         for found in primary.list_collections(**options):
             return str(found.get("type", "collection"))
     return None
+
+
+def require_own_collection(collection: Collection[Any], hint: str) -> None:
+    """Raise ConfigurationError with `hint` if this is no collection, or another program uses it.
+
+    Raises NoPermission without `find`.
+    """
+    kind = collection_type(collection.database, collection.name)
+    if kind not in (None, "collection"):
+        raise ConfigurationError(f"{collection.full_name} is a {kind}: {hint}")
+    for order in (1, -1):
+        with map_driver_errors("find", collection):
+            found = collection.find({}, {"recorded_by": 1}, sort=[("_id", order)])
+            owners = [document.get("recorded_by") for document in found.limit(_CHECKED_DOCUMENTS)]
+        if any(owner != OWNER_FILTER["recorded_by"] for owner in owners):
+            raise ConfigurationError(
+                f"{collection.full_name} holds documents of other programs: {hint}"
+            )

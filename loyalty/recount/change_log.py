@@ -6,7 +6,7 @@ not made; it never lacks one that was.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from bson import ObjectId, Timestamp
@@ -14,11 +14,12 @@ from pymongo.collection import Collection
 
 from config import Settings
 from loyalty.errors import NoPermission
-from loyalty.history import OWNER_FILTER, require_own_collection
 from loyalty.mongo.driver_errors import map_driver_errors
-from loyalty.mongo.privileges import require_privileges
+from loyalty.mongo.privileges import OWNER_FILTER, require_own_collection, require_privileges
 from loyalty.mongo.values import LENIENT_CODEC, SIMPLE_COLLATION, Document
 
+MAX_SILENCE = timedelta(minutes=10)
+"""A recount without a record that has logged no changes for this time was interrupted."""
 DOCUMENTS_PER_BATCH = 8
 """Documents in one reply. The server's limit, 16 MB, is 270,000 changes: 200 MB in Python."""
 
@@ -76,6 +77,10 @@ class LoggedRecount:
     points_field: str
     logged_at: datetime
     """When its newest batch of changes was logged."""
+
+    def is_silent(self, now: datetime) -> bool:
+        """Return whether it has logged no changes for MAX_SILENCE."""
+        return now - self.logged_at > MAX_SILENCE
 
 
 def logged_target(settings: Settings) -> Document:

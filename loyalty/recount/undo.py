@@ -14,7 +14,7 @@ from pymongo.collection import Collection
 from config import Settings
 from loyalty.concurrency import map_ordered
 from loyalty.errors import BulkUpdateErrors, ConfigurationError, RecountNotFound
-from loyalty.history import History
+from loyalty.history import NO_RECORD, History
 from loyalty.mongo.connection import Connection
 from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.values import LENIENT_CODEC, Document, get_nested, is_integer
@@ -33,17 +33,20 @@ def change_log_collection(connection: Connection) -> Collection[Any]:
     return connection.changes
 
 
-def find_interrupted(
+def find_unrecorded(
     connection: Connection, settings: Settings, history: History
 ) -> LoggedRecount | None:
-    """Return the newest recount of the target if it has logged changes and no record.
+    """Return the newest logged recount of the target if it has no record.
 
-    It is writing, or it was interrupted. Raises ServiceError.
+    It is writing, or it was interrupted. None if a later recount succeeded, even without changes.
+    Raises ServiceError.
     """
     if connection.changes is None:
         return None
     newest = find_recount(connection.changes, logged_target(settings))
-    return newest if newest is not None and not history.find_outcomes([newest.id]) else None
+    if newest is None or history.find_outcomes([newest.id])[newest.id] != NO_RECORD:
+        return None
+    return None if history.has_success_since(newest.logged_at) else newest
 
 
 def resolve_recount(
@@ -116,6 +119,19 @@ class UndoResult:
     """By reason."""
 
 
+def has_effect(connection: Connection, recount: LoggedRecount) -> bool:
+    """Return whether an undo would restore a user, or a user has the old points already.
+
+    Raises ServiceError.
+    """
+    users = _users_collection(connection, recount)
+    return any(
+        user.has_recount_points or user.has_old_points
+        for changes in find_changes(change_log_collection(connection), recount.id)
+        for user in _read_users(users, recount.points_field, changes)
+    )
+
+
 def undo_recount(
     connection: Connection,
     recount: LoggedRecount,
@@ -129,7 +145,7 @@ def undo_recount(
     changed, and changes no other field. Repeating it is harmless. Raises ServiceError.
     """
     change_log = change_log_collection(connection)
-    users = change_log.database.get_collection(recount.users, codec_options=LENIENT_CODEC)
+    users = _users_collection(connection, recount)
     total = UndoResult()
 
     def undo(changes: Sequence[Document]) -> tuple[int, int, list[LoggedUser]]:
@@ -143,6 +159,11 @@ def undo_recount(
                 total.not_restored[user.why_not_restored] += 1
                 on_not_restored(user)
     return total
+
+
+def _users_collection(connection: Connection, recount: LoggedRecount) -> Collection[Any]:
+    database = connection.users.database
+    return database.get_collection(recount.users, codec_options=LENIENT_CODEC)
 
 
 def _undo_batch(
