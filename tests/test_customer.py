@@ -147,3 +147,16 @@ def test_up_to_date_users_are_found_by_their_key_and_shown(
     assert "no user has" not in capsys.readouterr().out
     assert command("--once", "--customer", "c2", **key) == 1
     assert "no user has this no, as a string" in capsys.readouterr().out
+
+
+def test_logged_changes_of_a_user_with_a_mixed_case_id_are_shown(
+    shop: Database[Any], command: Command, capsys: Capture
+) -> None:
+    mixed = "66ABCDEFabcdefabcdefabcd"
+    shop.users.insert_one({"_id": mixed, "loyalty_points": 1})
+    assert command("--once") == 0
+    capsys.readouterr()
+    assert command("--dry-run", "--customer", str(ADA), "--json") == 0
+    (found,) = json.loads(capsys.readouterr().out)["customers"]
+    changes = sorted((row["user"], row["from"], row["to"]) for row in found["changes"])
+    assert changes == [(repr(mixed), "1", 3), (str(ADA), "no field", 3)]

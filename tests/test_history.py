@@ -263,6 +263,31 @@ def test_records_of_the_same_settings_or_another_target_cause_no_warning(
     assert "other_service" not in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("setting", "value", "same"),
+    [
+        ("ORDER_STATUSES", "Shipped,Sent", "Sent,Shipped"),
+        ("ORDER_FILTER", '{"a": 1, "b": 2}', '{"b": 2, "a": 1}'),
+    ],
+)
+def test_the_order_of_statuses_and_of_conditions_causes_no_warning(
+    database: Database[Any],
+    uri: str,
+    caplog: pytest.LogCaptureFixture,
+    setting: str,
+    value: str,
+    same: str,
+) -> None:
+    histories = [
+        History(database.loyalty_recounts, settings_for(uri, **{setting: text}))
+        for text in (value, same)
+    ]
+    now = datetime.now(UTC)
+    for n in range(4):
+        histories[n % 2].write(record(now + timedelta(seconds=n)))
+    assert "other_service" not in caplog.text
+
+
 @pytest.mark.parametrize("foreign", [{"finished_at": 1}, {"recorded_by": "somebody"}])
 def test_a_collection_with_foreign_documents_is_not_accepted_for_records(
     database: Database[Any], uri: str, foreign: dict[str, Any]

@@ -5,19 +5,44 @@ from __future__ import annotations
 import json
 import re
 import socket
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 from bson import ObjectId
 from conftest import Command, settings_for
+from pymongo import monitoring
 from pymongo.database import Database
-from small_shop import fill
+from small_shop import fill, make_change_log_older
 
+from loyalty.commands.status import MAX_RECORDS
 from loyalty.heartbeat import Heartbeat
 from loyalty.history import History
 
 Capture = pytest.CaptureFixture[str]
+
+
+class RecordsListener(monitoring.CommandListener):
+    """Calls `on_read` once, after --status has read the records."""
+
+    on_read: Callable[[], object] | None = None
+    request_id: int | None = None
+
+    def started(self, event: monitoring.CommandStartedEvent) -> None:
+        if event.command_name == "find" and event.command.get("limit") == MAX_RECORDS:
+            self.request_id = event.request_id
+
+    def succeeded(self, event: monitoring.CommandSucceededEvent) -> None:
+        if event.request_id == self.request_id and (on_read := self.on_read) is not None:
+            self.on_read = None
+            on_read()
+
+    def failed(self, event: monitoring.CommandFailedEvent) -> None: ...
+
+
+RECORDS = RecordsListener()
+monitoring.register(RECORDS)  # for clients made from now on
 
 
 @pytest.fixture
@@ -220,6 +245,7 @@ def test_a_recount_without_a_record_is_reported_and_makes_points_stale_after_ten
 ) -> None:
     """It is writing at first; later it was interrupted, and the points are a mixture."""
     assert command("--once") == 0
+    make_older(shop, timedelta(hours=2))
     shop.loyalty_changes.drop()
     shop.users.update_many({}, {"$set": {"loyalty_points": 77}})
     assert command("--once", "--force") == 0
@@ -239,3 +265,33 @@ def test_a_recount_without_a_record_is_reported_and_makes_points_stale_after_ten
     assert command("--status", "--json") == code
     document = json.loads(capsys.readouterr().out)
     assert (document["fresh"], document["interrupted_recount"]) == (not code, str(last["_id"]))
+
+
+def test_a_recount_without_a_record_is_not_reported_after_a_later_success_without_changes(
+    shop: Database[Any], command: Command, capsys: Capture
+) -> None:
+    assert command("--once") == 0
+    shop.loyalty_recounts.delete_many({})
+    make_change_log_older(shop, timedelta(minutes=11))
+    capsys.readouterr()
+    assert command("--status") == 1
+    assert "has no record" in capsys.readouterr().out
+    assert command("--once") == 0
+    assert len(shop.loyalty_changes.distinct("recount")) == 1
+    capsys.readouterr()
+    assert command("--status") == 0
+    assert "has no record" not in capsys.readouterr().out
+
+
+def test_a_first_recount_may_end_while_the_status_is_read(
+    shop: Database[Any], command: Command, capsys: Capture
+) -> None:
+    assert command("--once") == 0
+    record = shop.loyalty_recounts.find_one_and_delete({})
+    shop.loyalty_changes.drop()
+    capsys.readouterr()
+    RECORDS.on_read = lambda: shop.loyalty_recounts.insert_one(record)
+    assert command("--status") == 1
+    assert capsys.readouterr().out == "No recount has succeeded yet\n"
+    assert RECORDS.on_read is None
+    assert command("--status") == 0

@@ -24,7 +24,7 @@ from loyalty.recount.undo import (
     MISSING,
     LoggedUser,
     UndoResult,
-    find_interrupted,
+    find_unrecorded,
     resolve_recount,
     undo_recount,
 )
@@ -213,6 +213,7 @@ def test_last_is_the_newest_recount_that_changed_something_and_is_not_undone(
         ship(connection, 1)
         ids.append(recount(connection, told))
     recount(connection, told)  # changes nothing, so there is nothing to undo
+    assert history.find_recounts_without_effect() == []
     assert resolve_recount(connection, told, history, "last").id == ids[1]
     assert connection.recounts is not None
     connection.recounts.insert_one(
@@ -241,6 +242,23 @@ def test_last_skips_recounts_in_which_every_update_failed(
 
 
 @pytest.mark.parametrize("shop", ["loyalty_points"], indirect=True)
+def test_last_can_be_a_failed_recount_of_which_no_update_was_acknowledged(
+    shop: tuple[Connection, Settings],
+) -> None:
+    """Its connection was lost at the first batch, and other batches were written meanwhile."""
+    connection, told = shop
+    connection.users.insert_one({"_id": 1})
+    for _ in range(2):
+        ship(connection, 1)
+        last = recount(connection, told)
+    assert connection.recounts is not None
+    failed = {"$set": {"outcome": "failed", "changed": 0}}
+    connection.recounts.update_one({"_id": last}, failed)
+    assert undo(connection, told)[0].restored == 1
+    assert list(connection.users.find()) == [{"_id": 1, "loyalty_points": 1}]
+
+
+@pytest.mark.parametrize("shop", ["loyalty_points"], indirect=True)
 def test_a_recount_without_a_record_is_writing_or_was_interrupted(
     shop: tuple[Connection, Settings],
 ) -> None:
@@ -248,14 +266,16 @@ def test_a_recount_without_a_record_is_writing_or_was_interrupted(
     connection.users.insert_one({"_id": 1})
     ship(connection, 1)
     history = History(connection.recounts, told)
-    assert find_interrupted(connection, told, history) is None
+    assert find_unrecorded(connection, told, history) is None
     last = recount(connection, told)
-    assert find_interrupted(connection, told, history) is None
+    assert find_unrecorded(connection, told, history) is None
     assert connection.recounts is not None
     connection.recounts.delete_one({"_id": last})
-    found = find_interrupted(connection, told, history)
+    found = find_unrecorded(connection, told, history)
     assert found is not None
     assert found.id == last
+    recount(connection, told)  # changes nothing, but shows that all points are right
+    assert find_unrecorded(connection, told, history) is None
 
 
 @pytest.mark.parametrize("shop", ["loyalty_points"], indirect=True)

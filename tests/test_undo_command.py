@@ -6,6 +6,7 @@ import json
 import re
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import bson
@@ -14,9 +15,10 @@ from bson import Decimal128, Int64, ObjectId
 from bson.raw_bson import RawBSONDocument
 from conftest import Command
 from pymongo.database import Database
+from small_shop import make_change_log_older
 
 from sandbox import faults
-from sandbox.mongod import Deployment
+from sandbox.mongod import Deployment, wait_until
 from sandbox.service import Process
 
 Capture = pytest.CaptureFixture[str]
@@ -261,7 +263,10 @@ OLD_POINTS += [Decimal128("2.00"), ObjectId("5" * 24), b"x"]
 def test_after_a_kill_while_writing_undo_restores_every_user_bit_for_bit(
     shop: Shop, uri: str, deployment: Deployment, service: Start, path: str, batches_are_lost: bool
 ) -> None:
-    """The server may still write the batches of the killed process, for which undo waits."""
+    """The server may still write the batches of the killed process, for which undo waits.
+
+    The time until the recount counts as interrupted is skipped.
+    """
     shop.users.delete_many({})
     outer, _, inner = path.partition(".")
     users: list[dict[str, Any]] = []
@@ -286,6 +291,12 @@ def test_after_a_kill_while_writing_undo_restores_every_user_bit_for_bit(
                 [{"$currentOp": {}}, {"$match": {"ns": f"{shop.name}.users", "op": "update"}}]
             ):
                 shop.client.admin.command("killOp", op=operation["opid"])
+        inserts: list[dict[str, Any]] = [
+            {"$currentOp": {}},
+            {"$match": {"ns": f"{shop.name}.loyalty_changes", "op": "insert"}},
+        ]
+        wait_until("no insert", lambda: not list(shop.client.admin.aggregate(inserts)))
+        make_change_log_older(shop, timedelta(minutes=11))
         undo = service("--undo", "last", **values)
         deadline = time.monotonic() + 2
         while undo.exit_code is None and time.monotonic() < deadline:
@@ -347,3 +358,97 @@ def test_the_changes_of_a_customer_have_the_outcome_of_their_recount(
         "\n  incomplete: some of the changes were perhaps not made"
         "\n  no record: some of the changes were perhaps not made\n"
     )
+
+
+def test_an_undo_that_was_killed_is_reported_until_it_is_repeated(
+    shop: Shop, uri: str, deployment: Deployment, service: Start, command: Command, capsys: Capture
+) -> None:
+    shop.users.insert_many([{"_id": n, "loyalty_points": 5} for n in range(100, 390)])
+    before = read_users(shop)
+    assert command("--once", "--force", BATCH_SIZE="10") == 0
+    recount = recount_id(shop)
+    with faults.pause_at(deployment.servers[0], shop.name, faults.WRITING) as wait_until_reached:
+        killed = service("--undo", "last", MONGODB_URI=uri)
+        wait_until_reached()
+        killed.kill()
+    assert 0 < shop.users.count_documents({"loyalty_points": 5}) < 299
+    capsys.readouterr()
+    assert command("--status") == 1
+    assert capsys.readouterr().out.endswith(
+        f"\nThe undo of recount {recount} has not finished: repeat --undo {recount}. "
+        "The points are STALE until the next successful recount\n"
+    )
+    assert command("--status", "--json") == 1
+    assert json.loads(capsys.readouterr().out)["undone_recount"] == str(recount)
+    assert command("--undo", "last") == 0
+    assert read_users(shop) == before
+    capsys.readouterr()
+    assert command("--status") == 1
+    assert f"\nRecount {recount} was undone: " in capsys.readouterr().out
+    assert command("--once", "--force") == 0
+    assert command("--status") == 0
+
+
+def test_an_undo_that_restores_no_user_leaves_the_points_fresh(
+    shop: Shop, command: Command, capsys: Capture
+) -> None:
+    assert command("--once") == 0
+    shop.users.update_many({}, {"$set": {"loyalty_points": 77}})
+    capsys.readouterr()
+    assert command("--undo", "last") == 1
+    assert "\n0 users restored\n" in capsys.readouterr().out
+    assert shop.loyalty_recounts.count_documents({}) == 1
+    assert command("--status") == 0
+
+
+@pytest.mark.parametrize("minutes", [-5, 180])
+def test_an_undo_is_known_whatever_the_clock_of_its_machine(
+    shop: Shop, command: Command, minutes: int
+) -> None:
+    assert command("--once") == 0
+    ship(shop, 3)
+    assert command("--once") == 0
+    assert command("--undo", "last") == 0
+    for record in shop.loyalty_recounts.find({"undone_recount": {"$exists": True}}):
+        at = record["finished_at"] + timedelta(minutes=minutes)
+        shop.loyalty_recounts.update_one({"_id": record["_id"]}, {"$set": {"finished_at": at}})
+    assert command("--status") == 1
+    assert command("--once") == 0
+    assert command("--status") == 0
+
+
+def test_a_recount_that_may_still_be_writing_is_not_undone(
+    shop: Shop, command: Command, capsys: Capture
+) -> None:
+    before = read_users(shop)
+    assert command("--once") == 0
+    written = read_users(shop)
+    shop.loyalty_recounts.delete_many({})  # a recount inserts its record after the last update
+    capsys.readouterr()
+    assert command("--undo", "last") == 1
+    said = capsys.readouterr()
+    assert f"recount {recount_id(shop)} has no record and logged changes at " in said.err
+    assert "it is still writing, or it was interrupted. Stop the service; --undo is" in said.err
+    assert said.out == ""
+    assert read_users(shop) == written
+    assert shop.loyalty_recounts.count_documents({}) == 0
+    assert command("--undo", "last", "--dry-run") == 0
+    make_change_log_older(shop, timedelta(minutes=11))
+    assert command("--undo", "last") == 0
+    assert read_users(shop) == before
+
+
+def test_without_records_outcomes_are_unknown_and_undo_is_possible(
+    shop: Shop, command: Command, capsys: Capture
+) -> None:
+    none = {"RECOUNTS_COLLECTION": "none"}
+    before = read_users(shop)
+    assert command("--once", **none) == 0
+    for arguments in (["--changes", "last"], ["--dry-run", "--customer", "3"]):
+        capsys.readouterr()
+        assert command(*arguments, **none) == 0
+        assert capsys.readouterr().out.endswith(
+            "\n  unknown: without the record of the recount, its outcome is not known\n"
+        )
+    assert command("--undo", "last", **none) == 0
+    assert read_users(shop) == before
