@@ -52,7 +52,7 @@ def shop(database: Database[Any]) -> Database[Any]:
 
 def rows(out: str) -> list[list[str]]:
     """Return the cells of the table of records, which has a header."""
-    table = [line for line in out.splitlines() if line.startswith("  ") and "Written" not in line]
+    table = [line for line in out.splitlines() if line.startswith("  ") and "written, " not in line]
     return [re.split(r"  +", line.strip()) for line in table]
 
 
