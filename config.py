@@ -144,8 +144,7 @@ class Settings:
     @property
     def order_filter_json(self) -> str:
         """`order_filter` as a string: a stored document must not have operators as field names."""
-        # Sorted, as the order of the conditions does not matter.
-        return json_util.dumps(dict(sorted(self.order_filter.items()))) if self.order_filter else ""
+        return json_util.dumps(dict(self.order_filter)) if self.order_filter else ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return all values by the names of their variables, without secrets."""

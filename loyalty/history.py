@@ -8,7 +8,7 @@ import socket
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -237,5 +237,7 @@ class History:
 def recorded_settings(settings: Settings) -> Document:
     """Return the settings that say what is counted, and where."""
     values = {name: getattr(settings, name) for name in (*TARGET_SETTINGS, *_COUNTED_SETTINGS)}
+    # Sorted: services that differ only in the order of these count the same orders.
+    settings = replace(settings, order_filter=dict(sorted(settings.order_filter.items())))
     statuses, order_filter = sorted(settings.order_statuses), settings.order_filter_json
     return values | {"order_statuses": statuses, "order_filter": order_filter}
