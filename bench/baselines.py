@@ -20,7 +20,7 @@ COUNT: dict[str, Any] = {"$group": {"_id": "$customer_id", "n": {"$sum": 1}}}
 
 
 def count_only(database: Database[Any]) -> None:
-    """Count the orders of each customer and write nothing: a lower bound for every recount."""
+    """Count the orders of each customer and write nothing."""
     print(*database.orders.aggregate([SHIPPED, COUNT, {"$count": "customers"}]))
 
 

@@ -11,7 +11,7 @@ from bench.measure import SERVICE, Results, median_run
 _COLOURS = {"count_only": "#8b95a1", SERVICE: "#2f9e6e", "merge": "#d9822b", "bulk": "#7c83db"}
 _TEXT = "#848d97"
 _LABELS = {
-    "count_only": "lower bound",
+    "count_only": "count only",
     SERVICE: "this service",
     "merge": "$merge",
     "bulk": "bulk_write",

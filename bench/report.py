@@ -29,7 +29,7 @@ from bench.shop import Shop, StageProfile
 from bench.undo import CUSTOMER, UNDO
 
 NAMES = {
-    "count_only": "lower bound: count, write nothing",
+    "count_only": "count only, write nothing",
     SERVICE: "this service",
     ONE_WORKER: "this service, `COUNT_WORKERS=1`",
     NO_CHANGE_LOG: "first fill, `CHANGES_COLLECTION=none`",
@@ -142,7 +142,7 @@ def state_table(title: str, results: Results) -> str:
     columns = [
         "",
         "seconds",
-        "ratio to lower bound",
+        "ratio to count only",
         "ratio to service",
         "users written",
         "client, MB",
