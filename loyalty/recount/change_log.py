@@ -18,7 +18,7 @@ from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.privileges import OWNER_FILTER, require_own_collection, require_privileges
 from loyalty.mongo.values import LENIENT_CODEC, SIMPLE_COLLATION, Document
 
-MAX_SILENCE = timedelta(minutes=10)
+MAX_SILENCE = timedelta(minutes=2)
 """A recount without a record that has logged no changes for this time was interrupted."""
 DOCUMENTS_PER_BATCH = 8
 """Documents in one reply. The server's limit, 16 MB, is 270,000 changes: 200 MB in Python."""
