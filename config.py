@@ -12,6 +12,7 @@ from loyalty.errors import ConfigurationError
 from loyalty.mongo.uri import parse_database, read_uri, split_uri
 from loyalty.parsers import (
     Parser,
+    check_text,
     choice_parser,
     duration_parser,
     integer_parser,
@@ -70,7 +71,7 @@ class Settings:
         "collection of the change log for --undo, or none",
     )
     retention: timedelta = setting(
-        "RETENTION", "90d", duration_parser(3650), "lifetime of records and changes, 1s to 3650d"
+        "RETENTION", "90d", duration_parser(3650), "lifetime of records and changes, up to 3650d"
     )
     order_statuses: tuple[str, ...] = setting(
         "ORDER_STATUSES", "Shipped", parse_statuses, "counted statuses, comma-separated"
@@ -182,6 +183,7 @@ def load(values: Mapping[str, str], problems: Iterable[str] = ()) -> Settings:
     for attribute, spec in setting_specs().items():
         text = nonempty.get(spec.name, spec.default)
         try:
+            check_text(text)
             # Whitespace at the ends may belong to a status.
             parsed[attribute] = spec.parse(text if spec.parse is parse_statuses else text.strip())
         except ValueError as error:
@@ -205,6 +207,11 @@ def _find_conflicts(settings: Settings) -> list[str]:
         problems.append(
             f"MONGODB_DATABASE: {settings.database!r} is reserved for the server; if this is the "
             "database in MONGODB_URI, set MONGODB_DATABASE"
+        )
+    if settings.retention < 2 * settings.recount_interval:
+        problems.append(
+            "RETENTION: must be at least twice RECOUNT_INTERVAL, or a record would expire before "
+            "the next recount, whose safety checks need it"
         )
     if _overlap(settings.status_field, settings.customer_field):
         problems.append("ORDER_STATUS_FIELD, ORDER_CUSTOMER_FIELD: must be different fields")

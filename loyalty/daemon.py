@@ -195,6 +195,7 @@ class Daemon:
         seconds = min(self._tick_seconds, max(0.0, self._due_at - time.monotonic()))
         try:
             if outcome := self._job.run_between(seconds, self._report_progress):
+                self._schedule_interval()
                 self._handle_outcome(outcome)
         except Exception as error:  # noqa: BLE001 -- logged there
             # The time before the error was idle: live updates have worked.
@@ -231,6 +232,10 @@ class Daemon:
     def _apply_intervals(self) -> None:
         self._interval_seconds = self._job.interval.total_seconds()
         self._stall_seconds = self._job.stall_timeout.total_seconds()
+        self._schedule_interval()
+
+    def _schedule_interval(self) -> None:
+        """Let the scheduler recount when an interval has passed from now on."""
         self.scheduler.clear()
         job = self.scheduler.every(int(self._interval_seconds)).seconds
         job.do(self._attempt, self._recount)

@@ -39,7 +39,8 @@ class Metrics:
     """Writes METRICS_FILE, always as a whole; without the setting, nothing happens.
 
     The counters and the last success are read back from the file, so they continue
-    after a restart, and several runs of `--once` are added. Safe for several threads and processes.
+    after a restart, and several runs of `--once` are added. Without `state`, the metrics of live
+    updates stay as they are. Safe for several threads and processes.
 
     The file is written every `refresh_seconds` at least: after 300 without a write, the alert says
     that the service is down.
@@ -61,7 +62,7 @@ class Metrics:
         }
         self._labels = ",".join(f'{name}="{_escape(text)}"' for name, text in labels.items())
         self._interval_seconds = settings.recount_interval.total_seconds()
-        self._state = state or ServiceState()
+        self._state = state
         self._refresh_seconds = refresh_seconds
         self._written_at = -inf
         self._warn_once = WarnOnce()
@@ -135,9 +136,12 @@ class Metrics:
             self._warn_once.reset("metrics_write_failed")
 
     def _state_values(self) -> dict[str, float]:
+        interval = {"loyalty_interval_seconds": self._interval_seconds}
+        if self._state is None:  # `--once`: another process may do live updates
+            return interval
         live = self._state.live
         return {
-            "loyalty_interval_seconds": self._interval_seconds,
+            **interval,
             "loyalty_live": int(live is not None),
             "loyalty_live_as_of_timestamp_seconds": live.as_of.timestamp() if live else 0,
             "loyalty_live_waiting": live.waiting if live else 0,

@@ -21,6 +21,12 @@ _FALSE = ("no", "false", "off", "0")
 Parser = Callable[[str], Any]
 
 
+def check_text(text: str) -> None:
+    """Raise ValueError for a value of the environment that is not UTF-8."""
+    if re.search("[\ud800-\udfff]", text):  # Python decodes such bytes as lone surrogates
+        raise ValueError("is not UTF-8 text")
+
+
 def none_or(parser: Parser) -> Parser:
     """Return a parser that returns "" for the word none, and otherwise calls `parser`."""
 

@@ -95,8 +95,8 @@ class Service:
 
     @property
     def stall_timeout(self) -> timedelta:
-        # No reply takes longer than the driver's socket timeout, COUNT_TIMEOUT and 30 s. At most
-        # two commands follow each other without a report.
+        # No reply takes longer than the driver's socket timeout, COUNT_TIMEOUT and 30 s, and the
+        # driver repeats a read once. A report follows each long query.
         return 2 * (self.settings.count_timeout + timedelta(minutes=1))
 
     def recount(self, on_progress: ProgressCallback) -> RecountOutcome:
@@ -116,8 +116,11 @@ class Service:
         except RecountRefused as error:
             log.error('refused reason="%s"', error)
             return RecountOutcome(f"refused: {error}", REFUSED_RETRY_SECONDS)
-        except (ClientUnusable, ConfigurationError):
+        except (ClientUnusable, ConfigurationError) as error:
             self.disconnect()
+            if isinstance(error, ClientUnusable):
+                # After a restore, the cluster time may be before that of the last recount.
+                self.updater = LiveUpdater(self.settings, self._limits, self.state)
             raise
         self.state.result = result
         self.updater.finish_recount(result)

@@ -17,7 +17,7 @@ def notify(*assignments: str) -> None:
     if address.startswith("@"):  # only a leading @ stands for a null byte
         address = "\0" + address[1:]
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender, suppress(OSError):
-        sender.sendto("\n".join(assignments).encode(), address)
+        sender.sendto("\n".join(assignments).encode(errors="replace"), address)
 
 
 def watchdog_seconds() -> float:
@@ -25,6 +25,6 @@ def watchdog_seconds() -> float:
 
     Infinite without a watchdog, and if the watchdog is meant for another process.
     """
-    if os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
+    if (os.environ.get("WATCHDOG_PID") or str(os.getpid())) != str(os.getpid()):
         return inf
-    return int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6 or inf
+    return int(os.environ.get("WATCHDOG_USEC") or 0) / 1e6 or inf

@@ -118,8 +118,10 @@ def _explain(orders: CustomerOrders, settings: Settings, *, user_exists: bool) -
 
 def _find_similar_ids(connection: Connection, settings: Settings, ids: Sequence[Any]) -> list[str]:
     """Return ids of users that an unknown id may mean."""
-    key = settings.user_key_field
-    found = [user for id_ in ids for user in find_similar_ids(connection.users, key, id_)]
+    users, key, max_time_ms = connection.users, settings.user_key_field, settings.count_ms
+    found = [
+        user for id_ in ids for user in find_similar_ids(users, key, id_, max_time_ms=max_time_ms)
+    ]
     return list(dict.fromkeys(map(format_value, found)))
 
 

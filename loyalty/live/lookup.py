@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Any
 
+import pymongo
 from bson import Timestamp
 
 from config import Settings
@@ -10,15 +11,20 @@ from loyalty.errors import ResyncRequired
 from loyalty.live.events import PendingChanges
 from loyalty.mongo.connection import Connection
 from loyalty.mongo.driver_errors import map_driver_errors
-from loyalty.mongo.values import READABLE_CODEC, Document, get_nested
-from loyalty.recount.snapshot import pin_cluster_time
+from loyalty.mongo.values import READABLE_CODEC, Document, get_nested, split_ids
+from loyalty.recount.snapshot import PIN_TIMEOUT_SECONDS, pin_cluster_time
 from loyalty.retry import SHORT_OUTAGE_RETRY, retry
 
 _MAX_IDS = 1_000  # in one command
 
 
 def resolve_customers(
-    connection: Connection, settings: Settings, changes: PendingChanges, not_before: Timestamp
+    connection: Connection,
+    settings: Settings,
+    changes: PendingChanges,
+    not_before: Timestamp,
+    *,
+    timeout_seconds: float = PIN_TIMEOUT_SECONDS,
 ) -> Timestamp:
     """Add the customers of updated orders; return the cluster time to count at.
 
@@ -27,10 +33,8 @@ def resolve_customers(
     deleted order is reported by a separate event. Raises ServiceError.
     """
     at: Timestamp | None = None
-    orders = changes.orders
-    for start in range(0, len(orders), _MAX_IDS):
-        chunk = orders[start : start + _MAX_IDS]
-        find = partial(_find, connection, settings, chunk, at, not_before)
+    for chunk in split_ids(changes.orders, _MAX_IDS):
+        find = partial(_find, connection, settings, chunk, at, not_before, timeout_seconds)
         found, at = retry(find, SHORT_OUTAGE_RETRY)
         for order in found:
             changes.add_customer(get_nested(order, settings.customer_field))
@@ -46,6 +50,7 @@ def _find(
     ids: list[Any],
     at: Timestamp | None,
     not_before: Timestamp,
+    timeout_seconds: float,
 ) -> tuple[list[Document], Timestamp | None]:
     """Return orders with their customers, and the cluster time that they were read at."""
     read_concern: dict[str, Any] = {"level": "snapshot"}
@@ -60,11 +65,11 @@ def _find(
         "batchSize": len(ids),
         "readConcern": read_concern,
     }
-    with map_driver_errors("find", orders):
+    with pymongo.timeout(timeout_seconds), map_driver_errors("find", orders):
         cursor = orders.database.command(command, codec_options=READABLE_CODEC)["cursor"]
     read_at: Timestamp | None = cursor.get("atClusterTime")  # None: the collection was dropped
     if read_at is not None and read_at < not_before:  # a new primary may be behind
-        return _find(connection, settings, ids, at=not_before, not_before=not_before)
+        return _find(connection, settings, ids, not_before, not_before, timeout_seconds)
     if cursor["id"]:  # the reply is full
         raise ResyncRequired(f"the customer ids of {len(ids):,} orders are larger than 16 MB")
     return cursor["firstBatch"], read_at

@@ -1,6 +1,7 @@
 """Live updates: recount the customers whose orders have changed, as soon as they have."""
 
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from math import inf
 
@@ -166,8 +167,9 @@ class LiveUpdater:
 
         The full recount that follows does not open the stream, until the index is there again.
         """
-        if problem := find_index_problem(connection.orders, self._settings):
-            raise ResyncRequired(f"live updates need a usable index: {problem}")
+        with suppress(DatabaseUnavailable):  # the next check follows soon
+            if problem := find_index_problem(connection.orders, self._settings):
+                raise ResyncRequired(f"live updates need a usable index: {problem}")
 
     def _report_state(self) -> None:
         """Report the progress of live updates, or in every state but `live` that there is none."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from bson.errors import BSONError
 from pymongo import errors as driver
 from pymongo.collection import Collection
 from pymongo.database import Database
@@ -42,7 +43,7 @@ def map_driver_errors(
     """
     try:
         yield
-    except (PyMongoError, OSError) as error:
+    except (PyMongoError, BSONError, OSError) as error:
         where = target if isinstance(target, str) else target.name
         if isinstance(target, Collection):
             where = target.full_name
@@ -58,8 +59,19 @@ def build_permission_error(operation: str, *, has_user: bool = True) -> NoPermis
     return NoPermission(f"no permission for {operation}: {hint}")
 
 
-def _map(error: PyMongoError | OSError, operation: str, if_too_slow: str) -> ServiceError:
-    if isinstance(error, BulkWriteError) and error.details["writeErrors"]:
+def _map(
+    error: PyMongoError | BSONError | OSError, operation: str, if_too_slow: str
+) -> ServiceError:
+    if isinstance(error, BSONError):  # its text may quote a value
+        kind = type(error).__name__
+        return ConfigurationError(
+            f"{operation} failed: a value is too large for one command, or not valid BSON ({kind})"
+        )
+    if (
+        isinstance(error, BulkWriteError)
+        and error.details["writeErrors"]
+        and not error.details["writeConcernErrors"]  # a failover could undo the other updates
+    ):
         return _map_write_errors(error.details, operation)
     if isinstance(error, OperationFailure | driver.NotPrimaryError):
         details: Mapping[str, Any] = error.details or {}  # type: ignore[assignment]  # or a list

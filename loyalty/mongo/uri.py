@@ -86,7 +86,8 @@ def check_uri(uri: str) -> list[str]:
         return [f"unknown option, or bad value of option {name!r}" for name in names]
     if not _is_accepted(_make_client, uri):
         together = ", ".join(option.partition("=")[0] for option in options)
-        return [f"these options contradict each other or another part: {together}"]
+        problem = "contradict each other or another part, or name a file that is not in PEM format"
+        return [f"these options {problem}: {together}"]
     return []
 
 

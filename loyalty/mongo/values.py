@@ -1,15 +1,16 @@
 """BSON values in Python: decoding without failures, and texts for people."""
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import bson
 from bson import Binary, DBRef, Decimal128, ObjectId
 from bson.codec_options import CodecOptions, DatetimeConversion
 
 Document = Mapping[str, Any]
+T = TypeVar("T")
 
 SIMPLE_COLLATION = {"locale": "simple"}
 """Overrides the collation of a collection: strings are equal only if all their bytes are."""
@@ -27,10 +28,27 @@ READABLE_CODEC: CodecOptions[dict[str, Any]] = LENIENT_CODEC.with_options(
 )
 
 MAX_VALUE_LENGTH = 60
+_MAX_CHUNK_BYTES = 4 * 1024 * 1024
+"""A command may have 16 MB, and some have three lists of the same ids."""
 
 
 def decode_documents(batch: bytes) -> list[dict[str, Any]]:
     return bson.decode_all(batch, LENIENT_CODEC)
+
+
+def split_ids(ids: Sequence[T], max_number: int) -> Iterator[list[T]]:
+    """Yield lists of consecutive ids, each small enough for one command."""
+    chunk: list[T] = []
+    size = 0
+    for item in ids:
+        item_size = len(bson.encode({"": item}))
+        if chunk and (len(chunk) == max_number or size + item_size > _MAX_CHUNK_BYTES):
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(item)
+        size += item_size
+    if chunk:
+        yield chunk
 
 
 def format_value(value: Any) -> str:

@@ -16,7 +16,7 @@ from loyalty.errors import SnapshotTooOld
 from loyalty.logs import log
 from loyalty.mongo.connection import Connection
 from loyalty.mongo.driver_errors import map_driver_errors
-from loyalty.mongo.values import SIMPLE_COLLATION
+from loyalty.mongo.values import SIMPLE_COLLATION, split_ids
 from loyalty.recount.customer_ids import MIXED_CASE_HEX_ID
 from loyalty.recount.index import Plan, inspect_plan
 from loyalty.recount.order_filter import counted_orders
@@ -91,8 +91,7 @@ class Counter:
             self._pin_snapshot()
         reads_all_orders = any(forms is None for _, forms in customers)
         size = len(customers) if reads_all_orders else MAX_CUSTOMERS_PER_QUERY
-        for start in range(0, len(customers), size):
-            chunk = customers[start : start + size]
+        for chunk in split_ids(customers, size):
             forms = [form for _, forms in chunk for form in forms or ()]
             partition = EVERYTHING if reads_all_orders else Partition([[{"$in": forms}]])
             scope = Scope(partition, [customer for customer, _ in chunk])
@@ -103,6 +102,7 @@ class Counter:
                 self._pin_snapshot()
                 batches = self._aggregate(scope)
             _handle_rows(batches, on_row)
+            self.on_progress("")
         return CountResult(self.snapshots)
 
     def _pin_snapshot(self) -> None:
@@ -173,6 +173,7 @@ class Counter:
         in_users = {settings.user_key_field: MIXED_CASE_HEX_ID}
         options = {"collation": SIMPLE_COLLATION, "max_time_ms": settings.count_ms}
         for collection, query in ((connection.orders, in_orders), (connection.users, in_users)):
+            self.on_progress("")
             with map_driver_errors("find", collection):
                 if collection.find_one(query, {"_id": 1}, **options) is not None:
                     return True

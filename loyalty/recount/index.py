@@ -9,7 +9,7 @@ from typing import Any
 from pymongo.collection import Collection
 
 from config import Settings
-from loyalty.errors import ServiceError
+from loyalty.errors import ConfigurationError
 from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.privileges import collection_type
 from loyalty.mongo.values import SIMPLE_COLLATION, Document
@@ -19,7 +19,7 @@ LARGE_COLLECTION_DOCUMENTS = 100_000
 """A count of fewer orders, or users, is fast without an index."""
 
 _NO_INDEX = "no usable index; create one with --create-index"
-_UNBOUNDED = (["[MinKey, MaxKey]"], ["[MaxKey, MinKey]"])
+_UNBOUNDED = (None, ["[MinKey, MaxKey]"], ["[MaxKey, MinKey]"])
 _EMPTY_RANGE = {"$gt": "", "$lt": "\x01"}
 _ALL_BUT_ONE = {"$ne": "\x01"}  # a condition with bounds, which every shard evaluates
 
@@ -49,14 +49,17 @@ def index_keys(settings: Settings) -> list[tuple[str, int]]:
 
 
 def inspect_plan(orders: Collection[Any], settings: Settings) -> Plan:
-    """Return how the server would read a partition; the worst case if it reports an error."""
+    """Return how the server would read a partition; the worst case if it cannot explain that.
+
+    Raises DatabaseUnavailable.
+    """
     try:
         plan = inspect_orders_plan(orders, settings)
         if plan.supports_partitions:
             users = inspect_users_plan(orders.database[settings.users], settings.user_key_field)
             if not users.supports_partitions:
                 return replace(plan, supports_partitions=False, advice=users.advice)
-    except ServiceError:  # the count itself reports what is wrong
+    except ConfigurationError:  # the count itself reports what is wrong
         return Plan()
     return plan
 
@@ -70,14 +73,15 @@ def inspect_orders_plan(orders: Collection[Any], settings: Settings) -> Plan:
     counted = counted_orders(settings)
     # Rejected plans included: for an empty range, the planner ranks several indexes equally.
     candidates = _explain(orders, {**counted, customer: _EMPTY_RANGE}, customer)
-    names = [scan["indexName"] for scan in _index_scans(candidates) if _is_bounded(scan, settings)]
+    scans = [scan for scan in _index_scans(candidates) if _is_bounded(scan, settings)]
+    names = [str(scan.get("indexName", "")) for scan in scans]
     plans = []
     for name in dict.fromkeys(names):
         # Once more for all customers, as the first plan may be that of one shard. A partial index
         # that lacks some of the customers has no bounds here.
         stages = _explain(orders, {**counted, customer: _ALL_BUT_ONE}, customer, name)
         if all(_is_bounded(scan, settings) for scan in _index_scans(stages)):
-            plans.append(_build_plan(str(name), stages, settings))
+            plans.append(_build_plan(name, stages, settings))
     if plans:
         return min(plans, key=lambda plan: (len(plan.missing_fields), plan.needs_fetch))
     if collection_type(orders.database, orders.name) == "view":
@@ -142,7 +146,7 @@ def _is_bounded(scan: Document, settings: Settings) -> bool:
     allowed = wanted.union(equality_fields(settings))
 
     def is_usable(name: str) -> bool:
-        return name in allowed and pattern[name] in (1, -1) and bounds[name] not in _UNBOUNDED
+        return name in allowed and pattern[name] in (1, -1) and bounds.get(name) not in _UNBOUNDED
 
     return wanted <= set(takewhile(is_usable, pattern))
 
@@ -165,7 +169,7 @@ def inspect_users_plan(users: Collection[Any], key: str) -> Plan:
     elif not is_bounded or not scans:
         why = f"{users.full_name} has no index on {key}; create it with --create-index"
     else:
-        name = str(scans[0]["indexName"])
+        name = str(scans[0].get("indexName", ""))
         if _multikey_fields(scans, [key]):
             why = _describe_multikey(f"{name} on {users.full_name}", "a user", [key])
     advice = f"a single query counts all customers, because {why}" if why else ""
@@ -173,16 +177,20 @@ def inspect_users_plan(users: Collection[Any], key: str) -> Plan:
 
 
 def find_index_problem(orders: Collection[Any], settings: Settings) -> str:
-    """Return what to do if the shop is large and partitions are not supported; else ""."""
-    with suppress(ServiceError), map_driver_errors("count", orders):
+    """Return what to do if the shop is large and partitions are not supported; else "".
+
+    Raises DatabaseUnavailable.
+    """
+    largest = 0
+    with suppress(ConfigurationError), map_driver_errors("count", orders):
         largest = orders.estimated_document_count()
         if settings.user_key_field != "_id":
             users = orders.database[settings.users]
             largest = max(largest, users.estimated_document_count())
-        if largest > LARGE_COLLECTION_DOCUMENTS:
-            plan = inspect_plan(orders, settings)
-            return "" if plan.supports_partitions else plan.advice
-    return ""
+    if largest <= LARGE_COLLECTION_DOCUMENTS:
+        return ""
+    plan = inspect_plan(orders, settings)
+    return "" if plan.supports_partitions else plan.advice
 
 
 def describe_view(orders: Collection[Any]) -> str:

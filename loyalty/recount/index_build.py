@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from itertools import combinations
 from typing import Any
@@ -10,7 +11,7 @@ from pymongo.collection import Collection
 from pymongo.errors import NetworkTimeout
 
 from config import Settings
-from loyalty.errors import ConfigurationError, DatabaseUnavailable, ServiceError
+from loyalty.errors import ConfigurationError, DatabaseUnavailable, QueryTimeout, ServiceError
 from loyalty.logs import log
 from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.error_codes import CODES
@@ -37,7 +38,8 @@ def create_index(orders: Collection[Any], settings: Settings) -> str:
     """
     inspect = partial(inspect_orders_plan, orders, settings)
     try:
-        return _ensure_index(orders, index_keys(settings), settings.customer_field, inspect)
+        keys, key_field = index_keys(settings), settings.customer_field
+        return _ensure_index(orders, keys, key_field, inspect, settings.count_ms)
     except ServiceError as error:
         if _code(error) == _CODES["CannotIndexParallelArrays"]:
             raise ConfigurationError(_describe_parallel_arrays(orders, settings)) from error
@@ -51,11 +53,15 @@ def create_user_index(users: Collection[Any], settings: Settings) -> str:
     """
     key = settings.user_key_field
     inspect = partial(inspect_users_plan, users, key)
-    return _ensure_index(users, [(key, 1)], key, inspect)
+    return _ensure_index(users, [(key, 1)], key, inspect, settings.count_ms)
 
 
 def _ensure_index(
-    collection: Collection[Any], keys: _Keys, key_field: str, inspect: Callable[[], Plan]
+    collection: Collection[Any],
+    keys: _Keys,
+    key_field: str,
+    inspect: Callable[[], Plan],
+    max_time_ms: int,
 ) -> str:
     kind = collection_type(collection.database, collection.name)
     if kind is None:
@@ -64,7 +70,10 @@ def _ensure_index(
         raise ConfigurationError(describe_view(collection))
     plan = inspect()
     if not plan.index_name or plan.missing_fields:
-        _check_arrays(collection, key_field)
+        try:
+            _check_arrays(collection, key_field, max_time_ms)
+        except QueryTimeout as error:
+            log.warning('arrays_not_checked error="%s"', error)
         name = _build_index(collection, keys)
         plan = inspect()
         if not plan.index_name or plan.missing_fields:  # a hidden index is not created again
@@ -77,13 +86,16 @@ def _ensure_index(
     return plan.index_name
 
 
-def _check_arrays(collection: Collection[Any], field: str) -> None:
+def _check_arrays(collection: Collection[Any], field: str, max_time_ms: int) -> None:
     """Raise ConfigurationError if a document holds an array in a field that must have none.
 
     Partitions could not use the index. It would stay multikey after a correction of the documents.
+    Raises QueryTimeout.
     """
-    with map_driver_errors("find", collection):
-        found = collection.find({"$or": array_conditions(field)}, {"_id": 1}).limit(5)
+    query = {"$or": array_conditions(field)}
+    advice = f"if {field} holds an array, recounts cannot use the index"
+    with map_driver_errors("find", collection, if_too_slow=advice):
+        found = collection.find(query, {"_id": 1}, max_time_ms=max_time_ms).limit(5)
         ids = ", ".join(format_value(document["_id"]) for document in found)
     if ids:
         raise ConfigurationError(
@@ -129,8 +141,9 @@ def _describe_parallel_arrays(orders: Collection[Any], settings: Settings) -> st
         {"$and": [{"$or": array_conditions(one)}, {"$or": array_conditions(other)}]}
         for one, other in combinations(names, 2)
     ]
-    with map_driver_errors("find", orders):
-        found = orders.find({"$or": pairs}, {"_id": 1}).limit(5)
+    ids = "not found within COUNT_TIMEOUT"
+    with suppress(QueryTimeout), map_driver_errors("find", orders):
+        found = orders.find({"$or": pairs}, {"_id": 1}, max_time_ms=settings.count_ms).limit(5)
         ids = ", ".join(format_value(order["_id"]) for order in found)
     fields = f"both {' and '.join(names)}" if len(names) == 2 else f"two of {', '.join(names)}"
     return (

@@ -32,8 +32,9 @@ def connect_and_verify(settings: Settings, *, writing: bool, recording: bool = T
     try:
         with suppress(DatabaseUnavailable):  # the first recount reports that, and retries
             _probe_aggregation(connection, settings)
-        if problem := find_index_problem(connection.orders, settings):
-            log.warning('index_missing reason="%s"', problem)
+        with suppress(DatabaseUnavailable):
+            if problem := find_index_problem(connection.orders, settings):
+                log.warning('index_missing reason="%s"', problem)
         if writing and recording:
             with suppress(NoPermission):  # a missing record is a warning, not an error
                 History(connection.recounts, settings).check_collection()

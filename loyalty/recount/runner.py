@@ -155,7 +155,7 @@ class _Recount:
         elif request.customers is None:
             report = check_totals(result.totals, settings, _read_previous(self.history))
             if not result.totals.counted_orders or not result.totals.users:
-                report.add(check_uncounted(self.connection, settings))
+                report.add(check_uncounted(self.connection, settings, self.on_progress))
             result.refusal, result.warnings = report.refusal, report.warnings
         if not request.write:
             return

@@ -42,7 +42,9 @@ class UnknownCustomerList:
         return map(bson.decode, self._spool)
 
 
-def find_similar_ids(users: Collection[Any], key: str, customer: Any) -> list[Any]:
+def find_similar_ids(
+    users: Collection[Any], key: str, customer: Any, *, max_time_ms: int
+) -> list[Any]:
     """Return up to 5 keys of users that an unknown customer id may mean. Raises ServiceError.
 
     Strings are also compared without regard to case, for which the server reads all users.
@@ -55,9 +57,10 @@ def find_similar_ids(users: Collection[Any], key: str, customer: Any) -> list[An
         ignore_case = {"locale": "en", "strength": 2}
         queries.append({"filter": {key: customer.strip()}, "collation": ignore_case})
     found: dict[bytes, Any] = {}
-    with map_driver_errors("find", users):
+    options = {"projection": {key: 1}, "limit": MAX_SIMILAR_IDS, "max_time_ms": max_time_ms}
+    with map_driver_errors("find", users, if_too_slow="raise COUNT_TIMEOUT"):
         for query in queries:
-            for user in lenient.find(projection={key: 1}, limit=MAX_SIMILAR_IDS, **query):
+            for user in lenient.find(**query, **options):
                 found[bson.encode({"": user["_id"]})] = get_nested(user, key)
     return list(found.values())[:MAX_SIMILAR_IDS]
 

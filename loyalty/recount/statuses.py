@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from pymongo.collection import Collection
 
 from config import Settings
+from loyalty.concurrency import ProgressCallback
 from loyalty.mongo.connection import Connection
 from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.values import SIMPLE_COLLATION, Document
@@ -61,11 +62,15 @@ def find_missing_collections(connection: Connection) -> str | None:
     return check_collections(missing, existing)
 
 
-def check_uncounted(connection: Connection, settings: Settings) -> SafetyReport:
+def check_uncounted(
+    connection: Connection, settings: Settings, on_progress: ProgressCallback
+) -> SafetyReport:
     """Check a recount that counted no order or no user. Raises ServiceError."""
+    on_progress("")
     if refusal := find_missing_collections(connection):
         return SafetyReport(refusals=[refusal])
     report = check_statuses(count_statuses(connection, settings), settings)
+    on_progress("")
     in_users: list[Document] = [{"$match": counted_orders(settings)}, {"$limit": 1}]
     if _aggregate(connection.users, in_users, settings):
         report.refusals.append(describe_swapped_collections(settings))

@@ -26,10 +26,13 @@ from loyalty.recount.tally import User
 MAX_WRITERS = 8
 MAX_SAMPLES = 5
 MAX_BATCH_BYTES = 4 * 1024 * 1024
-"""Maximum size of the ids and old values in one batch; a command may have 16 MB."""
+"""Maximum size of the ids and old values in one batch of several users."""
+_MAX_CHANGE_BYTES = 16 * 1024 * 1024 - 16 * 1024
+"""Maximum size of one user's change: a document of the change log may have 16 MB."""
 _OBJECT_ID_BYTES = 20  # with its place in an array; to measure each would take time
 UNSUPPORTED_VALUE = "UnsupportedValue"
-"""The code name of an update whose id or old value Python cannot encode unchanged."""
+"""The code name of an update whose id or old value Python cannot encode unchanged, or is too large
+for the change log."""
 
 LogChanges = Callable[[Sequence[Document]], None]
 """Is called with a batch's changes, `{user, before, after}`, before the batch is written."""
@@ -105,11 +108,15 @@ class PendingUpdates:
             try:
                 size = len(bson.encode(change))
             except (InvalidBSON, InvalidDocument, InvalidStringData, UnicodeEncodeError):
+                size = _MAX_CHANGE_BYTES + 1
+            if size > _MAX_CHANGE_BYTES:
                 self.result.add_failure(UNSUPPORTED_VALUE, user.id)
                 return
+        if self._batch and self._batch_bytes + size > MAX_BATCH_BYTES:
+            self._end_batch()
         self._batch.append(change)
         self._batch_bytes += size
-        if len(self._batch) == self._batch_size or self._batch_bytes > MAX_BATCH_BYTES:
+        if len(self._batch) == self._batch_size:
             self._end_batch()
 
     def _end_batch(self) -> None:
