@@ -117,7 +117,7 @@ def test_help_has_one_line_for_each_setting_with_its_default() -> None:
         ("RECOUNTS_COLLECTION", "none", ""),
         ("CHANGES_COLLECTION", "c", "c"),
         ("CHANGES_COLLECTION", "None", ""),
-        ("RETENTION", "1s", timedelta(seconds=1)),
+        ("RETENTION", "4h", timedelta(hours=4)),
         ("RETENTION", "3650d", timedelta(days=3650)),
         ("ORDER_STATUSES", " Shipped, Delivered ,,Shipped", ("Shipped", "Delivered")),
         ("POINTS_PER_ORDER", "5", 5),
@@ -293,6 +293,21 @@ def test_collections_must_be_different(values: dict[str, str]) -> None:
     assert "must be different collections" in problem
     both = {"RECOUNTS_COLLECTION": "none", "CHANGES_COLLECTION": "none"}
     assert load({"MONGODB_URI": URI, **both})
+
+
+def test_a_record_must_not_expire_before_the_recount_after_the_next() -> None:
+    values = {"RETENTION": "199s", "RECOUNT_INTERVAL": "100s"}
+    (problem,) = problems_of(values)
+    assert problem.startswith("RETENTION: must be at least twice RECOUNT_INTERVAL")
+    assert load({"MONGODB_URI": URI, **values, "RETENTION": "200s"})
+
+
+@pytest.mark.parametrize("name", ["MONGODB_DATABASE", "ORDER_STATUSES", "USERS_COLLECTION"])
+def test_a_value_that_is_not_utf8_is_a_problem(name: str) -> None:
+    value = "gr\udcf6\udcdfe"  # as Python decodes Latin-1 in the environment
+    assert problems_of({name: value}) == [f"{name}: is not UTF-8 text"]
+    uri = f"mongodb://h/?appName={value}"
+    assert "MONGODB_URI: is not UTF-8 text" in problems_of({"MONGODB_URI": uri})
 
 
 @given(values=st.dictionaries(st.sampled_from([*BAD, "MONGODB_URI"]), st.text(max_size=30)))
@@ -630,6 +645,7 @@ def test_a_database_of_the_server_is_a_problem_unless_another_is_set() -> None:
         ("mongodb://h/?tls=true&ssl=false", "tls, ssl"),
         ("mongodb://h/?w=1&w=2", "w, w"),
         ("mongodb://h/?authMechanism=SCRAM-SHA-256", "authMechanism"),
+        (f"mongodb://h/?tls=true&tlsCAFile={__file__}", "not in PEM format: tls, tlsCAFile"),
     ],
 )
 def test_a_bad_uri_is_one_problem_in_plain_words(uri: str, words: str) -> None:

@@ -25,7 +25,9 @@ from loyalty.recount.pipeline import NonCanonicalIdFound
 from loyalty.recount.result import CountResult, Result
 from loyalty.recount.runner import RecountRequest, run_recount
 from loyalty.recount.snapshot import pin_cluster_time
+from loyalty.recount.statuses import check_uncounted
 from loyalty.recount.tally import CustomerCount, UpToDate
+from sandbox import faults
 from sandbox.mongod import Deployment, wait_until
 from sandbox.shop import find_mismatches
 
@@ -376,3 +378,36 @@ def test_an_order_that_arrives_after_the_count_does_not_refuse_the_recount(
     )
     assert result.refusal is None
     assert result.totals.counted_orders == 0
+
+
+def test_a_transient_error_of_explain_does_not_cause_a_single_query(
+    connection: Connection, deployment: Deployment
+) -> None:
+    connection.users.insert_one({"_id": ADA})
+    ship(connection, ADA)
+    interrupted = 11601
+    with faults.fail_command(deployment.servers[0], "explain", 1, errorCode=interrupted):
+        result = recount(connection)
+    assert result.count.supports_partitions
+    assert find_mismatches(connection.users.database) == []
+
+
+def test_customers_with_large_ids_are_counted_in_several_queries(connection: Connection) -> None:
+    ids = [f"{n:01000000}" for n in range(8)]
+    for customer in ids:
+        connection.users.insert_one({"_id": customer})
+        ship(connection, customer)
+    customers = [(customer, indexable_forms(customer)) for customer in ids]
+    request = RecountRequest(customers=customers)
+    reports: list[str] = []
+    result = run_recount(connection, SETTINGS, History(None), request, reports.append)
+    assert result.written == 8
+    assert len(reports) > 2
+    assert find_mismatches(connection.users.database) == []
+
+
+def test_progress_is_reported_between_the_queries_about_statuses(connection: Connection) -> None:
+    connection.users.insert_one({"_id": ADA})
+    reports: list[str] = []
+    check_uncounted(connection, SETTINGS, reports.append)
+    assert reports == ["", ""]

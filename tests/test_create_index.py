@@ -9,6 +9,9 @@ from conftest import Command
 from pymongo.database import Database
 from small_shop import fill
 
+from loyalty.errors import QueryTimeout
+from loyalty.recount.similar_ids import find_similar_ids
+
 Capture = pytest.CaptureFixture[str]
 
 
@@ -73,3 +76,19 @@ def test_no_index_is_created_while_a_user_holds_an_array_in_its_key(
     assert command("--create-index", USER_KEY_FIELD="email") == 78
     assert "documents hold an array in email, such as those with _id 1." in capsys.readouterr().err
     assert list(shop.users.index_information()) == ["_id_"]
+
+
+def test_an_index_is_created_also_if_the_search_for_arrays_takes_too_long(
+    shop: Database[Any], command: Command, capsys: Capture
+) -> None:
+    point = ("configureFailPoint", "maxTimeAlwaysTimeOut")
+    shop.client.admin.command(*point, mode="alwaysOn")
+    try:
+        assert command("--create-index") == 0
+        with pytest.raises(QueryTimeout, match="raise COUNT_TIMEOUT"):
+            find_similar_ids(shop.users, "_id", "ada", max_time_ms=1_000)
+    finally:
+        shop.client.admin.command(*point, mode="off")
+    assert "status_1_customer_id_1" in shop.orders.index_information()
+    (line,) = (e for e in capsys.readouterr().err.splitlines() if "arrays_not_checked" in e)
+    assert "if customer_id holds an array, recounts cannot use the index" in line

@@ -207,6 +207,26 @@ def test_an_unscheduled_recount_can_request_an_earlier_recount() -> None:
     assert second - first >= 0.3
 
 
+def test_the_interval_begins_again_after_an_unscheduled_recount() -> None:
+    times: list[datetime | None] = []
+
+    def run_between(seconds: float) -> RecountOutcome | None:
+        if job.count("recount"):
+            times.append(daemon.scheduler.next_run)
+            if len(times) == 1:
+                return RecountOutcome("resync")
+        time.sleep(seconds)
+        return None
+
+    job = FakeJob(run_between=run_between)
+    daemon = make(job)
+    run_until(job, lambda: len(times) > 1, daemon)
+    before, after = times[:2]
+    assert before
+    assert after
+    assert after > before
+
+
 def test_a_recount_cannot_request_a_later_next_recount(systemd: Callable[[], list[str]]) -> None:
     job = FakeJob(lambda _: RecountOutcome("refused", retry_after_seconds=1e6), interval=1)
     run_until(job, lambda: systemd() and job.count("recount") == 2)

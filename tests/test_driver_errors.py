@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bson.errors import InvalidBSON
 from certificates import make_certificate
 from conftest import settings_for
 from pymongo import MongoClient, UpdateOne
 from pymongo.database import Database
-from pymongo.errors import BulkWriteError, NetworkTimeout, OperationFailure
+from pymongo.errors import BulkWriteError, DocumentTooLarge, NetworkTimeout, OperationFailure
 
 from loyalty.errors import (
     AuthenticationFailed,
@@ -102,6 +103,14 @@ def test_a_changed_split_horizon_is_not_an_unsupported_feature() -> None:
     text = "The original request horizon parameter does not match"
     error = mapped(failure(303, text, codeName="SplitHorizonChange"))
     assert type(error) is DatabaseUnavailable
+
+
+@pytest.mark.parametrize("error", [DocumentTooLarge("a secret"), InvalidBSON("a secret")])
+def test_a_value_that_no_command_can_have_is_a_configuration_error(error: Exception) -> None:
+    result = mapped(error)
+    assert type(result) is ConfigurationError
+    assert "too large for one command" in str(result)
+    assert "secret" not in str(result)
 
 
 def test_the_error_for_a_too_old_snapshot_names_the_server_parameter(

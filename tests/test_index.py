@@ -322,3 +322,33 @@ def same_index(one: tuple[Any, Any], other: tuple[Any, Any]) -> bool:
     """Return whether the server regards two indexes as equal except for their names."""
     kinds = [{k: v for k, v in options.items() if k != "hidden"} for _, options in (one, other)]
     return bool(one[0] == other[0]) and kinds[0] == kinds[1]
+
+
+class OrdersWithoutBounds:
+    """The orders on a server whose explanations lack the bounds of indexes."""
+
+    def __init__(self, orders: Collection[Any]) -> None:
+        self.name, self.full_name = orders.name, orders.full_name
+        self._database = orders.database
+
+    @property
+    def database(self) -> Any:
+        return self
+
+    def with_options(self, **options: Any) -> Any:
+        return self._database.with_options(**options)
+
+    def command(self, *arguments: Any, **options: Any) -> Any:
+        return without_bounds(self._database.command(*arguments, **options))
+
+
+def without_bounds(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: without_bounds(v) for k, v in value.items() if k != "indexBounds"}
+    return [without_bounds(part) for part in value] if isinstance(value, list) else value
+
+
+def test_an_index_whose_bounds_are_not_explained_is_not_used(orders: Collection[Any]) -> None:
+    orders.create_index(KEYS)
+    stand_in: Any = OrdersWithoutBounds(orders)
+    assert not inspect_plan(stand_in, SETTINGS).supports_partitions

@@ -24,11 +24,13 @@ from pymongo.database import Database
 
 from loyalty import service
 from loyalty.concurrency import ignore_progress
-from loyalty.errors import ConfigurationError, DatabaseUnavailable, ResyncRequired
+from loyalty.errors import ClientUnusable, ConfigurationError, DatabaseUnavailable, ResyncRequired
 from loyalty.heartbeat import HEARTBEAT_INTERVAL
 from loyalty.history import History
 from loyalty.live import events, updater
+from loyalty.live.lookup import resolve_customers
 from loyalty.live.state import TRANSITIONS, LiveState
+from loyalty.live.updater import NEVER
 from loyalty.live.watcher import ChangeStreamWatcher, LiveLimits
 from loyalty.mongo.connection import connect
 from loyalty.recount import runner
@@ -381,6 +383,65 @@ def test_live_updates_run_only_while_the_index_exists(
         make_index(small_shop)
         harness.recount()
         assert harness.is_live
+
+
+def test_a_transient_error_of_explain_does_not_end_live_updates(
+    deployment: Deployment, small_shop: Database[Any], low_limit: int
+) -> None:
+    small_shop.orders.insert_many({"status": "Paid"} for _ in range(low_limit + 1))
+    options = {"heartbeat_interval": timedelta(0)}
+    server, interrupted = deployment.servers[0], 11601
+    with ExitStack() as stack:
+        # The first error is that of the check when the service connects.
+        with faults.fail_command(server, "explain", 2, errorCode=interrupted):
+            harness = stack.enter_context(live_service(deployment, small_shop, options))
+        assert harness.is_live
+        with faults.fail_command(server, "explain", 1, errorCode=interrupted):
+            harness.update()
+        harness.update()
+        assert harness.is_live
+        assert small_shop.loyalty_recounts.count_documents({"outcome": "succeeded"}) == 1
+
+
+def test_a_recount_after_a_restore_may_read_before_the_last_one(
+    small: LiveHarness, deployment: Deployment
+) -> None:
+    small.service.updater.newest = Timestamp(2**32 - 2, 1)
+    with (
+        faults.fail_command(deployment.servers[0], "find", 1, errorCode=205),
+        pytest.raises(ClientUnusable),
+    ):
+        small.recount()
+    small.shop.orders.insert_one(shipped(IDS[0]))
+    small.recount()
+    assert small.is_live
+    assert points(small.shop) == [2, 1, 1]
+
+
+def test_a_lookup_on_a_dead_connection_is_repeated(
+    small: LiveHarness, deployment: Deployment, uri: str
+) -> None:
+    settings = settings_for(uri)
+    order = small.shop.orders.find_one({"customer_id": str(IDS[1])})
+    assert order
+    changes = events.PendingChanges(orders=[order["_id"]])
+    blocking = {"blockConnection": True, "blockTimeMS": 30_000}
+    with connect(settings) as connection:
+        started = time.monotonic()
+        with faults.fail_command(deployment.servers[0], "find", 1, **blocking):
+            resolve_customers(connection, settings, changes, NEVER, timeout_seconds=1)
+        assert time.monotonic() - started < 25
+    assert [*changes.customers.values()] == [IDS[1]]
+
+
+def test_a_lookup_of_large_order_ids_is_split(small: LiveHarness, uri: str) -> None:
+    ids = [f"{n:020000}" for n in range(1_000)]
+    small.shop.orders.insert_one({"_id": ids[-1], **shipped(IDS[2])})
+    settings = settings_for(uri)
+    changes = events.PendingChanges(orders=ids)
+    with connect(settings) as connection:
+        resolve_customers(connection, settings, changes, NEVER)
+    assert [*changes.customers.values()] == [IDS[2]]
 
 
 @pytest.mark.usefixtures("pre_images")

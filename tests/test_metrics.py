@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from contextlib import suppress
-from datetime import UTC
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pymongo.database import Database
 
 from loyalty.concurrency import ignore_progress
+from loyalty.heartbeat import Heartbeat
 from loyalty.metrics import Metrics
 from loyalty.service import Service
 from loyalty.state import ServiceState
@@ -211,6 +212,20 @@ def test_live_updates_are_in_the_metrics_while_they_are_running(
         assert samples(file)["loyalty_live"] == 0
         assert samples(file)["loyalty_live_as_of_timestamp_seconds"] == 0
         assert samples(file)["loyalty_as_of_timestamp_seconds"] == as_of
+
+
+def test_once_does_not_change_the_metrics_of_live_updates(tmp_path: Path) -> None:
+    file = tmp_path / "loyalty.prom"
+    settings = settings_for("mongodb://x/", METRICS_FILE=str(file))
+    now = datetime.now(UTC)
+    live = Heartbeat(
+        live_since=now, as_of=now, last_event=None, last_update=None, users_updated=1, waiting=3
+    )
+    Metrics(settings, ServiceState(live=live, live_lag_seconds=2)).write()
+    before = samples(file)
+    assert before["loyalty_live_waiting"] == 3
+    Metrics(settings).write()
+    assert samples(file) == before
 
 
 def test_the_file_is_written_again_when_it_is_a_minute_old(tmp_path: Path) -> None:

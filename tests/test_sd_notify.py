@@ -42,7 +42,7 @@ def test_a_notification_without_a_listener_is_dropped(
     address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", address)
-    systemd.notify("READY=1")
+    systemd.notify("READY=1", "STATUS=not UTF-8: \udce4")
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,9 @@ def test_a_notification_without_a_listener_is_dropped(
     [
         ({}, inf),
         ({"WATCHDOG_USEC": "0"}, inf),
+        ({"WATCHDOG_USEC": ""}, inf),
         ({"WATCHDOG_USEC": "100000"}, 0.1),
+        ({"WATCHDOG_USEC": "100000", "WATCHDOG_PID": ""}, 0.1),
         ({"WATCHDOG_USEC": "100000", "WATCHDOG_PID": str(os.getpid())}, 0.1),
         ({"WATCHDOG_USEC": "100000", "WATCHDOG_PID": "1"}, inf),
     ],

@@ -168,7 +168,7 @@ ENDS = {
     "COUNT_WORKERS": ("1", "16"),
     "MAX_DECREASE_PERCENT": ("0", "100"),
     "BATCH_SIZE": ("1", "100000"),
-    "RETENTION": ("1s", "3650d"),
+    "RETENTION": ("2s", "3650d"),
     "LOG_LEVEL": ("DEBUG", "ERROR"),
     "MONGODB_DATABASE": ("a", "a" * 63),
     "USER_POINTS_FIELD": ("p", ".".join("p" * 50)),

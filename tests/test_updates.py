@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import uuid4
 
 import pytest
+from bson import ObjectId
 from conftest import settings_for
 from pymongo import UpdateMany
 from pymongo.errors import BulkWriteError
@@ -15,6 +17,7 @@ from loyalty.concurrency import ignore_progress
 from loyalty.errors import DatabaseUnavailable, TooManyFailedUpdates
 from loyalty.history import History
 from loyalty.mongo.connection import Connection, connect
+from loyalty.recount.change_log import ChangeLog, find_changes
 from loyalty.recount.result import Result
 from loyalty.recount.runner import RecountRequest, run_recount
 from loyalty.recount.tally import User
@@ -206,6 +209,43 @@ def test_a_batch_is_ended_before_it_is_too_large_for_one_command(connection: Con
     connection.users.insert_many([{"_id": user_id} for user_id in ids])
     updates = write_points(connection.users, ids, batch_size=100_000)
     assert updates.result.written == 40
+
+
+def test_a_value_that_the_change_log_cannot_hold_is_a_failed_update(connection: Connection) -> None:
+    changes = connection.changes
+    assert changes is not None
+    now = datetime.now(UTC)
+    log = ChangeLog(
+        changes,
+        users="users",
+        points_field="loyalty_points",
+        recount=ObjectId(),
+        at=now,
+        cluster_time=None,
+        expires_at=now + timedelta(days=1),
+    )
+    with PendingUpdates(1000, "loyalty_points") as updates:
+        for user_id, size in enumerate([10, 4_000_000, 13_000_000, 16_770_000, 10]):
+            updates.add(User(user_id, "x" * size, has_points=True), 1)
+        updates.write(connection.users, ignore_progress, log.insert)
+    result = updates.result
+    assert (result.written, result.failures) == (4, {"UnsupportedValue": 1})
+    logged = [change["user"] for batch in find_changes(changes, log.recount) for change in batch]
+    assert sorted(logged) == [0, 1, 2, 4]
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_failed_write_concern_is_no_failed_update(
+    connection: Connection, deployment: Deployment, failing: int
+) -> None:
+    rule = {"$or": [{"loyalty_points": {"$exists": False}}, {"_id": {"$gte": failing}}]}
+    connection.users.database.command("collMod", "users", validator=rule)
+    error = {"code": 64, "errmsg": "waiting for replication timed out"}
+    with (
+        faults.fail_command(deployment.servers[0], "update", 99, writeConcernError=error),
+        pytest.raises(DatabaseUnavailable, match="code 64, WriteConcernTimeout"),
+    ):
+        recount(connection)
 
 
 def test_progress_is_reported_after_each_batch(connection: Connection) -> None:
