@@ -31,8 +31,8 @@ _MAX_CHANGE_BYTES = 16 * 1024 * 1024 - 16 * 1024
 """Maximum size of one user's change: a document of the change log may have 16 MB."""
 _OBJECT_ID_BYTES = 20  # with its place in an array; to measure each would take time
 UNSUPPORTED_VALUE = "UnsupportedValue"
-"""The code name of an update whose id or old value Python cannot encode unchanged, or is too large
-for the change log."""
+"""The code name of an update whose id or old value Python cannot encode unchanged, or whose old
+value is too large for the change log."""
 
 LogChanges = Callable[[Sequence[Document]], None]
 """Is called with a batch's changes, `{user, before, after}`, before the batch is written."""
