@@ -130,7 +130,7 @@ def _map_server_error(
     if name == "IllegalOperation" and "writeErrors" in details:  # the driver's own reply, no text
         reason = "this server does not support retryable writes: add retryWrites=false to the URI"
     error_type = _classify(code, details, reason)
-    if name == "BSONObjectTooLarge" and operation.startswith("watch "):
+    if name == "BSONObjectTooLarge" and operation.startswith("changeStream "):
         error_type = ResyncRequired  # the event is too large, and no resume can skip it
     if error_type is NoPermission:
         return build_permission_error(operation, has_user="requires authentication" not in reason)
