@@ -245,7 +245,7 @@ def test_a_failed_write_concern_is_no_failed_update(
         faults.fail_command(deployment.servers[0], "update", 99, writeConcernError=error),
         pytest.raises(DatabaseUnavailable, match="code 64, WriteConcernTimeout"),
     ):
-        recount(connection)
+        recount(connection, BATCH_SIZE="10")
 
 
 def test_progress_is_reported_after_each_batch(connection: Connection) -> None:
