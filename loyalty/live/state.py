@@ -25,10 +25,10 @@ class LiveState(StrEnum):
 TRANSITIONS = {
     (LiveState.OFF, LiveState.OPENING): "the change stream was opened before a full recount",
     (LiveState.OPENING, LiveState.LIVE): "the full recount succeeded",
-    (LiveState.OPENING, LiveState.OFF): "the full recount failed, was refused, or found a mixed-case id",
+    (LiveState.OPENING, LiveState.OFF): "a failed or refused recount, or a mixed-case id",
     (LiveState.LIVE, LiveState.PAUSED): "a live update would take points from too many users",
     (LiveState.LIVE, LiveState.RESYNC): "the change stream cannot be continued",
-    (LiveState.LIVE, LiveState.OFF): "an error, a reload, a refused recount, or a second mass change in an interval",
+    (LiveState.LIVE, LiveState.OFF): "an error, a reload, a refused recount, a second mass change",
     (LiveState.PAUSED, LiveState.LIVE): "a scheduled full recount succeeded",
     (LiveState.PAUSED, LiveState.RESYNC): "the mass change is over, or has taken too long",
     (LiveState.PAUSED, LiveState.OFF): "an error, a reload, or a refused full recount",
