@@ -339,7 +339,9 @@ def test_recounts_fail_while_the_disk_of_the_server_is_full(tmp_path: Path, serv
     with ExitStack() as stack:
         disk = stack.enter_context(small_disk(tmp_path / "disk"))
         deployment = stack.enter_context(Deployment(options=options, parent=disk))
-        harness = stack.enter_context(start_harness(deployment))
+        # More updates than fit into the journal file in use.
+        large = start_harness(deployment, users=4000, orders=8000)
+        harness = stack.enter_context(large)
         server = deployment.servers[0]
         with faults.pause_at(server, harness.database.name, WRITING) as wait_until_reached:
             daemon = service(MONGODB_URI=harness.uri)
