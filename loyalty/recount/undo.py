@@ -52,7 +52,7 @@ def find_unrecorded(
 def resolve_recount(
     connection: Connection, settings: Settings, history: History, text: str
 ) -> LoggedRecount:
-    """Return the logged recount with the id `text`, or for "last" the newest one with an effect.
+    """Return the logged recount for `text`, an ObjectId or "last": the newest one with an effect.
 
     That one wrote the collection and the field in the settings, changed users, and is not undone.
     Raises RecountNotFound, and other ServiceErrors.
@@ -62,15 +62,13 @@ def resolve_recount(
         others = {"recount": {"$nin": history.find_recounts_without_effect()}}
         found = find_recount(change_log, {**logged_target(settings), **others})
         hint = f"no recount that changed {settings.users}.{settings.points_field} and is not undone"
-    elif ObjectId.is_valid(text):
+    else:
         found, hint = find_recount(change_log, {"recount": ObjectId(text)}), f"no recount {text}"
         if found is None and (undone := history.find_undone_recounts(ObjectId(text))):
             raise RecountNotFound(
                 f"{text} is the undo of recount {undone[0]}, and an undo cannot be undone: the "
                 f"next recount counts again. To repeat the undo, give {undone[0]}"
             )
-    else:
-        raise RecountNotFound(f"{text!r} is neither the id of a recount nor last")
     if found is None:
         raise RecountNotFound(f"{change_log.full_name} holds {hint}; --status lists the recounts")
     return found
