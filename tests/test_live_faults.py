@@ -116,13 +116,18 @@ def test_sigterm_ends_live_updates_within_two_seconds(
 
 
 @pytest.mark.size(1, deep=10)
-def test_when_one_of_two_services_is_killed_all_points_become_exact(
+def test_when_one_of_two_services_is_killed_all_points_are_exact_after_the_next_recount(
     harness: FaultHarness, start: Start, size: int
 ) -> None:
+    """Live updates alone do not guarantee it.
+
+    The killed service can have written an older count after the survivor has written a newer one,
+    and only the killed service would have read the newer event next (docs/guarantees.md).
+    """
     with ExitStack() as stack:
         # Many orders are returned within seconds: the safety check would pause live updates.
         survivor = start(harness.uri, MAX_DECREASE_PERCENT="100")
-        for _ in range(size):
+        for recounts in range(1, size + 1):
             other = start(harness.uri, MAX_DECREASE_PERCENT="100")
             stack.callback(other.kill)
             ship_all(harness)
@@ -131,11 +136,13 @@ def test_when_one_of_two_services_is_killed_all_points_become_exact(
                     other.kill()
                 harness.shop.ship_orders(20)
                 harness.shop.return_orders(20)
-            wait_until_exact(harness.database)
+            assert len(lines_with("outcome=succeeded", survivor)) == recounts
             # The operations that the other service has left on the server have ended by now.
+            survivor.send_signal(signal.SIGHUP)
+            survivor.wait_for("outcome=succeeded", times=recounts + 1)
+            wait_until_exact(harness.database)
             time.sleep(0.2)
             assert find_mismatches(harness.database) == []
-        assert len(lines_with("outcome=succeeded", survivor)) == 1
 
 
 def test_each_drop_or_rename_of_orders_causes_one_full_recount(
