@@ -465,6 +465,28 @@ def test_one_customer_is_counted_without_a_collection_scan(uri: str, customer: s
         assert "COLLSCAN" not in stages
 
 
+@pytest.mark.parametrize("digits", ["66", "6abcdefabcdefa"])
+def test_a_mixed_case_id_is_found_without_a_scan_of_the_index(uri: str, digits: str) -> None:
+    settings, rng = settings_for(uri), random.Random(3)
+    customer = ObjectId(f"{digits:a<24}")
+    text = str(customer)
+    mixed = [rng.choice([c.upper(), c]) for c in text[:-1]]
+    forms = ["".join(mixed) + case for case in "aA"]
+    forms += [text, text.upper(), text[:12] + text[12:].upper(), text[:12].upper() + text[12:]]
+    others = [f"{n:024x}" for n in range(0, 16**24, 16**24 // 2_000)]
+    others += [text[:-1] + "b", text + "a", text[:-1], f" {text}"]
+    with connect(settings, writing=True) as connection:
+        connection.users.insert_one({"_id": customer})
+        connection.orders.insert_many([{"customer_id": id_, "status": "Shipped"} for id_ in forms])
+        connection.orders.insert_many([{"customer_id": id_, "status": "Shipped"} for id_ in others])
+        connection.orders.create_index(index_keys(settings))
+        found = {"status": "Shipped", "customer_id": {"$in": all_forms(customer)}}
+        stored = [order["customer_id"] for order in connection.orders.find(found)]
+        assert sorted(stored) == sorted(forms)
+        plan = explain(connection, [{"$match": found}])
+        assert sum(find_values(plan, "totalKeysExamined")) < 150
+
+
 def test_the_index_is_used_for_a_collection_with_a_collation(uri: str) -> None:
     with connect(settings_for(uri), writing=True) as connection:
         shop = connection.orders.database

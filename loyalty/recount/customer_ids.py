@@ -18,6 +18,7 @@ NO_CUSTOMER: list[Any] = []
 
 MIXED_CASE_HEX_ID = Regex("^(?=.*[a-f])(?=.*[A-F])[0-9A-Fa-f]{24}$")
 
+_MAX_PATTERNS = 16
 _INT64 = range(-(2**63), 2**63)
 _UUID_REPRESENTATIONS = (
     UuidRepresentation.STANDARD,
@@ -79,13 +80,22 @@ def indexable_forms(customer: Any) -> list[Any]:
 
 
 def all_forms(customer: Any) -> list[Any]:
-    """Return values for `$in` that find every form of a canonical id.
+    """Return values for `$in` that find every form of a canonical id in an index.
 
-    The pattern makes the server read every string in the index.
+    A pattern that ignores case makes the server read every string in the index: 20 s for 10 million
+    orders. Therefore each pattern begins with one of the forms of the first digits. With 4 letters
+    among these digits there are 16 patterns.
     """
-    if isinstance(customer, ObjectId):
-        return [customer, Regex(f"^{customer}$", "i")]
-    return [customer]
+    if not isinstance(customer, ObjectId):
+        return [customer]
+    beginnings, end = [""], ""
+    for digit in str(customer):
+        cases = list(dict.fromkeys([digit, digit.upper()]))
+        if len(beginnings) * len(cases) <= _MAX_PATTERNS and not end:
+            beginnings = [beginning + case for beginning in beginnings for case in cases]
+        else:
+            end += f"[{''.join(cases)}]"
+    return [customer, *(Regex(f"^{beginning}{end}$") for beginning in beginnings)]
 
 
 def parse_id_argument(text: str) -> list[Any]:
