@@ -61,7 +61,9 @@ install: check-prefix ## install or upgrade the systemd service, as root
 	set -e; for unit in $(unit) $(checks); do \
 	  sed 's#/opt/loyalty-microservice#$(PREFIX)#g; s#/etc/loyalty-microservice#$(SYSCONFDIR)#g' \
 	    "deploy/$$unit" > "$(DESTDIR)$(UNITDIR)/$$unit"; done
-	sed 's#loyalty\.env#%i.env#g; s#^Description=.*#& (%i)#; s#^SyslogIdentifier=.*#&@%i#' \
+# A user for each shop: by default, all instances have one, who could read the settings of each.
+	sed -e 's#loyalty\.env#%i.env#g; s#^Description=.*#& (%i)#; s#^SyslogIdentifier=.*#&@%i#' \
+	  -e 's#^DynamicUser=yes#&\nUser=loyalty-%i#' \
 	  '$(DESTDIR)$(UNITDIR)/$(unit)' > '$(DESTDIR)$(UNITDIR)/$(template)'
 	chmod 0644 $(units:%='$(DESTDIR)$(UNITDIR)/%')
 	test -d '$(dir $(settings))' || install -d -m 0700 '$(dir $(settings))'

@@ -741,8 +741,15 @@ def test_a_second_shop_uses_the_same_unit_with_its_own_settings(
         "Description=Loyalty points: counts shipped orders for each customer (%i)",
         *(line.replace("loyalty.env", "%i.env") for line in one if "loyalty.env" in line),
         "SyslogIdentifier=loyalty-microservice@%i",
+        "User=loyalty-%i",
     ]
-    assert len(one) == len(other)
+    assert len(one) == len(other) - 1
+    assert _user_id(service, "loyalty-microservice@books") != _user_id(service, UNIT)
+
+
+def _user_id(machine: Machine, unit: str) -> str:
+    pid = machine.systemctl("show", "--property=MainPID", "--value", unit).strip()
+    return machine.run("stat", "--format=%u", f"/proc/{pid}").strip()
 
 
 def _alerts(machine: Machine) -> list[str]:
