@@ -33,19 +33,19 @@ def set_log_format(name: str) -> None:
 
 
 class WarnOnce:
-    """Log each event as a warning once, and again only after a `reset`."""
+    """Log each event of a subject as a warning once, and again only after a `reset`."""
 
     def __init__(self) -> None:
-        self._logged: set[str] = set()
+        self._logged: set[tuple[str, str]] = set()
 
-    def __call__(self, event: str, error: object) -> None:
-        if event not in self._logged:
-            self._logged.add(event)
+    def __call__(self, event: str, error: object, subject: str = "") -> None:
+        if (event, subject) not in self._logged:
+            self._logged.add((event, subject))
             log.warning('%s error="%s"', event, error, extra={"event": event})
 
-    def reset(self, event: str) -> None:
+    def reset(self, event: str, subject: str = "") -> None:
         """Allow the next warning of this event: the operation has succeeded again."""
-        self._logged.discard(event)
+        self._logged.discard((event, subject))
 
 
 def escape_control_characters(text: str) -> str:

@@ -61,7 +61,7 @@ def _recount(
     rows: list[CustomerCount] = []
     customers = [(id_, all_forms(id_)) for id_ in ids]
     request = RecountRequest(customers=customers, rows=rows, write=write)
-    result = run_recount(connection, settings, History(None), request)
+    result = run_recount(connection, settings, History(connection.recounts, settings), request)
     return rows, result.outcome == "succeeded" and (write or not result.totals.changed)
 
 
