@@ -34,16 +34,15 @@ def run(args: argparse.Namespace, settings: Settings, *, write: bool) -> Exit:
         for argument in args.customer:
             ids = parse_id_argument(argument)
             rows, is_up_to_date = _recount(connection, settings, ids, write=write)
+            users = _list_users(rows, settings)
             document = {
                 "customer": argument,
                 "orders": _find_orders(connection, settings, ids, rows),
-                "users": _list_users(rows, settings),
-                "similar_ids": [],
+                "users": users,
+                "similar_ids": [] if users else _find_similar_ids(connection, settings, ids),
                 "changes": _find_changes(connection, settings, ids, rows),
             }
-            if not document["users"]:
-                document["similar_ids"] = _find_similar_ids(connection, settings, ids)
-            if not document["users"] or not is_up_to_date:
+            if not users or not is_up_to_date:
                 code = Exit.FINDINGS
             if args.json:
                 documents.append(document)
@@ -118,10 +117,8 @@ def _explain(orders: CustomerOrders, settings: Settings, *, user_exists: bool) -
 
 def _find_similar_ids(connection: Connection, settings: Settings, ids: Sequence[Any]) -> list[str]:
     """Return ids of users that an unknown id may mean."""
-    users, key, max_time_ms = connection.users, settings.user_key_field, settings.count_ms
-    found = [
-        user for id_ in ids for user in find_similar_ids(users, key, id_, max_time_ms=max_time_ms)
-    ]
+    users, key, limit = connection.users, settings.user_key_field, settings.count_ms
+    found = [user for id_ in ids for user in find_similar_ids(users, key, id_, max_time_ms=limit)]
     return list(dict.fromkeys(map(format_value, found)))
 
 
