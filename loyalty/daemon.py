@@ -116,7 +116,7 @@ class Daemon:
         log.info("stopped signal=%s", signal.Signals(received).name)
 
     def _wait_for_stop(self, signals: socket.socket) -> int:
-        timeout = min(self._tick_seconds, systemd.watchdog_seconds() / 2)
+        timeout = min(self._tick_seconds, systemd.read_watchdog_seconds() / 2)
         while True:
             if select.select([signals], [], [], timeout)[0]:
                 number = signals.recv(1)[0]
