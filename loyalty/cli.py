@@ -152,20 +152,20 @@ def _make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--undo",
         metavar="RECOUNT",
-        type=_recount,
+        type=_parse_recount,
         help="restore the points that users had before a recount (its id, or last); with "
         "--dry-run, only show this; exit 1 if some users are not restored",
     )
     commands.add_argument(
         "--changes",
         metavar="RECOUNT",
-        type=_recount,
+        type=_parse_recount,
         help="list the changes of a recount (its id, or last)",
     )
     parser.add_argument(
         "--customer",
         metavar="ID",
-        type=_customer,
+        type=_parse_customer,
         action="append",
         default=[],
         help='with --once or --dry-run: recount only this customer; repeatable; "" shows the '
@@ -185,13 +185,13 @@ def _make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _recount(text: str) -> str:
+def _parse_recount(text: str) -> str:
     if text != "last" and not ObjectId.is_valid(text):
         raise argparse.ArgumentTypeError(f"{text!r} is neither the id of a recount nor last")
     return text
 
 
-def _customer(text: str) -> str:
+def _parse_customer(text: str) -> str:
     if any("\udc80" <= character <= "\udcff" for character in text):
         raise argparse.ArgumentTypeError("the id is not valid in this terminal's encoding")
     return text

@@ -43,7 +43,7 @@ class History:
 
     def __init__(self, collection: Collection[Any] | None, settings: Settings) -> None:
         self._collection = collection
-        self._settings = _recorded_settings(settings)
+        self._settings = _select_recorded_settings(settings)
         self._retention = settings.retention
         self._target = {name: self._settings[name] for name in _TARGET_SETTINGS}
         self._have_expiry_index: set[str] = set()
@@ -54,7 +54,7 @@ class History:
         """Insert the record of one recount. A failure causes one warning, and raises no error."""
         if self._collection is None:
             return
-        record = {**OWNER_FILTER, **record, **self._common_fields(record["finished_at"])}
+        record = {**OWNER_FILTER, **record, **self._build_common_fields(record["finished_at"])}
         with self._warn_on_failure("record_write_failed", self._collection):
             if record["outcome"] in _UNDO_OUTCOMES:
                 success = self._find_success()
@@ -74,7 +74,7 @@ class History:
         if self._collection is None:
             return
         heartbeat_id = {"_id": {"heartbeat_of": socket.gethostname(), **self._target}}
-        values = {**OWNER_FILTER, **asdict(heartbeat), **self._common_fields(heartbeat.at)}
+        values = {**OWNER_FILTER, **asdict(heartbeat), **self._build_common_fields(heartbeat.at)}
         values["outcome"] = "live"
         del values["at"]  # its age is measured by the server's clock, not by this machine's
         update = {"$set": values, "$currentDate": {"at": True, "finished_at": True}}
@@ -87,7 +87,7 @@ class History:
             collection = self._collection.with_options(write_concern=WriteConcern(1))
             collection.update_one(heartbeat_id, update, upsert=True)
 
-    def _common_fields(self, at: datetime) -> dict[str, Any]:
+    def _build_common_fields(self, at: datetime) -> dict[str, Any]:
         return {
             "settings": self._settings,
             "host": socket.gethostname(),
@@ -232,7 +232,7 @@ class History:
         return None
 
 
-def _recorded_settings(settings: Settings) -> dict[str, Any]:
+def _select_recorded_settings(settings: Settings) -> dict[str, Any]:
     """Return the settings that say what is counted, and where."""
     values = {name: getattr(settings, name) for name in (*_TARGET_SETTINGS, *_COUNTED_SETTINGS)}
     # Sorted: services with the same statuses or conditions in another order count the same orders.

@@ -20,7 +20,7 @@ log = logging.getLogger(LOGGER)
 def log_to_stderr() -> None:
     """Set up logging: for the journal if stderr is connected to it, for people otherwise."""
     handler = logging.StreamHandler()
-    handler.setFormatter(_formatter("text"))
+    handler.setFormatter(_make_formatter("text"))
     # Other libraries only from WARNING on: at DEBUG the driver logs commands and documents.
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger(LOGGER).setLevel(logging.INFO)
@@ -29,7 +29,7 @@ def log_to_stderr() -> None:
 def set_log_format(name: str) -> None:
     """Switch to the log format `name`: `json`, or lines for people."""
     for handler in logging.getLogger().handlers:
-        handler.setFormatter(_formatter(name))
+        handler.setFormatter(_make_formatter(name))
 
 
 class WarnOnce:
@@ -58,7 +58,7 @@ def escape_control_characters(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _formatter(name: str) -> logging.Formatter:
+def _make_formatter(name: str) -> logging.Formatter:
     is_json, under_journal = name.strip().lower() == "json", _is_under_journal()
     line = "%(message)s" if under_journal else "%(asctime)s %(levelname)s %(message)s"
     formatter = _JsonFormatter() if is_json else _TextFormatter(line, "%Y-%m-%dT%H:%M:%SZ")

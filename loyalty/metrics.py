@@ -122,20 +122,20 @@ class Metrics:
         try:
             with _lock(self._file.parent):
                 samples = self._load(self._file)
-                for name, value in {**self._state_values(), **(values or {})}.items():
-                    samples[self._sample(name)] = value
-                as_of = self._sample("loyalty_as_of_timestamp_seconds")
-                live_as_of = self._sample("loyalty_live_as_of_timestamp_seconds")
+                for name, value in {**self._read_state(), **(values or {})}.items():
+                    samples[self._format_sample(name)] = value
+                as_of = self._format_sample("loyalty_as_of_timestamp_seconds")
+                live_as_of = self._format_sample("loyalty_live_as_of_timestamp_seconds")
                 samples[as_of] = max(samples[as_of], samples[live_as_of])
                 if outcome is not None:
-                    samples[self._sample(_RECOUNTS, outcome)] += 1
+                    samples[self._format_sample(_RECOUNTS, outcome)] += 1
                 _replace(self._file, _format(samples))
         except OSError as error:
             self._warn_once("metrics_write_failed", f"{self._file}: {error.strerror}")
         else:
             self._warn_once.reset("metrics_write_failed")
 
-    def _state_values(self) -> dict[str, float]:
+    def _read_state(self) -> dict[str, float]:
         interval = {"loyalty_interval_seconds": self._interval_seconds}
         if self._state is None:  # `--once`: another process may do live updates
             return interval
@@ -148,14 +148,14 @@ class Metrics:
             "loyalty_live_lag_seconds": self._state.live_lag_seconds,
         }
 
-    def _sample(self, name: str, outcome: str | None = None) -> str:
+    def _format_sample(self, name: str, outcome: str | None = None) -> str:
         labels = self._labels + (f',outcome="{outcome}"' if outcome else "")
         return f"{name}{{{labels}}}"
 
     def _load(self, file: Path) -> dict[str, float]:
         """Return the value of each sample in the file; 0 for a sample that is not in it."""
-        samples = [self._sample(_RECOUNTS, outcome) for outcome in get_args(Outcome)]
-        samples += [self._sample(name) for name in _METRICS if name != _RECOUNTS]
+        samples = [self._format_sample(_RECOUNTS, outcome) for outcome in get_args(Outcome)]
+        samples += [self._format_sample(name) for name in _METRICS if name != _RECOUNTS]
         values = dict.fromkeys(samples, 0.0)
         with suppress(OSError, ValueError):  # no file yet, or not one of ours
             for line in file.read_text(encoding="utf-8").splitlines():

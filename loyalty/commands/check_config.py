@@ -38,6 +38,8 @@ from loyalty.recount.safety import (
 )
 from loyalty.recount.statuses import MAX_STATUSES, count_statuses, find_missing_collections
 
+Rows = list[tuple[str, str]]
+
 
 def run(args: argparse.Namespace, settings: Settings) -> Exit:
     """Check everything and print it. The exit code is FINDINGS if there is a problem.
@@ -54,14 +56,14 @@ def run(args: argparse.Namespace, settings: Settings) -> Exit:
     with connect_and_verify(settings, writing=True, recording=False) as connection:
         missing, errors = _check_own_collections(connection, settings)
         permissions = "; ".join(missing) or None
-        print_rows(*_settings_rows(settings, connection, permissions or "sufficient"))
+        print_rows(*_build_settings_rows(settings, connection, permissions or "sufficient"))
         live_problem = None
         if settings.live_updates:
             live_problem = find_live_updates_problem(connection, settings)
-            print_rows(*_live_updates_rows(connection, live_problem))
+            print_rows(*_build_live_updates_rows(connection, live_problem))
         index = _describe_index(connection, settings)
         statuses = count_statuses(connection, settings)
-        print_rows(*_order_rows(settings, index, statuses))
+        print_rows(*_build_order_rows(settings, index, statuses))
         result, problems = _count_all(connection, settings, statuses)
         if live_problem:
             problems.append(f"live updates will not work: {live_problem}")
@@ -69,7 +71,7 @@ def run(args: argparse.Namespace, settings: Settings) -> Exit:
             _print_count(result, problems)
         elif not errors:
             checks = {"problems": problems, "permissions": permissions, "index": index}
-            print_json({**checks, **_details_json(connection, settings, statuses, result)})
+            print_json({**checks, **_details_to_json(connection, settings, statuses, result)})
     if errors:
         raise ConfigurationError(*errors)
     return Exit.FINDINGS if problems or permissions else Exit.OK
@@ -135,9 +137,7 @@ def _describe_index(connection: Connection, settings: Settings) -> str:
     return f"{plan.advice}; {have} an array in {' or '.join(fields)}. Correct these orders first"
 
 
-def _settings_rows(
-    settings: Settings, connection: Connection, permissions: str
-) -> list[tuple[str, str]]:
+def _build_settings_rows(settings: Settings, connection: Connection, permissions: str) -> Rows:
     reason = connection.snapshot_unsupported_reason
     return [
         ("hosts", settings.hosts),
@@ -148,7 +148,7 @@ def _settings_rows(
     ]
 
 
-def _live_updates_rows(connection: Connection, live_problem: str | None) -> list[tuple[str, str]]:
+def _build_live_updates_rows(connection: Connection, live_problem: str | None) -> Rows:
     """Return whether live updates will work, and whether pre-images are on."""
     return [
         ("live updates", f"will NOT work: {live_problem}" if live_problem else "will work"),
@@ -172,7 +172,7 @@ def _describe_pre_images(connection: Connection) -> str:
     )
 
 
-def _order_rows(settings: Settings, index: str, statuses: StatusCounts) -> list[tuple[str, str]]:
+def _build_order_rows(settings: Settings, index: str, statuses: StatusCounts) -> Rows:
     """Return the index, and the number of orders by status, the most frequent first.
 
     Rare statuses are left out, except for counted ones.
@@ -204,7 +204,7 @@ def _print_count(result: Result | None, problems: Sequence[str]) -> None:
         print_line(f"PROBLEM: {problem}")
 
 
-def _details_json(
+def _details_to_json(
     connection: Connection, settings: Settings, statuses: StatusCounts, result: Result | None
 ) -> Document:
     return {
@@ -217,5 +217,5 @@ def _details_json(
             {"status": format_status(s), "orders": n, "counted": is_counted(s, settings)}
             for s, n in statuses
         ],
-        "dry_run": dry_run.dry_run_json(result) if result else None,
+        "dry_run": dry_run.to_json(result) if result else None,
     }

@@ -6,7 +6,7 @@ from contextlib import suppress
 from typing import Any
 
 from config import Settings
-from loyalty.commands.changes import change_json, print_outcomes
+from loyalty.commands.changes import change_to_json, print_outcomes
 from loyalty.commands.output import format_cell, print_json, print_line, print_table
 from loyalty.errors import Exit, NoPermission
 from loyalty.history import History
@@ -141,7 +141,7 @@ def _find_changes(
             "at": row["at"],
             "recount": row["recount"],
             "outcome": outcomes[row["recount"]],
-            **change_json(row["change"]),
+            **change_to_json(row["change"]),
         }
         for row in logged
     ]

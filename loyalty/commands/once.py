@@ -25,14 +25,14 @@ def run(args: argparse.Namespace, settings: Settings) -> Exit:
         result = run_recount(connection, settings, history, RecountRequest(force=args.force))
     metrics.record_recount(result)
     if args.json:
-        print_json(result_json(result))
+        print_json(result_to_json(result))
     else:
         print_line(f"Recount {result.outcome} in {result.seconds:.1f} s")
         print_totals(result)
     return Exit.OK if result.outcome == "succeeded" else Exit.FINDINGS
 
 
-def result_json(result: Result) -> Document:
+def result_to_json(result: Result) -> Document:
     """Return the record of a recount and the number of users."""
     return {**build_record(result), "users": result.totals.users}
 

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from config import VERSION, Settings
-from loyalty.commands.changes import change_json, format_points, print_recount
+from loyalty.commands.changes import change_to_json, format_points, print_recount
 from loyalty.commands.output import pluralize, print_json, print_line
 from loyalty.commands.status import read_server_time
 from loyalty.errors import Exit, RecountNotEnded
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace, settings: Settings) -> Exit:
     write = not args.dry_run
 
     def print_user(user: LoggedUser) -> None:
-        row = _user_json(user)
+        row = _user_to_json(user)
         if args.json:
             print_json(row)
         else:
@@ -92,10 +92,10 @@ def _build_record(
     return record
 
 
-def _user_json(user: LoggedUser) -> Document:
+def _user_to_json(user: LoggedUser) -> Document:
     """Return a user who is not restored as `{user, from, to, found, why}`."""
     found = "no user" if user.is_deleted else format_points(user.stored)
-    return {**change_json(user.change), "found": found, "why": user.why_not_restored}
+    return {**change_to_json(user.change), "found": found, "why": user.why_not_restored}
 
 
 def _print_result(result: UndoResult, *, write: bool) -> None:
