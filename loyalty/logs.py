@@ -1,8 +1,8 @@
 """The log on stderr: lines for the journal, lines for people, or one JSON object a line.
 
-Every message begins with the name of its event, a constant: the first word of the format string, as
-in `log.info("connected host=%s", host)`. If the format string itself has a variable for the name,
-`extra={"event": name}` gives it. The values that programs need are also in `extra={"fields": {}}`.
+The first word of each format string is the name of the event, as in
+`log.info("connected host=%s", host)`. Where it is a variable, `extra={"event": name}` repeats the
+name. `extra={"fields": {...}}` has the values that programs need.
 """
 
 import json

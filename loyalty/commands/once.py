@@ -39,16 +39,17 @@ def result_to_json(result: Result) -> Document:
 
 def print_totals(result: Result, *, is_dry_run: bool = False) -> None:
     """Print what a recount counted, and how many users it wrote or, in a dry run, would write."""
-    totals, written = result.totals, result.written
+    totals = result.totals
     unknown = f"{totals.unknown_customers:,}"
     if totals.unknown_customers:
         unknown += f" with {pluralize(totals.orders_of_unknown_customers, 'order')}"
+    written = totals.changed if is_dry_run else result.written
     rows = [("users", f"{totals.users:,}")]
     if is_dry_run:
         rows.append(("users with points", f"{totals.users_with_points_before:,} before"))
     rows += [
         ("counted orders", f"{totals.counted_orders:,}"),
-        ("changed users", _describe_changes(totals, totals.changed if is_dry_run else written)),
+        ("changed users", _describe_changes(totals, written)),
         ("unknown customers", unknown),
         ("orders without customer", f"{totals.orders_without_customer:,}"),
         ("as of", f"{format_cell(result.as_of)} UTC ({_describe_snapshot(result)})"),
@@ -58,7 +59,7 @@ def print_totals(result: Result, *, is_dry_run: bool = False) -> None:
     print_table(*rows)
 
 
-def _describe_changes(totals: Totals, changed: int) -> str:
+def _describe_changes(totals: Totals, written: int) -> str:
     kinds = {
         "increased": totals.increased,
         "decreased": totals.decreased,
@@ -67,8 +68,8 @@ def _describe_changes(totals: Totals, changed: int) -> str:
     kinds["changed only in type"] = totals.changed - sum(kinds.values())
     always = ("increased", "decreased")
     parts = [f"{n:,} {kind}" for kind, n in kinds.items() if n or kind in always]
-    share = "" if changed == totals.changed else f" of {totals.changed:,}"
-    return f"{changed:,}{share} ({', '.join(parts)})"
+    share = "" if written == totals.changed else f" of {totals.changed:,}"
+    return f"{written:,}{share} ({', '.join(parts)})"
 
 
 def _describe_snapshot(result: Result) -> str:

@@ -154,7 +154,7 @@ def _print_last_outcome(records: Sequence[Document]) -> None:
         or_more = " or more" if number == MAX_RECORDS else ""
         print_line(f"The last {number}{or_more} recounts did not succeed")
     ended = "failed" if last["outcome"] == "failed" else "was refused by the safety checks"
-    print_line(f"The last recount {ended}" + (f": {last['error']}" if last["error"] else ""))
+    print_line(f"The last recount {ended}: {last['error']}")
 
 
 def _print_freshness(status: Status) -> None:
@@ -197,8 +197,7 @@ def _print_age(status: Status, age: timedelta) -> None:
             )
     elif status.records[0]["outcome"] in _UNSUCCESSFUL_OUTCOMES:
         verdict = f"still {verdict}, from an earlier recount"
-    whole_seconds = timedelta(seconds=int(age.total_seconds()))
-    print_line(f"The points are {format_duration(whole_seconds)} old: {verdict}")
+    print_line(f"The points are {format_duration(age)} old: {verdict}")
 
 
 def _print_live_updates(status: Status) -> None:
