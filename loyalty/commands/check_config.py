@@ -65,6 +65,8 @@ def run(args: argparse.Namespace, settings: Settings) -> Exit:
         statuses = count_statuses(connection, settings)
         print_rows(*_build_order_rows(settings, index, statuses))
         result, problems = _count_all(connection, settings, statuses)
+        if problem := Metrics(settings).check():
+            problems.append(problem)
         if live_problem:
             problems.append(f"live updates will not work: {live_problem}")
         if not args.json:
@@ -113,13 +115,11 @@ def _count_all(
         problems.append(missing)
     else:
         result = dry_run.make_dry_run(connection, settings)
-    is_any_counted = any(is_counted(status, settings) for status, _ in statuses)
+    has_counted_orders = any(is_counted(status, settings) for status, _ in statuses)
     if result is not None and result.refusal:
         problems.append(f"the safety checks would refuse the recount: {result.refusal}")
-    elif not is_any_counted and 0 < len(statuses) < MAX_STATUSES:  # of more, some are unknown
+    elif not has_counted_orders and 0 < len(statuses) < MAX_STATUSES:  # the list is complete
         problems.append(describe_uncounted(statuses, settings))
-    if problem := Metrics(settings).check():
-        problems.append(problem)
     return result, problems
 
 

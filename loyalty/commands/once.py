@@ -44,6 +44,7 @@ def print_totals(result: Result, *, is_dry_run: bool = False) -> None:
     if totals.unknown_customers:
         unknown += f" with {pluralize(totals.orders_of_unknown_customers, 'order')}"
     written = totals.changed if is_dry_run else result.written
+    exactness = "exact: one snapshot" if result.count.exact else "not exact: no single snapshot"
     rows = [("users", f"{totals.users:,}")]
     if is_dry_run:
         rows.append(("users with points", f"{totals.users_with_points_before:,} before"))
@@ -52,7 +53,7 @@ def print_totals(result: Result, *, is_dry_run: bool = False) -> None:
         ("changed users", _describe_changes(totals, written)),
         ("unknown customers", unknown),
         ("orders without customer", f"{totals.orders_without_customer:,}"),
-        ("as of", f"{format_cell(result.as_of)} UTC ({_describe_snapshot(result)})"),
+        ("as of", f"{format_cell(result.as_of)} UTC ({exactness})"),
     ]
     if result.failed_updates:
         rows.append(("failed updates", f"{result.failed_updates:,}"))
@@ -70,8 +71,3 @@ def _describe_changes(totals: Totals, written: int) -> str:
     parts = [f"{n:,} {kind}" for kind, n in kinds.items() if n or kind in always]
     share = "" if written == totals.changed else f" of {totals.changed:,}"
     return f"{written:,}{share} ({', '.join(parts)})"
-
-
-def _describe_snapshot(result: Result) -> str:
-    # On an idle server the snapshot may be some seconds older than the start of the recount.
-    return "exact: one snapshot" if result.count.exact else "not exact: no single snapshot"
