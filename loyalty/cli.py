@@ -69,7 +69,7 @@ def run_process() -> NoReturn:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = _parse(argv)
+    args = _parse_arguments(argv)
     log_to_stderr()
     try:
         return _run_command(args)
@@ -117,7 +117,7 @@ def _log_settings_problems(error: ConfigurationError, env_file: Path) -> None:
     )
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the arguments; `run` is the function of the command."""
     parser = _make_parser()
     args = parser.parse_args(argv)
