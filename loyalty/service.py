@@ -116,11 +116,13 @@ class Service:
         except RecountRefused as error:
             log.error('refused reason="%s"', error)
             return RecountOutcome(f"refused: {error}", REFUSED_RETRY_SECONDS)
-        except (ClientUnusable, ConfigurationError) as error:
+        except ConfigurationError:  # the next connection verifies again what is wrong
             self.disconnect()
-            if isinstance(error, ClientUnusable):
-                # After a restore, the cluster time may be before that of the last recount.
-                self.updater = LiveUpdater(self.settings, self._limits, self.state)
+            raise
+        except ClientUnusable:
+            self.disconnect()
+            # After a restore, the cluster time may be before that of the last recount.
+            self.updater = LiveUpdater(self.settings, self._limits, self.state)
             raise
         self.state.result = result
         self.updater.finish_recount(result)
