@@ -122,11 +122,11 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _make_parser()
     args = parser.parse_args(argv)
     args.dry_run = args.run is dry_run.run
-    if args.undo is not None:
-        if (args.run is not None and not args.dry_run) or args.changes is not None or args.customer:
+    if args.undo:
+        if args.run not in (None, dry_run.run) or args.changes:
             parser.error("--undo cannot be combined with another command, except --dry-run")
         args.run = undo.run
-    elif args.changes is not None:
+    elif args.changes:
         args.run = changes.run
     if args.customer and args.run not in (once.run, dry_run.run):
         parser.error("--customer needs --once or --dry-run")

@@ -213,9 +213,9 @@ class History:
             return self._collection.distinct(field, {**OWNER_FILTER, **condition})
 
     def compute_age(self, now: datetime, heartbeat: Heartbeat | None = None) -> timedelta | None:
-        """Return the age of the points; None if no recount has succeeded. Raises ServiceError.
+        """Return the age of the points at the server's time `now`. Raises ServiceError.
 
-        `now` is the server's time, as all times that it is compared with are.
+        None if no recount has succeeded.
         """
         record = self.find_last_success()
         if record is None:

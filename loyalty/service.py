@@ -95,8 +95,8 @@ class Service:
 
     @property
     def stall_timeout(self) -> timedelta:
-        # No reply takes longer than the driver's socket timeout, COUNT_TIMEOUT and 30 s, and the
-        # driver repeats a read once. A report follows each long query.
+        # The driver waits for a reply for COUNT_TIMEOUT + 30 s, its socket timeout, and repeats a
+        # read once. Progress is reported after each long query.
         return 2 * (self.settings.count_timeout + timedelta(minutes=1))
 
     def recount(self, on_progress: ProgressCallback) -> RecountOutcome:
