@@ -100,7 +100,7 @@ class Metrics:
         }
         self.write(values, result.outcome)
 
-    def check(self) -> str | None:
+    def find_problem(self) -> str | None:
         """Return why the file cannot be written, or None."""
         try:
             if self._file is not None:

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace, settings: Settings) -> Exit:
         statuses = count_statuses(connection, settings)
         print_rows(*_build_order_rows(settings, index, statuses))
         result, problems = _count_all(connection, settings, statuses)
-        if problem := Metrics(settings).check():
+        if problem := Metrics(settings).find_problem():
             problems.append(problem)
         if live_problem:
             problems.append(f"live updates will not work: {live_problem}")

@@ -162,9 +162,9 @@ def _print_freshness(status: Status) -> None:
     if (recount := status.unrecorded) is not None:
         print_line(
             f"Recount {recount.id} of {format_cell(recount.at)} UTC has no record: it is still "
-            "writing, it was interrupted after it had written some users, or its record could not "
-            "be written (record_write_failed in the log). The next successful recount makes all "
-            f"points exact; --undo {recount.id} restores the points that users had before it"
+            "writing, was interrupted, or could not write its record (record_write_failed in the "
+            "log). The next successful recount makes all points exact; "
+            f"--undo {recount.id} restores the points that users had before it"
         )
     if status.is_interrupted:
         print_line(_STALE)
