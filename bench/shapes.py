@@ -107,13 +107,13 @@ def _measure(connection: Connection, every: dict[str, Settings], rounds: int, se
         create_index(connection.orders, settings)
         if settings.user_key_field != "_id":
             create_user_index(connection.users, settings)
-        run_recount(connection, settings, History(None), RecountRequest(force=True))
+        run_recount(connection, settings, History(None, settings), RecountRequest(force=True))
         plan = inspect_plan(connection.orders, settings)
         print(f"{name}: index {plan.index_name}, fetch={plan.needs_fetch}", flush=True)
     for _ in range(rounds):
         for name, settings in every.items():
             started, processor = time.perf_counter(), _read_processor_seconds(server)
-            result = run_recount(connection, settings, History(None))
+            result = run_recount(connection, settings, History(None, settings))
             seconds = time.perf_counter() - started
             passes[name].append((seconds, _read_processor_seconds(server) - processor))
             if result.totals.changed:

@@ -69,7 +69,7 @@ def run_process() -> NoReturn:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = _parse(argv)
+    args = _parse_arguments(argv)
     log_to_stderr()
     try:
         return _run_command(args)
@@ -117,16 +117,16 @@ def _log_settings_problems(error: ConfigurationError, env_file: Path) -> None:
     )
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the arguments; `run` is the function of the command."""
     parser = _make_parser()
     args = parser.parse_args(argv)
     args.dry_run = args.run is dry_run.run
-    if args.undo is not None:
-        if (args.run is not None and not args.dry_run) or args.changes is not None or args.customer:
+    if args.undo:
+        if args.run not in (None, dry_run.run) or args.changes:
             parser.error("--undo cannot be combined with another command, except --dry-run")
         args.run = undo.run
-    elif args.changes is not None:
+    elif args.changes:
         args.run = changes.run
     if args.customer and args.run not in (once.run, dry_run.run):
         parser.error("--customer needs --once or --dry-run")
@@ -152,20 +152,20 @@ def _make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--undo",
         metavar="RECOUNT",
-        type=_recount,
+        type=_parse_recount,
         help="restore the points that users had before a recount (its id, or last); with "
         "--dry-run, only show this; exit 1 if some users are not restored",
     )
     commands.add_argument(
         "--changes",
         metavar="RECOUNT",
-        type=_recount,
+        type=_parse_recount,
         help="list the changes of a recount (its id, or last)",
     )
     parser.add_argument(
         "--customer",
         metavar="ID",
-        type=_customer,
+        type=_parse_customer,
         action="append",
         default=[],
         help='with --once or --dry-run: recount only this customer; repeatable; "" shows the '
@@ -185,13 +185,13 @@ def _make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _recount(text: str) -> str:
+def _parse_recount(text: str) -> str:
     if text != "last" and not ObjectId.is_valid(text):
         raise argparse.ArgumentTypeError(f"{text!r} is neither the id of a recount nor last")
     return text
 
 
-def _customer(text: str) -> str:
+def _parse_customer(text: str) -> str:
     if any("\udc80" <= character <= "\udcff" for character in text):
         raise argparse.ArgumentTypeError("the id is not valid in this terminal's encoding")
     return text

@@ -10,9 +10,9 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from math import ceil
 from typing import Protocol
 
 import schedule
@@ -55,9 +55,9 @@ class Job(Protocol):
         """Do one recount. A refused recount is an outcome, not an error."""
 
     def run_between(self, seconds: float, on_progress: ProgressCallback) -> RecountOutcome | None:
-        """Do live updates for about `seconds`; return the outcome if that was a recount.
+        """Do live updates for about `seconds`, or a full recount if they need one.
 
-        Also called before `connect` has succeeded.
+        Return the outcome of that recount, or None. Also called before `connect` has succeeded.
         """
 
     def reload(self) -> None:
@@ -86,20 +86,20 @@ class Daemon:
         self._backoff = backoff or Backoff()
         self._tick_seconds = tick_seconds
         self._has_connected = False
-        self._due_at = 0.0  # on the monotonic clock, as is the next
         self._progress_at = time.monotonic()
         self._reload_requested = threading.Event()
         self._fatal: BaseException | None = None
         # Not the module-wide scheduler of `schedule`, which other code in this process may use.
         self.scheduler = schedule.Scheduler()
-        self._apply_intervals()
+        self._read_job_times()
+        self._schedule_step(0)
 
     def run(self) -> None:
         """Run until SIGTERM or SIGINT. Raises the error that ended the worker, if one did."""
         receive, send = socket.socketpair()
         with receive, send:
-            # A handler may interrupt anything, so these do nothing: Python itself writes the
-            # signal's number to the socket. They stay set: a second signal does no harm.
+            # Python itself writes the number of each signal to the socket, so the handlers do
+            # nothing. They stay set to the end, because a second signal must do no harm.
             send.setblocking(False)
             signal.set_wakeup_fd(send.fileno())
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -116,7 +116,7 @@ class Daemon:
         log.info("stopped signal=%s", signal.Signals(received).name)
 
     def _wait_for_stop(self, signals: socket.socket) -> int:
-        timeout = min(self._tick_seconds, systemd.watchdog_seconds() / 2)
+        timeout = min(self._tick_seconds, systemd.read_watchdog_seconds() / 2)
         while True:
             if select.select([signals], [], [], timeout)[0]:
                 number = signals.recv(1)[0]
@@ -131,20 +131,35 @@ class Daemon:
             while True:
                 if self._reload_requested.is_set():
                     self._reload()
-                is_due = time.monotonic() >= self._due_at
-                if not self._has_connected:
-                    if is_due:
-                        self._attempt(self._connect)
-                # The scheduler follows the wall clock, so that time in which the machine was
-                # suspended counts. The monotonic clock helps when the wall clock is set back.
-                elif is_due:
+                if time.monotonic() >= self._due_at:
                     self.scheduler.run_all()
                 else:
                     self.scheduler.run_pending()
-                self._wait()
+                self._run_between()
         except BaseException as error:  # noqa: BLE001 -- the main thread raises it again
             self._fatal = error
             wake.send(b"\0")  # no signal has the number 0
+
+    def _schedule_step(self, seconds: float) -> None:
+        """Let the next step start after `seconds`."""
+        # The scheduler follows the wall clock, so that time in which the machine was suspended
+        # counts. The monotonic clock helps when the wall clock is set back.
+        self._due_at = time.monotonic() + seconds
+        self.scheduler.clear()
+        self.scheduler.every(max(1, ceil(seconds))).seconds.do(self._step)
+
+    def _step(self) -> None:
+        """Recount, or connect if that has not succeeded yet; schedule the next step."""
+        started = time.monotonic()
+        try:
+            outcome = self._recount() if self._has_connected else self._connect()
+        except Exception as error:
+            if isinstance(error, ConfigurationError) and not self._has_connected:
+                raise  # only an operator can correct it
+            self._handle_failure(error, started)
+        else:
+            self._backoff.record_work(time.monotonic() - started)
+            self._handle_outcome(outcome)
 
     def _connect(self) -> RecountOutcome:
         self._job.connect()
@@ -156,17 +171,15 @@ class Daemon:
         self._report_progress("recounting")
         return self._job.recount(self._report_progress)
 
-    def _attempt(self, step: Callable[[], RecountOutcome]) -> None:
-        started = time.monotonic()
+    def _run_between(self) -> None:
+        self._report_progress("")
+        seconds = min(self._tick_seconds, max(0.0, self._due_at - time.monotonic()))
         try:
-            outcome = step()
-        except Exception as error:
-            if isinstance(error, ConfigurationError) and not self._has_connected:
-                raise  # only an operator can correct it
-            self._handle_failure(error, started)
-            return
-        self._backoff.record_work(time.monotonic() - started)
-        self._handle_outcome(outcome)
+            if outcome := self._job.run_between(seconds, self._report_progress):
+                self._handle_outcome(outcome)
+        except Exception as error:  # noqa: BLE001 -- logged there
+            # The time before the error was idle: live updates have worked.
+            self._handle_failure(error, time.monotonic())
 
     def _handle_outcome(self, outcome: RecountOutcome) -> None:
         after, interval = outcome.retry_after_seconds, self._interval_seconds
@@ -186,20 +199,9 @@ class Daemon:
             self._schedule_next("failed: internal error, see the log", pause)
 
     def _schedule_next(self, status: str, seconds: float) -> None:
-        self._due_at = time.monotonic() + seconds
+        self._schedule_step(seconds)
         at = datetime.now(UTC) + timedelta(seconds=seconds)
         systemd.notify(f"STATUS={status}; next at {at:%Y-%m-%d %H:%M:%S} UTC")
-
-    def _wait(self) -> None:
-        self._report_progress("")
-        seconds = min(self._tick_seconds, max(0.0, self._due_at - time.monotonic()))
-        try:
-            if outcome := self._job.run_between(seconds, self._report_progress):
-                self._schedule_interval()
-                self._handle_outcome(outcome)
-        except Exception as error:  # noqa: BLE001 -- logged there
-            # The time before the error was idle: live updates have worked.
-            self._handle_failure(error, time.monotonic())
 
     def _report_progress(self, progress: str) -> None:
         self._progress_at = time.monotonic()
@@ -208,7 +210,7 @@ class Daemon:
 
     def _reload(self) -> None:
         self._reload_requested.clear()
-        if self._has_connected:  # before the first, READY=1 at the end would be wrong
+        if self._has_connected:  # READY=1, which ends a reload, also means the end of the start
             # Type=notify-reload needs the time, to know that this answers its latest SIGHUP.
             systemd.notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
         status = "reload failed, the old settings are kept; see the log"
@@ -221,21 +223,14 @@ class Daemon:
         except Exception:  # the old settings still work
             log.exception("internal_error during=reload")
         else:
-            self._apply_intervals()
+            self._read_job_times()
             self._backoff.reset()
-            self._due_at = 0.0
+            self._schedule_step(0)
             log.info("reloaded")
             status = "reloaded"
         if self._has_connected:
             systemd.notify("READY=1", f"STATUS={status}")
 
-    def _apply_intervals(self) -> None:
+    def _read_job_times(self) -> None:
         self._interval_seconds = self._job.interval.total_seconds()
         self._stall_seconds = self._job.stall_timeout.total_seconds()
-        self._schedule_interval()
-
-    def _schedule_interval(self) -> None:
-        """Let the scheduler recount when an interval has passed from now on."""
-        self.scheduler.clear()
-        job = self.scheduler.every(int(self._interval_seconds)).seconds
-        job.do(self._attempt, self._recount)

@@ -1,4 +1,4 @@
-"""The heartbeat of live updates, and how old points may be."""
+"""The heartbeat of live updates."""
 
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -26,8 +26,3 @@ class Heartbeat:
 
     def is_alive(self, now: datetime) -> bool:
         return now - self.at <= 3 * HEARTBEAT_INTERVAL
-
-
-def max_age(interval: timedelta, *, is_live: bool) -> timedelta:
-    """Return the maximum age of fresh points: two intervals, or less with live updates."""
-    return min(2 * interval, MAX_LIVE_AGE) if is_live else 2 * interval

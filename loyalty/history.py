@@ -5,7 +5,6 @@ combination of orders collection, users collection and points field.
 """
 
 import socket
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
@@ -34,7 +33,7 @@ _UNDO_OUTCOMES = ["undoing", "undone"]
 """An undo inserts a record before it starts, and another one when it has finished."""
 _SHOWN_OUTCOMES = {"outcome": {"$nin": ["live", "undoing"]}}
 
-TARGET_SETTINGS = ("orders", "users", "points_field")
+_TARGET_SETTINGS = ("orders", "users", "points_field")
 """The settings that tell two shops in one database apart."""
 _COUNTED_SETTINGS = ("points_per_order", "status_field", "customer_field", "user_key_field")
 
@@ -42,32 +41,29 @@ _COUNTED_SETTINGS = ("points_per_order", "status_field", "customer_field", "user
 class History:
     """The records of one target. Without a collection there are none, and writing does nothing."""
 
-    def __init__(
-        self, collection: Collection[Any] | None, settings: Settings | None = None
-    ) -> None:
-        assert collection is None or settings is not None
+    def __init__(self, collection: Collection[Any] | None, settings: Settings) -> None:
         self._collection = collection
-        self._settings = recorded_settings(settings) if settings else {}
-        self._retention = settings.retention if settings else timedelta(0)
-        self._target = {f"settings.{name}": self._settings.get(name) for name in TARGET_SETTINGS}
+        self._settings = _select_recorded_settings(settings)
+        self._retention = settings.retention
+        self._target = {name: self._settings[name] for name in _TARGET_SETTINGS}
         self._have_expiry_index: set[str] = set()
         self._has_written = False
-        # By collection: an index may fail on one of them, and exist on the other.
-        self._warn_once: defaultdict[str, WarnOnce] = defaultdict(WarnOnce)
+        self._warn_once = WarnOnce()
 
     def write(self, record: Document) -> None:
         """Insert the record of one recount. A failure causes one warning, and raises no error."""
         if self._collection is None:
             return
-        record = {**OWNER_FILTER, **record, **self._common_fields(record["finished_at"])}
+        record = {**OWNER_FILTER, **record, **self._build_common_fields(record["finished_at"])}
         with self._warn_on_failure("record_write_failed", self._collection):
             if record["outcome"] in _UNDO_OUTCOMES:
-                record["last_success"] = next((r["_id"] for r in self._find_newest_success()), None)
+                success = self._find_success()
+                record["last_success"] = success and success["_id"]
             # The first recount of a process warns only if it was refused: the operator may have
             # changed the settings.
             elif self._has_written or record["outcome"] == "refused":
                 with suppress(ServiceError):
-                    self._warn_of_other_service(self._warn_once[self._collection.name])
+                    self._warn_of_other_service()
             with map_driver_errors("insert", self._collection):
                 self._collection.insert_one(record)
             self._has_written = True
@@ -77,9 +73,8 @@ class History:
         """Replace this host's heartbeat for the target. A failure causes one warning."""
         if self._collection is None:
             return
-        target = {name: self._settings[name] for name in TARGET_SETTINGS}
-        heartbeat_id = {"_id": {"heartbeat_of": socket.gethostname(), **target}}
-        values = {**OWNER_FILTER, **asdict(heartbeat), **self._common_fields(heartbeat.at)}
+        heartbeat_id = {"_id": {"heartbeat_of": socket.gethostname(), **self._target}}
+        values = {**OWNER_FILTER, **asdict(heartbeat), **self._build_common_fields(heartbeat.at)}
         values["outcome"] = "live"
         del values["at"]  # its age is measured by the server's clock, not by this machine's
         update = {"$set": values, "$currentDate": {"at": True, "finished_at": True}}
@@ -92,7 +87,7 @@ class History:
             collection = self._collection.with_options(write_concern=WriteConcern(1))
             collection.update_one(heartbeat_id, update, upsert=True)
 
-    def _common_fields(self, at: datetime) -> dict[str, Any]:
+    def _build_common_fields(self, at: datetime) -> dict[str, Any]:
         return {
             "settings": self._settings,
             "host": socket.gethostname(),
@@ -115,32 +110,32 @@ class History:
             )
             self._have_expiry_index.add(collection.name)
 
-    def _warn_of_other_service(self, warn_once: WarnOnce) -> None:
+    def _warn_of_other_service(self) -> None:
         """Warn if the newest record of the target has other settings. Raises ServiceError."""
-        for newest in self.find_newest(1):
-            differences = [
-                f"{name}={value!r}"
-                for name, value in newest["settings"].items()
-                if value != self._settings.get(name)
-            ]
-            if differences:
-                warn_once(
-                    "other_service",
-                    f"a service on host {newest['host']} last counted the same orders for the same "
-                    "users with other settings; while both services run, each overwrites the "
-                    f"points of the other: {', '.join(differences)}",
-                )
+        newest = self._find_one(_SHOWN_OUTCOMES)
+        recorded = newest["settings"] if newest else {}
+        differences = [
+            f"{name}={value!r}"
+            for name, value in recorded.items()
+            if value != self._settings.get(name)
+        ]
+        if newest and differences:
+            self._warn_once(
+                "other_service",
+                f"a service on host {newest['host']} last counted the same orders for the same "
+                "users with other settings; while both services run, each overwrites the points "
+                f"of the other: {', '.join(differences)}",
+            )
 
     @contextmanager
     def _warn_on_failure(self, event: str, collection: Collection[Any]) -> Iterator[None]:
-        warn_once = self._warn_once[collection.name]
         try:
             with pymongo.timeout(_WRITE_TIMEOUT_SECONDS):
                 yield
         except ServiceError as error:
-            warn_once(event, error)
+            self._warn_once(event, error, collection.name)
         else:
-            warn_once.reset(event)
+            self._warn_once.reset(event, collection.name)
 
     def check_collection(self) -> None:
         """Raise ConfigurationError if the collection is not one for records; any ServiceError."""
@@ -153,33 +148,36 @@ class History:
         if self._collection is not None:
             require_privileges(self._collection, "insert", "createIndex")
 
-    def find_newest(self, limit: int, matching: Document | None = None) -> list[Document]:
+    def find_newest(self, limit: int, condition: Document = _SHOWN_OUTCOMES) -> list[Document]:
         """Return the target's records, newest first. Raises ServiceError."""
         if self._collection is None:
             raise ConfigurationError("RECOUNTS_COLLECTION is none, so no records are kept")
-        query = {**OWNER_FILTER, **self._target, **(matching or _SHOWN_OUTCOMES)}
+        target = {f"settings.{name}": value for name, value in self._target.items()}
         with map_driver_errors("find", self._collection):
-            return list(self._collection.find(query).sort("finished_at", -1).limit(limit))
+            found = self._collection.find({**OWNER_FILTER, **target, **condition})
+            return list(found.sort("finished_at", -1).limit(limit))
+
+    def _find_one(self, condition: Document) -> Document | None:
+        return next(iter(self.find_newest(1, condition)), None)
+
+    def _find_success(self, **condition: Any) -> Document | None:
+        return self._find_one({"outcome": {"$in": _SUCCESS_OUTCOMES}, **condition})
 
     def find_last_success(self) -> Document | None:
         """Return the newest record of a success that was not undone. Raises ServiceError."""
-        not_undone = {"_id": {"$nin": self.find_undone_recounts()}}
-        return next(iter(self._find_newest_success(not_undone)), None)
+        return self._find_success(_id={"$nin": self.find_undone_recounts()})
 
     def find_undo_since_success(self) -> Document | None:
-        """Return the record of an undo after the newest success, if any. Raises ServiceError."""
-        for success in self._find_newest_success():
-            # Not by time: an undo may run on another machine, with its own clock.
-            undo = {"outcome": {"$in": _UNDO_OUTCOMES}, "last_success": success["_id"]}
-            return next(iter(self.find_newest(1, undo)), None)
-        return None
+        """Return the record of an undo after the newest success, or None. Raises ServiceError."""
+        success = self._find_success()
+        if success is None:
+            return None
+        # Not by time: an undo may run on another machine, with its own clock.
+        return self._find_one({"outcome": {"$in": _UNDO_OUTCOMES}, "last_success": success["_id"]})
 
     def has_success_since(self, at: datetime) -> bool:
         """Return whether a recount that started then or later succeeded. Raises ServiceError."""
-        return bool(self._find_newest_success({"started_at": {"$gte": at}}))
-
-    def _find_newest_success(self, condition: Document | None = None) -> list[Document]:
-        return self.find_newest(1, {"outcome": {"$in": _SUCCESS_OUTCOMES}, **(condition or {})})
+        return self._find_success(started_at={"$gte": at}) is not None
 
     def find_undone_recounts(self, undo_id: ObjectId | None = None) -> list[ObjectId]:
         """Return the ids of the recounts that were undone, by the undo with this id or by any."""
@@ -215,9 +213,9 @@ class History:
             return self._collection.distinct(field, {**OWNER_FILTER, **condition})
 
     def compute_age(self, now: datetime, heartbeat: Heartbeat | None = None) -> timedelta | None:
-        """Return the age of the points; None if no recount has succeeded. Raises ServiceError.
+        """Return the age of the points at the server's time `now`. Raises ServiceError.
 
-        `now` is the server's time, as all times that it is compared with are.
+        None if no recount has succeeded.
         """
         record = self.find_last_success()
         if record is None:
@@ -229,15 +227,16 @@ class History:
 
     def find_heartbeat(self) -> Heartbeat | None:
         """Return the newest heartbeat, or None. Raises ServiceError."""
-        for found in self.find_newest(1, {"outcome": "live", "as_of": {"$exists": True}}):
+        if found := self._find_one({"outcome": "live"}):
             return Heartbeat(**{name: found[name] for name in Heartbeat.__slots__})
         return None
 
 
-def recorded_settings(settings: Settings) -> Document:
+def _select_recorded_settings(settings: Settings) -> dict[str, Any]:
     """Return the settings that say what is counted, and where."""
-    values = {name: getattr(settings, name) for name in (*TARGET_SETTINGS, *_COUNTED_SETTINGS)}
-    # Sorted: services that differ only in the order of these count the same orders.
-    settings = replace(settings, order_filter=dict(sorted(settings.order_filter.items())))
-    statuses, order_filter = sorted(settings.order_statuses), settings.order_filter_json
-    return values | {"order_statuses": statuses, "order_filter": order_filter}
+    values = {name: getattr(settings, name) for name in (*_TARGET_SETTINGS, *_COUNTED_SETTINGS)}
+    # Sorted: services with the same statuses or conditions in another order count the same orders.
+    values["order_statuses"] = sorted(settings.order_statuses)
+    conditions = dict(sorted(settings.order_filter.items()))
+    values["order_filter"] = replace(settings, order_filter=conditions).order_filter_json
+    return values

@@ -1,8 +1,8 @@
 """The log on stderr: lines for the journal, lines for people, or one JSON object a line.
 
-Every message begins with the name of its event, a constant: the first word of the format string, as
-in `log.info("connected host=%s", host)`. If the format string itself has a variable for the name,
-`extra={"event": name}` gives it. The values that programs need are also in `extra={"fields": {}}`.
+The first word of each format string is the name of the event, as in
+`log.info("connected host=%s", host)`. Where it is a variable, `extra={"event": name}` repeats the
+name. `extra={"fields": {...}}` has the values that programs need.
 """
 
 import json
@@ -20,7 +20,7 @@ log = logging.getLogger(LOGGER)
 def log_to_stderr() -> None:
     """Set up logging: for the journal if stderr is connected to it, for people otherwise."""
     handler = logging.StreamHandler()
-    handler.setFormatter(_formatter("text"))
+    handler.setFormatter(_make_formatter("text"))
     # Other libraries only from WARNING on: at DEBUG the driver logs commands and documents.
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger(LOGGER).setLevel(logging.INFO)
@@ -29,23 +29,23 @@ def log_to_stderr() -> None:
 def set_log_format(name: str) -> None:
     """Switch to the log format `name`: `json`, or lines for people."""
     for handler in logging.getLogger().handlers:
-        handler.setFormatter(_formatter(name))
+        handler.setFormatter(_make_formatter(name))
 
 
 class WarnOnce:
-    """Log each event as a warning once, and again only after a `reset`."""
+    """Log each event of a subject as a warning once, and again only after a `reset`."""
 
     def __init__(self) -> None:
-        self._logged: set[str] = set()
+        self._logged: set[tuple[str, str]] = set()
 
-    def __call__(self, event: str, error: object) -> None:
-        if event not in self._logged:
-            self._logged.add(event)
+    def __call__(self, event: str, error: object, subject: str = "") -> None:
+        if (event, subject) not in self._logged:
+            self._logged.add((event, subject))
             log.warning('%s error="%s"', event, error, extra={"event": event})
 
-    def reset(self, event: str) -> None:
+    def reset(self, event: str, subject: str = "") -> None:
         """Allow the next warning of this event: the operation has succeeded again."""
-        self._logged.discard(event)
+        self._logged.discard((event, subject))
 
 
 def escape_control_characters(text: str) -> str:
@@ -58,7 +58,7 @@ def escape_control_characters(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _formatter(name: str) -> logging.Formatter:
+def _make_formatter(name: str) -> logging.Formatter:
     is_json, under_journal = name.strip().lower() == "json", _is_under_journal()
     line = "%(message)s" if under_journal else "%(asctime)s %(levelname)s %(message)s"
     formatter = _JsonFormatter() if is_json else _TextFormatter(line, "%Y-%m-%dT%H:%M:%SZ")

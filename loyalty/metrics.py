@@ -4,7 +4,7 @@ import fcntl
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from math import inf
 from pathlib import Path
@@ -17,8 +17,8 @@ from loyalty.recount.result import Outcome, Result
 from loyalty.state import ServiceState
 
 _RECOUNTS = "loyalty_recounts_total"
-_COUNTERS = {_RECOUNTS: "Recounts by outcome"}
-_GAUGES = {
+_METRICS = {
+    _RECOUNTS: "Recounts by outcome",
     "loyalty_last_success_timestamp_seconds": "Time of the last successful recount; 0 if none",
     "loyalty_as_of_timestamp_seconds": "The points include all changes before this time",
     "loyalty_recount_duration_seconds": "Duration of the last successful recount",
@@ -33,17 +33,15 @@ _GAUGES = {
     "loyalty_live_waiting": "Pending changes: orders and customers to be counted",
     "loyalty_live_lag_seconds": "Age of the oldest pending change",
 }
+"""The descriptions. A metric whose name ends in "_total" is a counter, any other a gauge."""
 
 
 class Metrics:
-    """Writes METRICS_FILE, always as a whole; without the setting, nothing happens.
+    """Writes METRICS_FILE; without the setting, nothing happens.
 
-    The counters and the last success are read back from the file, so they continue
-    after a restart, and several runs of `--once` are added. Without `state`, the metrics of live
-    updates stay as they are. Safe for several threads and processes.
-
-    The file is written every `refresh_seconds` at least: after 300 without a write, the alert says
-    that the service is down.
+    Each write begins with the values in the file, so counters and the last success continue after a
+    restart and between runs of `--once`. Without `state`, the metrics of live updates stay as they
+    are. Safe for several threads and processes.
     """
 
     def __init__(
@@ -68,7 +66,10 @@ class Metrics:
         self._warn_once = WarnOnce()
 
     def refresh_if_due(self) -> None:
-        """Write the file if the last write was long ago: its age shows that the service runs."""
+        """Write the file if the last write was `refresh_seconds` ago.
+
+        An alert reports that the service is down when the file is five minutes old.
+        """
         if time.monotonic() - self._written_at >= self._refresh_seconds:
             self.write()
 
@@ -81,8 +82,7 @@ class Metrics:
             values = {}
             if isinstance(error, TooManyFailedUpdates):
                 values["loyalty_failed_updates"] = error.number
-            outcome = "refused" if isinstance(error, RecountRefused) else "failed"
-            self.write([self._sample(_RECOUNTS, outcome)], values)
+            self.write(values, "refused" if isinstance(error, RecountRefused) else "failed")
             raise
 
     def record_recount(self, result: Result) -> None:
@@ -98,9 +98,9 @@ class Metrics:
             "loyalty_orders_of_unknown_customers": totals.orders_of_unknown_customers,
             "loyalty_orders_without_customer": totals.orders_without_customer,
         }
-        self.write([self._sample(_RECOUNTS, result.outcome)], values)
+        self.write(values, result.outcome)
 
-    def check(self) -> str | None:
+    def find_problem(self) -> str | None:
         """Return why the file cannot be written, or None."""
         try:
             if self._file is not None:
@@ -110,11 +110,11 @@ class Metrics:
         return None
 
     def write(
-        self, increments: Iterable[str] = (), values: Mapping[str, float] | None = None
+        self, values: Mapping[str, float] | None = None, outcome: Outcome | None = None
     ) -> None:
-        """Increment the counters `increments`, set the gauges `values`, and write all metrics.
+        """Write all metrics, with new `values` of gauges, and count a recount with this outcome.
 
-        A failure is one warning.
+        A failure causes one warning.
         """
         if self._file is None:
             return
@@ -122,20 +122,20 @@ class Metrics:
         try:
             with _lock(self._file.parent):
                 samples = self._load(self._file)
-                for name, value in {**self._state_values(), **(values or {})}.items():
-                    samples[self._sample(name)] = value
-                as_of = self._sample("loyalty_as_of_timestamp_seconds")
-                live_as_of = self._sample("loyalty_live_as_of_timestamp_seconds")
+                for name, value in {**self._read_state(), **(values or {})}.items():
+                    samples[self._format_sample(name)] = value
+                as_of = self._format_sample("loyalty_as_of_timestamp_seconds")
+                live_as_of = self._format_sample("loyalty_live_as_of_timestamp_seconds")
                 samples[as_of] = max(samples[as_of], samples[live_as_of])
-                for sample in increments:
-                    samples[sample] += 1
-                _replace(self._file, _text(samples))
+                if outcome is not None:
+                    samples[self._format_sample(_RECOUNTS, outcome)] += 1
+                _replace(self._file, _format(samples))
         except OSError as error:
             self._warn_once("metrics_write_failed", f"{self._file}: {error.strerror}")
         else:
             self._warn_once.reset("metrics_write_failed")
 
-    def _state_values(self) -> dict[str, float]:
+    def _read_state(self) -> dict[str, float]:
         interval = {"loyalty_interval_seconds": self._interval_seconds}
         if self._state is None:  # `--once`: another process may do live updates
             return interval
@@ -148,15 +148,15 @@ class Metrics:
             "loyalty_live_lag_seconds": self._state.live_lag_seconds,
         }
 
-    def _sample(self, name: str, outcome: str | None = None) -> str:
+    def _format_sample(self, name: str, outcome: str | None = None) -> str:
         labels = self._labels + (f',outcome="{outcome}"' if outcome else "")
         return f"{name}{{{labels}}}"
 
     def _load(self, file: Path) -> dict[str, float]:
-        """Return all samples with their values in the file; 0 for a sample that is not in it."""
-        recounts = [self._sample(_RECOUNTS, outcome) for outcome in get_args(Outcome)]
-        others = [self._sample(name) for name in (*_COUNTERS, *_GAUGES) if name != _RECOUNTS]
-        values = dict.fromkeys([*recounts, *others], 0.0)
+        """Return the value of each sample in the file; 0 for a sample that is not in it."""
+        samples = [self._format_sample(_RECOUNTS, outcome) for outcome in get_args(Outcome)]
+        samples += [self._format_sample(name) for name in _METRICS if name != _RECOUNTS]
+        values = dict.fromkeys(samples, 0.0)
         with suppress(OSError, ValueError):  # no file yet, or not one of ours
             for line in file.read_text(encoding="utf-8").splitlines():
                 sample, _, value = line.rpartition(" ")
@@ -170,12 +170,12 @@ def _escape(text: str) -> str:
     return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
-def _text(values: Mapping[str, float]) -> str:
+def _format(samples: Mapping[str, float]) -> str:
     lines = []
-    for name, text in {**_COUNTERS, **_GAUGES}.items():
-        kind = "counter" if name in _COUNTERS else "gauge"
-        lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
-        lines += [f"{s} {value:.15g}" for s, value in values.items() if s.startswith(f"{name}{{")]
+    for name, description in _METRICS.items():
+        kind = "counter" if name.endswith("_total") else "gauge"
+        lines += [f"# HELP {name} {description}", f"# TYPE {name} {kind}"]
+        lines += [f"{s} {value:.15g}" for s, value in samples.items() if s.startswith(f"{name}{{")]
     return "\n".join(lines) + "\n"
 
 

@@ -49,6 +49,7 @@ class Service:
         self._heartbeat_seconds = heartbeat_interval.total_seconds()
         self._heartbeat_at = self._resync_at = -inf
         self._connection: Connection | None = None
+        self._history: History  # of the connection
         self.state = ServiceState()
         self._apply_settings(settings)
 
@@ -56,7 +57,6 @@ class Service:
         self.settings = settings
         self.metrics = Metrics(settings, self.state)
         self.updater = LiveUpdater(settings, self._limits, self.state)
-        self._history = History(None, settings)
 
     def connect(self) -> Connection:
         """Connect with the current settings. Raises ServiceError.
@@ -95,8 +95,8 @@ class Service:
 
     @property
     def stall_timeout(self) -> timedelta:
-        # No reply takes longer than the driver's socket timeout, COUNT_TIMEOUT and 30 s, and the
-        # driver repeats a read once. A report follows each long query.
+        # The driver waits for a reply for COUNT_TIMEOUT + 30 s, its socket timeout, and repeats a
+        # read once. Progress is reported after each long query.
         return 2 * (self.settings.count_timeout + timedelta(minutes=1))
 
     def recount(self, on_progress: ProgressCallback) -> RecountOutcome:
@@ -116,11 +116,13 @@ class Service:
         except RecountRefused as error:
             log.error('refused reason="%s"', error)
             return RecountOutcome(f"refused: {error}", REFUSED_RETRY_SECONDS)
-        except (ClientUnusable, ConfigurationError) as error:
+        except ConfigurationError:  # the next connection verifies again what is wrong
             self.disconnect()
-            if isinstance(error, ClientUnusable):
-                # After a restore, the cluster time may be before that of the last recount.
-                self.updater = LiveUpdater(self.settings, self._limits, self.state)
+            raise
+        except ClientUnusable:
+            self.disconnect()
+            # After a restore, the cluster time may be before that of the last recount.
+            self.updater = LiveUpdater(self.settings, self._limits, self.state)
             raise
         self.state.result = result
         self.updater.finish_recount(result)
@@ -133,15 +135,14 @@ class Service:
         if self._connection is None or not self.updater.state.has_stream:
             time.sleep(seconds)
             return None
-        resync = None
         with self._stop_live_updates_on_error():
             try:
                 self.updater.update(self._connection, seconds, on_progress)
                 self._report_if_due(self._connection, on_progress)
             except ResyncRequired as error:
                 self.updater.stop_for_resync()
-                resync = error
-        return self._resync(resync, on_progress) if resync else None
+                return self._resync(error, on_progress)
+        return None
 
     def _resync(self, reason: ResyncRequired, on_progress: ProgressCallback) -> RecountOutcome:
         if time.monotonic() - self._resync_at < MIN_RESYNC_INTERVAL_SECONDS:
@@ -163,7 +164,7 @@ class Service:
             raise
 
     def _report_if_due(self, connection: Connection, on_progress: ProgressCallback) -> None:
-        """Check the index, and report to the heartbeat, the metrics and systemd, if it is time."""
+        """Check the index, and report to the heartbeat, the metrics and systemd, if that is due."""
         now = time.monotonic()
         if self.state.live is None or now - self._heartbeat_at < self._heartbeat_seconds:
             return

@@ -9,18 +9,18 @@ from math import inf
 def notify(*assignments: str) -> None:
     """Send assignments such as "READY=1" in one message, see sd_notify(3).
 
-    Without systemd, or when it does not listen, nothing happens.
+    Without systemd, when it does not listen, or when no file can be opened, nothing happens.
     """
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         return
     if address.startswith("@"):  # only a leading @ stands for a null byte
         address = "\0" + address[1:]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender, suppress(OSError):
+    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
         sender.sendto("\n".join(assignments).encode(errors="replace"), address)
 
 
-def watchdog_seconds() -> float:
+def read_watchdog_seconds() -> float:
     """Return the time within which systemd expects "WATCHDOG=1", see sd_watchdog_enabled(3).
 
     Infinite without a watchdog, and if the watchdog is meant for another process.

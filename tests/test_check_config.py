@@ -176,6 +176,7 @@ def test_each_mistake_is_found_and_does_not_hide_the_others(
     assert (code, "did you mean MONGODB_DATABASE?" in err) == (78, True)
     code, out, err = check(**names, RECOUNTS_COLLECTION="jobs")
     assert (code, ".jobs holds documents of other programs" in err) == (78, True)
+    assert cell("permissions", out) == "sufficient"
     assert re.search("^PROBLEM: the safety checks .*no order has status Shipped", out, re.MULTILINE)
     code, out, _ = check(**names, USERS_COLLECTION="clients")
     assert code == 1

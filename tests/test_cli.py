@@ -304,6 +304,10 @@ def test_help_says_what_each_option_is(capsys: pytest.CaptureFixture[str]) -> No
         ["extra"],
         ["--dry-run", "--force"],
         ["--once", "--force", "--customer", "7"],
+        ["--undo", "last", "--once"],
+        ["--undo", "last", "--changes", "last"],
+        ["--undo", "last", "--customer", "7"],
+        ["--changes", "last", "--dry-run"],
     ],
 )
 def test_wrong_usage_ends_with_2(arguments: list[str]) -> None:

@@ -64,7 +64,7 @@ def count_all(
 def recount(connection: Connection, cuts: Sequence[Any] = (), **values: str) -> Any:
     settings = settings_for("mongodb://unused/", **{"LIVE_UPDATES": "yes", **values})
     request = RecountRequest(force=True, find_boundaries=lambda *_: list(cuts))
-    return run_recount(connection, settings, History(None), request)
+    return run_recount(connection, settings, History(None, settings), request)
 
 
 CUTS: list[list[Any]] = [[], [ADA, BOB, EVE], [str(ADA).upper(), "a", "b", "c", EVE]]
@@ -273,7 +273,9 @@ def test_a_count_longer_than_the_servers_snapshots_continues_at_a_new_time(
             create_index(connection.orders, settings)
             request = RecountRequest(find_boundaries=lambda *_: list(range(4, 40, 4)))
             before = datetime.now(UTC)
-            result = run_recount(connection, settings, History(None), request, discard_now_and_then)
+            result = run_recount(
+                connection, settings, History(None, settings), request, discard_now_and_then
+            )
         assert find_mismatches(shop) == []
         assert not result.count.exact
         assert result.count.cluster_time is None
@@ -374,7 +376,10 @@ def test_an_order_that_arrives_after_the_count_does_not_refuse_the_recount(
 ) -> None:
     connection.users.insert_one({"_id": ADA})
     result = run_recount(
-        connection, SETTINGS, History(None), on_progress=once(lambda: ship(connection, ADA))
+        connection,
+        SETTINGS,
+        History(None, SETTINGS),
+        on_progress=once(lambda: ship(connection, ADA)),
     )
     assert result.refusal is None
     assert result.totals.counted_orders == 0
@@ -400,7 +405,7 @@ def test_customers_with_large_ids_are_counted_in_several_queries(connection: Con
     customers = [(customer, indexable_forms(customer)) for customer in ids]
     request = RecountRequest(customers=customers)
     reports: list[str] = []
-    result = run_recount(connection, SETTINGS, History(None), request, reports.append)
+    result = run_recount(connection, SETTINGS, History(None, SETTINGS), request, reports.append)
     assert result.written == 8
     assert len(reports) > 2
     assert find_mismatches(connection.users.database) == []

@@ -71,7 +71,7 @@ def recount(
 ) -> Result:
     find_boundaries = partition_boundaries if cuts is None else lambda *_: cuts
     request = RecountRequest(write=write, force=True, find_boundaries=find_boundaries)
-    return run_recount(connection, settings, History(None), request)
+    return run_recount(connection, settings, History(None, settings), request)
 
 
 def run(connection: Connection, settings: Settings) -> Totals:
@@ -249,9 +249,10 @@ def test_without_a_usable_snapshot_all_customers_are_counted_without_one(
     wrong_shop: Connection, deployment: Deployment, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A server may forget each snapshot immediately: minSnapshotHistoryWindowInSeconds=0."""
+    settings = settings_for("mongodb://unused/")
     request = RecountRequest(force=True, retry_policy=NO_RETRY)
     with faults.fail_command(deployment.servers[0], "aggregate", 1, errorCode=239):
-        result = run_recount(wrong_shop, settings_for("mongodb://unused/"), History(None), request)
+        result = run_recount(wrong_shop, settings, History(None, settings), request)
     assert caplog.text.count("snapshot_unavailable") == 1
     assert not result.count.exact
     assert result.as_of == result.started_at
@@ -263,13 +264,14 @@ def test_without_a_usable_snapshot_a_recount_of_some_customers_fails(
     wrong_shop: Connection, deployment: Deployment
 ) -> None:
     """It could count orders as they were before `not_before`. An attempt can read twice."""
+    settings = settings_for("mongodb://unused/")
     request = RecountRequest(customers=[(1, [1])], retry_policy=NO_RETRY)
     with (
         # One more: some customers are counted again at a new snapshot at once.
         faults.fail_command(deployment.servers[0], "aggregate", 2, errorCode=239),
         pytest.raises(SnapshotTooOld),
     ):
-        run_recount(wrong_shop, settings_for("mongodb://unused/"), History(None), request)
+        run_recount(wrong_shop, settings, History(None, settings), request)
     assert wrong_shop.users.count_documents({"loyalty_points": 5}) == 300
 
 

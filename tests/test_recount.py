@@ -57,7 +57,7 @@ def recount(connection: Connection, cuts: list[Any] | None = None, **values: str
     settings = settings_for(f"mongodb://unused/{connection.users.database.name}", **values)
     find_boundaries = partition_boundaries if cuts is None else lambda *_: cuts
     request = RecountRequest(force=True, find_boundaries=find_boundaries)
-    return run_recount(connection, settings, History(None), request)
+    return run_recount(connection, settings, History(None, settings), request)
 
 
 def run(connection: Connection, cuts: list[Any] | None = None, **values: str) -> Totals:
@@ -243,7 +243,7 @@ def test_other_names_statuses_and_points_per_order_are_settings(
         POINTS_PER_ORDER="10",
     )
     connection = connect(settings, writing=True)
-    run_recount(connection, settings, History(None))
+    run_recount(connection, settings, History(None, settings))
     points = {user["_id"]: user["loyalty_points"] for user in shop.people.find()}
     assert points == {0: 160, 1: 160, 2: 140, 3: 140, 4: 0}
     assert not find_mismatches(shop, ("Sent", "Arrived"), 10, Names("sales", "people"))
@@ -357,7 +357,7 @@ def test_a_customer_argument_finds_ids_of_each_type(
     settings = settings_for("mongodb://unused/x")
     customers = [(customer, all_forms(customer)) for customer in parse_id_argument(text)]
     request = RecountRequest(customers=customers)
-    result = run_recount(connection, settings, History(None), request)
+    result = run_recount(connection, settings, History(None, settings), request)
     stored = {canonical_key(u["_id"]): u["loyalty_points"] for u in connection.users.find()}
     assert stored.pop("another") == 77
     del expected["another"]

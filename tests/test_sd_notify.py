@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 from math import inf
 from pathlib import Path
@@ -45,6 +46,18 @@ def test_a_notification_without_a_listener_is_dropped(
     systemd.notify("READY=1", "STATUS=not UTF-8: \udce4")
 
 
+def test_a_notification_is_dropped_while_the_process_can_open_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        systemd.notify("WATCHDOG=1")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
 @pytest.mark.parametrize(
     ("environment", "seconds"),
     [
@@ -64,4 +77,4 @@ def test_the_watchdog_is_only_for_the_process_it_names(
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert systemd.watchdog_seconds() == seconds
+    assert systemd.read_watchdog_seconds() == seconds

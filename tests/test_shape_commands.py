@@ -126,7 +126,7 @@ def test_with_the_indexes_no_partition_fetches_an_order_or_reads_all_users(
         scope = Scope(Partition([[{"$in": [3]}]]), customers=[3], status_may_be_array=False)
         one = build_pipeline(settings, scope)
         assert "COLLSCAN" not in find_values(explain(connection, one), "stage")
-        run_recount(connection, settings, History(None), RecountRequest(force=True))
+        run_recount(connection, settings, History(None, settings), RecountRequest(force=True))
         is_filtered = bool(settings.order_filter)
         expected = 1 if is_filtered else 2
         assert {u["loyalty_points"] for u in connection.users.find()} == {expected}

@@ -234,8 +234,8 @@ def test_users_of_any_shape_have_the_points_that_python_counts(
             connection.users.create_index(shape.names.key, **user_index)
         find_boundaries = partition_boundaries if cuts is None else lambda *_: cuts
         request = RecountRequest(force=True, find_boundaries=find_boundaries)
-        result = run_recount(connection, values, History(None), request)
-        again = run_recount(connection, values, History(None), request)
+        result = run_recount(connection, values, History(None, values), request)
+        again = run_recount(connection, values, History(None, values), request)
         assert shape.mismatches(database) == []
         assert result.totals.users == again.totals.users == number
         assert again.totals.changed == 0

@@ -77,8 +77,8 @@ def test_users_of_another_shape_have_the_points_that_python_counts(
     reshape(database)
     values = settings_for("mongodb://unused/", **SHAPE)
     request = RecountRequest(force=True, find_boundaries=lambda *_: cuts)
-    result = run_recount(reshaped, values, History(None), request)
-    again = run_recount(reshaped, values, History(None), request)
+    result = run_recount(reshaped, values, History(None, values), request)
+    again = run_recount(reshaped, values, History(None, values), request)
     assert find_mismatches(database, names=NAMES) == []
     assert result.totals.users == len(users)
     assert result.failed_updates == 0

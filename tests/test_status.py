@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from unittest import mock
 
 import pytest
 from bson import ObjectId
@@ -148,6 +149,23 @@ def test_the_age_is_0_where_this_clock_is_behind_the_servers(
     assert "The points are 0s old: fresh" in capsys.readouterr().out
     assert command("--status", "--json") == 0
     assert json.loads(capsys.readouterr().out)["age_seconds"] == 0
+
+
+def test_without_the_servers_time_the_age_is_measured_by_this_clock(
+    shop: Database[Any], command: Command, capsys: Capture
+) -> None:
+    assert command("--once") == 0
+    capsys.readouterr()
+    # No fail point changes the reply to `hello`.
+    send = Database.command
+
+    def hide_time(database: Database[Any], asked: Any, *args: Any, **options: Any) -> Any:
+        reply = send(database, asked, *args, **options)
+        return {n: v for n, v in reply.items() if n != "localTime"} if asked == "hello" else reply
+
+    with mock.patch.object(Database, "command", hide_time):
+        assert command("--status") == 0
+    assert "s old: fresh, not older than 4h" in capsys.readouterr().out
 
 
 def test_live_updates_are_running_while_their_heartbeat_is_recent(

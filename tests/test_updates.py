@@ -55,7 +55,7 @@ def recount(
 ) -> Result:
     settings = settings_for("mongodb://unused/", **{"BATCH_SIZE": "4", **values})
     request = RecountRequest(force=True)
-    return run_recount(connection, settings, History(None), request, on_progress)
+    return run_recount(connection, settings, History(None, settings), request, on_progress)
 
 
 def write_points(users: Any, ids: Sequence[Any], *, batch_size: int = 4) -> PendingUpdates:

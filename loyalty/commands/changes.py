@@ -28,7 +28,7 @@ def run(args: argparse.Namespace, settings: Settings) -> Exit:
         for batch in find_changes(change_log_collection(connection), recount.id):
             number += len(batch)
             for change in batch:
-                row = change_json(change)
+                row = change_to_json(change)
                 if args.json:
                     print_json(row)
                 else:
@@ -55,7 +55,7 @@ def print_recount(recount: LoggedRecount) -> None:
     print_line(f"Recount {recount.id} of {recount.at:%Y-%m-%d %H:%M:%S} UTC wrote {written}")
 
 
-def change_json(change: Document) -> Document:
+def change_to_json(change: Document) -> Document:
     """Return a logged change as `{user, from, to}`."""
     before = format_points(change.get("before", MISSING))
     return {"user": format_value(change["user"]), "from": before, "to": change["after"]}

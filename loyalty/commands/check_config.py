@@ -7,12 +7,7 @@ import argparse
 from collections.abc import Sequence
 
 from config import Settings
-from loyalty.commands.dry_run import (
-    dry_run_json,
-    make_dry_run,
-    print_unknown_customers,
-    print_warnings,
-)
+from loyalty.commands import dry_run
 from loyalty.commands.once import print_totals
 from loyalty.commands.output import (
     flush_results,
@@ -43,13 +38,11 @@ from loyalty.recount.safety import (
 )
 from loyalty.recount.statuses import MAX_STATUSES, count_statuses, find_missing_collections
 
+Rows = list[tuple[str, str]]
+
 
 def run(args: argparse.Namespace, settings: Settings) -> Exit:
     """Check everything and print it. The exit code is FINDINGS if there is a problem.
-
-    1. Connect, which checks the access to orders and users.
-    2. Check the records, live updates, the collections, the index and the statuses.
-    3. Count everything, as `--dry-run` does, unless a collection is missing.
 
     Each step prints its result before the next one, because reading all orders is slow.
     Raises ServiceError.
@@ -62,38 +55,44 @@ def run(args: argparse.Namespace, settings: Settings) -> Exit:
 
     with connect_and_verify(settings, writing=True, recording=False) as connection:
         missing, errors = _check_own_collections(connection, settings)
-        permissions = "; ".join([*missing, *errors]) or None
-        print_rows(*_settings_rows(settings, connection, permissions or "sufficient"))
+        permissions = "; ".join(missing) or None
+        print_rows(*_build_settings_rows(settings, connection, permissions or "sufficient"))
         live_problem = None
         if settings.live_updates:
             live_problem = find_live_updates_problem(connection, settings)
-            print_rows(*_live_updates_rows(connection, live_problem))
+            print_rows(*_build_live_updates_rows(connection, live_problem))
         index = _describe_index(connection, settings)
         statuses = count_statuses(connection, settings)
-        print_rows(*_order_rows(settings, index, statuses))
+        print_rows(*_build_order_rows(settings, index, statuses))
         result, problems = _count_all(connection, settings, statuses)
+        if problem := Metrics(settings).find_problem():
+            problems.append(problem)
+        if live_problem:
+            problems.append(f"live updates will not work: {live_problem}")
         if not args.json:
             _print_count(result, problems)
         elif not errors:
-            problems += [f"live updates will not work: {live_problem}"] if live_problem else []
             checks = {"problems": problems, "permissions": permissions, "index": index}
-            print_json({**checks, **_details_json(connection, settings, statuses, result)})
+            print_json({**checks, **_details_to_json(connection, settings, statuses, result)})
     if errors:
         raise ConfigurationError(*errors)
-    return Exit.FINDINGS if problems or permissions or live_problem else Exit.OK
+    return Exit.FINDINGS if problems or permissions else Exit.OK
 
 
 def _check_own_collections(
     connection: Connection, settings: Settings
 ) -> tuple[list[str], list[str]]:
-    """Return the missing privileges for records, and the errors that would prevent the start."""
+    """Check the collections of records and changes. Raises DatabaseUnavailable.
+
+    Return the missing privileges, and the errors that would prevent the start.
+    """
     missing: list[str] = []
     errors: list[str] = []
     history = History(connection.recounts, settings)
     try:
         history.check_collection()
         history.check_privileges()
-    except NoPermission as error:
+    except NoPermission as error:  # the service would start, and not record
         missing.append(str(error))
     except ConfigurationError as error:
         errors.append(str(error))
@@ -102,6 +101,8 @@ def _check_own_collections(
             check_change_log(connection.changes)
     except ConfigurationError as error:
         errors.append(str(error))
+        if isinstance(error, NoPermission):
+            missing.append(str(error))
     return missing, errors
 
 
@@ -113,14 +114,12 @@ def _count_all(
     if missing := find_missing_collections(connection):
         problems.append(missing)
     else:
-        result = make_dry_run(connection, settings)
-    is_any_counted = any(is_counted(status, settings) for status, _ in statuses)
+        result = dry_run.make_dry_run(connection, settings)
+    has_counted_orders = any(is_counted(status, settings) for status, _ in statuses)
     if result is not None and result.refusal:
         problems.append(f"the safety checks would refuse the recount: {result.refusal}")
-    elif not is_any_counted and 0 < len(statuses) < MAX_STATUSES:  # of more, some are unknown
+    elif not has_counted_orders and 0 < len(statuses) < MAX_STATUSES:  # the list is complete
         problems.append(describe_uncounted(statuses, settings))
-    if problem := Metrics(settings).check():
-        problems.append(problem)
     return result, problems
 
 
@@ -138,9 +137,7 @@ def _describe_index(connection: Connection, settings: Settings) -> str:
     return f"{plan.advice}; {have} an array in {' or '.join(fields)}. Correct these orders first"
 
 
-def _settings_rows(
-    settings: Settings, connection: Connection, permissions: str
-) -> list[tuple[str, str]]:
+def _build_settings_rows(settings: Settings, connection: Connection, permissions: str) -> Rows:
     reason = connection.snapshot_unsupported_reason
     return [
         ("hosts", settings.hosts),
@@ -151,25 +148,31 @@ def _settings_rows(
     ]
 
 
-def _live_updates_rows(connection: Connection, live_problem: str | None) -> list[tuple[str, str]]:
+def _build_live_updates_rows(connection: Connection, live_problem: str | None) -> Rows:
     """Return whether live updates will work, and whether pre-images are on."""
-    orders = connection.orders
-    command = f"db.runCommand({{collMod: '{orders.name}', changeStreamPreAndPostImages: "
-    texts = {
-        True: "on",
-        False: "off: after an order is deleted or its customer changes, points change only at the "
-        f"next full recount; to switch pre-images on: {command}{{enabled: true}}}})",
-        None: "unknown: the option cannot be read, which needs the privilege listCollections",
-    }
-    if not connection.supports_pre_images:
-        texts[False] = "none before MongoDB 6.0: deleted orders wait for the next full recount"
     return [
         ("live updates", f"will NOT work: {live_problem}" if live_problem else "will work"),
-        ("pre-images", texts[keeps_pre_images(connection)]),
+        ("pre-images", _describe_pre_images(connection)),
     ]
 
 
-def _order_rows(settings: Settings, index: str, statuses: StatusCounts) -> list[tuple[str, str]]:
+def _describe_pre_images(connection: Connection) -> str:
+    is_on = keeps_pre_images(connection)
+    if is_on is None:
+        return "unknown: the option cannot be read, which needs the privilege listCollections"
+    if is_on:
+        return "on"
+    if not connection.supports_pre_images:
+        return "none before MongoDB 6.0: deleted orders wait for the next full recount"
+    option = "changeStreamPreAndPostImages: {enabled: true}"
+    return (
+        "off: after an order is deleted or its customer changes, points change only at the next "
+        "full recount; to switch pre-images on: "
+        f"db.runCommand({{collMod: '{connection.orders.name}', {option}}})"
+    )
+
+
+def _build_order_rows(settings: Settings, index: str, statuses: StatusCounts) -> Rows:
     """Return the index, and the number of orders by status, the most frequent first.
 
     Rare statuses are left out, except for counted ones.
@@ -195,13 +198,13 @@ def _print_count(result: Result | None, problems: Sequence[str]) -> None:
     if result is not None:
         print_line("Full count: nothing is written")
         print_totals(result, is_dry_run=True)
-        print_unknown_customers(result)
-        print_warnings([text for text in result.warnings if text not in problems])
+        dry_run.print_unknown_customers(result)
+        dry_run.print_warnings([text for text in result.warnings if text not in problems])
     for problem in problems:
         print_line(f"PROBLEM: {problem}")
 
 
-def _details_json(
+def _details_to_json(
     connection: Connection, settings: Settings, statuses: StatusCounts, result: Result | None
 ) -> Document:
     return {
@@ -214,5 +217,5 @@ def _details_json(
             {"status": format_status(s), "orders": n, "counted": is_counted(s, settings)}
             for s, n in statuses
         ],
-        "dry_run": dry_run_json(result) if result else None,
+        "dry_run": dry_run.to_json(result) if result else None,
     }

@@ -6,7 +6,7 @@ from contextlib import suppress
 from typing import Any
 
 from config import Settings
-from loyalty.commands.changes import change_json, print_outcomes
+from loyalty.commands.changes import change_to_json, print_outcomes
 from loyalty.commands.output import format_cell, print_json, print_line, print_table
 from loyalty.errors import Exit, NoPermission
 from loyalty.history import History
@@ -34,16 +34,15 @@ def run(args: argparse.Namespace, settings: Settings, *, write: bool) -> Exit:
         for argument in args.customer:
             ids = parse_id_argument(argument)
             rows, is_up_to_date = _recount(connection, settings, ids, write=write)
+            users = _list_users(rows, settings)
             document = {
                 "customer": argument,
                 "orders": _find_orders(connection, settings, ids, rows),
-                "users": _list_users(rows, settings),
-                "similar_ids": [],
+                "users": users,
+                "similar_ids": [] if users else _find_similar_ids(connection, settings, ids),
                 "changes": _find_changes(connection, settings, ids, rows),
             }
-            if not document["users"]:
-                document["similar_ids"] = _find_similar_ids(connection, settings, ids)
-            if not document["users"] or not is_up_to_date:
+            if not users or not is_up_to_date:
                 code = Exit.FINDINGS
             if args.json:
                 documents.append(document)
@@ -61,7 +60,7 @@ def _recount(
     rows: list[CustomerCount] = []
     customers = [(id_, all_forms(id_)) for id_ in ids]
     request = RecountRequest(customers=customers, rows=rows, write=write)
-    result = run_recount(connection, settings, History(None), request)
+    result = run_recount(connection, settings, History(connection.recounts, settings), request)
     return rows, result.outcome == "succeeded" and (write or not result.totals.changed)
 
 
@@ -118,10 +117,8 @@ def _explain(orders: CustomerOrders, settings: Settings, *, user_exists: bool) -
 
 def _find_similar_ids(connection: Connection, settings: Settings, ids: Sequence[Any]) -> list[str]:
     """Return ids of users that an unknown id may mean."""
-    users, key, max_time_ms = connection.users, settings.user_key_field, settings.count_ms
-    found = [
-        user for id_ in ids for user in find_similar_ids(users, key, id_, max_time_ms=max_time_ms)
-    ]
+    users, key, limit = connection.users, settings.user_key_field, settings.count_ms
+    found = [user for id_ in ids for user in find_similar_ids(users, key, id_, max_time_ms=limit)]
     return list(dict.fromkeys(map(format_value, found)))
 
 
@@ -144,7 +141,7 @@ def _find_changes(
             "at": row["at"],
             "recount": row["recount"],
             "outcome": outcomes[row["recount"]],
-            **change_json(row["change"]),
+            **change_to_json(row["change"]),
         }
         for row in logged
     ]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from config import Settings
 from loyalty.commands import customer
-from loyalty.commands.once import print_totals, result_json
+from loyalty.commands.once import print_totals, result_to_json
 from loyalty.commands.output import pluralize, print_json, print_line, print_table
 from loyalty.errors import Exit
 from loyalty.history import History
@@ -24,7 +24,7 @@ def run(args: argparse.Namespace, settings: Settings) -> Exit:
     with connect_and_verify(settings, writing=False) as connection:
         result = make_dry_run(connection, settings)
     if args.json:
-        print_json(dry_run_json(result))
+        print_json(to_json(result))
     else:
         _print_result(result)
     return Exit.FINDINGS if result.totals.changed or result.refusal else Exit.OK
@@ -89,12 +89,12 @@ def print_warnings(warnings: Sequence[str]) -> None:
         print_line(f"Warning: {warning}")
 
 
-def dry_run_json(result: Result) -> Document:
+def to_json(result: Result) -> Document:
     """Return what a recount would change; it has no outcome and no record."""
     unused = ("_id", "outcome", "error", "failed_updates")
     totals = result.totals
     return {
-        **{name: value for name, value in result_json(result).items() if name not in unused},
+        **{name: value for name, value in result_to_json(result).items() if name not in unused},
         "changed": totals.changed,
         "refusal": result.refusal,
         "warnings": result.warnings,

@@ -25,40 +25,42 @@ def run(args: argparse.Namespace, settings: Settings) -> Exit:
         result = run_recount(connection, settings, history, RecountRequest(force=args.force))
     metrics.record_recount(result)
     if args.json:
-        print_json(result_json(result))
+        print_json(result_to_json(result))
     else:
         print_line(f"Recount {result.outcome} in {result.seconds:.1f} s")
         print_totals(result)
     return Exit.OK if result.outcome == "succeeded" else Exit.FINDINGS
 
 
-def result_json(result: Result) -> Document:
+def result_to_json(result: Result) -> Document:
     """Return the record of a recount and the number of users."""
     return {**build_record(result), "users": result.totals.users}
 
 
 def print_totals(result: Result, *, is_dry_run: bool = False) -> None:
     """Print what a recount counted, and how many users it wrote or, in a dry run, would write."""
-    totals, written = result.totals, result.written
+    totals = result.totals
     unknown = f"{totals.unknown_customers:,}"
     if totals.unknown_customers:
         unknown += f" with {pluralize(totals.orders_of_unknown_customers, 'order')}"
+    written = totals.changed if is_dry_run else result.written
+    exactness = "exact: one snapshot" if result.count.exact else "not exact: no single snapshot"
     rows = [("users", f"{totals.users:,}")]
     if is_dry_run:
         rows.append(("users with points", f"{totals.users_with_points_before:,} before"))
     rows += [
         ("counted orders", f"{totals.counted_orders:,}"),
-        ("changed users", _describe_changes(totals, totals.changed if is_dry_run else written)),
+        ("changed users", _describe_changes(totals, written)),
         ("unknown customers", unknown),
         ("orders without customer", f"{totals.orders_without_customer:,}"),
-        ("as of", f"{format_cell(result.as_of)} UTC ({_describe_snapshot(result)})"),
+        ("as of", f"{format_cell(result.as_of)} UTC ({exactness})"),
     ]
     if result.failed_updates:
         rows.append(("failed updates", f"{result.failed_updates:,}"))
     print_table(*rows)
 
 
-def _describe_changes(totals: Totals, changed: int) -> str:
+def _describe_changes(totals: Totals, written: int) -> str:
     kinds = {
         "increased": totals.increased,
         "decreased": totals.decreased,
@@ -67,10 +69,5 @@ def _describe_changes(totals: Totals, changed: int) -> str:
     kinds["changed only in type"] = totals.changed - sum(kinds.values())
     always = ("increased", "decreased")
     parts = [f"{n:,} {kind}" for kind, n in kinds.items() if n or kind in always]
-    share = "" if changed == totals.changed else f" of {totals.changed:,}"
-    return f"{changed:,}{share} ({', '.join(parts)})"
-
-
-def _describe_snapshot(result: Result) -> str:
-    # On an idle server the snapshot may be some seconds older than the start of the recount.
-    return "exact: one snapshot" if result.count.exact else "not exact: no single snapshot"
+    share = "" if written == totals.changed else f" of {totals.changed:,}"
+    return f"{written:,}{share} ({', '.join(parts)})"

@@ -54,10 +54,10 @@ def print_table(*rows: Sequence[str]) -> None:
 
 def print_json(document: Document) -> None:
     """Print a document on one line: times as ISO 8601 in UTC, durations in seconds."""
-    print_line(json.dumps(document, default=_json_value))
+    print_line(json.dumps(document, default=_convert_value))
 
 
-def _json_value(value: object) -> object:
+def _convert_value(value: object) -> object:
     match value:
         case datetime():
             utc = value.astimezone(UTC)

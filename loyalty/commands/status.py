@@ -10,7 +10,7 @@ from itertools import takewhile
 from config import Settings
 from loyalty.commands.output import format_cell, pluralize, print_json, print_line, print_table
 from loyalty.errors import Exit, NoPermission
-from loyalty.heartbeat import Heartbeat, max_age
+from loyalty.heartbeat import MAX_LIVE_AGE, Heartbeat
 from loyalty.history import History
 from loyalty.mongo.connection import Connection, connect
 from loyalty.mongo.driver_errors import map_driver_errors
@@ -21,6 +21,7 @@ from loyalty.recount.undo import find_unrecorded
 
 MAX_RECORDS = 10
 _UNSUCCESSFUL_OUTCOMES = ("refused", "failed")
+_STALE = "The points are STALE until the next successful recount"
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,13 @@ class Status:
     """The newest recount, if it has no record: it is writing, or was interrupted."""
 
     @property
-    def has_live_updates(self) -> bool:
+    def is_heartbeat_alive(self) -> bool:
         return self.heartbeat is not None and self.heartbeat.is_alive(self.now)
+
+    @property
+    def has_live_updates(self) -> bool:
+        """Whether live updates are running, and the settings expect them."""
+        return self.settings.live_updates and self.is_heartbeat_alive
 
     @property
     def is_interrupted(self) -> bool:
@@ -49,12 +55,10 @@ class Status:
         return self.unrecorded is not None and self.unrecorded.is_silent(self.now)
 
     @property
-    def is_live(self) -> bool:
-        return self.settings.live_updates and self.has_live_updates
-
-    @property
     def max_age(self) -> timedelta:
-        return max_age(self.settings.recount_interval, is_live=self.is_live)
+        """The maximum age of fresh points."""
+        limit = 2 * self.settings.recount_interval
+        return min(limit, MAX_LIVE_AGE) if self.has_live_updates else limit
 
     @property
     def is_fresh(self) -> bool:
@@ -92,11 +96,14 @@ def _read_status(connection: Connection, settings: Settings) -> Status:
 
 
 def read_server_time(connection: Connection) -> datetime:
-    """Return the server's time, as this machine's clock may be wrong. Raises ServiceError."""
+    """Return the server's time, as this machine's clock may be wrong. Raises ServiceError.
+
+    If the server does not report its time, return that of this machine.
+    """
     with map_driver_errors("hello", connection.hosts):
         hello = connection.client.admin.command("hello")
-    local_time: datetime = hello["localTime"]
-    return local_time.replace(tzinfo=UTC)
+    time: datetime = hello.get("localTime", datetime.now(UTC))
+    return time.replace(tzinfo=UTC)
 
 
 def _to_json(status: Status) -> Document:
@@ -108,7 +115,7 @@ def _to_json(status: Status) -> Document:
         "age_seconds": status.age,
         "interval_seconds": status.settings.recount_interval,
         "live_updates": status.settings.live_updates,
-        "heartbeat": heartbeat and {**asdict(heartbeat), "alive": status.has_live_updates},
+        "heartbeat": heartbeat and {**asdict(heartbeat), "alive": status.is_heartbeat_alive},
         "recounts": [
             {name: value for name, value in record.items() if name != "recorded_by"}
             for record in status.records
@@ -142,14 +149,12 @@ def _print_last_outcome(records: Sequence[Document]) -> None:
         failed = pluralize(last["failed_updates"], "failed update")
         print_line(f"The last recount was incomplete: {failed}")
         return
-    number = len(
-        list(takewhile(lambda record: record["outcome"] in _UNSUCCESSFUL_OUTCOMES, records))
-    )
+    unsuccessful = list(takewhile(lambda r: r["outcome"] in _UNSUCCESSFUL_OUTCOMES, records))
+    if (number := len(unsuccessful)) > 1:
+        or_more = " or more" if number == MAX_RECORDS else ""
+        print_line(f"The last {number}{or_more} recounts did not succeed")
     ended = "failed" if last["outcome"] == "failed" else "was refused by the safety checks"
-    if number > 1:
-        number_text = f"{number} or more" if number == MAX_RECORDS else str(number)
-        print_line(f"The last {number_text} recounts did not succeed")
-    print_line(f"The last recount {ended}" + (f": {last['error']}" if last["error"] else ""))
+    print_line(f"The last recount {ended}: {last['error']}")
 
 
 def _print_freshness(status: Status) -> None:
@@ -157,46 +162,48 @@ def _print_freshness(status: Status) -> None:
     if (recount := status.unrecorded) is not None:
         print_line(
             f"Recount {recount.id} of {format_cell(recount.at)} UTC has no record: it is still "
-            "writing, it was interrupted after it had written some users, or its record could not "
-            "be written (record_write_failed in the log). The next successful recount makes all "
-            f"points exact; --undo {recount.id} restores the points that users had before it"
+            "writing, was interrupted, or could not write its record (record_write_failed in the "
+            "log). The next successful recount makes all points exact; "
+            f"--undo {recount.id} restores the points that users had before it"
         )
     if status.is_interrupted:
-        print_line("The points are STALE until the next successful recount")
-    elif (undo := status.undo) is not None:
-        recount_id = undo["undone_recount"]
-        text = f"The undo of recount {recount_id} has not finished: repeat --undo {recount_id}"
-        if undo["outcome"] == "undone":
-            restored = pluralize(undo["changed"], "user")
-            text = f"Recount {recount_id} was undone: {restored} restored"
-        print_line(f"{text}. The points are STALE until the next successful recount")
+        print_line(_STALE)
+    elif status.undo is not None:
+        print_line(f"{_describe_undo(status.undo)}. {_STALE}")
     elif status.age is None:
         print_line("No recount has succeeded yet")
     else:
         _print_age(status, status.age)
 
 
+def _describe_undo(undo: Document) -> str:
+    recount = undo["undone_recount"]
+    if undo["outcome"] == "undone":
+        return f"Recount {recount} was undone: {pluralize(undo['changed'], 'user')} restored"
+    return f"The undo of recount {recount} has not finished: repeat --undo {recount}"
+
+
 def _print_age(status: Status, age: timedelta) -> None:
-    source = "the limit with live updates" if status.is_live else "twice RECOUNT_INTERVAL"
+    is_live = status.has_live_updates
+    source = "the limit with live updates" if is_live else "twice RECOUNT_INTERVAL"
     limit = f"{format_duration(status.max_age)} ({source})"
     verdict = f"fresh, not older than {limit}"
     if not status.is_fresh:
         verdict = f"STALE, older than {limit}"
-        if status.is_live:
+        if is_live:
             verdict += (
                 ". Either the replica set acknowledges no write by a majority, or orders change "
                 "faster than they are counted"
             )
     elif status.records[0]["outcome"] in _UNSUCCESSFUL_OUTCOMES:
         verdict = f"still {verdict}, from an earlier recount"
-    whole_seconds = timedelta(seconds=int(age.total_seconds()))
-    print_line(f"The points are {format_duration(whole_seconds)} old: {verdict}")
+    print_line(f"The points are {format_duration(age)} old: {verdict}")
 
 
 def _print_live_updates(status: Status) -> None:
-    """Print whether live updates are running; nothing if they are neither running nor wanted."""
+    """Print whether live updates are running; nothing if they are off, and not running."""
     heartbeat = status.heartbeat
-    if heartbeat is not None and status.has_live_updates:
+    if heartbeat is not None and status.is_heartbeat_alive:
         print_line(
             f"Live updates: running since {format_cell(heartbeat.live_since)} UTC, "
             f"as of {format_cell(heartbeat.as_of)} UTC, "

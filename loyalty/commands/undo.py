@@ -3,9 +3,10 @@
 import argparse
 from dataclasses import replace
 from datetime import UTC, datetime
+from typing import Any
 
 from config import VERSION, Settings
-from loyalty.commands.changes import change_json, format_points, print_recount
+from loyalty.commands.changes import change_to_json, format_points, print_recount
 from loyalty.commands.output import pluralize, print_json, print_line
 from loyalty.commands.status import read_server_time
 from loyalty.errors import Exit, RecountNotEnded
@@ -29,7 +30,7 @@ def run(args: argparse.Namespace, settings: Settings) -> Exit:
     write = not args.dry_run
 
     def print_user(user: LoggedUser) -> None:
-        row = _user_json(user)
+        row = _user_to_json(user)
         if args.json:
             print_json(row)
         else:
@@ -44,14 +45,14 @@ def run(args: argparse.Namespace, settings: Settings) -> Exit:
         if not args.json:
             print_recount(recount)
         is_recorded = write and has_effect(connection, recount)
-        # The recount may have written elsewhere than the settings say now.
+        # The recount may have written to another target than that of the settings.
         target = replace(settings, users=recount.users, points_field=recount.points_field)
-        history, started_at = History(connection.recounts, target), datetime.now(UTC)
+        target_history, started_at = History(connection.recounts, target), datetime.now(UTC)
         if is_recorded:  # before the first update, as the undo may be interrupted
-            history.write(_build_record(recount, started_at))
+            target_history.write(_build_record(recount, started_at))
         result = undo_recount(connection, recount, write=write, on_not_restored=print_user)
         if is_recorded:
-            history.write(_build_record(recount, started_at, result))
+            target_history.write(_build_record(recount, started_at, result))
     if args.json:
         print_json(_to_json(recount, result, write=write))
     else:
@@ -76,29 +77,25 @@ def _build_record(
 ) -> Document:
     """Return the record of an undo; without a result, the one from before its first update."""
     finished_at = datetime.now(UTC)
-    record = {
+    record: dict[str, Any] = {
         "started_at": started_at,
         "finished_at": finished_at,
-        "outcome": "undoing",
+        "outcome": "undone" if result else "undoing",
         "undone_recount": recount.id,
         "version": VERSION,
     }
-    if result is None:
-        return record
-    return {
-        **record,
-        "seconds": (finished_at - started_at).total_seconds(),
-        "outcome": "undone",
-        "changed": result.restored,
-        "not_restored": result.not_restored.total(),
-        "error": None,
-    }
+    if result:
+        record["seconds"] = (finished_at - started_at).total_seconds()
+        record["changed"] = result.restored
+        record["not_restored"] = result.not_restored.total()
+        record["error"] = None
+    return record
 
 
-def _user_json(user: LoggedUser) -> Document:
+def _user_to_json(user: LoggedUser) -> Document:
     """Return a user who is not restored as `{user, from, to, found, why}`."""
     found = "no user" if user.is_deleted else format_points(user.stored)
-    return {**change_json(user.change), "found": found, "why": user.why_not_restored}
+    return {**change_to_json(user.change), "found": found, "why": user.why_not_restored}
 
 
 def _print_result(result: UndoResult, *, write: bool) -> None:

@@ -19,7 +19,7 @@ def run(args: argparse.Namespace, settings: Settings) -> Exit:
         connect_and_verify(settings, writing=False) as connection,
     ):
         request = RecountRequest(write=False, rows=unknown)
-        run_recount(connection, settings, History(None), request)
+        run_recount(connection, settings, History(connection.recounts, settings), request)
         for row in unknown:
             print_json(row)
     return Exit.OK

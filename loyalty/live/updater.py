@@ -207,7 +207,9 @@ class LiveUpdater:
             customers=customers, not_before=at, safety_check=self._check_decreases
         )
         try:
-            result = run_recount(connection, self._settings, History(None), request, on_progress)
+            result = run_recount(
+                connection, self._settings, History(None, self._settings), request, on_progress
+            )
         except RecountRefused as error:
             self._pause(error)
             return
