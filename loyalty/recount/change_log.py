@@ -4,7 +4,7 @@ A batch's changes are inserted before its updates. After a crash the log may hol
 not made; it never lacks one that was.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -24,40 +24,38 @@ DOCUMENTS_PER_BATCH = 8
 """Documents in one reply. The server's limit, 16 MB, is 270,000 changes: 200 MB in Python."""
 
 
-@dataclass(frozen=True)
-class ChangeLog:
-    """Where one recount logs its changes: `{…, changes: [{user, before, after}]}`.
+def open_change_log(
+    collection: Collection[Any],
+    settings: Settings,
+    *,
+    recount: ObjectId,
+    started_at: datetime,
+    cluster_time: Timestamp | None,
+) -> Callable[[Sequence[Document]], None]:
+    """Return a function that inserts one batch of a recount's changes, `{user, before, after}`.
 
     `before` is missing if the user had no points field. If even the document around a nested field
-    was missing, `created` is the path of the outermost part that the update creates.
+    was missing, `created` is the path of the outermost part that the update creates. The function
+    raises ServiceError.
     """
+    fields = {
+        **OWNER_FILTER,
+        "recount": recount,
+        **logged_target(settings),
+        "at": started_at,
+        "cluster_time": cluster_time,
+        "expires_at": started_at + settings.retention,
+    }
 
-    collection: Collection[Any]
-    users: str
-    points_field: str
-    recount: ObjectId
-    at: datetime
-    cluster_time: Timestamp | None
-    expires_at: datetime
+    def insert(changes: Sequence[Document]) -> None:
+        with map_driver_errors("insert", collection):
+            collection.insert_one({**fields, "changes": changes})
 
-    def insert(self, changes: Sequence[Document]) -> None:
-        """Insert one batch of changes. Raises ServiceError."""
-        document = {
-            **OWNER_FILTER,
-            "recount": self.recount,
-            "users": self.users,
-            "points_field": self.points_field,
-            "at": self.at,
-            "cluster_time": self.cluster_time,
-            "expires_at": self.expires_at,
-            "changes": changes,
-        }
-        with map_driver_errors("insert", self.collection):
-            self.collection.insert_one(document)
+    return insert
 
 
 def check_change_log(collection: Collection[Any]) -> None:
-    """Raise ConfigurationError if this is not a collection for changes, or one is not allowed."""
+    """Raise ConfigurationError if changes cannot be logged here; any ServiceError."""
     try:
         require_privileges(collection, "find", "insert")
         hint = "CHANGES_COLLECTION must name a collection that only this service uses, or be none"

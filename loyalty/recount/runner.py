@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -15,7 +14,7 @@ from loyalty.errors import RecountRefused, ServiceError, SnapshotTooOld, TooMany
 from loyalty.history import History
 from loyalty.logs import log
 from loyalty.mongo.connection import Connection
-from loyalty.recount.change_log import ChangeLog
+from loyalty.recount.change_log import open_change_log
 from loyalty.recount.counter import Counter, Customers, FindBoundaries
 from loyalty.recount.partitions import partition_boundaries
 from loyalty.recount.pipeline import NonCanonicalIdFound
@@ -155,13 +154,13 @@ class _Recount:
         elif request.customers is None:
             report = check_totals(result.totals, settings, _read_previous(self.history))
             if not result.totals.counted_orders or not result.totals.users:
-                report.add(check_uncounted(self.connection, settings, self.on_progress))
+                report += check_uncounted(self.connection, settings, self.on_progress)
             result.refusal, result.warnings = report.refusal, report.warnings
         if not request.write:
             return
-        if result.refusal and not request.force:
-            raise RecountRefused(result.refusal)
         if result.refusal:
+            if not request.force:
+                raise RecountRefused(result.refusal)
             log.warning('safety_check_overridden reason="%s"', result.refusal)
         for warning in result.warnings:
             log.warning('safety_warning text="%s"', warning)
@@ -171,38 +170,41 @@ class _Recount:
 
     def write(self, updates: PendingUpdates) -> None:
         """Write the updates. Raises TooManyFailedUpdates, and other ServiceErrors."""
-        self.result.updates, totals = updates.result, self.result.totals
+        totals = self.result.totals
+        written = self.result.updates = updates.result  # `write` adds to it, also before an error
         updates.write(self.connection.users, self.on_progress, self._open_change_log())
-        failed, changed = updates.result.failed, totals.changed
-        if not failed:
+        if not written.failed:
             return
-        log.debug("failed_updates users=%s", ", ".join(updates.result.failed_sample))
-        errors = updates.result.describe_failures()
-        if has_too_many_failed_updates(failed, totals.users):
+        log.debug("failed_updates users=%s", ", ".join(written.failed_sample))
+        errors = written.describe_failures()
+        if has_too_many_failed_updates(written.failed, totals.users):
             raise TooManyFailedUpdates(
-                f"{failed:,} of {changed:,} updates failed ({errors})", failed
+                f"{written.failed:,} of {totals.changed:,} updates failed ({errors})",
+                written.failed,
             )
-        log.warning('incomplete failed_updates=%d changed=%d errors="%s"', failed, changed, errors)
+        log.warning(
+            'incomplete failed_updates=%d changed=%d errors="%s"',
+            *(written.failed, totals.changed, errors),
+        )
 
     def _open_change_log(self) -> LogChanges | None:
         """Return the function that logs changes; None if they are not logged."""
         if self.connection.changes is None or not self.request.is_recorded:
             return None
-        change_log = ChangeLog(
+        return open_change_log(
             self.connection.changes,
-            users=self.settings.users,
-            points_field=self.settings.points_field,
+            self.settings,
             recount=self.result.id,
-            at=self.result.started_at,
+            started_at=self.result.started_at,
             cluster_time=self.result.count.cluster_time,
-            expires_at=self.result.started_at + self.settings.retention,
         )
-        return change_log.insert
 
 
 def _read_previous(history: History) -> PreviousRecounts:
-    with suppress(ServiceError):
+    try:
         last = history.find_last_success()
-        counted_orders = last["counted_orders"] if last else None
-        return PreviousRecounts(is_first=last is None, counted_orders=counted_orders)
-    return PreviousRecounts()
+    except ServiceError:
+        return PreviousRecounts()
+    return PreviousRecounts(
+        is_first=last is None, counted_orders=last["counted_orders"] if last else None
+    )

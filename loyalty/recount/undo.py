@@ -4,7 +4,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import bson
 from bson import ObjectId
@@ -19,7 +20,7 @@ from loyalty.mongo.connection import Connection
 from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.values import LENIENT_CODEC, Document, get_nested, is_integer
 from loyalty.recount.change_log import LoggedRecount, find_changes, find_recount, logged_target
-from loyalty.recount.updates import MAX_WRITERS
+from loyalty.recount.updates import MAX_WRITERS, bulk_write
 from loyalty.retry import SHORT_OUTAGE_RETRY, retry
 
 MISSING = object()
@@ -52,10 +53,10 @@ def find_unrecorded(
 def resolve_recount(
     connection: Connection, settings: Settings, history: History, text: str
 ) -> LoggedRecount:
-    """Return the logged recount for `text`, an ObjectId or "last": the newest one with an effect.
+    """Return the logged recount with the id `text`.
 
-    That one wrote the collection and the field in the settings, changed users, and is not undone.
-    Raises RecountNotFound, and other ServiceErrors.
+    "last" is the newest recount that changed users in the collection and the field of the settings,
+    and is not undone. Raises RecountNotFound, and other ServiceErrors.
     """
     change_log = change_log_collection(connection)
     if text == "last":
@@ -63,7 +64,8 @@ def resolve_recount(
         found = find_recount(change_log, {**logged_target(settings), **others})
         hint = f"no recount that changed {settings.users}.{settings.points_field} and is not undone"
     else:
-        found, hint = find_recount(change_log, {"recount": ObjectId(text)}), f"no recount {text}"
+        found = find_recount(change_log, {"recount": ObjectId(text)})
+        hint = f"no recount {text}"
         if found is None and (undone := history.find_undone_recounts(ObjectId(text))):
             raise RecountNotFound(
                 f"{text} is the undo of recount {undone[0]}, and an undo cannot be undone: the "
@@ -145,15 +147,12 @@ def undo_recount(
     change_log = change_log_collection(connection)
     users = _users_collection(connection, recount)
     total = UndoResult()
-
-    def undo(changes: Sequence[Document]) -> tuple[int, int, list[LoggedUser]]:
-        return _undo_batch(users, recount.points_field, changes, write=write)
-
+    undo = partial(_undo_batch if write else _preview_batch, users, recount.points_field)
     with map_ordered(undo, find_changes(change_log, recount.id), MAX_WRITERS) as results:
-        for restored, unchanged, not_restored in results:
-            total.restored += restored
-            total.unchanged += unchanged
-            for user in not_restored:
+        for result in results:
+            total.restored += result.restored
+            total.unchanged += result.unchanged
+            for user in result.not_restored:
                 total.not_restored[user.why_not_restored] += 1
                 on_not_restored(user)
     return total
@@ -164,25 +163,36 @@ def _users_collection(connection: Connection, recount: LoggedRecount) -> Collect
     return database.get_collection(recount.users, codec_options=LENIENT_CODEC)
 
 
-def _undo_batch(
-    users: Collection[Any], points_field: str, changes: Sequence[Document], *, write: bool
-) -> tuple[int, int, list[LoggedUser]]:
-    """Undo a batch of changes, or find out what that would do.
+class _BatchResult(NamedTuple):
+    restored: int
+    unchanged: int
+    not_restored: Sequence[LoggedUser]
 
-    Return how many users are restored, how many already had the old points, and all others.
-    """
-    matched = _restore(users, points_field, changes) if write else 0
-    if matched == len(changes):  # to read the users as well would take twice the time
-        return matched, 0, []
+
+def _preview_batch(
+    users: Collection[Any], points_field: str, changes: Sequence[Document]
+) -> _BatchResult:
+    """Find out what `_undo_batch` would do."""
     found = _read_users(users, points_field, changes)
-    with_old_points = sum(user.has_old_points for user in found)
-    restorable = [user for user in found if user.has_recount_points]
-    others = [u for u in found if not u.has_old_points and not u.has_recount_points]
-    if not write:
-        return len(restorable), with_old_points, others
+    return _BatchResult(
+        restored=sum(user.has_recount_points for user in found),
+        unchanged=sum(user.has_old_points for user in found),
+        not_restored=[u for u in found if not u.has_recount_points and not u.has_old_points],
+    )
+
+
+def _undo_batch(
+    users: Collection[Any], points_field: str, changes: Sequence[Document]
+) -> _BatchResult:
+    """Undo a batch of changes. Raises ServiceError."""
+    matched = _restore(users, points_field, changes)
+    if matched == len(changes):  # to read the users as well would take twice the time
+        return _BatchResult(matched, 0, [])
+    found = _read_users(users, points_field, changes)
+    not_restored = [user for user in found if not user.has_old_points]
+    with_old_points = len(found) - len(not_restored)
     restored = with_old_points if matched is None else min(matched, with_old_points)
-    # Users who still have the points of the recount are those whose update failed.
-    return restored, with_old_points - restored, [*others, *restorable]
+    return _BatchResult(restored, with_old_points - restored, not_restored)
 
 
 def _read_users(
@@ -203,13 +213,12 @@ def _read_users(
 def _restore(users: Collection[Any], points_field: str, changes: Sequence[Document]) -> int | None:
     """Restore users who still have the points of the recount. Raises ServiceError.
 
-    Return how many users matched; None if some updates failed, as that number is then unknown.
+    Return how many users matched; None (unknown) if some updates failed.
     """
 
     def write(batches: Sequence[Sequence[Document]]) -> int:
         updates = [update for batch in batches for update in _build_updates(points_field, batch)]
-        with map_driver_errors("update", users):
-            return users.bulk_write(updates, ordered=False).matched_count
+        return bulk_write(users, updates)
 
     try:
         return retry(lambda: write([changes]), SHORT_OUTAGE_RETRY)

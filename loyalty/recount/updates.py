@@ -6,6 +6,7 @@ stops no other.
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Self
@@ -102,16 +103,10 @@ class PendingUpdates:
             del change["before"]
             if user.created_path:
                 change["created"] = user.created_path
-        if isinstance(user.id, ObjectId) and isinstance(user.points, int | float | None):
-            size = _OBJECT_ID_BYTES + len(user.created_path or "")
-        else:
-            try:
-                size = len(bson.encode(change))
-            except (InvalidBSON, InvalidDocument, InvalidStringData, UnicodeEncodeError):
-                size = _MAX_CHANGE_BYTES + 1
-            if size > _MAX_CHANGE_BYTES:
-                self.result.add_failure(UNSUPPORTED_VALUE, user.id)
-                return
+        size = _measure_change(user, change)
+        if size is None or size > _MAX_CHANGE_BYTES:
+            self.result.add_failure(UNSUPPORTED_VALUE, user.id)
+            return
         if self._batch and self._batch_bytes + size > MAX_BATCH_BYTES:
             self._end_batch()
         self._batch.append(change)
@@ -147,6 +142,16 @@ class PendingUpdates:
                 progress.add(result.written + result.deleted + result.failed)
 
 
+def _measure_change(user: User, change: Document) -> int | None:
+    """Return about how many bytes a change has; None if it cannot be encoded."""
+    if isinstance(user.id, ObjectId) and isinstance(user.points, int | float | None):
+        return _OBJECT_ID_BYTES + len(user.created_path or "")
+    try:
+        return len(bson.encode(change))
+    except (InvalidBSON, InvalidDocument, InvalidStringData, UnicodeEncodeError):
+        return None
+
+
 def _write_batch(
     users: Collection[Any],
     points_field: str,
@@ -163,15 +168,11 @@ def _write_batch(
         UpdateMany({"_id": {"$in": ids}}, {"$set": {points_field: points}})
         for points, ids in ids_by_points.items()
     ]
-    try:
-        matched: int | None = _bulk_write(users, updates)
-    except (BulkUpdateErrors, DatabaseUnavailable):
-        # An UpdateMany stops at the first user whose update fails, and the driver does not retry
-        # it when the primary is lost.
-        matched = None
-    if matched == len(changes):
-        return UpdateResult(written=len(changes))
-    # A chunk migration can hide a user from an UpdateMany; a deleted user stays missing.
+    # An UpdateMany stops at the first user whose update fails, and the driver does not retry it
+    # when the primary is lost. A chunk migration can hide users from it. Deleted users never match.
+    with suppress(BulkUpdateErrors, DatabaseUnavailable):
+        if bulk_write(users, updates) == len(changes):
+            return UpdateResult(written=len(changes))
     return _write_each_user(users, points_field, changes)
 
 
@@ -181,7 +182,7 @@ def _write_each_user(
     updates = [UpdateOne({"_id": c["user"]}, {"$set": {points_field: c["after"]}}) for c in changes]
     result = UpdateResult()
     try:
-        result.written = _bulk_write(users, updates)
+        result.written = bulk_write(users, updates)
     except BulkUpdateErrors as error:
         result.written = error.matched
         for position, code in error.reasons.items():
@@ -190,7 +191,7 @@ def _write_each_user(
     return result
 
 
-def _bulk_write(users: Collection[Any], updates: Sequence[UpdateOne | UpdateMany]) -> int:
+def bulk_write(users: Collection[Any], updates: Sequence[UpdateOne | UpdateMany]) -> int:
     """Return how many users were matched. Raises BulkUpdateErrors and other ServiceErrors."""
     with map_driver_errors("update", users):
         return users.bulk_write(updates, ordered=False).matched_count
