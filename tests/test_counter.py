@@ -26,7 +26,7 @@ from loyalty.recount.result import CountResult, Result
 from loyalty.recount.runner import RecountRequest, run_recount
 from loyalty.recount.snapshot import pin_cluster_time
 from loyalty.recount.statuses import check_uncounted
-from loyalty.recount.tally import CustomerCount, UpToDate
+from loyalty.recount.tally import CustomerCount, Row, UpToDateTotals
 from sandbox import faults
 from sandbox.mongod import Deployment, wait_until
 from sandbox.shop import find_mismatches
@@ -34,8 +34,6 @@ from sandbox.shop import find_mismatches
 ADA, BOB, EVE = (ObjectId(f"{digit}{'ab' * 11}{digit}") for digit in "abc")
 MIXED_ADA = str(ADA)[:9].upper() + str(ADA)[9:]
 SETTINGS = settings_for("mongodb://unused/")
-
-Row = CustomerCount | UpToDate
 
 
 @pytest.fixture
@@ -85,11 +83,11 @@ def test_each_customer_has_one_row_with_the_orders_of_both_canonical_forms(
         ("ada", 1, 0),
         (str(EVE), 0, 2),
     ]
-    rest = [row for row in rows if isinstance(row, UpToDate)]
+    rest = [row for row in rows if isinstance(row, UpToDateTotals)]
     assert sum(row.users for row in rest) == sum(row.users_with_points for row in rest) == 1
     assert sum(row.orders for row in rest) == 1
     assert result.exact
-    assert result.supports_partitions
+    assert result.has_usable_indexes
     assert not result.has_mixed_case_ids
 
 
@@ -178,7 +176,7 @@ def test_a_user_with_an_upper_case_key_gets_the_orders_of_the_lower_case_id(
     connection.users.insert_many([{"key": str(ADA).upper()}, {"key": str(BOB)}])
     ship(connection, str(ADA), BOB)
     result = recount(connection, [BOB], USER_KEY_FIELD="key")
-    assert result.count.supports_partitions
+    assert result.count.has_usable_indexes
     assert result.totals.unknown_customers == 0
     assert connection.users.count_documents({"loyalty_points": 1}) == 2
 
@@ -207,7 +205,7 @@ def test_a_customer_id_that_is_an_array_is_counted_once(connection: Connection) 
     result = recount(connection)
     assert (result.totals.counted_orders, result.totals.unknown_customers) == (3, 1)
     assert result.totals.orders_without_customer == 1
-    assert not result.count.supports_partitions
+    assert not result.count.has_usable_indexes
     assert find_mismatches(connection.users.database) == []
 
 
@@ -223,7 +221,7 @@ def test_without_an_index_a_single_query_counts_all_customers(
     connection.orders.create_index([("status", 1), ("customer_id", 1)], **options)
     # The partial index holds fewer orders than these statuses have.
     result = recount(connection, [ADA, BOB], ORDER_STATUSES="Shipped,Sent")
-    assert not result.count.supports_partitions
+    assert not result.count.has_usable_indexes
     assert result.count.exact
     assert find_mismatches(connection.users.database) == []
 
@@ -348,7 +346,7 @@ def test_a_count_without_snapshots_is_as_of_its_start(connection: Connection) ->
         counter = Counter(server, SETTINGS, ignore_progress, use_snapshot=use_snapshot)
         count = counter.count_all(lambda _: None)
         assert not count.exact
-        assert (count.cluster_time, count.snapshots) == (None, [])
+        assert (count.cluster_time, count.snapshots) == (None, ())
         assert Result(started_at=started_at, count=count).as_of == started_at
 
 
@@ -388,7 +386,7 @@ def test_a_transient_error_of_explain_does_not_cause_a_single_query(
     interrupted = 11601
     with faults.fail_command(deployment.servers[0], "explain", 1, errorCode=interrupted):
         result = recount(connection)
-    assert result.count.supports_partitions
+    assert result.count.has_usable_indexes
     assert find_mismatches(connection.users.database) == []
 
 

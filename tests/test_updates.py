@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 from uuid import uuid4
 
@@ -17,7 +17,7 @@ from loyalty.concurrency import ignore_progress
 from loyalty.errors import DatabaseUnavailable, TooManyFailedUpdates
 from loyalty.history import History
 from loyalty.mongo.connection import Connection, connect
-from loyalty.recount.change_log import ChangeLog, find_changes
+from loyalty.recount.change_log import find_changes, open_change_log
 from loyalty.recount.result import Result
 from loyalty.recount.runner import RecountRequest, run_recount
 from loyalty.recount.tally import User
@@ -214,23 +214,17 @@ def test_a_batch_is_ended_before_it_is_too_large_for_one_command(connection: Con
 def test_a_value_that_the_change_log_cannot_hold_is_a_failed_update(connection: Connection) -> None:
     changes = connection.changes
     assert changes is not None
-    now = datetime.now(UTC)
-    log = ChangeLog(
-        changes,
-        users="users",
-        points_field="loyalty_points",
-        recount=ObjectId(),
-        at=now,
-        cluster_time=None,
-        expires_at=now + timedelta(days=1),
+    recount_id, settings = ObjectId(), settings_for("mongodb://unused/")
+    log_changes = open_change_log(
+        changes, settings, recount=recount_id, started_at=datetime.now(UTC), cluster_time=None
     )
     with PendingUpdates(1000, "loyalty_points") as updates:
         for user_id, size in enumerate([10, 4_000_000, 13_000_000, 16_770_000, 10]):
             updates.add(User(user_id, "x" * size, has_points=True), 1)
-        updates.write(connection.users, ignore_progress, log.insert)
+        updates.write(connection.users, ignore_progress, log_changes)
     result = updates.result
     assert (result.written, result.failures) == (4, {"UnsupportedValue": 1})
-    logged = [change["user"] for batch in find_changes(changes, log.recount) for change in batch]
+    logged = [change["user"] for batch in find_changes(changes, recount_id) for change in batch]
     assert sorted(logged) == [0, 1, 2, 4]
 
 

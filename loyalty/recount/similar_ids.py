@@ -1,4 +1,4 @@
-"""Look-alikes: all unknown customers of a count, and the users that they may mean."""
+"""All unknown customers of a count, and the users with similar ids."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
