@@ -18,7 +18,7 @@ from loyalty.mongo.connection import Connection
 from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.values import SIMPLE_COLLATION, split_ids
 from loyalty.recount.customer_ids import MIXED_CASE_HEX_ID
-from loyalty.recount.index import Plan, inspect_plan
+from loyalty.recount.index import OrdersPlan, inspect_plan
 from loyalty.recount.order_filter import counted_orders
 from loyalty.recount.partitions import EVERYTHING, Partition, build_partitions, partition_boundaries
 from loyalty.recount.pipeline import Scope, build_pipeline, parse_rows
@@ -110,7 +110,7 @@ class Counter:
             if pinned := pin_cluster_time(self.connection, not_before):
                 self._snapshots.append(pinned)
 
-    def _count_partitions(self, on_row: OnRow, plan: Plan) -> None:
+    def _count_partitions(self, on_row: OnRow, plan: OrdersPlan) -> None:
         users = self.connection.users
         with map_driver_errors("find", users):
             boundaries = self.find_boundaries(users, self.settings.user_key_field)
