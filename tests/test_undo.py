@@ -18,16 +18,9 @@ from config import Settings
 from loyalty.errors import RecountNotFound
 from loyalty.history import History
 from loyalty.mongo.connection import Connection, connect
-from loyalty.recount.change_log import find_user_changes
+from loyalty.recount.change_log import MISSING, find_unrecorded, find_user_changes, resolve_recount
 from loyalty.recount.runner import RecountRequest, run_recount
-from loyalty.recount.undo import (
-    MISSING,
-    LoggedUser,
-    UndoResult,
-    find_unrecorded,
-    resolve_recount,
-    undo_recount,
-)
+from loyalty.recount.undo import LoggedUser, UndoResult, undo_recount
 from sandbox.mongod import Deployment
 
 Document = dict[str, Any]

@@ -13,15 +13,26 @@ from bson import ObjectId, Timestamp
 from pymongo.collection import Collection
 
 from config import Settings
-from loyalty.errors import NoPermission
+from loyalty.errors import ConfigurationError, NoPermission, RecountNotFound
+from loyalty.history import NO_RECORD, History
+from loyalty.mongo.connection import Connection
 from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.privileges import OWNER_FILTER, require_own_collection, require_privileges
 from loyalty.mongo.values import LENIENT_CODEC, SIMPLE_COLLATION, Document
 
 MAX_SILENCE = timedelta(minutes=2)
 """A recount without a record that has logged no changes for this time was interrupted."""
+MISSING = object()
+"""The value of a field that a user does not have."""
 DOCUMENTS_PER_BATCH = 8
 """Documents in one reply. The server's limit, 16 MB, is 270,000 changes: 200 MB in Python."""
+
+
+def change_log_collection(connection: Connection) -> Collection[Any]:
+    """Return the collection of the change log. Raises ConfigurationError without one."""
+    if connection.changes is None:
+        raise ConfigurationError("CHANGES_COLLECTION is none, so there is no change log")
+    return connection.changes
 
 
 def open_change_log(
@@ -101,6 +112,48 @@ def find_recount(collection: Collection[Any], condition: Document) -> LoggedReco
         found["points_field"],
         logged_at=found["_id"].generation_time,
     )
+
+
+def find_unrecorded(
+    connection: Connection, settings: Settings, history: History
+) -> LoggedRecount | None:
+    """Return the newest logged recount of the target if it has no record.
+
+    It is writing, or it was interrupted. None if a later recount succeeded, even without changes.
+    Raises ServiceError.
+    """
+    if connection.changes is None:
+        return None
+    newest = find_recount(connection.changes, logged_target(settings))
+    if newest is None or history.find_outcomes([newest.id])[newest.id] != NO_RECORD:
+        return None
+    return None if history.has_success_since(newest.logged_at) else newest
+
+
+def resolve_recount(
+    connection: Connection, settings: Settings, history: History, text: str
+) -> LoggedRecount:
+    """Return the logged recount with the id `text`.
+
+    "last" is the newest recount that changed users in the collection and the field of the settings,
+    and is not undone. Raises RecountNotFound, and other ServiceErrors.
+    """
+    change_log = change_log_collection(connection)
+    if text == "last":
+        others = {"recount": {"$nin": history.find_recounts_without_effect()}}
+        found = find_recount(change_log, {**logged_target(settings), **others})
+        hint = f"no recount that changed {settings.users}.{settings.points_field} and is not undone"
+    else:
+        found = find_recount(change_log, {"recount": ObjectId(text)})
+        hint = f"no recount {text}"
+        if found is None and (undone := history.find_undone_recounts(ObjectId(text))):
+            raise RecountNotFound(
+                f"{text} is the undo of recount {undone[0]}, and an undo cannot be undone: the "
+                f"next recount counts again. To repeat the undo, give {undone[0]}"
+            )
+    if found is None:
+        raise RecountNotFound(f"{change_log.full_name} holds {hint}; --status lists the recounts")
+    return found
 
 
 def find_changes(collection: Collection[Any], recount: ObjectId) -> Iterator[Sequence[Document]]:

@@ -179,7 +179,6 @@ class Counter:
 
 
 def _handle_rows(batches: Spool, on_row: OnRow) -> None:
-    with batches:
-        for batch in batches:
-            for row in parse_rows(batch):
-                on_row(row)
+    for batch in batches:
+        for row in parse_rows(batch):
+            on_row(row)

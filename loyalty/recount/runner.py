@@ -69,11 +69,11 @@ def run_recount(
     recount = _Recount(connection, settings, history, request, on_progress, result)
     clock = time.monotonic()
     try:
-        with PendingUpdates(settings.batch_size, settings.points_field) as updates:
-            recount.count(updates)
-            recount.check()
-            if request.write:
-                recount.write(updates)
+        updates = PendingUpdates(settings.batch_size, settings.points_field)
+        recount.count(updates)
+        recount.check()
+        if request.write:
+            recount.write(updates)
         result.outcome = "incomplete" if result.failed_updates else "succeeded"
     except Exception as error:
         result.outcome = "refused" if isinstance(error, RecountRefused) else "failed"

@@ -18,7 +18,7 @@ MAX_SIMILAR_IDS = 5
 
 
 class UnknownCustomerList:
-    """All unknown customers of a count, in a temporary file; close it at the end."""
+    """All unknown customers of a count, in a temporary file."""
 
     def __init__(self) -> None:
         self._spool = Spool()
@@ -26,9 +26,6 @@ class UnknownCustomerList:
     def clear(self) -> None:
         """Discard all: the count starts again."""
         self._spool = Spool()
-
-    def close(self) -> None:
-        self._spool.close()
 
     def append(self, row: CustomerCount) -> None:
         """Add a customer, if it is unknown. Raises NoTempSpace."""

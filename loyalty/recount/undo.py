@@ -8,72 +8,17 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import bson
-from bson import ObjectId
 from pymongo import UpdateMany
 from pymongo.collection import Collection
 
-from config import Settings
 from loyalty.concurrency import map_ordered
-from loyalty.errors import BulkUpdateErrors, ConfigurationError, RecountNotFound
-from loyalty.history import NO_RECORD, History
+from loyalty.errors import BulkUpdateErrors
 from loyalty.mongo.connection import Connection
 from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.values import LENIENT_CODEC, Document, get_nested, is_integer
-from loyalty.recount.change_log import LoggedRecount, find_changes, find_recount, logged_target
+from loyalty.recount.change_log import MISSING, LoggedRecount, change_log_collection, find_changes
 from loyalty.recount.updates import MAX_WRITERS, bulk_write
 from loyalty.retry import SHORT_OUTAGE_RETRY, retry
-
-MISSING = object()
-"""The value of a field that a user does not have."""
-
-
-def change_log_collection(connection: Connection) -> Collection[Any]:
-    """Return the collection of the change log. Raises ConfigurationError without one."""
-    if connection.changes is None:
-        raise ConfigurationError("CHANGES_COLLECTION is none, so there is no change log")
-    return connection.changes
-
-
-def find_unrecorded(
-    connection: Connection, settings: Settings, history: History
-) -> LoggedRecount | None:
-    """Return the newest logged recount of the target if it has no record.
-
-    It is writing, or it was interrupted. None if a later recount succeeded, even without changes.
-    Raises ServiceError.
-    """
-    if connection.changes is None:
-        return None
-    newest = find_recount(connection.changes, logged_target(settings))
-    if newest is None or history.find_outcomes([newest.id])[newest.id] != NO_RECORD:
-        return None
-    return None if history.has_success_since(newest.logged_at) else newest
-
-
-def resolve_recount(
-    connection: Connection, settings: Settings, history: History, text: str
-) -> LoggedRecount:
-    """Return the logged recount with the id `text`.
-
-    "last" is the newest recount that changed users in the collection and the field of the settings,
-    and is not undone. Raises RecountNotFound, and other ServiceErrors.
-    """
-    change_log = change_log_collection(connection)
-    if text == "last":
-        others = {"recount": {"$nin": history.find_recounts_without_effect()}}
-        found = find_recount(change_log, {**logged_target(settings), **others})
-        hint = f"no recount that changed {settings.users}.{settings.points_field} and is not undone"
-    else:
-        found = find_recount(change_log, {"recount": ObjectId(text)})
-        hint = f"no recount {text}"
-        if found is None and (undone := history.find_undone_recounts(ObjectId(text))):
-            raise RecountNotFound(
-                f"{text} is the undo of recount {undone[0]}, and an undo cannot be undone: the "
-                f"next recount counts again. To repeat the undo, give {undone[0]}"
-            )
-    if found is None:
-        raise RecountNotFound(f"{change_log.full_name} holds {hint}; --status lists the recounts")
-    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +69,7 @@ def has_effect(connection: Connection, recount: LoggedRecount) -> bool:
 
     Raises ServiceError.
     """
-    users = _users_collection(connection, recount)
+    users = connection.users.database.get_collection(recount.users, codec_options=LENIENT_CODEC)
     return any(
         user.has_recount_points or user.has_old_points
         for changes in find_changes(change_log_collection(connection), recount.id)
@@ -145,7 +90,7 @@ def undo_recount(
     changed, and changes no other field. Repeating it is harmless. Raises ServiceError.
     """
     change_log = change_log_collection(connection)
-    users = _users_collection(connection, recount)
+    users = connection.users.database.get_collection(recount.users, codec_options=LENIENT_CODEC)
     total = UndoResult()
     undo = partial(_undo_batch if write else _preview_batch, users, recount.points_field)
     with map_ordered(undo, find_changes(change_log, recount.id), MAX_WRITERS) as results:
@@ -156,11 +101,6 @@ def undo_recount(
                 total.not_restored[user.why_not_restored] += 1
                 on_not_restored(user)
     return total
-
-
-def _users_collection(connection: Connection, recount: LoggedRecount) -> Collection[Any]:
-    database = connection.users.database
-    return database.get_collection(recount.users, codec_options=LENIENT_CODEC)
 
 
 class _BatchResult(NamedTuple):

@@ -71,7 +71,7 @@ class UpdateResult:
 
 
 class PendingUpdates:
-    """Users and the points to write: `add` all of them, then `write`; a context manager.
+    """Users and the points to write: `add` all of them, then `write`.
 
     A temporary file holds them, so that all are known before the first write, in constant memory:
     a BSON document for each batch, `{changes: [{user, before, after}]}`.
@@ -88,13 +88,7 @@ class PendingUpdates:
         """The results of the updates so far."""
         self._total = self._batch_bytes = 0
         self._batch: list[Document] = []
-        self._spool = Spool()  # the old spool is closed by its destructor
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._spool.close()
+        self._spool = Spool()
 
     def add(self, user: User, points: int) -> None:
         """Add a user to update. Raises NoTempSpace."""
