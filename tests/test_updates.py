@@ -249,17 +249,3 @@ def test_progress_is_reported_after_each_batch(connection: Connection) -> None:
         updates.add(User(n, None, has_points=False), 1)
     updates.write(connection.users, texts.append)
     assert len(texts) == 3
-
-
-def test_cleared_updates_are_not_written(connection: Connection) -> None:
-    updates = PendingUpdates(2, "loyalty_points")
-    for n in range(5):
-        updates.add(User(n, None, has_points=False), 7)
-    updates.add(User("\udcff", None, has_points=False), 7)
-    updates.clear()
-    updates.add(User(9, None, has_points=False), 1)
-    updates.write(connection.users, ignore_progress)
-    assert (updates.result.written, updates.result.failed) == (1, 0)
-    assert list(connection.users.find({"loyalty_points": {"$exists": True}})) == [
-        {"_id": 9, "loyalty_points": 1}
-    ]

@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 
 from bson import Timestamp
 
@@ -43,10 +42,13 @@ class RecountRequest:
 
     @property
     def is_recorded(self) -> bool:
+        """Whether it is a full recount that writes."""
         return self.write and self.customers is None
 
 
 FULL_RECOUNT = RecountRequest()
+
+_Counted = tuple[CountResult, Totals, PendingUpdates]
 
 
 def run_recount(
@@ -61,7 +63,7 @@ def run_recount(
     1. Count, and compare with the stored points.
     2. Check whether the changes are safe.
     3. Log the changes and write them, if `write`.
-    4. Record and log the result, if all customers were counted and their points written.
+    4. Record and log the result, if `is_recorded`.
 
     Raises RecountRefused if a safety check refuses it, and any other ServiceError that ended it.
     """
@@ -69,8 +71,7 @@ def run_recount(
     recount = _Recount(connection, settings, history, request, on_progress, result)
     clock = time.monotonic()
     try:
-        updates = PendingUpdates(settings.batch_size, settings.points_field)
-        recount.count(updates)
+        updates = recount.count()
         recount.check()
         if request.write:
             recount.write(updates)
@@ -103,48 +104,51 @@ class _Recount:
     on_progress: ProgressCallback
     result: Result
 
-    def count(self, updates: PendingUpdates) -> None:
-        """Count, and collect the updates. A failed count starts again at a new cluster time."""
+    def count(self) -> PendingUpdates:
+        """Count, and return the updates. A failed count starts again at a new cluster time."""
         result, request = self.result, self.request
 
         def report_retry(attempt: int, error: Exception) -> None:
             log.warning('count_retry attempt=%d error="%s"', attempt, error)
             self.on_progress("")
 
-        count = partial(self._count_once, updates)
         try:
             # The driver does not retry a cursor that was lost with its primary.
-            result.count, result.totals = retry(count, request.retry_policy, on_retry=report_retry)
+            counted = retry(self._count_once, request.retry_policy, on_retry=report_retry)
         except SnapshotTooOld as error:
             if request.customers is not None:
                 raise  # live updates must not write anything older than `not_before`
             log.warning('snapshot_unavailable error="%s"', error)
-            result.count, result.totals = count(use_snapshot=False)
+            counted = self._count_once(use_snapshot=False)
+        result.count, result.totals, updates = counted
+        return updates
 
-    def _count_once(
-        self, updates: PendingUpdates, *, use_snapshot: bool = True, single_query: bool = False
-    ) -> tuple[CountResult, Totals]:
-        """Count from the beginning: discard what an earlier attempt has collected."""
-        request = self.request
-        updates.clear()
+    def _count_once(self, *, use_snapshot: bool = True) -> _Counted:
+        try:
+            return self._count(use_snapshot=use_snapshot)
+        except NonCanonicalIdFound:
+            log.info('single_query_count reason="upper-case or mixed-case hex ids"')
+        return self._count(use_snapshot=use_snapshot, single_query=True)
+
+    def _count(self, *, use_snapshot: bool, single_query: bool = False) -> _Counted:
+        request, settings = self.request, self.settings
+        updates = PendingUpdates(settings.batch_size, settings.points_field)
         if request.rows is not None:
             request.rows.clear()
-        tally = Tally(self.settings, updates.add, request.rows)
+        tally = Tally(settings, updates.add, request.rows)
         counter = Counter(
             self.connection,
-            self.settings,
+            settings,
             self.on_progress,
             not_before=request.not_before,
             find_boundaries=request.find_boundaries,
             use_snapshot=use_snapshot,
         )
-        if request.customers is not None:
-            return counter.count_customers(tally.add, request.customers), tally.totals
-        try:
-            return counter.count_all(tally.add, single_query=single_query), tally.totals
-        except NonCanonicalIdFound:
-            log.info('single_query_count reason="upper-case or mixed-case hex ids"')
-            return self._count_once(updates, use_snapshot=use_snapshot, single_query=True)
+        if request.customers is None:
+            count = counter.count_all(tally.add, single_query=single_query)
+        else:
+            count = counter.count_customers(tally.add, request.customers)
+        return count, tally.totals, updates
 
     def check(self) -> None:
         """Run the safety checks on the totals. Raises RecountRefused."""

@@ -80,10 +80,6 @@ class PendingUpdates:
     def __init__(self, batch_size: int, points_field: str) -> None:
         self._batch_size = batch_size
         self._field = points_field
-        self.clear()
-
-    def clear(self) -> None:
-        """Discard all that was added."""
         self.result = UpdateResult()
         """The results of the updates so far."""
         self._total = self._batch_bytes = 0
