@@ -21,6 +21,7 @@ from loyalty.mongo.connection import Connection, connect
 from loyalty.recount.change_log import MISSING, find_unrecorded, find_user_changes, resolve_recount
 from loyalty.recount.runner import RecountRequest, run_recount
 from loyalty.recount.undo import LoggedUser, UndoResult, undo_recount
+from sandbox import faults
 from sandbox.mongod import Deployment
 
 Document = dict[str, Any]
@@ -316,6 +317,34 @@ def test_a_user_whose_restoring_fails_is_listed_and_all_others_are_restored(
     assert result.not_restored == {"update failed": 1}
     assert result.restored == 7
     assert connection.users.count_documents({"loyalty_points": 9}) == 7
+
+
+@pytest.mark.parametrize("shop", ["loyalty_points"], indirect=True)
+def test_users_whose_update_was_not_acknowledged_are_counted_as_restored(
+    shop: tuple[Connection, Settings], deployment: Deployment
+) -> None:
+    connection, told = shop
+    connection.users.insert_many([{"_id": n, "loyalty_points": 9} for n in range(5)])
+    recount(connection, told)
+    error = {"code": 64, "errmsg": "waiting for replication timed out"}
+    with faults.fail_command(deployment.servers[0], "update", 1, writeConcernError=error):
+        result, _ = undo(connection, told)
+    assert (result.restored, result.unchanged) == (5, 0)
+    assert connection.users.count_documents({"loyalty_points": 9}) == 5
+
+
+@pytest.mark.parametrize("shop", ["loyalty_points"], indirect=True)
+def test_an_array_that_contains_the_points_of_the_recount_is_not_overwritten(
+    shop: tuple[Connection, Settings],
+) -> None:
+    connection, told = shop
+    connection.users.insert_many([{"_id": n} for n in range(2)])
+    ship(connection, 0, 1)
+    recount(connection, told)
+    connection.users.update_one({"_id": 1}, {"$set": {"loyalty_points": [1]}})
+    result, listed = undo(connection, told)
+    assert (result.restored, [user.stored for user in listed]) == (1, [[1]])
+    assert list(connection.users.find()) == [{"_id": 0}, {"_id": 1, "loyalty_points": [1]}]
 
 
 @pytest.mark.parametrize("shop", ["loyalty_points"], indirect=True)

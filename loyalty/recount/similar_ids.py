@@ -80,7 +80,7 @@ def _correct_mistakes(customer: Any) -> Sequence[Any]:
 def find_user_ids(users: Collection[Any], key: str, values: Sequence[Any]) -> list[Any]:
     """Return the `_id` of the users whose key is one of the values. Raises ServiceError.
 
-    If the key is `_id`, these are the values: such users need not exist.
+    If the key is `_id`, these are the values themselves: the users need not exist any more.
     """
     if key == "_id":
         return list(values)

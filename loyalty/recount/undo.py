@@ -12,7 +12,7 @@ from pymongo import UpdateMany
 from pymongo.collection import Collection
 
 from loyalty.concurrency import map_ordered
-from loyalty.errors import BulkUpdateErrors
+from loyalty.errors import BulkUpdateErrors, DatabaseUnavailable
 from loyalty.mongo.connection import Connection
 from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.values import LENIENT_CODEC, Document, get_nested, is_integer
@@ -131,6 +131,7 @@ def _undo_batch(
     found = _read_users(users, points_field, changes)
     not_restored = [user for user in found if not user.has_old_points]
     with_old_points = len(found) - len(not_restored)
+    # If `matched` is unknown, users who had the old points before count as restored.
     restored = with_old_points if matched is None else min(matched, with_old_points)
     return _BatchResult(restored, with_old_points - restored, not_restored)
 
@@ -153,20 +154,16 @@ def _read_users(
 def _restore(users: Collection[Any], points_field: str, changes: Sequence[Document]) -> int | None:
     """Restore users who still have the points of the recount. Raises ServiceError.
 
-    Return how many users matched; None (unknown) if some updates failed.
+    Return how many users matched; None (unknown) after an error.
     """
-
-    def write(batches: Sequence[Sequence[Document]]) -> int:
-        updates = [update for batch in batches for update in _build_updates(points_field, batch)]
-        return bulk_write(users, updates)
-
-    try:
-        return retry(lambda: write([changes]), SHORT_OUTAGE_RETRY)
-    except BulkUpdateErrors:
-        # An UpdateMany stops at the first user whose update fails: once more for each user.
-        with suppress(BulkUpdateErrors):
-            retry(lambda: write([[change] for change in changes]), SHORT_OUTAGE_RETRY)
-        return None
+    with suppress(BulkUpdateErrors, DatabaseUnavailable):
+        return bulk_write(users, _build_updates(points_field, changes))
+    # The updates may be done, without an acknowledgement; and an UpdateMany stops at the first user
+    # whose update fails. So once more for each user.
+    updates = [update for change in changes for update in _build_updates(points_field, [change])]
+    with suppress(BulkUpdateErrors):
+        retry(lambda: bulk_write(users, updates), SHORT_OUTAGE_RETRY)
+    return None
 
 
 def _build_updates(points_field: str, changes: Sequence[Document]) -> list[UpdateMany]:
@@ -178,7 +175,12 @@ def _build_updates(points_field: str, changes: Sequence[Document]) -> list[Updat
     updates = []
     for group in groups.values():
         change, ids = group[0], [change["user"] for change in group]
-        recount_points = {"$eq": change["after"], "$type": ["int", "long"]}
+        # Not an array: $eq and $type would also match its elements.
+        recount_points = {
+            "$eq": change["after"],
+            "$type": ["int", "long"],
+            "$not": {"$type": "array"},
+        }
         condition = {"_id": {"$in": ids}, points_field: recount_points}
         if "before" in change:
             updates.append(UpdateMany(condition, {"$set": {points_field: change["before"]}}))
