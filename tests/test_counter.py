@@ -18,7 +18,7 @@ from loyalty.concurrency import ignore_progress
 from loyalty.history import History
 from loyalty.mongo.connection import Connection, connect
 from loyalty.mongo.values import SIMPLE_COLLATION
-from loyalty.recount.counter import Counter
+from loyalty.recount.counter import OrderCounter
 from loyalty.recount.customer_ids import indexable_forms
 from loyalty.recount.index_build import create_index
 from loyalty.recount.pipeline import NonCanonicalIdFound
@@ -55,7 +55,9 @@ def count_all(
     connection: Connection, cuts: Sequence[Any] = (), *, single_query: bool = False
 ) -> tuple[list[Row], CountResult]:
     rows: list[Row] = []
-    counter = Counter(connection, SETTINGS, ignore_progress, find_boundaries=lambda *_: list(cuts))
+    counter = OrderCounter(
+        connection, SETTINGS, ignore_progress, find_boundaries=lambda *_: list(cuts)
+    )
     return rows, counter.count_all(rows.append, single_query=single_query)
 
 
@@ -231,7 +233,9 @@ def test_each_requested_customer_has_a_row(connection: Connection) -> None:
     ship(connection, str(ADA), str(ADA).upper(), BOB, 5, "unknown", "other")
     rows: list[Row] = []
     customers = [(c, indexable_forms(c)) for c in (ADA, 5, "unknown", EVE)]
-    result = Counter(connection, SETTINGS, ignore_progress).count_customers(rows.append, customers)
+    result = OrderCounter(connection, SETTINGS, ignore_progress).count_customers(
+        rows.append, customers
+    )
     found = {
         row.customer: (row.orders, len(row.users)) for row in rows if isinstance(row, CustomerCount)
     }
@@ -245,7 +249,7 @@ def test_a_customer_in_a_later_chunk_of_ids_is_counted(connection: Connection) -
     ship(connection, 0, 4_999)
     rows: list[Row] = []
     customers = [(n, [n]) for n in range(5_000)]
-    Counter(connection, SETTINGS, ignore_progress).count_customers(rows.append, customers)
+    OrderCounter(connection, SETTINGS, ignore_progress).count_customers(rows.append, customers)
     assert len(rows) == 5_000
     assert sum(row.orders for row in rows) == 2
 
@@ -343,7 +347,7 @@ def test_a_count_without_snapshots_is_as_of_its_start(connection: Connection) ->
         (connection, False),
         (replace(connection, supports_snapshots=False), True),
     ):
-        counter = Counter(server, SETTINGS, ignore_progress, use_snapshot=use_snapshot)
+        counter = OrderCounter(server, SETTINGS, ignore_progress, use_snapshot=use_snapshot)
         count = counter.count_all(lambda _: None)
         assert not count.exact
         assert (count.cluster_time, count.snapshots) == (None, ())

@@ -44,7 +44,7 @@ FindBoundaries = Callable[[Collection[Any], str], list[Any]]
 
 
 @dataclass
-class Counter:
+class OrderCounter:
     """Makes one count, at one cluster time if the server can, and hands each row to a callback."""
 
     connection: Connection

@@ -14,7 +14,7 @@ from loyalty.history import History
 from loyalty.logs import log
 from loyalty.mongo.connection import Connection
 from loyalty.recount.change_log import open_change_log
-from loyalty.recount.counter import Counter, Customers, FindBoundaries
+from loyalty.recount.counter import Customers, FindBoundaries, OrderCounter
 from loyalty.recount.partitions import partition_boundaries
 from loyalty.recount.pipeline import NonCanonicalIdFound
 from loyalty.recount.result import CountResult, Result, build_record, log_result
@@ -136,7 +136,7 @@ class _Recount:
         if request.rows is not None:
             request.rows.clear()
         tally = Tally(settings, updates.add, request.rows)
-        counter = Counter(
+        counter = OrderCounter(
             self.connection,
             settings,
             self.on_progress,
