@@ -60,7 +60,7 @@ def test_the_default_settings_add_no_stage_for_other_data_models() -> None:
     assert pipeline[:5] == [
         {"$match": {"status": {"$in": ["Shipped"]}}},
         {"$group": {"_id": "$customer_id", "orders": {"$sum": 1}}},
-        {"$project": {"_id": orders, "orders": 1}},
+        {"$project": {"_id": orders, "orders": "$orders"}},
         {"$unionWith": {"coll": "users", "pipeline": read_users}},
         {"$group": {"_id": "$_id", "orders": {"$sum": "$orders"}, "users": {"$push": "$user"}}},
     ]
