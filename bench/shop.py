@@ -19,7 +19,7 @@ from pymongo.database import Database
 from config import load
 from loyalty.mongo.values import SIMPLE_COLLATION
 from loyalty.recount.index import index_keys
-from loyalty.recount.partitions import partition_boundaries, partitions
+from loyalty.recount.partitions import build_partitions, partition_boundaries
 from loyalty.recount.pipeline import Scope, build_pipeline
 from sandbox.mongod import Deployment
 from sandbox.shop import STATUSES, Document
@@ -133,7 +133,7 @@ class Shop:
         """Return the stages of a recount by the server's explain, summed over all partitions."""
         self.restore("quiet")
         stages: list[StageProfile] = []
-        for part in partitions(partition_boundaries(self._database.users)):
+        for part in build_partitions(partition_boundaries(self._database.users)):
             found = self._explain(Scope(part, status_may_be_array=False))
             if len(found) > len(stages):  # a partition of strings has the most stages
                 found, stages = stages, found

@@ -18,7 +18,7 @@ from loyalty.concurrency import ignore_progress
 from loyalty.history import History
 from loyalty.mongo.connection import Connection, connect
 from loyalty.mongo.values import SIMPLE_COLLATION
-from loyalty.recount.counter import Counter
+from loyalty.recount.counter import OrderCounter
 from loyalty.recount.customer_ids import indexable_forms
 from loyalty.recount.index_build import create_index
 from loyalty.recount.pipeline import NonCanonicalIdFound
@@ -26,7 +26,7 @@ from loyalty.recount.result import CountResult, Result
 from loyalty.recount.runner import RecountRequest, run_recount
 from loyalty.recount.snapshot import pin_cluster_time
 from loyalty.recount.statuses import check_uncounted
-from loyalty.recount.tally import CustomerCount, UpToDate
+from loyalty.recount.tally import CustomerCount, Row, UpToDateTotals
 from sandbox import faults
 from sandbox.mongod import Deployment, wait_until
 from sandbox.shop import find_mismatches
@@ -34,8 +34,6 @@ from sandbox.shop import find_mismatches
 ADA, BOB, EVE = (ObjectId(f"{digit}{'ab' * 11}{digit}") for digit in "abc")
 MIXED_ADA = str(ADA)[:9].upper() + str(ADA)[9:]
 SETTINGS = settings_for("mongodb://unused/")
-
-Row = CustomerCount | UpToDate
 
 
 @pytest.fixture
@@ -57,7 +55,9 @@ def count_all(
     connection: Connection, cuts: Sequence[Any] = (), *, single_query: bool = False
 ) -> tuple[list[Row], CountResult]:
     rows: list[Row] = []
-    counter = Counter(connection, SETTINGS, ignore_progress, find_boundaries=lambda *_: list(cuts))
+    counter = OrderCounter(
+        connection, SETTINGS, ignore_progress, find_boundaries=lambda *_: list(cuts)
+    )
     return rows, counter.count_all(rows.append, single_query=single_query)
 
 
@@ -85,11 +85,11 @@ def test_each_customer_has_one_row_with_the_orders_of_both_canonical_forms(
         ("ada", 1, 0),
         (str(EVE), 0, 2),
     ]
-    rest = [row for row in rows if isinstance(row, UpToDate)]
+    rest = [row for row in rows if isinstance(row, UpToDateTotals)]
     assert sum(row.users for row in rest) == sum(row.users_with_points for row in rest) == 1
     assert sum(row.orders for row in rest) == 1
     assert result.exact
-    assert result.supports_partitions
+    assert result.has_usable_indexes
     assert not result.has_mixed_case_ids
 
 
@@ -178,7 +178,7 @@ def test_a_user_with_an_upper_case_key_gets_the_orders_of_the_lower_case_id(
     connection.users.insert_many([{"key": str(ADA).upper()}, {"key": str(BOB)}])
     ship(connection, str(ADA), BOB)
     result = recount(connection, [BOB], USER_KEY_FIELD="key")
-    assert result.count.supports_partitions
+    assert result.count.has_usable_indexes
     assert result.totals.unknown_customers == 0
     assert connection.users.count_documents({"loyalty_points": 1}) == 2
 
@@ -207,7 +207,7 @@ def test_a_customer_id_that_is_an_array_is_counted_once(connection: Connection) 
     result = recount(connection)
     assert (result.totals.counted_orders, result.totals.unknown_customers) == (3, 1)
     assert result.totals.orders_without_customer == 1
-    assert not result.count.supports_partitions
+    assert not result.count.has_usable_indexes
     assert find_mismatches(connection.users.database) == []
 
 
@@ -223,7 +223,7 @@ def test_without_an_index_a_single_query_counts_all_customers(
     connection.orders.create_index([("status", 1), ("customer_id", 1)], **options)
     # The partial index holds fewer orders than these statuses have.
     result = recount(connection, [ADA, BOB], ORDER_STATUSES="Shipped,Sent")
-    assert not result.count.supports_partitions
+    assert not result.count.has_usable_indexes
     assert result.count.exact
     assert find_mismatches(connection.users.database) == []
 
@@ -233,7 +233,9 @@ def test_each_requested_customer_has_a_row(connection: Connection) -> None:
     ship(connection, str(ADA), str(ADA).upper(), BOB, 5, "unknown", "other")
     rows: list[Row] = []
     customers = [(c, indexable_forms(c)) for c in (ADA, 5, "unknown", EVE)]
-    result = Counter(connection, SETTINGS, ignore_progress).count_customers(rows.append, customers)
+    result = OrderCounter(connection, SETTINGS, ignore_progress).count_customers(
+        rows.append, customers
+    )
     found = {
         row.customer: (row.orders, len(row.users)) for row in rows if isinstance(row, CustomerCount)
     }
@@ -247,7 +249,7 @@ def test_a_customer_in_a_later_chunk_of_ids_is_counted(connection: Connection) -
     ship(connection, 0, 4_999)
     rows: list[Row] = []
     customers = [(n, [n]) for n in range(5_000)]
-    Counter(connection, SETTINGS, ignore_progress).count_customers(rows.append, customers)
+    OrderCounter(connection, SETTINGS, ignore_progress).count_customers(rows.append, customers)
     assert len(rows) == 5_000
     assert sum(row.orders for row in rows) == 2
 
@@ -347,10 +349,10 @@ def test_a_count_without_snapshots_is_as_of_its_start(connection: Connection) ->
         (connection, False),
         (replace(connection, supports_snapshots=False), True),
     ):
-        counter = Counter(server, SETTINGS, ignore_progress, use_snapshot=use_snapshot)
+        counter = OrderCounter(server, SETTINGS, ignore_progress, use_snapshot=use_snapshot)
         count = counter.count_all(lambda _: None)
         assert not count.exact
-        assert (count.cluster_time, count.snapshots) == (None, [])
+        assert (count.cluster_time, count.snapshots) == (None, ())
         assert Result(started_at=started_at, count=count).as_of == started_at
 
 
@@ -393,7 +395,7 @@ def test_a_transient_error_of_explain_does_not_cause_a_single_query(
     interrupted = 11601
     with faults.fail_command(deployment.servers[0], "explain", 1, errorCode=interrupted):
         result = recount(connection)
-    assert result.count.supports_partitions
+    assert result.count.has_usable_indexes
     assert find_mismatches(connection.users.database) == []
 
 

@@ -48,14 +48,16 @@ def test_a_missing_collection_gets_no_index(
     assert set(shop.list_collection_names()) == {"orders", "users"}
 
 
-def test_an_order_with_arrays_in_two_fields_of_the_index_is_named(
+def test_arrays_in_two_fields_of_the_index_are_reported(
     shop: Database[Any], command: Command, capsys: Capture
 ) -> None:
-    inserted = shop.orders.insert_one({"status": ["x"], "tags": ["a"]}).inserted_id
+    shop.orders.insert_one({"status": ["x"], "tags": ["a"]})
     assert command("--create-index", ORDER_FILTER='{"tags": {"$ne": "test"}}') == 78
     said = capsys.readouterr().err
-    assert "while orders have arrays in two of status, customer_id, tags" in said
-    assert f"_id of such orders: {inserted}" in said
+    assert f"createIndex on {shop.name}.orders failed" in said
+    assert "parallel arrays" in said
+    assert "[status]" in said
+    assert "[tags]" in said
 
 
 @pytest.mark.parametrize("field", ["customer_id", "customer_id.ref"])

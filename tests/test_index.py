@@ -16,14 +16,14 @@ from pymongo.collection import Collection
 from pymongo.database import Database
 
 from loyalty.mongo.values import SIMPLE_COLLATION
-from loyalty.recount.index import Plan, inspect_plan
+from loyalty.recount.index import OrdersPlan, inspect_plan
 from sandbox.faults import SERVICE
 from sandbox.mongod import Deployment, wait_until
 from sandbox.service import Process
 
 SETTINGS = settings_for("mongodb://x/")
 KEYS = [("status", 1), ("customer_id", 1)]
-GOOD = Plan(supports_partitions=True, status_is_multikey=False, needs_fetch=False)
+GOOD = OrdersPlan(supports_partitions=True, status_is_multikey=False, needs_fetch=False)
 CASE_INSENSITIVE = {"locale": "en", "strength": 2}
 
 Start = Callable[..., Process]
@@ -132,8 +132,8 @@ def test_create_index_reports_the_command_that_unhides_an_index(
 @pytest.mark.parametrize(
     ("order", "expected"),
     [
-        ({"status": "Shipped", "customer_id": [1]}, Plan(False, False, True)),
-        ({"status": ["Shipped"], "customer_id": 1}, Plan(True, True, True)),
+        ({"status": "Shipped", "customer_id": [1]}, OrdersPlan(status_is_multikey=False)),
+        ({"status": ["Shipped"], "customer_id": 1}, OrdersPlan(supports_partitions=True)),
     ],
 )
 def test_create_index_asks_for_a_new_index_in_place_of_a_multikey_one(
@@ -141,7 +141,7 @@ def test_create_index_asks_for_a_new_index_in_place_of_a_multikey_one(
     command: Command,
     capsys: Capture,
     order: dict[str, Any],
-    expected: Plan,
+    expected: OrdersPlan,
 ) -> None:
     orders.create_index(KEYS)
     found = orders.insert_one(order).inserted_id

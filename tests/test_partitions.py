@@ -14,9 +14,9 @@ from pymongo.database import Database
 
 from loyalty.recount.partitions import (
     Partition,
+    build_partitions,
     first_object_id_from,
     partition_boundaries,
-    partitions,
 )
 
 STRINGS = st.one_of(
@@ -77,7 +77,7 @@ def find_partition(found: Sequence[Partition], value: Any) -> int:
 @example(boundaries=[0], value=-1)
 @example(boundaries=["f" * 25], value=ObjectId("f" * 24))
 def test_every_id_is_in_exactly_one_partition(boundaries: list[Any], value: Any) -> None:
-    assert find_partition(partitions(boundaries), value) >= 0
+    assert find_partition(build_partitions(boundaries), value) >= 0
 
 
 @given(boundaries=st.lists(IDS, max_size=8), object_id=OBJECT_IDS)
@@ -85,12 +85,12 @@ def test_every_id_is_in_exactly_one_partition(boundaries: list[Any], value: Any)
 def test_an_object_id_and_its_hex_string_are_in_the_same_partition(
     boundaries: list[Any], object_id: ObjectId
 ) -> None:
-    found = partitions(boundaries)
+    found = build_partitions(boundaries)
     assert find_partition(found, str(object_id)) == find_partition(found, object_id)
 
 
 def each_boundary_starts_a_partition(boundaries: Iterable[Any]) -> bool:
-    found = partitions(boundaries)
+    found = build_partitions(boundaries)
     return len({find_partition(found, boundary) for boundary in boundaries}) == len(
         list(boundaries)
     )
@@ -115,7 +115,7 @@ def test_boundaries_of_each_type_divide_the_ids(boundaries: list[Any]) -> None:
     "boundaries", [[], [None], [True], [float("nan")], [""], [Decimal128("5")], [{"a": 1}]]
 )
 def test_an_unusable_boundary_is_ignored(boundaries: list[Any]) -> None:
-    assert len(partitions(boundaries)) == len(partitions([]))
+    assert len(build_partitions(boundaries)) == len(build_partitions([]))
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from loyalty.mongo.connection import Connection, connect
 from loyalty.recount.customer_ids import all_forms, indexable_forms, parse_id_argument
 from loyalty.recount.index import index_keys, inspect_plan
 from loyalty.recount.index_build import create_index
-from loyalty.recount.partitions import Partition, partition_boundaries, partitions
+from loyalty.recount.partitions import Partition, build_partitions, partition_boundaries
 from loyalty.recount.pipeline import Scope, build_pipeline
 from loyalty.recount.result import Result
 from loyalty.recount.runner import RecountRequest, run_recount
@@ -416,7 +416,7 @@ def test_with_the_index_no_partition_fetches_an_order_or_needs_the_disk(
         assert found.supports_partitions
         assert not found.status_is_multikey
         assert not found.needs_fetch
-        cut = partitions(partition_boundaries(connection.users, size=40))
+        cut = build_partitions(partition_boundaries(connection.users, size=40))
         assert len(cut) > 10
         for partition in cut:
             pipeline = build_pipeline(settings, Scope(partition, status_may_be_array=False))

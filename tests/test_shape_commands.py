@@ -19,7 +19,7 @@ from loyalty.live.opening import find_live_updates_problem
 from loyalty.mongo.connection import connect
 from loyalty.recount.index import index_keys, inspect_plan
 from loyalty.recount.index_build import create_index, create_user_index
-from loyalty.recount.partitions import Partition, partition_boundaries, partitions
+from loyalty.recount.partitions import Partition, build_partitions, partition_boundaries
 from loyalty.recount.pipeline import Scope, build_pipeline
 from loyalty.recount.runner import RecountRequest, run_recount
 from sandbox.mongod import Deployment
@@ -60,7 +60,7 @@ def test_the_default_settings_add_no_stage_for_other_data_models() -> None:
     assert pipeline[:5] == [
         {"$match": {"status": {"$in": ["Shipped"]}}},
         {"$group": {"_id": "$customer_id", "orders": {"$sum": 1}}},
-        {"$project": {"_id": orders, "orders": 1}},
+        {"$project": {"_id": orders, "orders": "$orders"}},
         {"$unionWith": {"coll": "users", "pipeline": read_users}},
         {"$group": {"_id": "$_id", "orders": {"$sum": "$orders"}, "users": {"$push": "$user"}}},
     ]
@@ -113,7 +113,7 @@ def test_with_the_indexes_no_partition_fetches_an_order_or_reads_all_users(
         assert (plan.supports_partitions, plan.needs_fetch, plan.advice) == (True, False, "")
         keys = list(connection.orders.index_information()[plan.index_name]["key"])
         assert index is None or [name for name, _ in keys] == index
-        cut = partitions(partition_boundaries(connection.users, settings.user_key_field, 15))
+        cut = build_partitions(partition_boundaries(connection.users, settings.user_key_field, 15))
         assert len(cut) > 6
         for partition in cut:
             pipeline = build_pipeline(settings, Scope(partition, status_may_be_array=False))

@@ -18,16 +18,10 @@ from config import Settings
 from loyalty.errors import RecountNotFound
 from loyalty.history import History
 from loyalty.mongo.connection import Connection, connect
-from loyalty.recount.change_log import find_user_changes
+from loyalty.recount.change_log import MISSING, find_unrecorded, find_user_changes, resolve_recount
 from loyalty.recount.runner import RecountRequest, run_recount
-from loyalty.recount.undo import (
-    MISSING,
-    LoggedUser,
-    UndoResult,
-    find_unrecorded,
-    resolve_recount,
-    undo_recount,
-)
+from loyalty.recount.undo import LoggedUser, UndoResult, undo_recount
+from sandbox import faults
 from sandbox.mongod import Deployment
 
 Document = dict[str, Any]
@@ -54,13 +48,13 @@ def user_with(path: str, value: Any, number: int, parents: int) -> Document:
 
 @pytest.fixture(params=FIELDS)
 def shop(deployment: Deployment, request: pytest.FixtureRequest) -> Iterator[Any]:
-    told = settings_for(
+    shop_settings = settings_for(
         deployment.uri_for(database=f"undo_{uuid4().hex[:12]}"),
         USER_POINTS_FIELD=request.param,
         BATCH_SIZE="3",
     )
-    with connect(told, writing=True) as connection:
-        yield connection, told
+    with connect(shop_settings, writing=True) as connection:
+        yield connection, shop_settings
         connection.client.drop_database(connection.users.database.name)
 
 
@@ -74,15 +68,17 @@ def read_users(connection: Connection) -> dict[Any, bytes]:
     return {user["_id"]: bytes(user.raw) for user in raw.find()}
 
 
-def recount(connection: Connection, told: Settings) -> ObjectId:
-    history = History(connection.recounts, told)
-    return run_recount(connection, told, history, RecountRequest(force=True)).id
+def recount(connection: Connection, shop_settings: Settings) -> ObjectId:
+    history = History(connection.recounts, shop_settings)
+    return run_recount(connection, shop_settings, history, RecountRequest(force=True)).id
 
 
 def undo(
-    connection: Connection, told: Settings, recount_id: Any = "last", *, write: bool = True
+    connection: Connection, shop_settings: Settings, recount_id: Any = "last", *, write: bool = True
 ) -> tuple[UndoResult, list[LoggedUser]]:
-    logged = resolve_recount(connection, told, History(connection.recounts, told), str(recount_id))
+    logged = resolve_recount(
+        connection, shop_settings, History(connection.recounts, shop_settings), str(recount_id)
+    )
     listed: list[LoggedUser] = []
     result = undo_recount(connection, logged, write=write, on_not_restored=listed.append)
     return result, listed
@@ -110,23 +106,16 @@ def test_undo_restores_every_user_bit_for_bit_or_lists_the_user(
     second: list[int],
     interference: dict[int, Any],
 ) -> None:
-    connection, told = shop
-    for collection in (
-        connection.users,
-        connection.orders,
-        connection.recounts,
-        connection.changes,
-    ):
-        assert collection is not None
-        collection.delete_many({})
+    connection, shop_settings = shop
+    empty(connection)
     connection.users.insert_many(
-        [user_with(told.points_field, value, n, p) for n, (value, p) in enumerate(points)]
+        [user_with(shop_settings.points_field, value, n, p) for n, (value, p) in enumerate(points)]
     )
     ship(connection, *first)
-    recount(connection, told)
+    recount(connection, shop_settings)
     before = read_users(connection)
     ship(connection, *second)
-    last = recount(connection, told)
+    last = recount(connection, shop_settings)
     written = read_users(connection)
     changed = {user for user in before if before[user] != written[user]}
     if not changed:
@@ -136,27 +125,29 @@ def test_undo_restores_every_user_bit_for_bit_or_lists_the_user(
         if kind == "delete":
             connection.users.delete_one({"_id": user_id})
         else:
-            connection.users.update_one({"_id": user_id}, {"$set": {told.points_field: kind}})
+            connection.users.update_one(
+                {"_id": user_id}, {"$set": {shop_settings.points_field: kind}}
+            )
     disturbed = read_users(connection)
-    planned, planned_list = undo(connection, told, last, write=False)
+    planned, planned_list = undo(connection, shop_settings, last, write=False)
     assert read_users(connection) == disturbed
-    result, listed = undo(connection, told, last)
+    result, listed = undo(connection, shop_settings, last)
 
     assert (planned.restored, len(planned_list)) == (result.restored, len(listed))
     after = read_users(connection)
     not_restored = {user.change["user"] for user in listed}
-    for own in changed:
-        if own in interference:
-            assert own in not_restored
-            assert after.get(own) == disturbed.get(own)
+    for user_id in changed:
+        if user_id in interference:
+            assert user_id in not_restored
+            assert after.get(user_id) == disturbed.get(user_id)
         else:
-            assert own not in not_restored
-            assert after[own] == before[own]
+            assert user_id not in not_restored
+            assert after[user_id] == before[user_id]
     assert result.restored == len(changed - set(interference))
-    for own in before.keys() - changed:
-        assert after.get(own) == disturbed.get(own)
+    for user_id in before.keys() - changed:
+        assert after.get(user_id) == disturbed.get(user_id)
     # Once more changes nothing.
-    assert undo(connection, told, last)[0].restored == 0
+    assert undo(connection, shop_settings, last)[0].restored == 0
     assert read_users(connection) == after
 
 
@@ -168,23 +159,16 @@ def test_undo_restores_every_user_bit_for_bit_or_lists_the_user(
 def test_the_first_recount_can_be_undone_for_points_of_any_type(
     shop: tuple[Connection, Settings], points: list[tuple[Any, int]]
 ) -> None:
-    connection, told = shop
-    for collection in (
-        connection.users,
-        connection.orders,
-        connection.recounts,
-        connection.changes,
-    ):
-        assert collection is not None
-        collection.delete_many({})
+    connection, shop_settings = shop
+    empty(connection)
     connection.users.insert_many(
-        [user_with(told.points_field, value, n, p) for n, (value, p) in enumerate(points)]
+        [user_with(shop_settings.points_field, value, n, p) for n, (value, p) in enumerate(points)]
     )
     ship(connection, *range(0, len(points), 2))
     before = read_users(connection)
-    last = recount(connection, told)
+    last = recount(connection, shop_settings)
     if read_users(connection) != before:
-        undo(connection, told, last)
+        undo(connection, shop_settings, last)
     assert read_users(connection) == before
 
 
@@ -192,12 +176,12 @@ def test_the_first_recount_can_be_undone_for_points_of_any_type(
 def test_a_document_that_the_update_created_is_removed_unless_it_was_extended(
     shop: tuple[Connection, Settings],
 ) -> None:
-    connection, told = shop
+    connection, shop_settings = shop
     connection.users.insert_many([{"_id": 1}, {"_id": 2}])
     ship(connection, 1, 2)
-    recount(connection, told)
+    recount(connection, shop_settings)
     connection.users.update_one({"_id": 2}, {"$set": {"loyalty.tier": "gold"}})
-    undo(connection, told)
+    undo(connection, shop_settings)
     assert list(connection.users.find()) == [{"_id": 1}, {"_id": 2, "loyalty": {"tier": "gold"}}]
 
 
@@ -205,39 +189,41 @@ def test_a_document_that_the_update_created_is_removed_unless_it_was_extended(
 def test_last_is_the_newest_recount_that_changed_something_and_is_not_undone(
     shop: tuple[Connection, Settings],
 ) -> None:
-    connection, told = shop
-    history = History(connection.recounts, told)
+    connection, shop_settings = shop
+    history = History(connection.recounts, shop_settings)
     connection.users.insert_one({"_id": 1})
     ids = []
     for _ in range(2):
         ship(connection, 1)
-        ids.append(recount(connection, told))
-    recount(connection, told)  # changes nothing, so there is nothing to undo
+        ids.append(recount(connection, shop_settings))
+    recount(connection, shop_settings)  # changes nothing, so there is nothing to undo
     assert history.find_recounts_without_effect() == []
-    assert resolve_recount(connection, told, history, "last").id == ids[1]
+    assert resolve_recount(connection, shop_settings, history, "last").id == ids[1]
     assert connection.recounts is not None
     connection.recounts.insert_one(
         {"recorded_by": "loyalty-microservice", "outcome": "undone", "undone_recount": ids[1]}
     )
-    assert resolve_recount(connection, told, history, "last").id == ids[0]
-    assert resolve_recount(connection, told, history, str(ids[1])).id == ids[1]
+    assert resolve_recount(connection, shop_settings, history, "last").id == ids[0]
+    assert resolve_recount(connection, shop_settings, history, str(ids[1])).id == ids[1]
 
 
 @pytest.mark.parametrize("shop", ["loyalty_points"], indirect=True)
 def test_last_skips_recounts_in_which_every_update_failed(
     shop: tuple[Connection, Settings],
 ) -> None:
-    connection, told = shop
+    connection, shop_settings = shop
     connection.users.insert_many([{"_id": n, "locked": n == 3} for n in range(6)])
     ship(connection, *range(6))
     rule = {"$or": [{"locked": False}, {"loyalty_points": {"$exists": False}}]}
     connection.users.database.command("collMod", "users", validator=rule)
-    effective = recount(connection, told)
+    effective = recount(connection, shop_settings)
     for _ in range(2):  # the locked user is logged again, and not written
-        recount(connection, told)
-    logged = resolve_recount(connection, told, History(connection.recounts, told), "last")
+        recount(connection, shop_settings)
+    logged = resolve_recount(
+        connection, shop_settings, History(connection.recounts, shop_settings), "last"
+    )
     assert logged.id == effective
-    assert undo(connection, told)[0].restored == 5
+    assert undo(connection, shop_settings)[0].restored == 5
     assert connection.users.count_documents({"loyalty_points": {"$exists": True}}) == 0
 
 
@@ -246,15 +232,15 @@ def test_last_can_be_a_failed_recount_of_which_no_update_was_acknowledged(
     shop: tuple[Connection, Settings],
 ) -> None:
     """Its connection was lost at the first batch, and other batches were written meanwhile."""
-    connection, told = shop
+    connection, shop_settings = shop
     connection.users.insert_one({"_id": 1})
     for _ in range(2):
         ship(connection, 1)
-        last = recount(connection, told)
+        last = recount(connection, shop_settings)
     assert connection.recounts is not None
     failed = {"$set": {"outcome": "failed", "changed": 0}}
     connection.recounts.update_one({"_id": last}, failed)
-    assert undo(connection, told)[0].restored == 1
+    assert undo(connection, shop_settings)[0].restored == 1
     assert list(connection.users.find()) == [{"_id": 1, "loyalty_points": 1}]
 
 
@@ -262,20 +248,20 @@ def test_last_can_be_a_failed_recount_of_which_no_update_was_acknowledged(
 def test_a_recount_without_a_record_is_writing_or_was_interrupted(
     shop: tuple[Connection, Settings],
 ) -> None:
-    connection, told = shop
+    connection, shop_settings = shop
     connection.users.insert_one({"_id": 1})
     ship(connection, 1)
-    history = History(connection.recounts, told)
-    assert find_unrecorded(connection, told, history) is None
-    last = recount(connection, told)
-    assert find_unrecorded(connection, told, history) is None
+    history = History(connection.recounts, shop_settings)
+    assert find_unrecorded(connection, shop_settings, history) is None
+    last = recount(connection, shop_settings)
+    assert find_unrecorded(connection, shop_settings, history) is None
     assert connection.recounts is not None
     connection.recounts.delete_one({"_id": last})
-    found = find_unrecorded(connection, told, history)
+    found = find_unrecorded(connection, shop_settings, history)
     assert found is not None
     assert found.id == last
-    recount(connection, told)  # changes nothing, but shows that all points are right
-    assert find_unrecorded(connection, told, history) is None
+    recount(connection, shop_settings)  # changes nothing, but shows that all points are right
+    assert find_unrecorded(connection, shop_settings, history) is None
 
 
 @pytest.mark.parametrize("shop", ["loyalty_points"], indirect=True)
@@ -283,9 +269,11 @@ def test_a_recount_without_a_record_is_writing_or_was_interrupted(
 def test_a_recount_that_is_not_in_the_change_log_is_named(
     shop: tuple[Connection, Settings], text: str
 ) -> None:
-    connection, told = shop
+    connection, shop_settings = shop
     with pytest.raises(RecountNotFound, match="is not undone" if text == "last" else text):
-        resolve_recount(connection, told, History(connection.recounts, told), text)
+        resolve_recount(
+            connection, shop_settings, History(connection.recounts, shop_settings), text
+        )
 
 
 @pytest.mark.parametrize("shop", ["loyalty_points"], indirect=True)
@@ -313,12 +301,12 @@ def test_a_recount_into_the_wrong_field_is_undone_in_that_field(
 def test_a_user_whose_restoring_fails_is_listed_and_all_others_are_restored(
     shop: tuple[Connection, Settings],
 ) -> None:
-    connection, told = shop
+    connection, shop_settings = shop
     connection.users.insert_many([{"_id": n, "loyalty_points": 9} for n in range(8)])
-    recount(connection, told)
+    recount(connection, shop_settings)
     rule = {"$or": [{"_id": {"$ne": 3}}, {"loyalty_points": {"$lt": 9}}]}
     connection.users.database.command("collMod", "users", validator=rule)
-    result, listed = undo(connection, told)
+    result, listed = undo(connection, shop_settings)
     assert [(user.change["user"], user.stored) for user in listed] == [(3, 0)]
     assert result.not_restored == {"update failed": 1}
     assert result.restored == 7
@@ -326,15 +314,43 @@ def test_a_user_whose_restoring_fails_is_listed_and_all_others_are_restored(
 
 
 @pytest.mark.parametrize("shop", ["loyalty_points"], indirect=True)
+def test_users_whose_update_was_not_acknowledged_are_counted_as_restored(
+    shop: tuple[Connection, Settings], deployment: Deployment
+) -> None:
+    connection, shop_settings = shop
+    connection.users.insert_many([{"_id": n, "loyalty_points": 9} for n in range(5)])
+    recount(connection, shop_settings)
+    error = {"code": 64, "errmsg": "waiting for replication timed out"}
+    with faults.fail_command(deployment.servers[0], "update", 1, writeConcernError=error):
+        result, _ = undo(connection, shop_settings)
+    assert (result.restored, result.unchanged) == (5, 0)
+    assert connection.users.count_documents({"loyalty_points": 9}) == 5
+
+
+@pytest.mark.parametrize("shop", ["loyalty_points"], indirect=True)
+def test_an_array_that_contains_the_points_of_the_recount_is_not_overwritten(
+    shop: tuple[Connection, Settings],
+) -> None:
+    connection, shop_settings = shop
+    connection.users.insert_many([{"_id": n} for n in range(2)])
+    ship(connection, 0, 1)
+    recount(connection, shop_settings)
+    connection.users.update_one({"_id": 1}, {"$set": {"loyalty_points": [1]}})
+    result, listed = undo(connection, shop_settings)
+    assert (result.restored, [user.stored for user in listed]) == (1, [[1]])
+    assert list(connection.users.find()) == [{"_id": 0}, {"_id": 1, "loyalty_points": [1]}]
+
+
+@pytest.mark.parametrize("shop", ["loyalty_points"], indirect=True)
 def test_the_changes_of_one_user_are_found_with_their_recounts(
     shop: tuple[Connection, Settings],
 ) -> None:
-    connection, told = shop
+    connection, shop_settings = shop
     connection.users.insert_many([{"_id": n} for n in range(7)])
     ids: list[ObjectId] = []
     for _ in range(3):
         ship(connection, 4)
-        ids.append(recount(connection, told))
+        ids.append(recount(connection, shop_settings))
     assert connection.changes is not None
     target = {"users": "users", "points_field": "loyalty_points"}
     found = find_user_changes(connection.changes, target, [4])

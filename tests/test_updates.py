@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 from uuid import uuid4
 
@@ -17,7 +17,7 @@ from loyalty.concurrency import ignore_progress
 from loyalty.errors import DatabaseUnavailable, TooManyFailedUpdates
 from loyalty.history import History
 from loyalty.mongo.connection import Connection, connect
-from loyalty.recount.change_log import ChangeLog, find_changes
+from loyalty.recount.change_log import find_changes, open_change_log
 from loyalty.recount.result import Result
 from loyalty.recount.runner import RecountRequest, run_recount
 from loyalty.recount.tally import User
@@ -60,10 +60,10 @@ def recount(
 
 def write_points(users: Any, ids: Sequence[Any], *, batch_size: int = 4) -> PendingUpdates:
     """Write one point for each id to the collection, or to what behaves like one."""
-    with PendingUpdates(batch_size, "loyalty_points") as updates:
-        for user_id in ids:
-            updates.add(User(user_id, None, has_points=False), 1)
-        updates.write(users, ignore_progress)
+    updates = PendingUpdates(batch_size, "loyalty_points")
+    for user_id in ids:
+        updates.add(User(user_id, None, has_points=False), 1)
+    updates.write(users, ignore_progress)
     return updates
 
 
@@ -214,23 +214,17 @@ def test_a_batch_is_ended_before_it_is_too_large_for_one_command(connection: Con
 def test_a_value_that_the_change_log_cannot_hold_is_a_failed_update(connection: Connection) -> None:
     changes = connection.changes
     assert changes is not None
-    now = datetime.now(UTC)
-    log = ChangeLog(
-        changes,
-        users="users",
-        points_field="loyalty_points",
-        recount=ObjectId(),
-        at=now,
-        cluster_time=None,
-        expires_at=now + timedelta(days=1),
+    recount_id, settings = ObjectId(), settings_for("mongodb://unused/")
+    log_changes = open_change_log(
+        changes, settings, recount=recount_id, started_at=datetime.now(UTC), cluster_time=None
     )
-    with PendingUpdates(1000, "loyalty_points") as updates:
-        for user_id, size in enumerate([10, 4_000_000, 13_000_000, 16_770_000, 10]):
-            updates.add(User(user_id, "x" * size, has_points=True), 1)
-        updates.write(connection.users, ignore_progress, log.insert)
+    updates = PendingUpdates(1000, "loyalty_points")
+    for user_id, size in enumerate([10, 4_000_000, 13_000_000, 16_770_000, 10]):
+        updates.add(User(user_id, "x" * size, has_points=True), 1)
+    updates.write(connection.users, ignore_progress, log_changes)
     result = updates.result
     assert (result.written, result.failures) == (4, {"UnsupportedValue": 1})
-    logged = [change["user"] for batch in find_changes(changes, log.recount) for change in batch]
+    logged = [change["user"] for batch in find_changes(changes, recount_id) for change in batch]
     assert sorted(logged) == [0, 1, 2, 4]
 
 
@@ -250,22 +244,8 @@ def test_a_failed_write_concern_is_no_failed_update(
 
 def test_progress_is_reported_after_each_batch(connection: Connection) -> None:
     texts: list[str] = []
-    with PendingUpdates(4, "loyalty_points") as updates:
-        for n in range(10):
-            updates.add(User(n, None, has_points=False), 1)
-        updates.write(connection.users, texts.append)
+    updates = PendingUpdates(4, "loyalty_points")
+    for n in range(10):
+        updates.add(User(n, None, has_points=False), 1)
+    updates.write(connection.users, texts.append)
     assert len(texts) == 3
-
-
-def test_cleared_updates_are_not_written(connection: Connection) -> None:
-    with PendingUpdates(2, "loyalty_points") as updates:
-        for n in range(5):
-            updates.add(User(n, None, has_points=False), 7)
-        updates.add(User("\udcff", None, has_points=False), 7)
-        updates.clear()
-        updates.add(User(9, None, has_points=False), 1)
-        updates.write(connection.users, ignore_progress)
-    assert (updates.result.written, updates.result.failed) == (1, 0)
-    assert list(connection.users.find({"loyalty_points": {"$exists": True}})) == [
-        {"_id": 9, "loyalty_points": 1}
-    ]

@@ -9,8 +9,13 @@ from loyalty.errors import Exit
 from loyalty.history import History
 from loyalty.mongo.connection import connect
 from loyalty.mongo.values import Document, format_value
-from loyalty.recount.change_log import LoggedRecount, find_changes
-from loyalty.recount.undo import MISSING, change_log_collection, resolve_recount
+from loyalty.recount.change_log import (
+    MISSING,
+    LoggedRecount,
+    change_log_collection,
+    find_changes,
+    resolve_recount,
+)
 
 
 def run(args: argparse.Namespace, settings: Settings) -> Exit:

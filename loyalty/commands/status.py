@@ -16,8 +16,7 @@ from loyalty.mongo.connection import Connection, connect
 from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.values import Document
 from loyalty.parsers import format_duration
-from loyalty.recount.change_log import LoggedRecount
-from loyalty.recount.undo import find_unrecorded
+from loyalty.recount.change_log import LoggedRecount, find_unrecorded
 
 MAX_RECORDS = 10
 _UNSUCCESSFUL_OUTCOMES = ("refused", "failed")

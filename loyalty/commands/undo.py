@@ -13,8 +13,8 @@ from loyalty.errors import Exit, RecountNotEnded
 from loyalty.history import NO_RECORD, History
 from loyalty.mongo.connection import Connection, connect
 from loyalty.mongo.values import Document
-from loyalty.recount.change_log import MAX_SILENCE, LoggedRecount
-from loyalty.recount.undo import LoggedUser, UndoResult, has_effect, resolve_recount, undo_recount
+from loyalty.recount.change_log import MAX_SILENCE, LoggedRecount, resolve_recount
+from loyalty.recount.undo import LoggedUser, UndoResult, has_effect, undo_recount
 
 _ADVICE = (
     "The next recount counts again, and may repeat the change. Before the next recount, stop the "

@@ -1,7 +1,6 @@
 """`--unknown-customers`: every unknown customer with counted orders, as JSON lines."""
 
 import argparse
-from contextlib import closing
 
 from config import Settings
 from loyalty.commands.output import print_json
@@ -14,10 +13,8 @@ from loyalty.recount.similar_ids import UnknownCustomerList
 
 def run(args: argparse.Namespace, settings: Settings) -> Exit:
     """Count, write nothing, and print `{customer, orders, kind}` for each unknown customer."""
-    with (
-        closing(UnknownCustomerList()) as unknown,
-        connect_and_verify(settings, writing=False) as connection,
-    ):
+    unknown = UnknownCustomerList()
+    with connect_and_verify(settings, writing=False) as connection:
         request = RecountRequest(write=False, rows=unknown)
         run_recount(connection, settings, History(connection.recounts, settings), request)
         for row in unknown:

@@ -198,9 +198,9 @@ class LiveUpdater:
     ) -> None:
         assert self._full_recount is not None  # only a full recount makes updates live
         # Without partitions the collection is small (see `open_watcher`): read all of its orders.
-        has_index = self._full_recount.count.supports_partitions
+        has_indexes = self._full_recount.count.has_usable_indexes
         customers: Customers = [
-            (customer, indexable_forms(customer) if has_index else None)
+            (customer, indexable_forms(customer) if has_indexes else None)
             for customer in changes.customers.values()
         ]
         request = RecountRequest(

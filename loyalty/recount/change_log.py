@@ -4,7 +4,7 @@ A batch's changes are inserted before its updates. After a crash the log may hol
 not made; it never lacks one that was.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -13,51 +13,60 @@ from bson import ObjectId, Timestamp
 from pymongo.collection import Collection
 
 from config import Settings
-from loyalty.errors import NoPermission
+from loyalty.errors import ConfigurationError, NoPermission, RecountNotFound
+from loyalty.history import NO_RECORD, History
+from loyalty.mongo.connection import Connection
 from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.privileges import OWNER_FILTER, require_own_collection, require_privileges
 from loyalty.mongo.values import LENIENT_CODEC, SIMPLE_COLLATION, Document
 
 MAX_SILENCE = timedelta(minutes=2)
 """A recount without a record that has logged no changes for this time was interrupted."""
+MISSING = object()
+"""The value of a field that a user does not have."""
 DOCUMENTS_PER_BATCH = 8
 """Documents in one reply. The server's limit, 16 MB, is 270,000 changes: 200 MB in Python."""
 
 
-@dataclass(frozen=True)
-class ChangeLog:
-    """Where one recount logs its changes: `{…, changes: [{user, before, after}]}`.
+def change_log_collection(connection: Connection) -> Collection[Any]:
+    """Return the collection of the change log. Raises ConfigurationError without one."""
+    if connection.changes is None:
+        raise ConfigurationError("CHANGES_COLLECTION is none, so there is no change log")
+    return connection.changes
+
+
+def open_change_log(
+    collection: Collection[Any],
+    settings: Settings,
+    *,
+    recount: ObjectId,
+    started_at: datetime,
+    cluster_time: Timestamp | None,
+) -> Callable[[Sequence[Document]], None]:
+    """Return a function that inserts one batch of a recount's changes, `{user, before, after}`.
 
     `before` is missing if the user had no points field. If even the document around a nested field
-    was missing, `created` is the path of the outermost part that the update creates.
+    was missing, `created` is the path of the outermost part that the update creates. The function
+    raises ServiceError.
     """
+    fields = {
+        **OWNER_FILTER,
+        "recount": recount,
+        **logged_target(settings),
+        "at": started_at,
+        "cluster_time": cluster_time,
+        "expires_at": started_at + settings.retention,
+    }
 
-    collection: Collection[Any]
-    users: str
-    points_field: str
-    recount: ObjectId
-    at: datetime
-    cluster_time: Timestamp | None
-    expires_at: datetime
+    def insert(changes: Sequence[Document]) -> None:
+        with map_driver_errors("insert", collection):
+            collection.insert_one({**fields, "changes": changes})
 
-    def insert(self, changes: Sequence[Document]) -> None:
-        """Insert one batch of changes. Raises ServiceError."""
-        document = {
-            **OWNER_FILTER,
-            "recount": self.recount,
-            "users": self.users,
-            "points_field": self.points_field,
-            "at": self.at,
-            "cluster_time": self.cluster_time,
-            "expires_at": self.expires_at,
-            "changes": changes,
-        }
-        with map_driver_errors("insert", self.collection):
-            self.collection.insert_one(document)
+    return insert
 
 
 def check_change_log(collection: Collection[Any]) -> None:
-    """Raise ConfigurationError if this is not a collection for changes, or one is not allowed."""
+    """Raise ConfigurationError if changes cannot be logged here; any ServiceError."""
     try:
         require_privileges(collection, "find", "insert")
         hint = "CHANGES_COLLECTION must name a collection that only this service uses, or be none"
@@ -103,6 +112,48 @@ def find_recount(collection: Collection[Any], condition: Document) -> LoggedReco
         found["points_field"],
         logged_at=found["_id"].generation_time,
     )
+
+
+def find_unrecorded(
+    connection: Connection, settings: Settings, history: History
+) -> LoggedRecount | None:
+    """Return the newest logged recount of the target if it has no record.
+
+    It is writing, or it was interrupted. None if a later recount succeeded, even without changes.
+    Raises ServiceError.
+    """
+    if connection.changes is None:
+        return None
+    newest = find_recount(connection.changes, logged_target(settings))
+    if newest is None or history.find_outcomes([newest.id])[newest.id] != NO_RECORD:
+        return None
+    return None if history.has_success_since(newest.logged_at) else newest
+
+
+def resolve_recount(
+    connection: Connection, settings: Settings, history: History, text: str
+) -> LoggedRecount:
+    """Return the logged recount with the id `text`.
+
+    "last" is the newest recount that changed users in the collection and the field of the settings,
+    and is not undone. Raises RecountNotFound, and other ServiceErrors.
+    """
+    change_log = change_log_collection(connection)
+    if text == "last":
+        others = {"recount": {"$nin": history.find_recounts_without_effect()}}
+        found = find_recount(change_log, {**logged_target(settings), **others})
+        hint = f"no recount that changed {settings.users}.{settings.points_field} and is not undone"
+    else:
+        found = find_recount(change_log, {"recount": ObjectId(text)})
+        hint = f"no recount {text}"
+        if found is None and (undone := history.find_undone_recounts(ObjectId(text))):
+            raise RecountNotFound(
+                f"{text} is the undo of recount {undone[0]}, and an undo cannot be undone: the "
+                f"next recount counts again. To repeat the undo, give {undone[0]}"
+            )
+    if found is None:
+        raise RecountNotFound(f"{change_log.full_name} holds {hint}; --status lists the recounts")
+    return found
 
 
 def find_changes(collection: Collection[Any], recount: ObjectId) -> Iterator[Sequence[Document]]:

@@ -18,14 +18,14 @@ from loyalty.mongo.connection import Connection
 from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.values import SIMPLE_COLLATION, split_ids
 from loyalty.recount.customer_ids import MIXED_CASE_HEX_ID
-from loyalty.recount.index import Plan, inspect_plan
+from loyalty.recount.index import OrdersPlan, inspect_plan
 from loyalty.recount.order_filter import counted_orders
-from loyalty.recount.partitions import EVERYTHING, Partition, partition_boundaries, partitions
+from loyalty.recount.partitions import EVERYTHING, Partition, build_partitions, partition_boundaries
 from loyalty.recount.pipeline import Scope, build_pipeline, parse_rows
 from loyalty.recount.result import CountResult
 from loyalty.recount.snapshot import pin_cluster_time
 from loyalty.recount.spool import Spool
-from loyalty.recount.tally import CustomerCount, UpToDate
+from loyalty.recount.tally import Row
 
 ROWS_PER_BATCH = 5_000
 """Rows in one reply. The server's own limit, 16 MB of BSON, needs about 100 MB in Python."""
@@ -38,26 +38,24 @@ _RAW_CODEC = CodecOptions(document_class=RawBSONDocument)
 Customers = Sequence[tuple[Any, Sequence[Any] | None]]
 """Canonical ids, each with the forms to look up in an index. If None, a query reads all orders."""
 
-OnRow = Callable[[CustomerCount | UpToDate], None]
+OnRow = Callable[[Row], None]
 FindBoundaries = Callable[[Collection[Any], str], list[Any]]
 """Returns keys of the users in a collection, from the index on a field."""
 
 
 @dataclass
-class Counter:
-    """Makes one count at one cluster time, if the server can, and hands each row to a callback.
-
-    The cluster time is `not_before` or later.
-    """
+class OrderCounter:
+    """Makes one count, at one cluster time if the server can, and hands each row to a callback."""
 
     connection: Connection
     settings: Settings
     on_progress: ProgressCallback
     not_before: Timestamp | None = None
+    """No query reads at an earlier cluster time."""
     find_boundaries: FindBoundaries = partition_boundaries
     use_snapshot: bool = True
-    snapshots: list[Timestamp] = field(default_factory=list, init=False)
-    """Queries read at the last of these cluster times."""
+    _snapshots: list[Timestamp] = field(default_factory=list, init=False)
+    """The cluster times that were pinned; queries read at the last one."""
 
     def count_all(self, on_row: OnRow, *, single_query: bool = False) -> CountResult:
         """Count all customers, in partitions if the index allows it.
@@ -72,12 +70,11 @@ class Counter:
         else:
             scope = Scope(status_may_be_array=plan.status_is_multikey)
             _handle_rows(self._aggregate(scope, plan.advice), on_row)
+        check_case = single_query and self.settings.live_updates
         return CountResult(
-            self.snapshots,
-            supports_partitions=plan.supports_partitions,
-            has_mixed_case_ids=self.settings.live_updates
-            and single_query
-            and self._find_mixed_case_ids(),
+            tuple(self._snapshots),
+            has_usable_indexes=plan.supports_partitions,
+            has_mixed_case_ids=check_case and self._find_mixed_case_ids(),
         )
 
     def count_customers(self, on_row: OnRow, customers: Customers) -> CountResult:
@@ -85,10 +82,11 @@ class Counter:
 
         Raises ServiceError.
         """
-        if self.not_before:  # the caller has read at it; a newer time is one more round trip
-            self.snapshots.append(self.not_before)
+        if self.not_before:  # can be read at; to pin a newer time costs a round trip
+            self._snapshots.append(self.not_before)
         else:
             self._pin_snapshot()
+        # A query that reads all orders is made once, for all customers.
         reads_all_orders = any(forms is None for _, forms in customers)
         size = len(customers) if reads_all_orders else MAX_CUSTOMERS_PER_QUERY
         for chunk in split_ids(customers, size):
@@ -98,27 +96,27 @@ class Counter:
             try:
                 batches = self._aggregate(scope)
             except SnapshotTooOld:
-                # Also after an index was created: no older snapshot of its collection can be read.
+                # For example, after an index was created, no older snapshot can be read.
                 self._pin_snapshot()
                 batches = self._aggregate(scope)
             _handle_rows(batches, on_row)
             self.on_progress("")
-        return CountResult(self.snapshots)
+        return CountResult(tuple(self._snapshots))
 
     def _pin_snapshot(self) -> None:
         """Read at the newest cluster time from now on, if the server has snapshots."""
         if self.use_snapshot:
-            not_before = self.snapshots[-1] if self.snapshots else self.not_before
-            pinned = pin_cluster_time(self.connection, not_before)
-            self.snapshots += [] if pinned is None else [pinned]
+            not_before = self._snapshots[-1] if self._snapshots else self.not_before
+            if pinned := pin_cluster_time(self.connection, not_before):
+                self._snapshots.append(pinned)
 
-    def _count_partitions(self, on_row: OnRow, plan: Plan) -> None:
+    def _count_partitions(self, on_row: OnRow, plan: OrdersPlan) -> None:
         users = self.connection.users
         with map_driver_errors("find", users):
             boundaries = self.find_boundaries(users, self.settings.user_key_field)
         scopes = [
             Scope(partition, status_may_be_array=plan.status_is_multikey)
-            for partition in partitions(boundaries)
+            for partition in build_partitions(boundaries)
         ]
         count = partial(self._aggregate, index_advice=plan.advice)
         workers = self.settings.count_workers
@@ -151,9 +149,9 @@ class Counter:
             "collation": SIMPLE_COLLATION,
             "maxTimeMS": self.settings.count_ms,
         }
-        if self.snapshots:
+        if self._snapshots:
             # Not a snapshot session, which several threads cannot share.
-            options["readConcern"] = {"level": "snapshot", "atClusterTime": self.snapshots[-1]}
+            options["readConcern"] = {"level": "snapshot", "atClusterTime": self._snapshots[-1]}
         advice = "; ".join(filter(None, ["raise COUNT_TIMEOUT", index_advice]))
         with map_driver_errors("find", orders, if_too_slow=advice):
             if scope.customers:
@@ -181,7 +179,6 @@ class Counter:
 
 
 def _handle_rows(batches: Spool, on_row: OnRow) -> None:
-    with batches:
-        for batch in batches:
-            for row in parse_rows(batch):
-                on_row(row)
+    for batch in batches:
+        for row in parse_rows(batch):
+            on_row(row)

@@ -21,25 +21,36 @@ LARGE_COLLECTION_DOCUMENTS = 100_000
 _NO_INDEX = "no usable index; create one with --create-index"
 _UNBOUNDED = (None, ["[MinKey, MaxKey]"], ["[MaxKey, MinKey]"])
 _EMPTY_RANGE = {"$gt": "", "$lt": "\x01"}
-_ALL_BUT_ONE = {"$ne": "\x01"}  # a condition with bounds, which every shard evaluates
+_ALL_BUT_ONE = {"$ne": "\x01"}  # has bounds in an index, and concerns every shard
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """How the server reads one partition of orders or users. The default is the worst case."""
+class IndexPlan:
+    """How the server reads one partition of a collection. The default: without a usable index."""
 
     supports_partitions: bool = False
     """Whether the server can read the documents of a partition from an index, and no others."""
-    status_is_multikey: bool = True
-    """Whether an order may have an array as status, so that each status must be checked."""
-    needs_fetch: bool = True
-    """Whether the server reads orders, and not only the index."""
     advice: str = field(default=_NO_INDEX, compare=False)
     """What to do about the index; "" if nothing."""
     index_name: str = field(default="", compare=False)
     """The index with the right keys; "" if there is none."""
     missing_fields: tuple[str, ...] = ()
-    """Fields of ORDER_FILTER that the index lacks."""
+    """Fields that the index should have, and lacks."""
+
+    @property
+    def needs_build(self) -> bool:
+        """Whether an index should be created."""
+        return not self.index_name or bool(self.missing_fields)
+
+
+@dataclass(frozen=True, slots=True)
+class OrdersPlan(IndexPlan):
+    """How the server reads the orders of one partition."""
+
+    status_is_multikey: bool = True
+    """Whether an order may have an array as status, so that each status must be checked."""
+    needs_fetch: bool = True
+    """Whether the server reads orders, and not only the index."""
 
 
 def index_keys(settings: Settings) -> list[tuple[str, int]]:
@@ -48,10 +59,10 @@ def index_keys(settings: Settings) -> list[tuple[str, int]]:
     return [(name, 1) for name in dict.fromkeys([*first, *other_conditions(settings)])]
 
 
-def inspect_plan(orders: Collection[Any], settings: Settings) -> Plan:
-    """Return how the server would read a partition; the worst case if it cannot explain that.
+def inspect_plan(orders: Collection[Any], settings: Settings) -> OrdersPlan:
+    """Return the plan for orders; it supports partitions if the plan for users also does.
 
-    Raises DatabaseUnavailable.
+    If the server cannot explain its plans, this is the default. Raises DatabaseUnavailable.
     """
     try:
         plan = inspect_orders_plan(orders, settings)
@@ -60,36 +71,37 @@ def inspect_plan(orders: Collection[Any], settings: Settings) -> Plan:
             if not users.supports_partitions:
                 return replace(plan, supports_partitions=False, advice=users.advice)
     except ConfigurationError:  # the count itself reports what is wrong
-        return Plan()
+        return OrdersPlan()
     return plan
 
 
-def inspect_orders_plan(orders: Collection[Any], settings: Settings) -> Plan:
+def inspect_orders_plan(orders: Collection[Any], settings: Settings) -> OrdersPlan:
     """Return the plan with the best index on orders. Raises ServiceError.
+
+    1. Find the indexes with the right keys and bounds in the plans for an empty range, for which
+       the planner ranks several indexes equally; rejected plans included.
+    2. Explain the query for all customers with each of these indexes: the plans of step 1 may be
+       those of one shard, and a partial index that lacks some customers has no bounds now.
 
     Indexes are judged by their key patterns, bounds and multikey paths, never by their names.
     """
-    customer = settings.customer_field
-    counted = counted_orders(settings)
-    # Rejected plans included: for an empty range, the planner ranks several indexes equally.
+    customer, counted = settings.customer_field, counted_orders(settings)
     candidates = _explain(orders, {**counted, customer: _EMPTY_RANGE}, customer)
     scans = [scan for scan in _index_scans(candidates) if _is_bounded(scan, settings)]
     names = [str(scan.get("indexName", "")) for scan in scans]
     plans = []
     for name in dict.fromkeys(names):
-        # Once more for all customers, as the first plan may be that of one shard. A partial index
-        # that lacks some of the customers has no bounds here.
         stages = _explain(orders, {**counted, customer: _ALL_BUT_ONE}, customer, name)
         if all(_is_bounded(scan, settings) for scan in _index_scans(stages)):
             plans.append(_build_plan(name, stages, settings))
     if plans:
         return min(plans, key=lambda plan: (len(plan.missing_fields), plan.needs_fetch))
     if collection_type(orders.database, orders.name) == "view":
-        return Plan(advice=describe_view(orders))
-    return Plan()
+        return OrdersPlan(advice=describe_view(orders))
+    return OrdersPlan()
 
 
-def _build_plan(name: str, stages: list[Document], settings: Settings) -> Plan:
+def _build_plan(name: str, stages: list[Document], settings: Settings) -> OrdersPlan:
     """Return the plan with an index of the right keys."""
     scans = _index_scans(stages)
     multikey = _multikey_fields(scans, [settings.status_field, settings.customer_field])
@@ -111,7 +123,7 @@ def _build_plan(name: str, stages: list[Document], settings: Settings) -> Plan:
         elif conditions:
             why = ", because no index alone can evaluate a condition in ORDER_FILTER"
         advice = f"the server uses {name}, but also reads the orders{why}"
-    return Plan(
+    return OrdersPlan(
         supports_partitions=settings.customer_field not in multikey,
         status_is_multikey=settings.status_field in multikey,
         needs_fetch=bool(multikey) or "FETCH" in kinds,
@@ -151,7 +163,7 @@ def _is_bounded(scan: Document, settings: Settings) -> bool:
     return wanted <= set(takewhile(is_usable, pattern))
 
 
-def inspect_users_plan(users: Collection[Any], key: str) -> Plan:
+def inspect_users_plan(users: Collection[Any], key: str) -> IndexPlan:
     """Return the plan with the index on `key`. Raises ServiceError.
 
     A partial or sparse index can be used if it holds every user that has a key.
@@ -161,19 +173,21 @@ def inspect_users_plan(users: Collection[Any], key: str) -> Plan:
     is_bounded = all(stage["stage"] != "COLLSCAN" for stage in stages) and all(
         scan.get("indexBounds", {}).get(key) not in _UNBOUNDED for scan in scans
     )
-    name, why = "", ""
+    name, problem = "", ""
     if key == "_id":  # never multikey; a clustered collection has no index scan
         name = "_id_"
         if not is_bounded:
-            why = f"with the collation of {users.full_name}, each partition would read all users"
+            problem = (
+                f"with the collation of {users.full_name}, each partition would read all users"
+            )
     elif not is_bounded or not scans:
-        why = f"{users.full_name} has no index on {key}; create it with --create-index"
+        problem = f"{users.full_name} has no index on {key}; create it with --create-index"
     else:
         name = str(scans[0].get("indexName", ""))
         if _multikey_fields(scans, [key]):
-            why = _describe_multikey(f"{name} on {users.full_name}", "a user", [key])
-    advice = f"a single query counts all customers, because {why}" if why else ""
-    return Plan(supports_partitions=not why, advice=advice, index_name=name)
+            problem = _describe_multikey(f"{name} on {users.full_name}", "a user", [key])
+    advice = f"a single query counts all customers, because {problem}" if problem else ""
+    return IndexPlan(supports_partitions=not problem, advice=advice, index_name=name)
 
 
 def find_index_problem(orders: Collection[Any], settings: Settings) -> str:

@@ -2,9 +2,7 @@
 
 import re
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
-from itertools import combinations
 from typing import Any
 
 from pymongo.collection import Collection
@@ -14,11 +12,11 @@ from config import Settings
 from loyalty.errors import ConfigurationError, DatabaseUnavailable, QueryTimeout, ServiceError
 from loyalty.logs import log
 from loyalty.mongo.driver_errors import map_driver_errors
-from loyalty.mongo.error_codes import CODES
+from loyalty.mongo.error_codes import error_name
 from loyalty.mongo.privileges import collection_type
 from loyalty.mongo.values import SIMPLE_COLLATION, Document, format_value
 from loyalty.recount.index import (
-    Plan,
+    IndexPlan,
     describe_view,
     index_keys,
     inspect_orders_plan,
@@ -28,7 +26,6 @@ from loyalty.recount.index import (
 _Keys = list[tuple[str, int]]
 
 _SECOND_NAME = "loyalty_counts"  # if another index has the default name
-_CODES = CODES[ConfigurationError]
 
 
 def create_index(orders: Collection[Any], settings: Settings) -> str:
@@ -37,13 +34,8 @@ def create_index(orders: Collection[Any], settings: Settings) -> str:
     Raises ServiceError.
     """
     inspect = partial(inspect_orders_plan, orders, settings)
-    try:
-        keys, key_field = index_keys(settings), settings.customer_field
-        return _ensure_index(orders, keys, key_field, inspect, settings.count_ms)
-    except ServiceError as error:
-        if _code(error) == _CODES["CannotIndexParallelArrays"]:
-            raise ConfigurationError(_describe_parallel_arrays(orders, settings)) from error
-        raise
+    keys, key_field = index_keys(settings), settings.customer_field
+    return _ensure_index(orders, keys, key_field, inspect, settings.count_ms)
 
 
 def create_user_index(users: Collection[Any], settings: Settings) -> str:
@@ -60,7 +52,7 @@ def _ensure_index(
     collection: Collection[Any],
     keys: _Keys,
     key_field: str,
-    inspect: Callable[[], Plan],
+    inspect: Callable[[], IndexPlan],
     max_time_ms: int,
 ) -> str:
     kind = collection_type(collection.database, collection.name)
@@ -69,14 +61,14 @@ def _ensure_index(
     if kind == "view":
         raise ConfigurationError(describe_view(collection))
     plan = inspect()
-    if not plan.index_name or plan.missing_fields:
+    if plan.needs_build:
         try:
             _check_arrays(collection, key_field, max_time_ms)
         except QueryTimeout as error:
             log.warning('arrays_not_checked error="%s"', error)
         name = _build_index(collection, keys)
         plan = inspect()
-        if not plan.index_name or plan.missing_fields:  # a hidden index is not created again
+        if plan.needs_build:  # a hidden index is not created again
             raise ConfigurationError(
                 f"the index {name} exists, but the server does not use it. If it is hidden: "
                 f"db.{collection.name}.unhideIndex({name!r})"
@@ -109,12 +101,13 @@ def _build_index(collection: Collection[Any], keys: _Keys) -> str:
     try:
         return _wait_for_build(collection, keys)
     except ServiceError as error:
-        if _code(error) == _CODES["IndexKeySpecsConflict"]:  # partial, or with another collation
+        code = error_name(getattr(error.__cause__, "code", None))
+        if code == "IndexKeySpecsConflict":  # partial, or with another collation
             return _wait_for_build(collection, keys, name=_SECOND_NAME)
         # The same index with another name is hidden, or still being built.
         details = getattr(error.__cause__, "details", None) or {}
         other = re.search("already exists with a different name: (.+)", details.get("errmsg", ""))
-        if _code(error) == _CODES["IndexOptionsConflict"] and other:
+        if code == "IndexOptionsConflict" and other:
             return _wait_for_build(collection, keys, name=other[1])
         raise
 
@@ -129,27 +122,6 @@ def _wait_for_build(collection: Collection[Any], keys: _Keys, **options: Any) ->
                 raise
             # The server goes on; the same command again waits for the build that is in progress.
             log.info("index_build_in_progress collection=%s", collection.full_name)
-
-
-def _code(error: ServiceError) -> int | None:
-    return getattr(error.__cause__, "code", None)
-
-
-def _describe_parallel_arrays(orders: Collection[Any], settings: Settings) -> str:
-    names = [name for name, _ in index_keys(settings)]
-    pairs = [
-        {"$and": [{"$or": array_conditions(one)}, {"$or": array_conditions(other)}]}
-        for one, other in combinations(names, 2)
-    ]
-    ids = "not found within COUNT_TIMEOUT"
-    with suppress(QueryTimeout), map_driver_errors("find", orders):
-        found = orders.find({"$or": pairs}, {"_id": 1}, max_time_ms=settings.count_ms).limit(5)
-        ids = ", ".join(format_value(order["_id"]) for order in found)
-    fields = f"both {' and '.join(names)}" if len(names) == 2 else f"two of {', '.join(names)}"
-    return (
-        f"cannot create an index on {orders.full_name} while orders have arrays in {fields}; "
-        f"_id of such orders: {ids}"
-    )
 
 
 def array_conditions(field: str) -> list[Document]:

@@ -11,7 +11,7 @@ from loyalty.recount.customer_ids import NO_CUSTOMER, canonical_expr, is_non_can
 from loyalty.recount.order_filter import counted_orders
 from loyalty.recount.partitions import EVERYTHING, Partition
 from loyalty.recount.points import is_up_to_date_expr, points_expr
-from loyalty.recount.tally import CustomerCount, UpToDate, User
+from loyalty.recount.tally import CustomerCount, Row, UpToDateTotals, User
 
 # Random, so that no stored customer id equals them: the group key of all non-canonical ids, and a
 # part of the group key of users without a key.
@@ -50,22 +50,23 @@ def build_pipeline(settings: Settings, scope: Scope) -> list[Document]:
     stages.append(
         {"$group": {"_id": "$_id", "orders": {"$sum": "$orders"}, "users": {"$push": "$user"}}}
     )
-    up_to_date = _are_users_up_to_date_expr(settings)
+    up_to_date_expr = _are_users_up_to_date_expr(settings)
     if scope.customers:
         stages.append({"$match": {"_id": {"$in": list(scope.customers)}}})
-        up_to_date = {"$literal": False}
+        up_to_date_expr = {"$literal": False}
     key = {"up_to_date": "$up_to_date", "customer": {"$cond": ["$up_to_date", None, "$_id"]}}
     user_count = {"$size": "$users"}
     has_points_expr = {"$gt": [points_expr("$orders", settings), 0]}
-    totals: dict[str, Any] = {
+    row: dict[str, Any] = {
+        "_id": key,
         "orders": {"$sum": "$orders"},
         "users": {"$first": "$users"},  # of one customer; not used in the row of all up to date
         "user_count": {"$sum": user_count},
         "users_with_points": {"$sum": {"$cond": [has_points_expr, user_count, 0]}},
     }
     if settings.user_key_field != "_id":
-        totals["sharing_a_key"] = {"$sum": {"$cond": [{"$gt": [user_count, 1]}, user_count, 0]}}
-    return [*stages, {"$set": {"up_to_date": up_to_date}}, {"$group": {"_id": key, **totals}}]
+        row["sharing_a_key"] = {"$sum": {"$cond": [{"$gt": [user_count, 1]}, user_count, 0]}}
+    return [*stages, {"$set": {"up_to_date": up_to_date_expr}}, {"$group": row}]
 
 
 def _read_orders_and_users(settings: Settings, scope: Scope) -> list[Document]:
@@ -88,41 +89,41 @@ def _count_orders(settings: Settings, scope: Scope, bounds: Sequence[Document]) 
         key = "$_id.customer"
         group = {"customer": customer, "status": f"${settings.status_field}"}
         counted = {"$cond": [{"$isArray": "$_id.status"}, 0, "$orders"]}
-    group_key = _group_key(settings, scope, key, NO_CUSTOMER)
+    key_expr = _group_key_expr(settings, scope, key, NO_CUSTOMER)
     return [
         {"$match": {**counted_orders(settings), **_match(settings.customer_field, bounds)}},
         {"$group": {"_id": group, "orders": {"$sum": 1}}},
-        {"$project": {"_id": group_key, "orders": counted}},
+        {"$project": {"_id": key_expr, "orders": counted}},
     ]
 
 
 def _read_users(settings: Settings, scope: Scope, bounds: Sequence[Document]) -> list[Document]:
     user: Document = {"_id": "$_id", "points": f"${settings.points_field}"}
     if "." in settings.points_field:
-        user = {**user, "created_path": _created_path(settings.points_field)}
+        user = {**user, "created_path": _created_path_expr(settings.points_field)}
     key = settings.user_key_field
-    group_key = _group_key(settings, scope, f"${key}", None)
+    key_expr = _group_key_expr(settings, scope, f"${key}", None)
     if key != "_id":
-        group_key = _separate_users_without_key(group_key)
+        key_expr = _unique_if_no_key_expr(key_expr)
     return [
         {"$match": _match(key, bounds)},
         # $project would treat an existing array `user` as a path.
-        {"$replaceWith": {"_id": group_key, "user": user}},
+        {"$replaceWith": {"_id": key_expr, "user": user}},
     ]
 
 
-def _separate_users_without_key(group_key: Document) -> Document:
-    """Return the group key of a user: `group_key`, or a unique one if that is null, "" or an array.
+def _unique_if_no_key_expr(key_expr: Document) -> Document:
+    """Return the expression for: `key_expr`, or a unique value if that is null, "" or an array.
 
     A million users without the field, in one group, would exceed the 16 MB of a document.
     """
     no_key = {"no_key": {"$literal": _NO_KEY}, "user": "$_id"}
     has_no_key_expr = {"$or": [{"$in": ["$$key", [None, ""]]}, {"$isArray": "$$key"}]}
-    key_expr = {"$cond": [has_no_key_expr, no_key, "$$key"]}
-    return {"$let": {"vars": {"key": group_key}, "in": key_expr}}
+    unique_expr = {"$cond": [has_no_key_expr, no_key, "$$key"]}
+    return {"$let": {"vars": {"key": key_expr}, "in": unique_expr}}
 
 
-def _created_path(points_field: str) -> Document:
+def _created_path_expr(points_field: str) -> Document:
     """Return the expression for the outermost missing document around a nested field, or null."""
     parts = points_field.split(".")
     parents = [".".join(parts[:n]) for n in range(1, len(parts))]
@@ -136,15 +137,15 @@ def _match(field: str, bounds: Sequence[Document]) -> Document:
     return {"$and": [{field: operator} for operator in bounds]} if bounds else {}
 
 
-def _group_key(settings: Settings, scope: Scope, value: str, if_missing: Any) -> Document:
+def _group_key_expr(settings: Settings, scope: Scope, value: str, if_missing: Any) -> Document:
     """Return the expression for the key that orders and users of one customer share."""
     mostly_hex = settings.user_key_field == "_id"
     canonical = canonical_expr(value, if_missing, mostly_hex=mostly_hex)
     if scope.has_all_forms:
         return canonical
     non_canonical = is_non_canonical_expr(value, "$$customer")
-    key = {"$cond": [non_canonical, _NON_CANONICAL, "$$customer"]}
-    return {"$let": {"vars": {"customer": canonical}, "in": key}}
+    key_expr = {"$cond": [non_canonical, _NON_CANONICAL, "$$customer"]}
+    return {"$let": {"vars": {"customer": canonical}, "in": key_expr}}
 
 
 def _are_users_up_to_date_expr(settings: Settings) -> Document:
@@ -153,16 +154,16 @@ def _are_users_up_to_date_expr(settings: Settings) -> Document:
         "$and": [
             {"$ne": ["$users", []]},
             {"$allElementsTrue": [{"$map": {"input": "$users", "in": is_up_to_date}}]},
-            {"$ne": ["$_id", _NON_CANONICAL]},
+            {"$ne": ["$_id", _NON_CANONICAL]},  # needs a row, for NonCanonicalIdFound
         ]
     }
 
 
-def parse_rows(batch: bytes) -> Iterator[CustomerCount | UpToDate]:
+def parse_rows(batch: bytes) -> Iterator[Row]:
     """Parse a raw batch of the result. Raises NonCanonicalIdFound."""
     for row in decode_documents(batch):
         if row["_id"]["up_to_date"]:
-            yield UpToDate(
+            yield UpToDateTotals(
                 orders=row["orders"],
                 users=row["user_count"],
                 users_with_points=row["users_with_points"],

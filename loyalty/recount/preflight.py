@@ -11,7 +11,7 @@ from loyalty.history import History
 from loyalty.logs import log
 from loyalty.mongo.connection import Connection, connect
 from loyalty.recount.change_log import check_change_log
-from loyalty.recount.counter import Counter
+from loyalty.recount.counter import OrderCounter
 from loyalty.recount.index import find_index_problem
 
 
@@ -52,7 +52,7 @@ def _probe_aggregation(connection: Connection, settings: Settings) -> None:
     Raises ServiceError; ConfigurationError if ORDER_FILTER is not a valid query.
     """
     unused = ObjectId()
-    counter = Counter(connection, settings, ignore_progress)
+    counter = OrderCounter(connection, settings, ignore_progress)
     try:
         counter.count_customers(lambda _: None, [(unused, [unused])])
     except ServiceError as error:

@@ -25,7 +25,7 @@ class CountResult:
 
     Empty without snapshots; several if the server discarded a snapshot during the count.
     """
-    supports_partitions: bool = False
+    has_usable_indexes: bool = False
     """Whether the server can read one customer's orders and users from indexes."""
     has_mixed_case_ids: bool = False
     """Whether a hex id is neither all lower nor all upper case; checked for live updates only."""
@@ -100,7 +100,7 @@ def _build_numbers(result: Result) -> dict[str, int]:
     totals = result.totals
     return {
         "counted_orders": totals.counted_orders,
-        "changed": result.written,  # totals.changed users had to be written
+        "changed": result.written,  # without failed updates, which totals.changed includes
         "increased": totals.increased,
         "decreased": totals.decreased,
         "unknown_customers": totals.unknown_customers,
@@ -120,8 +120,9 @@ def log_result(result: Result) -> None:
         "exact": result.count.exact,
         "seconds": round(result.seconds, 1),
     }
-    words = [f"{n}={str(v).lower() if isinstance(v, bool) else v}" for n, v in fields.items()]
-    log.info("recount %s", " ".join(words), extra={"fields": fields})
+    texts = {**fields, "exact": str(result.count.exact).lower()}
+    line = " ".join(f"{name}={text}" for name, text in texts.items())
+    log.info("recount %s", line, extra={"fields": fields})
     for kind, unknown in result.totals.unknown_by_kind.items():
         largest = ", ".join(text for _, text in sorted(unknown.largest, reverse=True))
         # At DEBUG only: an id may be an e-mail address.

@@ -2,10 +2,8 @@
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 
 from bson import Timestamp
 
@@ -15,8 +13,8 @@ from loyalty.errors import RecountRefused, ServiceError, SnapshotTooOld, TooMany
 from loyalty.history import History
 from loyalty.logs import log
 from loyalty.mongo.connection import Connection
-from loyalty.recount.change_log import ChangeLog
-from loyalty.recount.counter import Counter, Customers, FindBoundaries
+from loyalty.recount.change_log import open_change_log
+from loyalty.recount.counter import Customers, FindBoundaries, OrderCounter
 from loyalty.recount.partitions import partition_boundaries
 from loyalty.recount.pipeline import NonCanonicalIdFound
 from loyalty.recount.result import CountResult, Result, build_record, log_result
@@ -44,10 +42,13 @@ class RecountRequest:
 
     @property
     def is_recorded(self) -> bool:
+        """Whether it is a full recount that writes."""
         return self.write and self.customers is None
 
 
 FULL_RECOUNT = RecountRequest()
+
+_Counted = tuple[CountResult, Totals, PendingUpdates]
 
 
 def run_recount(
@@ -62,7 +63,7 @@ def run_recount(
     1. Count, and compare with the stored points.
     2. Check whether the changes are safe.
     3. Log the changes and write them, if `write`.
-    4. Record and log the result, if all customers were counted and their points written.
+    4. Record and log the result, if `is_recorded`.
 
     Raises RecountRefused if a safety check refuses it, and any other ServiceError that ended it.
     """
@@ -70,11 +71,10 @@ def run_recount(
     recount = _Recount(connection, settings, history, request, on_progress, result)
     clock = time.monotonic()
     try:
-        with PendingUpdates(settings.batch_size, settings.points_field) as updates:
-            recount.count(updates)
-            recount.check()
-            if request.write:
-                recount.write(updates)
+        updates = recount.count()
+        recount.check()
+        if request.write:
+            recount.write(updates)
         result.outcome = "incomplete" if result.failed_updates else "succeeded"
     except Exception as error:
         result.outcome = "refused" if isinstance(error, RecountRefused) else "failed"
@@ -104,48 +104,51 @@ class _Recount:
     on_progress: ProgressCallback
     result: Result
 
-    def count(self, updates: PendingUpdates) -> None:
-        """Count, and collect the updates. A failed count starts again at a new cluster time."""
+    def count(self) -> PendingUpdates:
+        """Count, and return the updates. A failed count starts again at a new cluster time."""
         result, request = self.result, self.request
 
         def report_retry(attempt: int, error: Exception) -> None:
             log.warning('count_retry attempt=%d error="%s"', attempt, error)
             self.on_progress("")
 
-        count = partial(self._count_once, updates)
         try:
             # The driver does not retry a cursor that was lost with its primary.
-            result.count, result.totals = retry(count, request.retry_policy, on_retry=report_retry)
+            counted = retry(self._count_once, request.retry_policy, on_retry=report_retry)
         except SnapshotTooOld as error:
             if request.customers is not None:
                 raise  # live updates must not write anything older than `not_before`
             log.warning('snapshot_unavailable error="%s"', error)
-            result.count, result.totals = count(use_snapshot=False)
+            counted = self._count_once(use_snapshot=False)
+        result.count, result.totals, updates = counted
+        return updates
 
-    def _count_once(
-        self, updates: PendingUpdates, *, use_snapshot: bool = True, single_query: bool = False
-    ) -> tuple[CountResult, Totals]:
-        """Count from the beginning: discard what an earlier attempt has collected."""
-        request = self.request
-        updates.clear()
+    def _count_once(self, *, use_snapshot: bool = True) -> _Counted:
+        try:
+            return self._count(use_snapshot=use_snapshot)
+        except NonCanonicalIdFound:
+            log.info('single_query_count reason="upper-case or mixed-case hex ids"')
+        return self._count(use_snapshot=use_snapshot, single_query=True)
+
+    def _count(self, *, use_snapshot: bool, single_query: bool = False) -> _Counted:
+        request, settings = self.request, self.settings
+        updates = PendingUpdates(settings.batch_size, settings.points_field)
         if request.rows is not None:
             request.rows.clear()
-        tally = Tally(self.settings, updates.add, request.rows)
-        counter = Counter(
+        tally = Tally(settings, updates.add, request.rows)
+        counter = OrderCounter(
             self.connection,
-            self.settings,
+            settings,
             self.on_progress,
             not_before=request.not_before,
             find_boundaries=request.find_boundaries,
             use_snapshot=use_snapshot,
         )
-        if request.customers is not None:
-            return counter.count_customers(tally.add, request.customers), tally.totals
-        try:
-            return counter.count_all(tally.add, single_query=single_query), tally.totals
-        except NonCanonicalIdFound:
-            log.info('single_query_count reason="upper-case or mixed-case hex ids"')
-            return self._count_once(updates, use_snapshot=use_snapshot, single_query=True)
+        if request.customers is None:
+            count = counter.count_all(tally.add, single_query=single_query)
+        else:
+            count = counter.count_customers(tally.add, request.customers)
+        return count, tally.totals, updates
 
     def check(self) -> None:
         """Run the safety checks on the totals. Raises RecountRefused."""
@@ -155,13 +158,13 @@ class _Recount:
         elif request.customers is None:
             report = check_totals(result.totals, settings, _read_previous(self.history))
             if not result.totals.counted_orders or not result.totals.users:
-                report.add(check_uncounted(self.connection, settings, self.on_progress))
+                report += check_uncounted(self.connection, settings, self.on_progress)
             result.refusal, result.warnings = report.refusal, report.warnings
         if not request.write:
             return
-        if result.refusal and not request.force:
-            raise RecountRefused(result.refusal)
         if result.refusal:
+            if not request.force:
+                raise RecountRefused(result.refusal)
             log.warning('safety_check_overridden reason="%s"', result.refusal)
         for warning in result.warnings:
             log.warning('safety_warning text="%s"', warning)
@@ -171,38 +174,41 @@ class _Recount:
 
     def write(self, updates: PendingUpdates) -> None:
         """Write the updates. Raises TooManyFailedUpdates, and other ServiceErrors."""
-        self.result.updates, totals = updates.result, self.result.totals
+        totals = self.result.totals
+        written = self.result.updates = updates.result  # `write` adds to it, also before an error
         updates.write(self.connection.users, self.on_progress, self._open_change_log())
-        failed, changed = updates.result.failed, totals.changed
-        if not failed:
+        if not written.failed:
             return
-        log.debug("failed_updates users=%s", ", ".join(updates.result.failed_sample))
-        errors = updates.result.describe_failures()
-        if has_too_many_failed_updates(failed, totals.users):
+        log.debug("failed_updates users=%s", ", ".join(written.failed_sample))
+        errors = written.describe_failures()
+        if has_too_many_failed_updates(written.failed, totals.users):
             raise TooManyFailedUpdates(
-                f"{failed:,} of {changed:,} updates failed ({errors})", failed
+                f"{written.failed:,} of {totals.changed:,} updates failed ({errors})",
+                written.failed,
             )
-        log.warning('incomplete failed_updates=%d changed=%d errors="%s"', failed, changed, errors)
+        log.warning(
+            'incomplete failed_updates=%d changed=%d errors="%s"',
+            *(written.failed, totals.changed, errors),
+        )
 
     def _open_change_log(self) -> LogChanges | None:
         """Return the function that logs changes; None if they are not logged."""
         if self.connection.changes is None or not self.request.is_recorded:
             return None
-        change_log = ChangeLog(
+        return open_change_log(
             self.connection.changes,
-            users=self.settings.users,
-            points_field=self.settings.points_field,
+            self.settings,
             recount=self.result.id,
-            at=self.result.started_at,
+            started_at=self.result.started_at,
             cluster_time=self.result.count.cluster_time,
-            expires_at=self.result.started_at + self.settings.retention,
         )
-        return change_log.insert
 
 
 def _read_previous(history: History) -> PreviousRecounts:
-    with suppress(ServiceError):
+    try:
         last = history.find_last_success()
-        counted_orders = last["counted_orders"] if last else None
-        return PreviousRecounts(is_first=last is None, counted_orders=counted_orders)
-    return PreviousRecounts()
+    except ServiceError:
+        return PreviousRecounts()
+    return PreviousRecounts(
+        is_first=last is None, counted_orders=last["counted_orders"] if last else None
+    )

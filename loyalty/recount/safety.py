@@ -6,7 +6,7 @@ A refused recount writes nothing. This module makes no database calls.
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
 from config import Settings
 from loyalty.mongo.values import format_value
@@ -40,9 +40,8 @@ class SafetyReport:
     refusals: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
-    def add(self, other: Self) -> None:
-        self.refusals += other.refusals
-        self.warnings += other.warnings
+    def __add__(self, other: "SafetyReport") -> "SafetyReport":
+        return SafetyReport(self.refusals + other.refusals, self.warnings + other.warnings)
 
     @property
     def refusal(self) -> str | None:
@@ -68,14 +67,15 @@ def exceeds_share(part: int, whole: int, percent: int, minimum: int = MIN_USERS)
 
 def check_totals(totals: Totals, settings: Settings, previous: PreviousRecounts) -> SafetyReport:
     """Check the totals of a full recount."""
+    return (
+        _check_users(totals, settings)
+        + _check_orders(totals, settings, previous)
+        + _check_changes(totals, settings, previous)
+    )
+
+
+def _check_users(totals: Totals, settings: Settings) -> SafetyReport:
     report = SafetyReport()
-    _check_users(totals, settings, report)
-    _check_orders(totals, settings, previous, report)
-    _check_changes(totals, settings, previous, report)
-    return report
-
-
-def _check_users(totals: Totals, settings: Settings, report: SafetyReport) -> None:
     if not totals.users:
         report.refusals.append(
             f"{settings.users} holds no users: are MONGODB_DATABASE={settings.database} and "
@@ -92,11 +92,11 @@ def _check_users(totals: Totals, settings: Settings, report: SafetyReport) -> No
             f"{totals.users_sharing_a_key:,} users have the same {settings.user_key_field} as "
             "another user: each of these users gets the points of every order with that key"
         )
+    return report
 
 
-def _check_orders(
-    totals: Totals, settings: Settings, previous: PreviousRecounts, report: SafetyReport
-) -> None:
+def _check_orders(totals: Totals, settings: Settings, previous: PreviousRecounts) -> SafetyReport:
+    report = SafetyReport()
     counted, unmatched = totals.counted_orders, totals.orders_that_earn_nothing
     if totals.users and counted == unmatched and counted >= MIN_ORDERS:
         report.refusals.append(
@@ -115,20 +115,22 @@ def _check_orders(
     if last >= MIN_PREVIOUS_ORDERS and 100 * counted < percent * last:
         report.refusals.append(
             f"{counted:,} orders are counted, less than {percent} % of the {last:,} in the last "
-            f"successful recount: are the orders complete, and is {_statuses(settings)} right?"
+            "successful recount: are the orders complete, and is "
+            f"{_format_statuses(settings)} right?"
         )
+    return report
 
 
-def _check_changes(
-    totals: Totals, settings: Settings, previous: PreviousRecounts, report: SafetyReport
-) -> None:
+def _check_changes(totals: Totals, settings: Settings, previous: PreviousRecounts) -> SafetyReport:
+    report = SafetyReport()
     losing, changed = totals.decreased, totals.users_with_points_changed
     with_points, percent = totals.users_with_points_before, settings.max_decrease_percent
+    statuses = _format_statuses(settings)
     users = f"{with_points:,} {'user' if with_points == 1 else 'users'} with points"
     if exceeds_share(losing, with_points, percent):
         report.refusals.append(
             f"{losing:,} of the {users} would lose points, more than MAX_DECREASE_PERCENT={percent}"
-            f" allows: are {_statuses(settings)} and MONGODB_DATABASE={settings.database} right?"
+            f" allows: are {statuses} and MONGODB_DATABASE={settings.database} right?"
         )
     elif losing and previous.is_first:
         report.warnings.append(f"{losing:,} of the {users} lose points in the first recount")
@@ -137,11 +139,12 @@ def _check_changes(
     if exceeds_share(changed, with_points, WARN_CHANGED_PERCENT):
         report.warnings.append(
             f"{changed:,} of the {users} get different points: are "
-            f"POINTS_PER_ORDER={settings.points_per_order} and {_statuses(settings)} right?"
+            f"POINTS_PER_ORDER={settings.points_per_order} and {statuses} right?"
         )
+    return report
 
 
-def _statuses(settings: Settings) -> str:
+def _format_statuses(settings: Settings) -> str:
     return f"ORDER_STATUSES={','.join(map(format_status, settings.order_statuses))}"
 
 

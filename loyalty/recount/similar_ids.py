@@ -1,4 +1,4 @@
-"""Look-alikes: all unknown customers of a count, and the users that they may mean."""
+"""All unknown customers of a count, and the users with similar ids."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,7 +18,7 @@ MAX_SIMILAR_IDS = 5
 
 
 class UnknownCustomerList:
-    """All unknown customers of a count, in a temporary file; close it at the end."""
+    """All unknown customers of a count, in a temporary file."""
 
     def __init__(self) -> None:
         self._spool = Spool()
@@ -26,9 +26,6 @@ class UnknownCustomerList:
     def clear(self) -> None:
         """Discard all: the count starts again."""
         self._spool = Spool()
-
-    def close(self) -> None:
-        self._spool.close()
 
     def append(self, row: CustomerCount) -> None:
         """Add a customer, if it is unknown. Raises NoTempSpace."""
@@ -83,7 +80,7 @@ def _correct_mistakes(customer: Any) -> Sequence[Any]:
 def find_user_ids(users: Collection[Any], key: str, values: Sequence[Any]) -> list[Any]:
     """Return the `_id` of the users whose key is one of the values. Raises ServiceError.
 
-    If the key is `_id`, these are the values: such users need not exist.
+    If the key is `_id`, these are the values themselves: the users need not exist any more.
     """
     if key == "_id":
         return list(values)

@@ -40,8 +40,8 @@ def _read_cluster_time(connection: Connection, read_concern: dict[str, Any]) -> 
     with map_driver_errors("find", users):
         reply = users.database.command({**read, "readConcern": read_concern})
         time: Timestamp | None = reply["cursor"].get("atClusterTime")
-        # A collection that does not exist has no snapshot, only a last operation before it. If
-        # there are users, this server has ignored the read concern.
+        # There is no atClusterTime if the collection does not exist; then `operationTime` will do.
+        # If there are users, this server has ignored the read concern.
         if time is None and users.find_one({}, {"_id": 1}) is None:
             time = reply.get("operationTime")
     return time

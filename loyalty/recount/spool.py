@@ -3,7 +3,6 @@
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import Self
 
 from loyalty.errors import NoTempSpace
 
@@ -13,21 +12,12 @@ _LENGTH_BYTES = 4
 
 
 class Spool:
-    """Chunks, read in the order in which they were added; a context manager."""
+    """Chunks, read in the order in which they were added. The file is deleted with the object."""
 
     def __init__(self, max_memory_bytes: int = MAX_MEMORY_BYTES) -> None:
-        self._file = tempfile.SpooledTemporaryFile(max_memory_bytes)  # noqa: SIM115 -- see close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+        self._file = tempfile.SpooledTemporaryFile(max_memory_bytes)  # noqa: SIM115 -- see __del__
 
     def __del__(self) -> None:
-        self.close()  # a prefetched result may never be read
-
-    def close(self) -> None:
         with suppress(OSError):  # a full disk fails once more
             self._file.close()
 

@@ -54,7 +54,7 @@ class CustomerRows(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class UpToDate:
+class UpToDateTotals:
     """The numbers of orders and users of all customers whose users are up to date."""
 
     orders: int
@@ -63,7 +63,10 @@ class UpToDate:
     users_sharing_a_key: int = 0
 
 
-class Change(NamedTuple):
+Row = CustomerCount | UpToDateTotals
+
+
+class LargeChange(NamedTuple):
     """One user's change, formatted for a person."""
 
     size: float
@@ -98,7 +101,7 @@ class Totals:
     orders_of_unknown_customers: int = 0
     orders_without_customer: int = 0
     unknown_by_kind: dict[str, UnknownCustomers] = field(default_factory=dict)
-    largest: list[Change] = field(default_factory=list)
+    largest: list[LargeChange] = field(default_factory=list)
     """The largest changes, as a heap."""
 
     @property
@@ -116,11 +119,11 @@ class Tally:
     rows: CustomerRows | None = None
     totals: Totals = field(default_factory=Totals, init=False)
 
-    def add(self, row: CustomerCount | UpToDate) -> None:
+    def add(self, row: Row) -> None:
         """Add a row to the totals, and report the users in it that have to be updated."""
         totals = self.totals
         totals.counted_orders += row.orders
-        if isinstance(row, UpToDate):
+        if isinstance(row, UpToDateTotals):
             totals.users += row.users
             totals.users_sharing_a_key += row.users_sharing_a_key
             totals.users_with_a_value += row.users
@@ -135,10 +138,9 @@ class Tally:
         if row.is_unknown:
             totals.unknown_customers += 1
             totals.orders_of_unknown_customers += row.orders
-            kind = totals.unknown_by_kind.setdefault(
-                classify_unknown(row.customer), UnknownCustomers()
-            )
-            kind.add(row.customer, row.orders)
+            kind = classify_unknown(row.customer)
+            unknown = totals.unknown_by_kind.setdefault(kind, UnknownCustomers())
+            unknown.add(row.customer, row.orders)
         elif not row.users:
             totals.orders_without_customer += row.orders
         if self.rows is not None:
@@ -167,6 +169,6 @@ class Tally:
             totals.largest,
             MAX_LARGEST,
             size,
-            lambda: Change(size, format_value(user.id), format_value(stored), after),
+            lambda: LargeChange(size, format_value(user.id), format_value(stored), after),
         )
         self.on_change(user, after)

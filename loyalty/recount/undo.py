@@ -4,74 +4,21 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import bson
-from bson import ObjectId
 from pymongo import UpdateMany
 from pymongo.collection import Collection
 
-from config import Settings
 from loyalty.concurrency import map_ordered
-from loyalty.errors import BulkUpdateErrors, ConfigurationError, RecountNotFound
-from loyalty.history import NO_RECORD, History
+from loyalty.errors import BulkUpdateErrors, DatabaseUnavailable
 from loyalty.mongo.connection import Connection
 from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.values import LENIENT_CODEC, Document, get_nested, is_integer
-from loyalty.recount.change_log import LoggedRecount, find_changes, find_recount, logged_target
-from loyalty.recount.updates import MAX_WRITERS
+from loyalty.recount.change_log import MISSING, LoggedRecount, change_log_collection, find_changes
+from loyalty.recount.updates import MAX_WRITERS, bulk_write
 from loyalty.retry import SHORT_OUTAGE_RETRY, retry
-
-MISSING = object()
-"""The value of a field that a user does not have."""
-
-
-def change_log_collection(connection: Connection) -> Collection[Any]:
-    """Return the collection of the change log. Raises ConfigurationError without one."""
-    if connection.changes is None:
-        raise ConfigurationError("CHANGES_COLLECTION is none, so there is no change log")
-    return connection.changes
-
-
-def find_unrecorded(
-    connection: Connection, settings: Settings, history: History
-) -> LoggedRecount | None:
-    """Return the newest logged recount of the target if it has no record.
-
-    It is writing, or it was interrupted. None if a later recount succeeded, even without changes.
-    Raises ServiceError.
-    """
-    if connection.changes is None:
-        return None
-    newest = find_recount(connection.changes, logged_target(settings))
-    if newest is None or history.find_outcomes([newest.id])[newest.id] != NO_RECORD:
-        return None
-    return None if history.has_success_since(newest.logged_at) else newest
-
-
-def resolve_recount(
-    connection: Connection, settings: Settings, history: History, text: str
-) -> LoggedRecount:
-    """Return the logged recount for `text`, an ObjectId or "last": the newest one with an effect.
-
-    That one wrote the collection and the field in the settings, changed users, and is not undone.
-    Raises RecountNotFound, and other ServiceErrors.
-    """
-    change_log = change_log_collection(connection)
-    if text == "last":
-        others = {"recount": {"$nin": history.find_recounts_without_effect()}}
-        found = find_recount(change_log, {**logged_target(settings), **others})
-        hint = f"no recount that changed {settings.users}.{settings.points_field} and is not undone"
-    else:
-        found, hint = find_recount(change_log, {"recount": ObjectId(text)}), f"no recount {text}"
-        if found is None and (undone := history.find_undone_recounts(ObjectId(text))):
-            raise RecountNotFound(
-                f"{text} is the undo of recount {undone[0]}, and an undo cannot be undone: the "
-                f"next recount counts again. To repeat the undo, give {undone[0]}"
-            )
-    if found is None:
-        raise RecountNotFound(f"{change_log.full_name} holds {hint}; --status lists the recounts")
-    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +69,7 @@ def has_effect(connection: Connection, recount: LoggedRecount) -> bool:
 
     Raises ServiceError.
     """
-    users = _users_collection(connection, recount)
+    users = connection.users.database.get_collection(recount.users, codec_options=LENIENT_CODEC)
     return any(
         user.has_recount_points or user.has_old_points
         for changes in find_changes(change_log_collection(connection), recount.id)
@@ -143,46 +90,50 @@ def undo_recount(
     changed, and changes no other field. Repeating it is harmless. Raises ServiceError.
     """
     change_log = change_log_collection(connection)
-    users = _users_collection(connection, recount)
+    users = connection.users.database.get_collection(recount.users, codec_options=LENIENT_CODEC)
     total = UndoResult()
-
-    def undo(changes: Sequence[Document]) -> tuple[int, int, list[LoggedUser]]:
-        return _undo_batch(users, recount.points_field, changes, write=write)
-
+    undo = partial(_undo_batch if write else _preview_batch, users, recount.points_field)
     with map_ordered(undo, find_changes(change_log, recount.id), MAX_WRITERS) as results:
-        for restored, unchanged, not_restored in results:
-            total.restored += restored
-            total.unchanged += unchanged
-            for user in not_restored:
+        for result in results:
+            total.restored += result.restored
+            total.unchanged += result.unchanged
+            for user in result.not_restored:
                 total.not_restored[user.why_not_restored] += 1
                 on_not_restored(user)
     return total
 
 
-def _users_collection(connection: Connection, recount: LoggedRecount) -> Collection[Any]:
-    database = connection.users.database
-    return database.get_collection(recount.users, codec_options=LENIENT_CODEC)
+class _BatchResult(NamedTuple):
+    restored: int
+    unchanged: int
+    not_restored: Sequence[LoggedUser]
+
+
+def _preview_batch(
+    users: Collection[Any], points_field: str, changes: Sequence[Document]
+) -> _BatchResult:
+    """Find out what `_undo_batch` would do."""
+    found = _read_users(users, points_field, changes)
+    return _BatchResult(
+        restored=sum(user.has_recount_points for user in found),
+        unchanged=sum(user.has_old_points for user in found),
+        not_restored=[u for u in found if not u.has_recount_points and not u.has_old_points],
+    )
 
 
 def _undo_batch(
-    users: Collection[Any], points_field: str, changes: Sequence[Document], *, write: bool
-) -> tuple[int, int, list[LoggedUser]]:
-    """Undo a batch of changes, or find out what that would do.
-
-    Return how many users are restored, how many already had the old points, and all others.
-    """
-    matched = _restore(users, points_field, changes) if write else 0
+    users: Collection[Any], points_field: str, changes: Sequence[Document]
+) -> _BatchResult:
+    """Undo a batch of changes. Raises ServiceError."""
+    matched = _restore(users, points_field, changes)
     if matched == len(changes):  # to read the users as well would take twice the time
-        return matched, 0, []
+        return _BatchResult(matched, 0, [])
     found = _read_users(users, points_field, changes)
-    with_old_points = sum(user.has_old_points for user in found)
-    restorable = [user for user in found if user.has_recount_points]
-    others = [u for u in found if not u.has_old_points and not u.has_recount_points]
-    if not write:
-        return len(restorable), with_old_points, others
+    not_restored = [user for user in found if not user.has_old_points]
+    with_old_points = len(found) - len(not_restored)
+    # If `matched` is unknown, users who had the old points before count as restored.
     restored = with_old_points if matched is None else min(matched, with_old_points)
-    # Users who still have the points of the recount are those whose update failed.
-    return restored, with_old_points - restored, [*others, *restorable]
+    return _BatchResult(restored, with_old_points - restored, not_restored)
 
 
 def _read_users(
@@ -203,21 +154,16 @@ def _read_users(
 def _restore(users: Collection[Any], points_field: str, changes: Sequence[Document]) -> int | None:
     """Restore users who still have the points of the recount. Raises ServiceError.
 
-    Return how many users matched; None if some updates failed, as that number is then unknown.
+    Return how many users matched; None (unknown) after an error.
     """
-
-    def write(batches: Sequence[Sequence[Document]]) -> int:
-        updates = [update for batch in batches for update in _build_updates(points_field, batch)]
-        with map_driver_errors("update", users):
-            return users.bulk_write(updates, ordered=False).matched_count
-
-    try:
-        return retry(lambda: write([changes]), SHORT_OUTAGE_RETRY)
-    except BulkUpdateErrors:
-        # An UpdateMany stops at the first user whose update fails: once more for each user.
-        with suppress(BulkUpdateErrors):
-            retry(lambda: write([[change] for change in changes]), SHORT_OUTAGE_RETRY)
-        return None
+    with suppress(BulkUpdateErrors, DatabaseUnavailable):
+        return bulk_write(users, _build_updates(points_field, changes))
+    # The updates may be done, without an acknowledgement; and an UpdateMany stops at the first user
+    # whose update fails. So once more for each user.
+    updates = [update for change in changes for update in _build_updates(points_field, [change])]
+    with suppress(BulkUpdateErrors):
+        retry(lambda: bulk_write(users, updates), SHORT_OUTAGE_RETRY)
+    return None
 
 
 def _build_updates(points_field: str, changes: Sequence[Document]) -> list[UpdateMany]:
@@ -229,7 +175,12 @@ def _build_updates(points_field: str, changes: Sequence[Document]) -> list[Updat
     updates = []
     for group in groups.values():
         change, ids = group[0], [change["user"] for change in group]
-        recount_points = {"$eq": change["after"], "$type": ["int", "long"]}
+        # Not an array: $eq and $type would also match its elements.
+        recount_points = {
+            "$eq": change["after"],
+            "$type": ["int", "long"],
+            "$not": {"$type": "array"},
+        }
         condition = {"_id": {"$in": ids}, points_field: recount_points}
         if "before" in change:
             updates.append(UpdateMany(condition, {"$set": {points_field: change["before"]}}))

@@ -6,6 +6,7 @@ stops no other.
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Self
@@ -70,7 +71,7 @@ class UpdateResult:
 
 
 class PendingUpdates:
-    """Users and the points to write: `add` all of them, then `write`; a context manager.
+    """Users and the points to write: `add` all of them, then `write`.
 
     A temporary file holds them, so that all are known before the first write, in constant memory:
     a BSON document for each batch, `{changes: [{user, before, after}]}`.
@@ -79,21 +80,11 @@ class PendingUpdates:
     def __init__(self, batch_size: int, points_field: str) -> None:
         self._batch_size = batch_size
         self._field = points_field
-        self.clear()
-
-    def clear(self) -> None:
-        """Discard all that was added."""
         self.result = UpdateResult()
         """The results of the updates so far."""
         self._total = self._batch_bytes = 0
         self._batch: list[Document] = []
-        self._spool = Spool()  # the old spool is closed by its destructor
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._spool.close()
+        self._spool = Spool()
 
     def add(self, user: User, points: int) -> None:
         """Add a user to update. Raises NoTempSpace."""
@@ -102,16 +93,10 @@ class PendingUpdates:
             del change["before"]
             if user.created_path:
                 change["created"] = user.created_path
-        if isinstance(user.id, ObjectId) and isinstance(user.points, int | float | None):
-            size = _OBJECT_ID_BYTES + len(user.created_path or "")
-        else:
-            try:
-                size = len(bson.encode(change))
-            except (InvalidBSON, InvalidDocument, InvalidStringData, UnicodeEncodeError):
-                size = _MAX_CHANGE_BYTES + 1
-            if size > _MAX_CHANGE_BYTES:
-                self.result.add_failure(UNSUPPORTED_VALUE, user.id)
-                return
+        size = _measure_change(user, change)
+        if size is None or size > _MAX_CHANGE_BYTES:
+            self.result.add_failure(UNSUPPORTED_VALUE, user.id)
+            return
         if self._batch and self._batch_bytes + size > MAX_BATCH_BYTES:
             self._end_batch()
         self._batch.append(change)
@@ -147,6 +132,16 @@ class PendingUpdates:
                 progress.add(result.written + result.deleted + result.failed)
 
 
+def _measure_change(user: User, change: Document) -> int | None:
+    """Return about how many bytes a change has; None if it cannot be encoded."""
+    if isinstance(user.id, ObjectId) and isinstance(user.points, int | float | None):
+        return _OBJECT_ID_BYTES + len(user.created_path or "")
+    try:
+        return len(bson.encode(change))
+    except (InvalidBSON, InvalidDocument, InvalidStringData, UnicodeEncodeError):
+        return None
+
+
 def _write_batch(
     users: Collection[Any],
     points_field: str,
@@ -163,15 +158,11 @@ def _write_batch(
         UpdateMany({"_id": {"$in": ids}}, {"$set": {points_field: points}})
         for points, ids in ids_by_points.items()
     ]
-    try:
-        matched: int | None = _bulk_write(users, updates)
-    except (BulkUpdateErrors, DatabaseUnavailable):
-        # An UpdateMany stops at the first user whose update fails, and the driver does not retry
-        # it when the primary is lost.
-        matched = None
-    if matched == len(changes):
-        return UpdateResult(written=len(changes))
-    # A chunk migration can hide a user from an UpdateMany; a deleted user stays missing.
+    # An UpdateMany stops at the first user whose update fails, and the driver does not retry it
+    # when the primary is lost. A chunk migration can hide users from it. Deleted users never match.
+    with suppress(BulkUpdateErrors, DatabaseUnavailable):
+        if bulk_write(users, updates) == len(changes):
+            return UpdateResult(written=len(changes))
     return _write_each_user(users, points_field, changes)
 
 
@@ -181,7 +172,7 @@ def _write_each_user(
     updates = [UpdateOne({"_id": c["user"]}, {"$set": {points_field: c["after"]}}) for c in changes]
     result = UpdateResult()
     try:
-        result.written = _bulk_write(users, updates)
+        result.written = bulk_write(users, updates)
     except BulkUpdateErrors as error:
         result.written = error.matched
         for position, code in error.reasons.items():
@@ -190,7 +181,7 @@ def _write_each_user(
     return result
 
 
-def _bulk_write(users: Collection[Any], updates: Sequence[UpdateOne | UpdateMany]) -> int:
+def bulk_write(users: Collection[Any], updates: Sequence[UpdateOne | UpdateMany]) -> int:
     """Return how many users were matched. Raises BulkUpdateErrors and other ServiceErrors."""
     with map_driver_errors("update", users):
         return users.bulk_write(updates, ordered=False).matched_count
