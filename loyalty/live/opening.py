@@ -14,13 +14,12 @@ from loyalty.retry import retry
 
 
 def open_watcher(
-    connection: Connection, settings: Settings, limits: LiveLimits | None = None
+    connection: Connection, settings: Settings, limits: LiveLimits
 ) -> tuple[ChangeStreamWatcher, Timestamp]:
     """Open the change stream; return it and the cluster time after which it reports every change.
 
     Raises ServiceError.
     """
-    limits = limits or LiveLimits()
 
     def attempt() -> tuple[ChangeStreamWatcher, Timestamp]:
         start_after = pin_cluster_time(connection)
@@ -41,7 +40,7 @@ def find_live_updates_problem(connection: Connection, settings: Settings) -> str
     """Return the reason why live updates cannot work, or None. Raises DatabaseUnavailable."""
     recounts = connection.recounts
     try:
-        open_watcher(connection, settings)[0].close()
+        open_watcher(connection, settings, LiveLimits())[0].close()
         if recounts is not None:  # for the heartbeat
             with map_driver_errors("update", recounts):
                 recounts.update_one({"_id": ObjectId()}, {"$set": {"outcome": "live"}})
@@ -71,12 +70,13 @@ def warn_if_pre_images_are_off(connection: Connection) -> None:
 
 def describe_mixed_case(settings: Settings) -> str:
     """Return why ids in mixed case end live updates, and the command that normalizes them."""
-    name, field = settings.orders, settings.customer_field
-    matching = f"{{'{field}': {{$regex: '^[0-9A-Fa-f]{{24}}$', $not: {{$type: 'array'}}}}}}"
-    key = settings.user_key_field
+    field, key = settings.customer_field, settings.user_key_field
+    is_hex = "{$regex: '^[0-9A-Fa-f]{24}$', $not: {$type: 'array'}}"
+    to_lower = "{$toLower: '$" + field + "'}"
     return (
         "some customer ids are hex strings in mixed case, which an index lookup cannot find. To "
-        f"normalize those of orders: db.getCollection('{name}').updateMany({matching}, "
-        f"[{{$set: {{'{field}': {{$toLower: '${field}'}}}}}}]). A user whose {key} is such a "
-        f"string must {'be inserted again in' if key == '_id' else 'get it in'} lower case"
+        f"normalize those of orders: db.getCollection('{settings.orders}')."
+        f"updateMany({{'{field}': {is_hex}}}, [{{$set: {{'{field}': {to_lower}}}}}]). A user whose "
+        f"{key} is such a string must "
+        f"{'be inserted again in' if key == '_id' else 'get it in'} lower case"
     )
