@@ -9,14 +9,13 @@ from typing import Any
 
 import bson
 import pytest
-from bson import Binary, DBRef, Decimal128, Int64, MaxKey, ObjectId
+from bson import Binary, Decimal128, Int64, ObjectId
 
 from loyalty.mongo.values import (
     MAX_VALUE_LENGTH,
     decode_documents,
     format_value,
     get_nested,
-    is_dbref,
     is_integer,
     is_number,
 )
@@ -121,10 +120,3 @@ def test_values_that_python_has_no_type_for_are_decoded() -> None:
     assert bson.encode({"a": document["a"]})[4:-1] == far_date
     with pytest.raises(UnicodeEncodeError):
         bson.encode({"b": document["b"]})
-
-
-def test_a_reference_with_an_id_is_a_dbref() -> None:
-    (document,) = decode_documents(bson.encode({"a": DBRef("users", 5)}))
-    assert is_dbref(document["a"])
-    assert not is_dbref({"$id": 5})
-    assert not is_dbref(MaxKey())

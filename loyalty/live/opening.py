@@ -52,7 +52,7 @@ def find_live_updates_problem(connection: Connection, settings: Settings) -> str
 def keeps_pre_images(connection: Connection) -> bool | None:
     """Return whether the orders keep pre-images; None without permission to read that option."""
     try:
-        with map_driver_errors("listCollections", connection.orders.database):
+        with map_driver_errors("listCollections", connection.orders.database.name):
             options = connection.orders.options()
     except ServiceError:
         return None

@@ -62,10 +62,6 @@ def format_value(value: Any) -> str:
     return text if len(text) <= MAX_VALUE_LENGTH else text[: MAX_VALUE_LENGTH - 3] + "..."
 
 
-def is_dbref(value: Any) -> bool:
-    return isinstance(value, DBRef)
-
-
 def is_integer(value: Any) -> bool:
     """Return whether a value is stored as a 32-bit or 64-bit integer."""
     return isinstance(value, int) and not isinstance(value, bool)
