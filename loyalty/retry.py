@@ -11,7 +11,6 @@ from loyalty.errors import ClientUnusable, DatabaseUnavailable, QueryTimeout
 
 T = TypeVar("T")
 Clock = Callable[[], float]
-Sleep = Callable[[float], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,14 +31,17 @@ class RetryPolicy:
     multiplier: float = 2.0
     jitter: float = 0.5
 
-    def delay_seconds(self, failures: int, random: Callable[[], float] = random.random) -> float:
-        """Return the seconds to wait after this many failures in a row; at least one."""
+    def delay_seconds(self, failures: int, draw: Callable[[], float] = random.random) -> float:
+        """Return the seconds to wait after this number of failures in a row, which is at least 1.
+
+        `draw` returns a random number from 0 to 1.
+        """
         # Apply the cap before the jitter; otherwise all clients would wait exactly max_seconds.
         longest = self.max_seconds / (1 + self.jitter)
         # An exponent of 1,000 would overflow a float, and is far above any maximum.
         exponent = min(failures - 1, 64)
         delay = min(self.initial_seconds * self.multiplier**exponent, longest)
-        return delay * (1 + self.jitter * random())
+        return delay * (1 + self.jitter * draw())
 
 
 DAEMON_BACKOFF = RetryPolicy(initial_seconds=10, max_seconds=300)
@@ -72,7 +74,7 @@ def retry(
     *,
     on_retry: Callable[[int, Exception], None] = lambda _attempt, _error: None,
     clock: Clock = time.monotonic,
-    sleep: Sleep = time.sleep,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> T:
     """Return what `operation` returns; repeat it while it raises an error that `is_retryable`.
 
