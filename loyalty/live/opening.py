@@ -1,6 +1,6 @@
 """Opens the change stream, and finds problems that prevent live updates."""
 
-from bson import ObjectId, Timestamp
+from bson import ObjectId
 
 from config import Settings
 from loyalty.errors import ConfigurationError, ServiceError
@@ -15,13 +15,10 @@ from loyalty.retry import retry
 
 def open_watcher(
     connection: Connection, settings: Settings, limits: LiveLimits
-) -> tuple[ChangeStreamWatcher, Timestamp]:
-    """Open the change stream; return it and the cluster time after which it reports every change.
+) -> ChangeStreamWatcher:
+    """Open the change stream at the newest cluster time. Raises ServiceError."""
 
-    Raises ServiceError.
-    """
-
-    def attempt() -> tuple[ChangeStreamWatcher, Timestamp]:
+    def attempt() -> ChangeStreamWatcher:
         start_after = pin_cluster_time(connection)
         if start_after is None:
             reason = connection.snapshot_unsupported_reason or "the server has no snapshots"
@@ -31,7 +28,7 @@ def open_watcher(
             )
         if problem := find_index_problem(connection.orders, settings):
             raise ConfigurationError(f"live updates need a usable index: {problem}")
-        return ChangeStreamWatcher(connection, settings, start_after, limits), start_after
+        return ChangeStreamWatcher(connection, settings, start_after, limits)
 
     return retry(attempt, limits.opening_retry)
 
@@ -40,7 +37,7 @@ def find_live_updates_problem(connection: Connection, settings: Settings) -> str
     """Return the reason why live updates cannot work, or None. Raises DatabaseUnavailable."""
     recounts = connection.recounts
     try:
-        open_watcher(connection, settings, LiveLimits())[0].close()
+        open_watcher(connection, settings, LiveLimits()).close()
         if recounts is not None:  # for the heartbeat
             with map_driver_errors("update", recounts):
                 recounts.update_one({"_id": ObjectId()}, {"$set": {"outcome": "live"}})

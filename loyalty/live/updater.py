@@ -76,7 +76,7 @@ class LiveUpdater:
         if self._watcher is not None or not self._settings.live_updates or self._is_blocked:
             return self.newest
         try:
-            self._watcher, start_after = open_watcher(connection, self._settings, self._limits)
+            self._watcher = open_watcher(connection, self._settings, self._limits)
         except ServiceError as error:
             self._warn_once("live_updates_unavailable", error)
             is_transient = isinstance(error, DatabaseUnavailable)
@@ -86,7 +86,7 @@ class LiveUpdater:
         warn_if_pre_images_are_off(connection)
         self._enter(LiveState.OPENING)
         self._last_update, self._users_updated = None, 0
-        return max(start_after, self.newest)
+        return max(self._watcher.start_after, self.newest)
 
     def finish_recount(self, result: Result) -> None:
         """Go on after a full recount that has succeeded; its snapshot includes older changes."""
@@ -104,7 +104,8 @@ class LiveUpdater:
         self._as_of = max(self._as_of, min(result.count.snapshots, default=NEVER))
         if self.state is LiveState.OPENING:
             self._warn_once.reset("live_updates_unavailable")
-            log.info("live_updates_started since=%s", f"{self._watcher.since:%Y-%m-%dT%H:%M:%SZ}")
+            since = self._watcher.start_after.as_datetime()
+            log.info("live_updates_started since=%s", f"{since:%Y-%m-%dT%H:%M:%SZ}")
         self._enter(LiveState.LIVE)
 
     def retry_after_seconds(self) -> float | None:
@@ -166,7 +167,7 @@ class LiveUpdater:
         if self._watcher is not None and self.state is LiveState.LIVE:
             lag_seconds = self._watcher.lag_seconds()
             live = Heartbeat(
-                live_since=self._watcher.since,
+                live_since=self._watcher.start_after.as_datetime(),
                 as_of=self._as_of.as_datetime(),
                 last_event=self._watcher.last_event,
                 last_update=self._last_update,

@@ -7,7 +7,7 @@ counts at the cluster time of the newest one or later.
 import threading
 import time
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from bson import Timestamp
@@ -59,7 +59,7 @@ class ChangeStreamWatcher:
         self, connection: Connection, settings: Settings, start_after: Timestamp, limits: LiveLimits
     ) -> None:
         """Open the stream for the changes after a cluster time. Raises ServiceError."""
-        self.since = datetime.now(UTC)
+        self.start_after = start_after
         self.last_event: datetime | None = None
         self._limits = limits
         self._customer_field = settings.customer_field

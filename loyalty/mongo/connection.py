@@ -68,13 +68,6 @@ class Connection:
         self.client.close()
 
     @property
-    def description(self) -> str:
-        return (
-            f"host={self.hosts} database={self.users.database.name} "
-            f"server={self.server_version} topology={self.topology}"
-        )
-
-    @property
     def snapshot_unsupported_reason(self) -> str:
         """Why the server has no snapshot reads; "" if it has."""
         if self.supports_snapshots:
