@@ -17,7 +17,7 @@ Clock = Callable[[], float]
 class RetryPolicy:
     """Decides when a failed operation is tried again, and when to give up.
 
-    The pause after the n-th failure in a row is `initial_seconds * multiplier ** (n - 1)`, plus a
+    The pause after the n-th failure in a row is `initial_seconds * 2 ** (n - 1)`, plus a
     random share of it: up to `jitter` (0.5: up to half as much again). No pause is longer than
     `max_seconds`, its jitter included.
 
@@ -28,7 +28,6 @@ class RetryPolicy:
     timeout_seconds: float = inf
     initial_seconds: float
     max_seconds: float
-    multiplier: float = 2.0
     jitter: float = 0.5
 
     def delay_seconds(self, failures: int, draw: Callable[[], float] = random.random) -> float:
@@ -38,9 +37,8 @@ class RetryPolicy:
         """
         # Apply the cap before the jitter; otherwise all clients would wait exactly max_seconds.
         longest = self.max_seconds / (1 + self.jitter)
-        # An exponent of 1,000 would overflow a float, and is far above any maximum.
-        exponent = min(failures - 1, 64)
-        delay = min(self.initial_seconds * self.multiplier**exponent, longest)
+        exponent = min(failures - 1, 64)  # a much larger one would overflow a float
+        delay = min(self.initial_seconds * 2.0**exponent, longest)
         return delay * (1 + self.jitter * draw())
 
 
