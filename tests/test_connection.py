@@ -16,7 +16,7 @@ from pymongo.database import Database
 from loyalty.concurrency import ignore_progress
 from loyalty.errors import ClientUnusable, DatabaseUnavailable, NoPermission
 from loyalty.mongo.connection import connect
-from loyalty.mongo.privileges import collection_type, find_missing_privileges
+from loyalty.mongo.privileges import find_missing_privileges, read_collection_type
 from loyalty.service import Service
 from sandbox.faults import fail_command
 from sandbox.mongod import Deployment, wait_until
@@ -246,15 +246,16 @@ def test_reading_the_type_of_a_collection_needs_only_find(allow: Callable[..., s
     uri = allow((on("users"), ["find"]))
     with connect(settings_for(uri), verify=False) as connection:
         database = connection.users.database
-        assert collection_type(database, "users") == "collection"
-        assert collection_type(database, "orders") is None
-        assert collection_type(database, "missing") is None
+        assert read_collection_type(database.users) == "collection"
+        assert read_collection_type(database.orders) is None
+        assert read_collection_type(database.missing) is None
 
 
 def test_views_and_time_series_are_distinguished_from_collections(shop: Database[Any]) -> None:
     shop.create_collection("seen", viewOn="users", pipeline=[])
     shop.create_collection("measured", timeseries={"timeField": "at"})
-    found = {name: collection_type(shop, name) for name in ("users", "seen", "measured", "none")}
+    names = ("users", "seen", "measured", "none")
+    found = {name: read_collection_type(shop[name]) for name in names}
     assert found == {"users": "collection", "seen": "view", "measured": "timeseries", "none": None}
 
 

@@ -15,7 +15,7 @@ from config import Settings
 from loyalty.errors import AuthenticationFailed, ConfigurationError, DatabaseUnavailable
 from loyalty.logs import log
 from loyalty.mongo.driver_errors import map_driver_errors
-from loyalty.mongo.privileges import collection_type, require_privileges
+from loyalty.mongo.privileges import read_collection_type, require_privileges
 from loyalty.mongo.uri import parse_options, split_uri
 from loyalty.mongo.values import READABLE_CODEC
 from loyalty.retry import ORPHANED_WRITES_RETRY, retry
@@ -193,7 +193,7 @@ def _verify_access(connection: Connection, *, writing: bool) -> None:
             collection.find_one({"_id": ObjectId()})  # matches nothing: the id is new
     if writing:
         users = connection.users
-        kind = collection_type(users.database, users.name)
+        kind = read_collection_type(users)
         if kind not in (None, "collection"):
             raise ConfigurationError(f"{users.full_name} is a {kind}, which cannot be updated")
         require_privileges(users, "update")

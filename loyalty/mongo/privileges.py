@@ -6,9 +6,7 @@ The server is asked for them: nothing is written to find them out.
 from collections.abc import Mapping
 from typing import Any
 
-from pymongo import ReadPreference
 from pymongo.collection import Collection
-from pymongo.database import Database
 
 from loyalty.errors import ConfigurationError
 from loyalty.mongo.driver_errors import build_permission_error, map_driver_errors
@@ -58,21 +56,16 @@ def _covers(resource: Mapping[str, Any], collection: Collection[Any]) -> bool:
     return is_in_database and resource["collection"] in ("", collection.name)
 
 
-def collection_type(database: Database[Any], name: str) -> str | None:
+def read_collection_type(collection: Collection[Any]) -> str | None:
     """Return "collection", "view" or "timeseries"; None if there is none that the user may see.
 
     Listing the names and types of these collections needs no privilege. Raises ServiceError.
     """
-    primary = database.with_options(read_preference=ReadPreference.PRIMARY)
-    options: dict[str, Any] = {
-        "filter": {"name": name},
-        "nameOnly": True,
-        "authorizedCollections": True,
-    }
+    database, name = collection.database, collection.name
+    options: dict[str, Any] = {"nameOnly": True, "authorizedCollections": True}
     with map_driver_errors("listCollections", database.name):
-        for found in primary.list_collections(**options):
-            return str(found.get("type", "collection"))
-    return None
+        found = next(database.list_collections(filter={"name": name}, **options), None)
+    return str(found.get("type", "collection")) if found else None
 
 
 def require_own_collection(collection: Collection[Any], hint: str) -> None:
@@ -80,7 +73,7 @@ def require_own_collection(collection: Collection[Any], hint: str) -> None:
 
     Raises NoPermission without the privilege `find`.
     """
-    kind = collection_type(collection.database, collection.name)
+    kind = read_collection_type(collection)
     if kind not in (None, "collection"):
         raise ConfigurationError(f"{collection.full_name} is a {kind}: {hint}")
     for order in (1, -1):
