@@ -104,7 +104,7 @@ def _map_write_errors(details: Mapping[str, Any], operation: str) -> ServiceErro
     """Return BulkUpdateErrors if the documents are the cause of every error.
 
     Any other error ends the whole batch. A code that is not in the table counts as an error of the
-    document: most such codes are of an index, and the caller has tried twice.
+    document: most such codes come from an index, and the caller has tried the batch before.
     """
     errors: Sequence[Mapping[str, Any]] = details["writeErrors"]
     for error in errors:
@@ -125,17 +125,14 @@ def _map_server_error(
     name, reason = error_name(code), _shorten(str(details.get("errmsg", "no reason given")))
     if name == "IllegalOperation" and "writeErrors" in details:  # the driver's own reply, no text
         reason = "this server does not support retryable writes: add retryWrites=false to the URI"
-    error_type = _find_error_type(code, details, reason)
-    if name == "BSONObjectTooLarge" and operation.startswith("changeStream "):
-        error_type = ResyncRequired  # the event is too large, and no resume can skip it
+    error_type = _find_error_type(code, details, reason, operation)
     if error_type is NoPermission:
         return build_permission_error(operation, has_user="requires authentication" not in reason)
     if error_type is AuthenticationFailed:
         return AuthenticationFailed("the server rejects the user name or password in MONGODB_URI")
     if error_type is QueryTimeout:
-        return QueryTimeout(
-            f"{operation} took too long" + (f": {if_too_slow}" if if_too_slow else "")
-        )
+        advice = f": {if_too_slow}" if if_too_slow else ""
+        return QueryTimeout(f"{operation} took too long{advice}")
     if error_type is UnsupportedServer:
         return UnsupportedServer(f"this server does not support what the service needs: {reason}")
     message = f"{operation} failed: {reason} ({describe_code(code, details.get('codeName', ''))})"
@@ -148,7 +145,7 @@ def _map_server_error(
 
 
 def _find_error_type(
-    code: int | None, details: Mapping[str, Any], reason: str
+    code: int | None, details: Mapping[str, Any], reason: str, operation: str
 ) -> type[ServiceError]:
     """Return the type of an error, also if its code has several meanings."""
     name = error_name(code)
@@ -156,9 +153,10 @@ def _find_error_type(
         return NoPermission
     if name == "AtlasError" and "bad auth" in reason:
         return AuthenticationFailed
-    # Amazon DocumentDB reports an unsupported feature with this code.
-    if name == "SplitHorizonChange" and details.get("codeName") != "SplitHorizonChange":
-        return UnsupportedServer
+    if name == "SplitHorizonChange" and details.get("codeName") != name:
+        return UnsupportedServer  # Amazon DocumentDB uses this code for an unsupported feature
+    if name == "BSONObjectTooLarge" and operation.startswith("changeStream "):
+        return ResyncRequired  # the event is too large, and no resume can skip it
     return classify_code(code) or DatabaseUnavailable
 
 
