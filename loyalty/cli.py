@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run_command(args: argparse.Namespace) -> int:
     """Run the command and return its exit code. Raises KeyboardInterrupt."""
     try:
-        if args.run is not _run_daemon:  # which the entry point ends with 0 until it runs
+        if args.run is not _run_daemon:  # the handler of the entry point ends a daemon with 0
             signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             settings = load_settings(args.env_file, ENV_FILE)

@@ -17,8 +17,8 @@ Clock = Callable[[], float]
 class RetryPolicy:
     """Decides when a failed operation is tried again, and when to give up.
 
-    The pause after the n-th failure in a row is `initial_seconds * 2 ** (n - 1)`, plus a
-    random share of it: up to `jitter` (0.5: up to half as much again). No pause is longer than
+    The pause after the n-th failure in a row is `initial_seconds * 2 ** (n - 1)`, plus a random
+    share of it: up to `jitter` (0.5: up to half as much again). No pause is longer than
     `max_seconds`, its jitter included.
 
     `timeout_seconds` starts at the first *failure*, not at the first attempt: one count may take
