@@ -149,9 +149,9 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all values by the names of their variables, without secrets."""
-        specs = setting_specs().items()
-        values = {s.name: getattr(self, a) for a, s in specs if s.name not in SECRETS}
-        return values | {"ORDER_FILTER": self.order_filter_json}
+        values = {spec.name: getattr(self, name) for name, spec in setting_specs().items()}
+        values["ORDER_FILTER"] = self.order_filter_json
+        return {name: value for name, value in values.items() if name not in SECRETS}
 
 
 def setting_specs() -> dict[str, SettingSpec]:
@@ -160,10 +160,11 @@ def setting_specs() -> dict[str, SettingSpec]:
 
 
 def settings_help() -> str:
+    """Return a line for each setting."""
     lines = []
     for spec in setting_specs().values():
-        default = spec.default and f"(default: {spec.default})"
-        lines.append(f"  {spec.name:<21} {' '.join(filter(None, [spec.description, default]))}")
+        default = f" (default: {spec.default})" if spec.default else ""
+        lines.append(f"  {spec.name:<21} {spec.description}{default}")
     return "\n".join(lines)
 
 
@@ -172,16 +173,14 @@ def load(values: Mapping[str, str], problems: Iterable[str] = ()) -> Settings:
 
     Raises ConfigurationError with all problems, including `problems`.
     """
-    problems = list(problems)
     nonempty = {name: value for name, value in values.items() if value.strip()}
     uri, uri_problems = read_uri(nonempty)
-    nonempty["MONGODB_URI"] = uri
-    in_uri = "" if uri_problems else split_uri(uri).database
-    nonempty["MONGODB_DATABASE"] = nonempty.get("MONGODB_DATABASE") or in_uri or "oms_db"
-    problems += uri_problems
+    database_in_uri = "" if uri_problems else split_uri(uri).database
+    texts = {"MONGODB_DATABASE": database_in_uri or "oms_db"} | nonempty | {"MONGODB_URI": uri}
+    problems = [*problems, *uri_problems]
     parsed: dict[str, Any] = {}
     for attribute, spec in setting_specs().items():
-        text = nonempty.get(spec.name, spec.default)
+        text = texts.get(spec.name, spec.default)
         try:
             check_text(text)
             # Whitespace at the ends may belong to a status.

@@ -7,16 +7,17 @@ import sys
 
 
 def _is_daemon() -> bool:
+    """Return whether the arguments start the daemon, which has no option but --env-file."""
     return all(a.startswith("--env-file") for a in sys.argv[1:] if a.startswith("-"))
 
 
 def _exit_on_early_signal(number: int, _frame: object) -> None:
     # A daemon that is stopped has succeeded; a command that is stopped has not done its work.
-    is_success = number == signal.SIGTERM and _is_daemon()
-    os._exit(0 if is_success else 128 + number)
+    os._exit(0 if _is_daemon() else 128 + number)
 
 
-# The imports take a second. A command keeps the handler of SIGTERM: every write can be repeated.
+# The imports take a second. A command keeps the handler of SIGTERM: a write that is interrupted can
+# be repeated.
 if __name__ == "__main__":
     for _number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(_number, _exit_on_early_signal)

@@ -80,7 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run_command(args: argparse.Namespace) -> int:
     """Run the command and return its exit code. Raises KeyboardInterrupt."""
     try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if args.run is not _run_daemon:  # the handler of the entry point ends a daemon with 0
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             settings = load_settings(args.env_file, ENV_FILE)
         except ConfigurationError as error:

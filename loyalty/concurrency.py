@@ -32,8 +32,9 @@ def map_ordered(
 
     The threads keep the server busy while a reply is transferred or decoded. If one item takes
     long, up to `prefetch` later items are computed in advance. After an item has failed, no further
-    item is started. When the block ends, no call is running, so no write can follow a newer count;
-    Ctrl-C ends it without waiting. A single item is computed by the calling thread.
+    item is started. The end of the block waits for the calls that are running, because a later
+    write must not follow a newer count; Ctrl-C does not wait. The calling thread computes a single
+    item.
     """
     first = list(islice(items, 2))
     if len(first) < 2:

@@ -17,17 +17,17 @@ from loyalty.parsers import describe_os_error
 _URI_NAMES = ("MONGODB_URI", "MONGODB_URI_FILE")
 # How similar two names are, from 0 to 1. MONGODB_USER and MONGODB_URI have 0.87,
 # ACCOUNTS_COLLECTION and RECOUNTS_COLLECTION 0.89, MONGO_URI and MONGODB_URI 0.90.
-MIN_SIMILARITY = 0.8
-MIN_MISSPELLING_SIMILARITY = 0.9
+_MIN_SIMILARITY = 0.8
+_MIN_MISSPELLING_SIMILARITY = 0.9
 
 
 def load_settings(
     path: Path | None, default_path: Path, environment: Mapping[str, str] = os.environ
 ) -> Settings:
-    """Load the settings: those of the environment first, then those of a file.
+    """Load the settings from the environment and a file; the environment takes precedence.
 
-    The file at `default_path` need not exist. This sets the level and the format of the log. It
-    sets the format even if other settings are wrong, because their problems are logged next.
+    The file at `default_path` need not exist. This sets the level and the format of the log; the
+    format even if other settings are wrong, because their problems are logged next.
     Raises ConfigurationError with all problems.
     """
     file = path or default_path
@@ -81,12 +81,12 @@ def _check_names(
                 log.warning('comment_in_value name=%s effect="# is a part of the value"', name)
             continue
         similarity, setting = max((_similarity(name, setting), setting) for setting in known)
-        same = _URI_NAMES if setting in _URI_NAMES else (setting,)
-        has_value = any(values.get(other, "").strip() for other in same)
-        is_misspelt = similarity >= MIN_MISSPELLING_SIMILARITY and not has_value
+        alternatives = _URI_NAMES if setting in _URI_NAMES else (setting,)
+        has_value = any(values.get(alternative, "").strip() for alternative in alternatives)
+        is_misspelt = similarity >= _MIN_MISSPELLING_SIMILARITY and not has_value
         if is_misspelt and name in in_file:
             misspelt.append(f"unknown setting {name}, did you mean {setting}?")
-        elif is_misspelt or (name in in_file and similarity >= MIN_SIMILARITY):
+        elif is_misspelt or (name in in_file and similarity >= _MIN_SIMILARITY):
             log.warning("unknown_setting name=%s similar_to=%s", name, setting)
     return misspelt
 

@@ -86,8 +86,8 @@ class BulkUpdateErrors(ServiceError):
     """Some updates of a batch failed because of their documents; all others are done.
 
     `reasons` has the name of the server's error code by the position of the update in the batch.
-    `matched` counts the users that were found. The server's own text is left out: it may quote the
-    document.
+    `matched` is the number of users who were updated. The server's own text is left out: it may
+    quote the document.
     """
 
     def __init__(self, reasons: Mapping[int, str], matched: int = 0) -> None:

@@ -11,15 +11,14 @@ from loyalty.errors import ClientUnusable, DatabaseUnavailable, QueryTimeout
 
 T = TypeVar("T")
 Clock = Callable[[], float]
-Sleep = Callable[[float], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RetryPolicy:
     """Decides when a failed operation is tried again, and when to give up.
 
-    The pause after the n-th failure in a row is `initial_seconds * multiplier ** (n - 1)`, plus a
-    random share of it: up to `jitter` (0.5: up to half as much again). No pause is longer than
+    The pause after the n-th failure in a row is `initial_seconds * 2 ** (n - 1)`, plus a random
+    share of it: up to `jitter` (0.5: up to half as much again). No pause is longer than
     `max_seconds`, its jitter included.
 
     `timeout_seconds` starts at the first *failure*, not at the first attempt: one count may take
@@ -29,17 +28,18 @@ class RetryPolicy:
     timeout_seconds: float = inf
     initial_seconds: float
     max_seconds: float
-    multiplier: float = 2.0
     jitter: float = 0.5
 
-    def delay_seconds(self, failures: int, random: Callable[[], float] = random.random) -> float:
-        """Return the seconds to wait after this many failures in a row; at least one."""
+    def delay_seconds(self, failures: int, draw: Callable[[], float] = random.random) -> float:
+        """Return the seconds to wait after this number of failures in a row, which is at least 1.
+
+        `draw` returns a random number from 0 to 1.
+        """
         # Apply the cap before the jitter; otherwise all clients would wait exactly max_seconds.
         longest = self.max_seconds / (1 + self.jitter)
-        # An exponent of 1,000 would overflow a float, and is far above any maximum.
-        exponent = min(failures - 1, 64)
-        delay = min(self.initial_seconds * self.multiplier**exponent, longest)
-        return delay * (1 + self.jitter * random())
+        exponent = min(failures - 1, 64)  # a much larger one would overflow a float
+        delay = min(self.initial_seconds * 2.0**exponent, longest)
+        return delay * (1 + self.jitter * draw())
 
 
 DAEMON_BACKOFF = RetryPolicy(initial_seconds=10, max_seconds=300)
@@ -72,7 +72,7 @@ def retry(
     *,
     on_retry: Callable[[int, Exception], None] = lambda _attempt, _error: None,
     clock: Clock = time.monotonic,
-    sleep: Sleep = time.sleep,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> T:
     """Return what `operation` returns; repeat it while it raises an error that `is_retryable`.
 

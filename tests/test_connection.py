@@ -16,7 +16,7 @@ from pymongo.database import Database
 from loyalty.concurrency import ignore_progress
 from loyalty.errors import ClientUnusable, DatabaseUnavailable, NoPermission
 from loyalty.mongo.connection import connect
-from loyalty.mongo.privileges import collection_type, missing_privileges
+from loyalty.mongo.privileges import find_missing_privileges, read_collection_type
 from loyalty.service import Service
 from sandbox.faults import fail_command
 from sandbox.mongod import Deployment, wait_until
@@ -186,17 +186,15 @@ def test_missing_privileges_are_those_that_no_role_allows(
     with connect(settings_for(allow(*privileges)), verify=False) as connection:
         users, recounts = connection.users, connection.recounts
         assert recounts is not None
-        on_users = missing_privileges(users, "find", "update")
-        on_recounts = missing_privileges(recounts, "insert")
-    assert on_users is not None
-    assert on_recounts is not None
+        on_users = find_missing_privileges(users, "find", "update")
+        on_recounts = find_missing_privileges(recounts, "insert")
     found = [*(f"{action} on users" for action in on_users)]
     assert found + [f"{action} on loyalty_recounts" for action in on_recounts] == missing
 
 
 def test_privileges_are_unknown_without_a_login(uri: str) -> None:
     with connect(settings_for(uri)) as connection:
-        assert missing_privileges(connection.users, "find") is None
+        assert find_missing_privileges(connection.users, "find") == []
 
 
 def test_privileges_are_unknown_where_the_server_does_not_list_them(
@@ -206,7 +204,7 @@ def test_privileges_are_unknown_where_the_server_does_not_list_them(
         fail_command(deployment.primary(), "connectionStatus", 1, errorCode=59),
         connect(settings_for(uri)) as connection,
     ):
-        assert missing_privileges(connection.users, "find") is None
+        assert find_missing_privileges(connection.users, "find") == []
 
 
 @pytest.mark.xdist_group("auth")
@@ -248,15 +246,16 @@ def test_reading_the_type_of_a_collection_needs_only_find(allow: Callable[..., s
     uri = allow((on("users"), ["find"]))
     with connect(settings_for(uri), verify=False) as connection:
         database = connection.users.database
-        assert collection_type(database, "users") == "collection"
-        assert collection_type(database, "orders") is None
-        assert collection_type(database, "missing") is None
+        assert read_collection_type(database.users) == "collection"
+        assert read_collection_type(database.orders) is None
+        assert read_collection_type(database.missing) is None
 
 
 def test_views_and_time_series_are_distinguished_from_collections(shop: Database[Any]) -> None:
     shop.create_collection("seen", viewOn="users", pipeline=[])
     shop.create_collection("measured", timeseries={"timeField": "at"})
-    found = {name: collection_type(shop, name) for name in ("users", "seen", "measured", "none")}
+    names = ("users", "seen", "measured", "none")
+    found = {name: read_collection_type(shop[name]) for name in names}
     assert found == {"users": "collection", "seen": "view", "measured": "timeseries", "none": None}
 
 

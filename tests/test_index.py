@@ -335,8 +335,8 @@ class OrdersWithoutBounds:
     def database(self) -> Any:
         return self
 
-    def with_options(self, **options: Any) -> Any:
-        return self._database.with_options(**options)
+    def list_collections(self, **options: Any) -> Any:
+        return self._database.list_collections(**options)
 
     def command(self, *arguments: Any, **options: Any) -> Any:
         return without_bounds(self._database.command(*arguments, **options))

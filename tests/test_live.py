@@ -28,9 +28,8 @@ from loyalty.errors import ClientUnusable, ConfigurationError, DatabaseUnavailab
 from loyalty.heartbeat import HEARTBEAT_INTERVAL
 from loyalty.history import History
 from loyalty.live import events, updater
-from loyalty.live.lookup import resolve_customers
+from loyalty.live.lookup import find_customers
 from loyalty.live.state import TRANSITIONS, LiveState
-from loyalty.live.updater import NEVER
 from loyalty.live.watcher import ChangeStreamWatcher, LiveLimits
 from loyalty.mongo.connection import connect
 from loyalty.recount import runner
@@ -198,7 +197,10 @@ def test_exactly_the_writes_after_the_snapshot_are_pending(
     snapshot = Timestamp(written_at.time, written_at.inc - snapshot_is_older)
     with connect(settings, writing=True) as connection:
         watcher = ChangeStreamWatcher(connection, settings, snapshot, LiveLimits())
+        if expected:
+            wait_until("the age of a pending change", lambda: watcher.lag_seconds() > 0.1)
         changes = watcher.pop_pending(2 if expected else 0.5)
+        assert watcher.lag_seconds() == 0
         watcher.close()
     assert [*changes.customers.values()] == expected
     if expected:
@@ -424,28 +426,27 @@ def test_a_lookup_on_a_dead_connection_is_repeated(
     settings = settings_for(uri)
     order = small.shop.orders.find_one({"customer_id": str(IDS[1])})
     assert order
-    changes = events.PendingChanges(orders=[order["_id"]])
     blocking = {"blockConnection": True, "blockTimeMS": 3_000}
     with connect(settings) as connection:
         COMMANDS.names.clear()
         COMMANDS.is_on = True
         try:
             with faults.fail_command(deployment.servers[0], "find", 1, **blocking):
-                resolve_customers(connection, settings, changes, NEVER, timeout_seconds=1)
+                orders, never = [order["_id"]], events.NEVER
+                found, _ = find_customers(connection, settings, orders, never, timeout_seconds=1)
         finally:
             COMMANDS.is_on = False
     assert COMMANDS.names.count("find") > 1
-    assert [*changes.customers.values()] == [IDS[1]]
+    assert found == [str(IDS[1])]
 
 
 def test_a_lookup_of_large_order_ids_is_split(small: LiveHarness, uri: str) -> None:
     ids = [f"{n:020000}" for n in range(1_000)]
     small.shop.orders.insert_one({"_id": ids[-1], **shipped(IDS[2])})
     settings = settings_for(uri)
-    changes = events.PendingChanges(orders=ids)
     with connect(settings) as connection:
-        resolve_customers(connection, settings, changes, NEVER)
-    assert [*changes.customers.values()] == [IDS[2]]
+        found, _ = find_customers(connection, settings, ids, events.NEVER)
+    assert found == [str(IDS[2])]
 
 
 @pytest.mark.usefixtures("pre_images")
@@ -877,7 +878,9 @@ def test_the_stream_returns_only_events_that_can_change_a_count(database: Databa
     settings = settings_for("mongodb://localhost", ORDER_STATUS_FIELD="a.status")
     orders = database.orders
     orders.insert_one({"_id": 0})
-    with orders.watch(events.change_stream_pipeline(settings), max_await_time_ms=200) as stream:
+    with orders.watch(
+        events.build_change_stream_pipeline(settings), max_await_time_ms=200
+    ) as stream:
         orders.insert_one({"_id": 1, "a": {"status": "Paid"}})  # not counted
         orders.update_one({"_id": 1}, {"$set": {"a.note": "x", "total": 5, "ab": {"status": 1}}})
         orders.insert_one({"_id": 2, "a": {"status": "Shipped"}, "customer_id": 7, "total": 5})

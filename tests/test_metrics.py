@@ -188,7 +188,7 @@ def test_live_updates_are_in_the_metrics_while_they_are_running(
     file = tmp_path / "loyalty.prom"
     with live_service(deployment, database, METRICS_FILE=str(file)) as harness:
         harness.update()
-        updater, state = harness.service.updater, harness.service.state
+        state = harness.service.state
         assert samples(file)["loyalty_live"] == 1
         assert samples(file)["loyalty_live_waiting"] == 0
         assert state.live_lag_seconds == 0
@@ -204,8 +204,6 @@ def test_live_updates_are_in_the_metrics_while_they_are_running(
         harness.service.metrics.write()
         assert samples(file)["loyalty_live_as_of_timestamp_seconds"] == as_of
         assert samples(file)["loyalty_as_of_timestamp_seconds"] == as_of
-        database.orders.insert_one({"customer_id": 1, "status": "Shipped"})
-        wait_until("the age of a pending change", lambda: updater.lag_seconds() > 0.1)
         harness.service.disconnect()
         assert state.live is None
         harness.service.metrics.write()

@@ -18,8 +18,29 @@ from sandbox.mongod import DEADLINE_SECONDS
 
 @pytest.mark.parametrize(
     ("arguments", "number", "code"),
+    [([], signal.SIGINT, 0), ([], signal.SIGTERM, 0), (["--once"], signal.SIGINT, 130)],
+)
+def test_a_signal_while_the_settings_are_read_ends_the_process(
+    tmp_path: Path, arguments: list[str], number: signal.Signals, code: int
+) -> None:
+    env_file = tmp_path / "env"
+    os.mkfifo(env_file)
+    command = [sys.executable, str(ROOT / "loyalty_microservice.py"), *arguments]
+    command += ["--env-file", str(env_file)]
+    with (
+        subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process,
+        env_file.open("w"),  # waits until the process reads it
+    ):
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=DEADLINE_SECONDS)
+    assert errors == ""
+    assert process.returncode == code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "number", "code"),
     [
-        ([], signal.SIGINT, 130),
+        ([], signal.SIGINT, 0),
         ([], signal.SIGTERM, 0),
         (["--env-file", os.devnull], signal.SIGTERM, 0),
         (["--once"], signal.SIGINT, 130),

@@ -144,16 +144,13 @@ def test_an_interrupt_is_never_retried(clock: FakeClock) -> None:
     initial=st.floats(0.001, 100),
     factor=st.floats(1, 1000),
     jitter=st.floats(0, 3),
-    multiplier=st.floats(1, 10),
     randoms=st.lists(st.floats(0, 1, exclude_max=True), min_size=20, max_size=20),
 )
 def test_a_pause_is_between_the_initial_and_the_maximum(
-    initial: float, factor: float, jitter: float, multiplier: float, randoms: list[float]
+    initial: float, factor: float, jitter: float, randoms: list[float]
 ) -> None:
     maximum = initial * (1 + jitter) * factor
-    policy = RetryPolicy(
-        initial_seconds=initial, max_seconds=maximum, multiplier=multiplier, jitter=jitter
-    )
+    policy = RetryPolicy(initial_seconds=initial, max_seconds=maximum, jitter=jitter)
     for failures, number in enumerate(randoms, 1):
         delay = policy.delay_seconds(failures, lambda number=number: number)  # type: ignore[misc]
         assert initial * 0.999 <= delay <= maximum * 1.001

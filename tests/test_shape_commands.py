@@ -14,7 +14,7 @@ from pymongo.database import Database
 from test_recount import count_fetched_orders, explain, find_values
 
 from loyalty.history import History
-from loyalty.live.events import change_stream_pipeline
+from loyalty.live.events import build_change_stream_pipeline
 from loyalty.live.opening import find_live_updates_problem
 from loyalty.mongo.connection import connect
 from loyalty.recount.index import index_keys, inspect_plan
@@ -69,7 +69,7 @@ def test_the_default_settings_add_no_stage_for_other_data_models() -> None:
     assert set(pipeline[6]["$group"]) == totals
     (insert,) = [
         event
-        for event in change_stream_pipeline(settings)[0]["$match"]["$or"]
+        for event in build_change_stream_pipeline(settings)[0]["$match"]["$or"]
         if event["operationType"] == "insert"
     ]
     assert insert == {"operationType": "insert", "fullDocument.status": {"$in": ["Shipped"]}}

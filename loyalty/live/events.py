@@ -16,11 +16,15 @@ from loyalty.recount.order_filter import counted_orders, other_conditions
 INVALIDATING_EVENTS = ["drop", "rename", "dropDatabase", "invalidate"]
 """Events of the collection as a whole. The change stream ends after one of them."""
 
+NEVER = Timestamp(0, 0)
+"""A cluster time before all others."""
 
-def change_stream_pipeline(settings: Settings) -> list[Document]:
+
+def build_change_stream_pipeline(settings: Settings) -> list[Document]:
     """Return the pipeline that selects the events that can change a count, with ids only."""
-    changed_fields: list[Document] = [
-        {"$map": {"input": _key_value_pairs("updatedFields"), "in": "$$this.k"}},
+    updated_fields = {"$objectToArray": {"$ifNull": ["$updateDescription.updatedFields", {}]}}
+    changed_paths: list[Document] = [
+        {"$map": {"input": updated_fields, "in": "$$this.k"}},
         {"$ifNull": ["$updateDescription.removedFields", []]},
     ]
     names = [settings.status_field, settings.customer_field]
@@ -28,13 +32,13 @@ def change_stream_pipeline(settings: Settings) -> list[Document]:
         # Use the outermost field: the path of a changed array element contains its position.
         names += sorted({name.split(".")[0] for name in conditions})
         truncated_arrays = {"$ifNull": ["$updateDescription.truncatedArrays", []]}
-        changed_fields.append({"$map": {"input": truncated_arrays, "in": "$$this.field"}})
-    # A change of `a.b` touches the fields `a` and `a.b.c` as well.
-    touches_field = [_begins_with_expr("$$this", name) for name in names]
-    touches_field += [_begins_with_expr(name, "$$this") for name in names]
-    touches_any_field = {
+        changed_paths.append({"$map": {"input": truncated_arrays, "in": "$$this.field"}})
+    # An update of `a.b` also changes the fields `a` and `a.b.c`.
+    changes_a_field = [_begins_with_expr("$$this", name) for name in names]
+    changes_a_field += [_begins_with_expr(name, "$$this") for name in names]
+    changes_any_field = {
         "$anyElementTrue": [
-            {"$map": {"input": {"$concatArrays": changed_fields}, "in": {"$or": touches_field}}}
+            {"$map": {"input": {"$concatArrays": changed_paths}, "in": {"$or": changes_a_field}}}
         ]
     }
     return [
@@ -43,7 +47,7 @@ def change_stream_pipeline(settings: Settings) -> list[Document]:
                 "$or": [
                     {"operationType": {"$in": ["delete", "replace", *INVALIDATING_EVENTS]}},
                     {"operationType": "insert", **counted_orders(settings, "fullDocument.")},
-                    {"operationType": "update", "$expr": touches_any_field},
+                    {"operationType": "update", "$expr": changes_any_field},
                 ]
             }
         },
@@ -64,28 +68,26 @@ def _begins_with_expr(path: str, prefix: str) -> Document:
     return {"$eq": [{"$indexOfBytes": [{"$concat": [path, "."]}, {"$concat": [prefix, "."]}]}, 0]}
 
 
-def _key_value_pairs(name: str) -> Document:
-    return {"$objectToArray": {"$ifNull": [f"$updateDescription.{name}", {}]}}
-
-
 @dataclass(slots=True)
 class PendingChanges:
-    """Customers to recount at `cluster_time` or later, and orders whose customer is to look up."""
+    """Customers to recount at `cluster_time` or later, and orders whose customer is unknown yet."""
 
-    cluster_time: Timestamp = field(default_factory=lambda: Timestamp(0, 0))
-    customers: dict[bytes, Any] = field(default_factory=dict)
-    orders: list[Any] = field(default_factory=list)
-    """The `_id` of updated orders: their events do not hold the customer."""
-    has_mixed_case_ids: bool = False
-    reported_until: Timestamp = field(default_factory=lambda: Timestamp(0, 0))
+    reported_until: Timestamp = NEVER
     """The change stream has reported every change before this cluster time."""
+    cluster_time: Timestamp = NEVER
+    """The time of the newest change."""
+    customers: dict[bytes, Any] = field(default_factory=dict)
+    """Canonical ids by their BSON: an id may be a document, which has no hash."""
+    orders: list[Any] = field(default_factory=list)
+    """The `_id` of updated orders: their events do not contain the customer."""
+    has_mixed_case_ids: bool = False
 
     def __len__(self) -> int:
         return len(self.customers) + len(self.orders)
 
     def add_customer(self, customer: Any) -> None:
         """Add a customer by the id as stored in an order."""
-        if is_queryable_id(customer):
+        if _is_queryable(customer):
             canonical = canonicalize(customer)
             self.customers[bson.encode({"": canonical})] = canonical
             self.has_mixed_case_ids |= is_mixed_case(customer)
@@ -97,14 +99,14 @@ def read_watermark(resume_token: Mapping[str, Any] | None) -> Timestamp:
     The token of a batch, also of an empty one, names the time up to which the server, or each of
     its shards, has read the oplog for the stream. It is a KeyString in hexadecimal digits that
     begins with a timestamp: 82, then seconds and increment of 4 bytes each (resume_token.h in the
-    server's source). Without a token that can be read, the result is Timestamp(0, 0).
+    server's source). Without a token that can be read, the result is NEVER.
     """
     data = (resume_token or {}).get("_data")
     match = re.match("82([0-9A-Fa-f]{8})([0-9A-Fa-f]{8})", str(data))
-    return Timestamp(int(match[1], 16), int(match[2], 16)) if match else Timestamp(0, 0)
+    return Timestamp(int(match[1], 16), int(match[2], 16)) if match else NEVER
 
 
-def is_queryable_id(customer: Any) -> bool:
+def _is_queryable(customer: Any) -> bool:
     """Return whether a user can have this id, and a query for it compares for equality.
 
     A query interprets an array, a regular expression or a document of operators differently.

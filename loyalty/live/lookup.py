@@ -1,5 +1,6 @@
-"""The look-up of the customers of updated orders, whose events hold only the order's `_id`."""
+"""Finds the customers of updated orders, whose events contain only the order's `_id`."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -8,7 +9,6 @@ from bson import Timestamp
 
 from config import Settings
 from loyalty.errors import ResyncRequired
-from loyalty.live.events import PendingChanges
 from loyalty.mongo.connection import Connection
 from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.values import READABLE_CODEC, Document, get_nested, split_ids
@@ -18,30 +18,27 @@ from loyalty.retry import SHORT_OUTAGE_RETRY, retry
 _MAX_IDS = 1_000  # in one command
 
 
-def resolve_customers(
+def find_customers(
     connection: Connection,
     settings: Settings,
-    changes: PendingChanges,
+    orders: Sequence[Any],
     not_before: Timestamp,
     *,
     timeout_seconds: float = PIN_TIMEOUT_SECONDS,
-) -> Timestamp:
-    """Add the customers of updated orders; return the cluster time to count at.
+) -> tuple[list[Any], Timestamp]:
+    """Return the customer ids in the orders with these `_id`s, and the cluster time to count at.
 
-    That is the newest one, and `not_before` or later: if two services run, an older count of the
-    slower one would replace the newer count of the other. One round trip for up to 1,000 orders. A
-    deleted order is reported by a separate event. Raises ServiceError.
+    The time is the newest one, and `not_before` or later: if two services run, an older count of
+    the slower one would replace the newer count of the other. One round trip for up to 1,000
+    orders. An order that is missing was deleted, which another event reports. Raises ServiceError.
     """
+    customers: list[Any] = []
     at: Timestamp | None = None
-    for chunk in split_ids(changes.orders, _MAX_IDS):
+    for chunk in split_ids(orders, _MAX_IDS):
         find = partial(_find, connection, settings, chunk, at, not_before, timeout_seconds)
         found, at = retry(find, SHORT_OUTAGE_RETRY)
-        for order in found:
-            changes.add_customer(get_nested(order, settings.customer_field))
-    changes.orders = []
-    if at is None:
-        at = pin_cluster_time(connection, not_before)
-    return not_before if at is None else at
+        customers += [get_nested(order, settings.customer_field) for order in found]
+    return customers, at or pin_cluster_time(connection, not_before) or not_before
 
 
 def _find(
@@ -68,7 +65,7 @@ def _find(
     with pymongo.timeout(timeout_seconds), map_driver_errors("find", orders):
         cursor = orders.database.command(command, codec_options=READABLE_CODEC)["cursor"]
     read_at: Timestamp | None = cursor.get("atClusterTime")  # None: the collection was dropped
-    if read_at is not None and read_at < not_before:  # a new primary may be behind
+    if read_at is not None and read_at < not_before:  # a new primary, which now waits until then
         return _find(connection, settings, ids, not_before, not_before, timeout_seconds)
     if cursor["id"]:  # the reply is full
         raise ResyncRequired(f"the customer ids of {len(ids):,} orders are larger than 16 MB")

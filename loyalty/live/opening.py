@@ -1,6 +1,6 @@
 """Opens the change stream, and finds problems that prevent live updates."""
 
-from bson import ObjectId, Timestamp
+from bson import ObjectId
 
 from config import Settings
 from loyalty.errors import ConfigurationError, ServiceError
@@ -14,15 +14,11 @@ from loyalty.retry import retry
 
 
 def open_watcher(
-    connection: Connection, settings: Settings, limits: LiveLimits | None = None
-) -> tuple[ChangeStreamWatcher, Timestamp]:
-    """Open the change stream; return it and the cluster time after which it reports every change.
+    connection: Connection, settings: Settings, limits: LiveLimits
+) -> ChangeStreamWatcher:
+    """Open the change stream at the newest cluster time. Raises ServiceError."""
 
-    Raises ServiceError.
-    """
-    limits = limits or LiveLimits()
-
-    def attempt() -> tuple[ChangeStreamWatcher, Timestamp]:
+    def attempt() -> ChangeStreamWatcher:
         start_after = pin_cluster_time(connection)
         if start_after is None:
             reason = connection.snapshot_unsupported_reason or "the server has no snapshots"
@@ -32,7 +28,7 @@ def open_watcher(
             )
         if problem := find_index_problem(connection.orders, settings):
             raise ConfigurationError(f"live updates need a usable index: {problem}")
-        return ChangeStreamWatcher(connection, settings, start_after, limits), start_after
+        return ChangeStreamWatcher(connection, settings, start_after, limits)
 
     return retry(attempt, limits.opening_retry)
 
@@ -41,7 +37,7 @@ def find_live_updates_problem(connection: Connection, settings: Settings) -> str
     """Return the reason why live updates cannot work, or None. Raises DatabaseUnavailable."""
     recounts = connection.recounts
     try:
-        open_watcher(connection, settings)[0].close()
+        open_watcher(connection, settings, LiveLimits()).close()
         if recounts is not None:  # for the heartbeat
             with map_driver_errors("update", recounts):
                 recounts.update_one({"_id": ObjectId()}, {"$set": {"outcome": "live"}})
@@ -53,7 +49,7 @@ def find_live_updates_problem(connection: Connection, settings: Settings) -> str
 def keeps_pre_images(connection: Connection) -> bool | None:
     """Return whether the orders keep pre-images; None without permission to read that option."""
     try:
-        with map_driver_errors("listCollections", connection.orders.database):
+        with map_driver_errors("listCollections", connection.orders.database.name):
             options = connection.orders.options()
     except ServiceError:
         return None
@@ -71,12 +67,13 @@ def warn_if_pre_images_are_off(connection: Connection) -> None:
 
 def describe_mixed_case(settings: Settings) -> str:
     """Return why ids in mixed case end live updates, and the command that normalizes them."""
-    name, field = settings.orders, settings.customer_field
-    matching = f"{{'{field}': {{$regex: '^[0-9A-Fa-f]{{24}}$', $not: {{$type: 'array'}}}}}}"
-    key = settings.user_key_field
+    field, key = settings.customer_field, settings.user_key_field
+    is_hex = "{$regex: '^[0-9A-Fa-f]{24}$', $not: {$type: 'array'}}"
+    to_lower = "{$toLower: '$" + field + "'}"
     return (
         "some customer ids are hex strings in mixed case, which an index lookup cannot find. To "
-        f"normalize those of orders: db.getCollection('{name}').updateMany({matching}, "
-        f"[{{$set: {{'{field}': {{$toLower: '${field}'}}}}}}]). A user whose {key} is such a "
-        f"string must {'be inserted again in' if key == '_id' else 'get it in'} lower case"
+        f"normalize those of orders: db.getCollection('{settings.orders}')."
+        f"updateMany({{'{field}': {is_hex}}}, [{{$set: {{'{field}': {to_lower}}}}}]). A user whose "
+        f"{key} is such a string must "
+        f"{'be inserted again in' if key == '_id' else 'get it in'} lower case"
     )

@@ -12,8 +12,8 @@ from loyalty.concurrency import ProgressCallback
 from loyalty.errors import DatabaseUnavailable, RecountRefused, ResyncRequired, ServiceError
 from loyalty.heartbeat import Heartbeat
 from loyalty.history import History
-from loyalty.live.events import PendingChanges
-from loyalty.live.lookup import resolve_customers
+from loyalty.live.events import NEVER, PendingChanges
+from loyalty.live.lookup import find_customers
 from loyalty.live.opening import describe_mixed_case, open_watcher, warn_if_pre_images_are_off
 from loyalty.live.state import TRANSITIONS, LiveState
 from loyalty.live.watcher import ChangeStreamWatcher, LiveLimits
@@ -29,7 +29,6 @@ from loyalty.recount.tally import Totals
 from loyalty.retry import REOPEN_STREAM_BACKOFF
 from loyalty.state import ServiceState
 
-NEVER = Timestamp(0, 0)
 _PAUSED_POLL_SECONDS = 0.25
 
 
@@ -47,13 +46,14 @@ class LiveUpdater:
         self._limits = limits
         self._service_state = service_state
         self._watcher: ChangeStreamWatcher | None = None
-        self._has_mixed_case_ids = False
+        self._is_blocked = False
+        """No change stream may be opened before a full recount has succeeded."""
         self._failed_openings = 0
         self._warn_once = WarnOnce()
         self._full_recount: Result | None = None
         self._decreased = 0
         """Users who have lost points in live updates since the last full recount."""
-        self._paused_at = self._last_pause_at = self._updated_at = -inf
+        self._paused_at = self._updated_at = -inf
         self._as_of = NEVER
         self._last_update: datetime | None = None
         self._users_updated = 0
@@ -73,10 +73,10 @@ class LiveUpdater:
         Returns the oldest cluster time that the recount may read at. If the stream cannot be
         opened, this logs a warning, and the recount runs without it.
         """
-        if self._watcher is not None or not self._settings.live_updates or self._has_mixed_case_ids:
+        if self._watcher is not None or not self._settings.live_updates or self._is_blocked:
             return self.newest
         try:
-            self._watcher, start_after = open_watcher(connection, self._settings, self._limits)
+            self._watcher = open_watcher(connection, self._settings, self._limits)
         except ServiceError as error:
             self._warn_once("live_updates_unavailable", error)
             is_transient = isinstance(error, DatabaseUnavailable)
@@ -86,13 +86,13 @@ class LiveUpdater:
         warn_if_pre_images_are_off(connection)
         self._enter(LiveState.OPENING)
         self._last_update, self._users_updated = None, 0
-        return max(start_after, self.newest)
+        return max(self._watcher.start_after, self.newest)
 
     def finish_recount(self, result: Result) -> None:
-        """Record the result of a full recount, which includes every change up to its snapshot."""
+        """Go on after a full recount that has succeeded; its snapshot includes older changes."""
         self._full_recount = result
         self._decreased = 0
-        self._has_mixed_case_ids = False
+        self._is_blocked = False
         self.newest = max([self.newest, *result.count.snapshots])
         if self._watcher is None:
             self._enter(LiveState.OFF)
@@ -101,12 +101,11 @@ class LiveUpdater:
             self._warn_once("live_updates_unavailable", describe_mixed_case(self._settings))
             self.stop("ids in mixed case")
             return
-        oldest = min(result.count.snapshots, default=NEVER)
-        self._watcher.discard_until(oldest)
-        self._as_of = max(self._as_of, oldest)
+        self._as_of = max(self._as_of, min(result.count.snapshots, default=NEVER))
         if self.state is LiveState.OPENING:
             self._warn_once.reset("live_updates_unavailable")
-            log.info("live_updates_started since=%s", f"{self._watcher.since:%Y-%m-%dT%H:%M:%SZ}")
+            since = self._watcher.start_after.as_datetime()
+            log.info("live_updates_started since=%s", f"{since:%Y-%m-%dT%H:%M:%SZ}")
         self._enter(LiveState.LIVE)
 
     def retry_after_seconds(self) -> float | None:
@@ -135,22 +134,13 @@ class LiveUpdater:
             self._check_pause(watcher)
             time.sleep(min(seconds, _PAUSED_POLL_SECONDS))
             return
-        pause = self._updated_at + self._limits.min_interval_seconds - time.monotonic()
-        time.sleep(max(0.0, pause))
+        next_at = self._updated_at + self._limits.min_interval_seconds
+        time.sleep(max(0.0, next_at - time.monotonic()))
         changes = watcher.pop_pending(seconds)
         if changes:
             self._updated_at = time.monotonic()
-            not_before = max(changes.cluster_time, self.newest)
-            at = resolve_customers(connection, self._settings, changes, not_before)
-            if changes.has_mixed_case_ids:
-                # The full recount that follows is exact; it must not open the stream again, or
-                # each change of such an order would cause another full recount.
-                self._has_mixed_case_ids = True
-                self._warn_once("live_updates_unavailable", describe_mixed_case(self._settings))
-                raise ResyncRequired("a changed order has a customer id in mixed case")
-            if changes.customers:
-                self._recount_customers(connection, changes, at, on_progress)
-        if self.state is LiveState.LIVE:
+            self._recount_customers(connection, changes, on_progress)
+        if self.state is LiveState.LIVE:  # not if the changes were a mass change
             self._as_of = max(self._as_of, changes.reported_until)
             self._report_state()
 
@@ -173,10 +163,11 @@ class LiveUpdater:
 
     def _report_state(self) -> None:
         """Report the progress of live updates, or in every state but `live` that there is none."""
-        live = None
+        live, lag_seconds = None, 0.0
         if self._watcher is not None and self.state is LiveState.LIVE:
+            lag_seconds = self._watcher.lag_seconds()
             live = Heartbeat(
-                live_since=self._watcher.since,
+                live_since=self._watcher.start_after.as_datetime(),
                 as_of=self._as_of.as_datetime(),
                 last_event=self._watcher.last_event,
                 last_update=self._last_update,
@@ -184,20 +175,26 @@ class LiveUpdater:
                 waiting=self._watcher.pending_count(),
             )
         self._service_state.live = live
-        self._service_state.live_lag_seconds = self.lag_seconds() if live else 0.0
-
-    def lag_seconds(self) -> float:
-        return self._watcher.lag_seconds() if self._watcher is not None else 0.0
+        self._service_state.live_lag_seconds = lag_seconds
 
     def _recount_customers(
-        self,
-        connection: Connection,
-        changes: PendingChanges,
-        at: Timestamp,
-        on_progress: ProgressCallback,
+        self, connection: Connection, changes: PendingChanges, on_progress: ProgressCallback
     ) -> None:
+        """Recount the customers of pending changes; pause after a mass change."""
         assert self._full_recount is not None  # only a full recount makes updates live
-        # Without partitions the collection is small (see `open_watcher`): read all of its orders.
+        not_before = max(changes.cluster_time, self.newest)
+        found, at = find_customers(connection, self._settings, changes.orders, not_before)
+        for customer_id in found:
+            changes.add_customer(customer_id)
+        if changes.has_mixed_case_ids:
+            # The full recount that follows is exact; it must not open the stream again, or each
+            # change of such an order would cause another full recount.
+            self._is_blocked = True
+            self._warn_once("live_updates_unavailable", describe_mixed_case(self._settings))
+            raise ResyncRequired("a changed order has a customer id in mixed case")
+        if not changes.customers:
+            return
+        # Without usable indexes the shop is small (`find_index_problem`): read all of its orders.
         has_indexes = self._full_recount.count.has_usable_indexes
         customers: Customers = [
             (customer, indexable_forms(customer) if has_indexes else None)
@@ -237,11 +234,10 @@ class LiveUpdater:
         until the next full recount. Otherwise full recounts could follow without a pause.
         """
         now = time.monotonic()
-        is_repeated = now - self._last_pause_at < self._settings.recount_interval.total_seconds()
-        self._last_pause_at = now
+        is_repeated = now - self._paused_at < self._settings.recount_interval.total_seconds()
+        self._paused_at = now
         log.warning('live_updates_paused reason="%s"', reason)
         if is_repeated:
             self.stop("paused for the second time within RECOUNT_INTERVAL")
         else:
-            self._paused_at = now
             self._enter(LiveState.PAUSED)

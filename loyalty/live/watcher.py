@@ -7,7 +7,7 @@ counts at the cluster time of the newest one or later.
 import threading
 import time
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from bson import Timestamp
@@ -19,17 +19,18 @@ from loyalty.errors import DatabaseUnavailable, ResyncRequired, ServiceError
 from loyalty.live.events import (
     INVALIDATING_EVENTS,
     PendingChanges,
-    change_stream_pipeline,
+    build_change_stream_pipeline,
     read_watermark,
 )
 from loyalty.logs import log
 from loyalty.mongo.connection import Connection
 from loyalty.mongo.driver_errors import map_driver_errors
-from loyalty.mongo.values import READABLE_CODEC, Document, get_nested
+from loyalty.mongo.values import Document, get_nested
 from loyalty.retry import OPEN_STREAM_RETRY, RetryPolicy
 
 MAX_AWAIT_MS = 1_000  # the server answers each getMore of the stream within this time
-EMPTY_POLL_DELAY_SECONDS = 0.5  # after an empty reply without a wait: the cursor was killed
+EMPTY_POLL_DELAY_SECONDS = 0.5
+"""The pause after an empty reply that came at once, as when cursors are killed again and again."""
 _BATCH_SIZE = 1_000
 
 
@@ -58,30 +59,26 @@ class ChangeStreamWatcher:
         self, connection: Connection, settings: Settings, start_after: Timestamp, limits: LiveLimits
     ) -> None:
         """Open the stream for the changes after a cluster time. Raises ServiceError."""
-        self.since = datetime.now(UTC)
+        self.start_after = start_after
         self.last_event: datetime | None = None
         self._limits = limits
         self._customer_field = settings.customer_field
         # Overrides the URI's read concern: a change stream accepts only "majority".
-        self._orders = connection.orders.with_options(
-            codec_options=READABLE_CODEC, read_concern=ReadConcern("majority")
-        )
-        self._pending = PendingChanges()
+        self._orders = connection.orders.with_options(read_concern=ReadConcern("majority"))
+        self._pending = PendingChanges(reported_until=start_after)
         self._condition = threading.Condition()  # reentrant: `_add` calls `_fail`
-        self._reported_until = start_after
         self._error: ServiceError | None = None
         self._is_closed = False
         self._answered_at = self._changed_at = self._oldest_at = time.monotonic()
-        with map_driver_errors("changeStream", connection.orders):
+        pre_images = "whenAvailable" if connection.supports_pre_images else None
+        with map_driver_errors("changeStream", self._orders):
             self._stream: ChangeStream[Any] = self._orders.watch(
-                change_stream_pipeline(settings),
+                build_change_stream_pipeline(settings),
                 # A count at a cluster time sees everything that was written at that time.
                 start_at_operation_time=Timestamp(start_after.time, start_after.inc + 1),
                 max_await_time_ms=MAX_AWAIT_MS,
                 batch_size=_BATCH_SIZE,
-                full_document_before_change="whenAvailable"
-                if connection.supports_pre_images
-                else None,
+                full_document_before_change=pre_images,
             )
         threading.Thread(target=self._read, name="change-stream", daemon=True).start()
 
@@ -110,22 +107,16 @@ class ChangeStreamWatcher:
             )
 
     def pop_pending(self, seconds: float) -> PendingChanges:
-        """Return the pending changes as soon as there are any; after `seconds` there may be none.
+        """Return the pending changes as soon as there are any, and after `seconds` at the latest.
 
-        `reported_until` tells how far the stream had reported then. Raises what `check` raises.
+        Raises what `check` raises.
         """
         with self._condition:
             self._condition.wait_for(lambda: self._pending or self._error, seconds)
             self.check()
-            popped, self._pending = self._pending, PendingChanges()
-            popped.reported_until = self._reported_until
+            popped = self._pending
+            self._pending = PendingChanges(reported_until=popped.reported_until)
         return popped
-
-    def discard_until(self, snapshot: Timestamp) -> None:
-        """Discard the pending changes, unless one is newer than the snapshot of a full recount."""
-        with self._condition:
-            if self._pending.cluster_time <= snapshot:
-                self._pending = PendingChanges()
 
     def _read(self) -> None:
         try:
@@ -137,9 +128,8 @@ class ChangeStreamWatcher:
                     with self._condition:  # set the event and its time together
                         if event:
                             self._add(event)
-                        self._reported_until = max(
-                            self._reported_until, read_watermark(self._stream.resume_token)
-                        )
+                        watermark = read_watermark(self._stream.resume_token)
+                        self._pending.reported_until = max(self._pending.reported_until, watermark)
                     if event is None and self._answered_at - asked_at < EMPTY_POLL_DELAY_SECONDS:
                         time.sleep(EMPTY_POLL_DELAY_SECONDS)
             self._fail(ResyncRequired(f"the change stream on {self._orders.full_name} has ended"))

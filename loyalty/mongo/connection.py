@@ -1,5 +1,6 @@
 """Connects to MongoDB, and verifies the access that the service needs."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Self
@@ -14,7 +15,7 @@ from config import Settings
 from loyalty.errors import AuthenticationFailed, ConfigurationError, DatabaseUnavailable
 from loyalty.logs import log
 from loyalty.mongo.driver_errors import map_driver_errors
-from loyalty.mongo.privileges import collection_type, require_privileges
+from loyalty.mongo.privileges import read_collection_type, require_privileges
 from loyalty.mongo.uri import parse_options, split_uri
 from loyalty.mongo.values import READABLE_CODEC
 from loyalty.retry import ORPHANED_WRITES_RETRY, retry
@@ -67,13 +68,6 @@ class Connection:
         self.client.close()
 
     @property
-    def description(self) -> str:
-        return (
-            f"host={self.hosts} database={self.users.database.name} "
-            f"server={self.server_version} topology={self.topology}"
-        )
-
-    @property
     def snapshot_unsupported_reason(self) -> str:
         """Why the server has no snapshot reads; "" if it has."""
         if self.supports_snapshots:
@@ -92,11 +86,14 @@ def connect(
 ) -> Connection:
     """Connect, and verify that orders and users can be read and, if `writing`, users updated.
 
-    If `writing`, the updates of an earlier process have ended, also without `verify`. Raises
-    ConfigurationError or DatabaseUnavailable, within about twice `timeout_seconds`.
+    Without `verify`, the caller checks the access. If `writing`, this waits until the server has
+    finished the updates of an earlier process. Raises ConfigurationError or DatabaseUnavailable,
+    within about twice `timeout_seconds`.
     """
+    given = parse_options(settings.mongodb_uri)
+    options = _build_options(settings, given)
     with map_driver_errors("connect", settings.hosts):
-        client: MongoClient[Any] = MongoClient(settings.mongodb_uri, **_build_options(settings))
+        client: MongoClient[Any] = MongoClient(settings.mongodb_uri, **options)
     try:
         with pymongo.timeout(timeout_seconds):
             connection = _inspect_server(client, settings)
@@ -110,15 +107,13 @@ def connect(
     except BaseException:
         client.close()
         raise
-    given = parse_options(settings.mongodb_uri)
     if overridden := [name for name in OVERRIDDEN_OPTIONS if name.lower() in given]:
         log.info("uri_options_overridden options=%s", ",".join(overridden))
     return connection
 
 
-def _build_options(settings: Settings) -> dict[str, Any]:
-    """Return the options of the client that override those of the URI, or are its defaults."""
-    given = parse_options(settings.mongodb_uri)
+def _build_options(settings: Settings, given: Mapping[str, str]) -> dict[str, Any]:
+    """Return the options of the client; those of the URI are `given`, in lower case."""
     defaults: dict[str, Any] = {"appname": "loyalty-microservice", "connectTimeoutMS": 10_000}
     return {
         **{name: value for name, value in defaults.items() if name.lower() not in given},
@@ -182,7 +177,7 @@ def _inspect_server(client: MongoClient[Any], settings: Settings) -> Connection:
 
 
 def _warn_of_clock_skew(server_time: datetime | None) -> None:
-    """Warn if this clock and the server's differ: shown times would be wrong by as much."""
+    """Warn if the clocks of this machine and of the server differ: ages would be wrong."""
     if server_time is None:
         return
     ahead = (datetime.now(UTC) - server_time.replace(tzinfo=UTC)).total_seconds()
@@ -198,7 +193,7 @@ def _verify_access(connection: Connection, *, writing: bool) -> None:
             collection.find_one({"_id": ObjectId()})  # matches nothing: the id is new
     if writing:
         users = connection.users
-        kind = collection_type(users.database, users.name)
+        kind = read_collection_type(users)
         if kind not in (None, "collection"):
             raise ConfigurationError(f"{users.full_name} is a {kind}, which cannot be updated")
         require_privileges(users, "update")
@@ -208,30 +203,28 @@ def _wait_for_orphaned_writes(connection: Connection, timeout_seconds: float) ->
     """Wait until the server has finished the updates of an earlier process.
 
     The server may still write batches of a process that was killed. If it wrote such a batch after
-    the new count, older points would be restored. On a replica set, a user can see its own
-    operations without a privilege; on mongos and some hosted servers it cannot.
+    the new count, the points would be those of the older count. On a replica set, a database user
+    can see its own operations without a privilege; on mongos and some hosted servers it cannot.
     """
     client, users = connection.client, connection.users.full_name
     admin = client.get_database(
         "admin", read_preference=ReadPreference.PRIMARY, read_concern=ReadConcern("local")
     )
     ours = {"ns": users, "op": "update", "appName": client.options.pool_options.appname}
-    pipeline: list[dict[str, Any]] = [
-        {"$currentOp": {}},
-        {"$match": ours},
-        {"$project": {"opid": 1}},
-    ]
 
-    def find_running() -> set[Any]:
+    def find_updates() -> set[Any]:
         with map_driver_errors("$currentOp", connection.hosts):
-            return {operation["opid"] for operation in admin.aggregate(pipeline)}
+            found = admin.aggregate(
+                [{"$currentOp": {}}, {"$match": ours}, {"$project": {"opid": 1}}]
+            )
+            return {operation["opid"] for operation in found}
 
     def check_finished() -> None:
-        if orphaned & find_running():
+        if orphaned & find_updates():
             raise DatabaseUnavailable(f"updates of an earlier process to {users} are still running")
 
     try:
-        if orphaned := find_running():
+        if orphaned := find_updates():
             retry(check_finished, replace(ORPHANED_WRITES_RETRY, timeout_seconds=timeout_seconds))
     except ConfigurationError as error:
         log.warning('orphaned_writes_unknown error="%s"', error)

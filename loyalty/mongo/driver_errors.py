@@ -11,7 +11,6 @@ from typing import Any
 from bson.errors import BSONError
 from pymongo import errors as driver
 from pymongo.collection import Collection
-from pymongo.database import Database
 from pymongo.errors import BulkWriteError, OperationFailure, PyMongoError
 
 from loyalty.errors import (
@@ -27,26 +26,24 @@ from loyalty.errors import (
     UnsupportedServer,
 )
 from loyalty.logs import log
-from loyalty.mongo.error_codes import classify, describe, error_name
+from loyalty.mongo.error_codes import classify_code, describe_code, error_name
 
 _MAX_REASON_LENGTH = 300
 
 
 @contextmanager
 def map_driver_errors(
-    action: str, target: Collection[Any] | Database[Any] | str, *, if_too_slow: str = ""
+    action: str, target: Collection[Any] | str, *, if_too_slow: str = ""
 ) -> Iterator[None]:
     """Turn any error of the driver into a ServiceError.
 
-    `action` is the privilege action, such as "find", and `target` the resource. `if_too_slow` says
-    what to do about the time limit of the query.
+    The message names `action`, a privilege action such as "find", and `target`, a collection, a
+    database or hosts. `if_too_slow` says what to do about the time limit of the query.
     """
     try:
         yield
     except (PyMongoError, BSONError, OSError) as error:
-        where = target if isinstance(target, str) else target.name
-        if isinstance(target, Collection):
-            where = target.full_name
+        where = target.full_name if isinstance(target, Collection) else target
         preposition = "to" if action == "connect" else "on"
         raise _map(error, f"{action} {preposition} {where}", if_too_slow) from error
 
@@ -75,9 +72,8 @@ def _map(
         return _map_write_errors(error.details, operation)
     if isinstance(error, OperationFailure | driver.NotPrimaryError):
         details: Mapping[str, Any] = error.details or {}  # type: ignore[assignment]  # or a list
-        # A bulk write whose write concern failed has its text and code in here.
-        for concern_error in details.get("writeConcernErrors", []):
-            details = concern_error
+        if concern_errors := details.get("writeConcernErrors"):  # of a bulk write
+            details = concern_errors[-1]
         code = details.get("code", getattr(error, "code", None))
         return _map_server_error(details, code, operation, if_too_slow)
     return _map_client_error(error, operation)
@@ -93,8 +89,8 @@ def _map_client_error(error: PyMongoError | OSError, operation: str) -> ServiceE
         reason += "; check that the server and the URI agree on TLS"
     elif "[Errno -2]" in reason or "[Errno -5]" in reason:  # getaddrinfo's EAI_NONAME, EAI_NODATA
         reason = "the host name cannot be resolved"
-    elif isinstance(error, driver.NetworkTimeout):  # the driver names the options with the limit
-        reason = str(error)[:_MAX_REASON_LENGTH]
+    elif isinstance(error, driver.NetworkTimeout):
+        reason = str(error)[:_MAX_REASON_LENGTH]  # with the timeout options, which _shorten removes
     elif isinstance(error, driver.InvalidOperation) and "after close" in reason:
         error_type = ClientUnusable
     elif isinstance(error, driver.ConfigurationError | OSError) and not _is_dns_error(error):
@@ -108,17 +104,17 @@ def _map_write_errors(details: Mapping[str, Any], operation: str) -> ServiceErro
     """Return BulkUpdateErrors if the documents are the cause of every error.
 
     Any other error ends the whole batch. A code that is not in the table counts as an error of the
-    document: most such codes are of an index, and the caller has tried twice.
+    document: most such codes come from an index, and the caller has tried the batch before.
     """
     errors: Sequence[Mapping[str, Any]] = details["writeErrors"]
     for error in errors:
         if "write results unavailable" in error["errmsg"].lower():  # a mongos lost its shard
             return DatabaseUnavailable(f"{operation} failed: {_shorten(error['errmsg'])}")
-        if classify(error["code"]) not in (None, ConfigurationError):
+        if classify_code(error["code"]) not in (None, ConfigurationError):
             return _map_server_error(error, error["code"], operation, "")
     for error in errors:
         log.debug('update_failed code=%d error="%s"', error["code"], _shorten(error["errmsg"]))
-    reasons = {error["index"]: describe(error["code"]) for error in errors}
+    reasons = {error["index"]: describe_code(error["code"]) for error in errors}
     return BulkUpdateErrors(reasons, details["nMatched"])
 
 
@@ -129,20 +125,17 @@ def _map_server_error(
     name, reason = error_name(code), _shorten(str(details.get("errmsg", "no reason given")))
     if name == "IllegalOperation" and "writeErrors" in details:  # the driver's own reply, no text
         reason = "this server does not support retryable writes: add retryWrites=false to the URI"
-    error_type = _classify(code, details, reason)
-    if name == "BSONObjectTooLarge" and operation.startswith("changeStream "):
-        error_type = ResyncRequired  # the event is too large, and no resume can skip it
+    error_type = _find_error_type(code, details, reason, operation)
     if error_type is NoPermission:
         return build_permission_error(operation, has_user="requires authentication" not in reason)
     if error_type is AuthenticationFailed:
         return AuthenticationFailed("the server rejects the user name or password in MONGODB_URI")
     if error_type is QueryTimeout:
-        return QueryTimeout(
-            f"{operation} took too long" + (f": {if_too_slow}" if if_too_slow else "")
-        )
+        advice = f": {if_too_slow}" if if_too_slow else ""
+        return QueryTimeout(f"{operation} took too long{advice}")
     if error_type is UnsupportedServer:
         return UnsupportedServer(f"this server does not support what the service needs: {reason}")
-    message = f"{operation} failed: {reason} ({describe(code, details.get('codeName', ''))})"
+    message = f"{operation} failed: {reason} ({describe_code(code, details.get('codeName', ''))})"
     if name == "SnapshotTooOld":
         message += (
             "; if this repeats, raise the server's parameter minSnapshotHistoryWindowInSeconds "
@@ -151,17 +144,20 @@ def _map_server_error(
     return error_type(message)
 
 
-def _classify(code: int | None, details: Mapping[str, Any], reason: str) -> type[ServiceError]:
-    """Return the type of an error, also if one code has several meanings."""
+def _find_error_type(
+    code: int | None, details: Mapping[str, Any], reason: str, operation: str
+) -> type[ServiceError]:
+    """Return the type of an error, also if its code has several meanings."""
     name = error_name(code)
     if name == "AtlasError" and "not allowed to do action" in reason:
         return NoPermission
     if name == "AtlasError" and "bad auth" in reason:
         return AuthenticationFailed
-    # Amazon DocumentDB reports an unsupported feature with this code.
-    if name == "SplitHorizonChange" and details.get("codeName") != "SplitHorizonChange":
-        return UnsupportedServer
-    return classify(code) or DatabaseUnavailable
+    if name == "SplitHorizonChange" and details.get("codeName") != name:
+        return UnsupportedServer  # Amazon DocumentDB uses this code for an unsupported feature
+    if name == "BSONObjectTooLarge" and operation.startswith("changeStream "):
+        return ResyncRequired  # the event is too large, and no resume can skip it
+    return classify_code(code) or DatabaseUnavailable
 
 
 def _is_certificate_error(text: str) -> bool:

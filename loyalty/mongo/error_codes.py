@@ -101,7 +101,7 @@ _BY_CODE = {
 }
 
 
-def classify(code: int | None) -> type[ServiceError] | None:
+def classify_code(code: int | None) -> type[ServiceError] | None:
     """Return the error that a code becomes; None for a code that is not in the table."""
     return _BY_CODE[code][0] if code in _BY_CODE else None
 
@@ -111,7 +111,7 @@ def error_name(code: int | None) -> str:
     return _BY_CODE[code][1] if code in _BY_CODE else ""
 
 
-def describe(code: int | None, server_name: str = "") -> str:
+def describe_code(code: int | None, server_name: str = "") -> str:
     """Return the number and the name of an error code, for the operator."""
     name = error_name(code) or server_name
     return f"code {code}, {name}" if name else f"error code {code} is unknown to this service"

@@ -13,7 +13,7 @@ from pymongo.uri_parser import parse_userinfo, split_hosts, split_options
 
 from loyalty.parsers import describe_os_error
 
-# What the driver accepts and no name server knows: whitespace, and empty or too long labels.
+# Hosts that the driver accepts and that cannot exist: whitespace, and empty or too long labels.
 _BAD_HOSTS = re.compile(r"\s|(^|[.,])\.|[^.,:%]{64}")
 _SYNTAX = (
     "must be mongodb://USER:PASSWORD@HOST:PORT,HOST:PORT/DATABASE?OPTION=VALUE&OPTION=VALUE, "
@@ -116,7 +116,7 @@ def _is_accepted(parse: Callable[[str], object], text: str) -> bool:
 
 def _make_client(uri: str) -> None:
     if options := split_uri(uri).options:
-        split_options(options)
+        split_options(options)  # warns, for example, of an option that is given twice
     # A warning about the hosts is information only, such as "connected to a CosmosDB cluster".
     with warnings.catch_warnings(action="ignore"):
         MongoClient[dict[str, Any]](uri, connect=False).close()

@@ -32,10 +32,6 @@ _MAX_CHUNK_BYTES = 4 * 1024 * 1024
 """A command may have 16 MB, and some have three lists of the same ids."""
 
 
-def decode_documents(batch: bytes) -> list[dict[str, Any]]:
-    return bson.decode_all(batch, LENIENT_CODEC)
-
-
 def split_ids(ids: Sequence[T], max_number: int) -> Iterator[list[T]]:
     """Yield lists of consecutive ids, each small enough for one command."""
     chunk: list[T] = []
@@ -60,10 +56,6 @@ def format_value(value: Any) -> str:
             value = value.as_uuid()
     text = str(value) if isinstance(value, ObjectId | uuid.UUID) else repr(value)
     return text if len(text) <= MAX_VALUE_LENGTH else text[: MAX_VALUE_LENGTH - 3] + "..."
-
-
-def is_dbref(value: Any) -> bool:
-    return isinstance(value, DBRef)
 
 
 def is_integer(value: Any) -> bool:

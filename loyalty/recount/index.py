@@ -11,7 +11,7 @@ from pymongo.collection import Collection
 from config import Settings
 from loyalty.errors import ConfigurationError
 from loyalty.mongo.driver_errors import map_driver_errors
-from loyalty.mongo.privileges import collection_type
+from loyalty.mongo.privileges import read_collection_type
 from loyalty.mongo.values import SIMPLE_COLLATION, Document
 from loyalty.recount.order_filter import counted_orders, equality_fields, other_conditions
 
@@ -96,7 +96,7 @@ def inspect_orders_plan(orders: Collection[Any], settings: Settings) -> OrdersPl
             plans.append(_build_plan(name, stages, settings))
     if plans:
         return min(plans, key=lambda plan: (len(plan.missing_fields), plan.needs_fetch))
-    if collection_type(orders.database, orders.name) == "view":
+    if read_collection_type(orders) == "view":
         return OrdersPlan(advice=describe_view(orders))
     return OrdersPlan()
 

@@ -13,7 +13,7 @@ from loyalty.errors import ConfigurationError, DatabaseUnavailable, QueryTimeout
 from loyalty.logs import log
 from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.error_codes import error_name
-from loyalty.mongo.privileges import collection_type
+from loyalty.mongo.privileges import read_collection_type
 from loyalty.mongo.values import SIMPLE_COLLATION, Document, format_value
 from loyalty.recount.index import (
     IndexPlan,
@@ -55,7 +55,7 @@ def _ensure_index(
     inspect: Callable[[], IndexPlan],
     max_time_ms: int,
 ) -> str:
-    kind = collection_type(collection.database, collection.name)
+    kind = read_collection_type(collection)
     if kind is None:
         raise ConfigurationError(f"cannot create an index: {collection.full_name} does not exist")
     if kind == "view":

@@ -5,8 +5,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import bson
+
 from config import Settings
-from loyalty.mongo.values import Document, decode_documents
+from loyalty.mongo.values import LENIENT_CODEC, Document
 from loyalty.recount.customer_ids import NO_CUSTOMER, canonical_expr, is_non_canonical_expr
 from loyalty.recount.order_filter import counted_orders
 from loyalty.recount.partitions import EVERYTHING, Partition
@@ -161,7 +163,7 @@ def _are_users_up_to_date_expr(settings: Settings) -> Document:
 
 def parse_rows(batch: bytes) -> Iterator[Row]:
     """Parse a raw batch of the result. Raises NonCanonicalIdFound."""
-    for row in decode_documents(batch):
+    for row in bson.decode_all(batch, LENIENT_CODEC):
         if row["_id"]["up_to_date"]:
             yield UpToDateTotals(
                 orders=row["orders"],

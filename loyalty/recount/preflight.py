@@ -22,7 +22,10 @@ def connect_and_verify(settings: Settings, *, writing: bool, recording: bool = T
     Raises ServiceError.
     """
     connection = connect(settings, writing=writing)
-    log.info("connected %s", connection.description)
+    log.info(
+        "connected host=%s database=%s server=%s topology=%s",
+        *(settings.hosts, settings.database, connection.server_version, connection.topology),
+    )
     if connection.snapshot_unsupported_reason:
         log.warning(
             'snapshot_unsupported reason="%s" effect="an order that changes during a recount may '

@@ -51,7 +51,7 @@ def count_statuses(connection: Connection, settings: Settings) -> StatusCounts:
 def find_missing_collections(connection: Connection) -> str | None:
     """Return the refusal if orders or users is missing. Raises ServiceError."""
     database = connection.users.database
-    with map_driver_errors("listCollections", database):
+    with map_driver_errors("listCollections", database.name):
         # Only those that the database user may see: this takes no privilege.
         existing = sorted(database.list_collection_names(authorizedCollections=True))
     missing = [

@@ -9,7 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from loyalty.mongo.values import format_value, is_dbref
+from bson import DBRef
+
+from loyalty.mongo.values import format_value
 
 Kind = Literal[
     "no such user", "DBRef", "array", "whitespace around", "number as string", "ObjectId as string"
@@ -24,7 +26,7 @@ _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
 
 def classify_unknown(customer: Any) -> Kind:
     """Return the kind of an unknown customer id."""
-    if is_dbref(customer):
+    if isinstance(customer, DBRef):
         return "DBRef"
     if isinstance(customer, list):
         return "array"
