@@ -32,7 +32,7 @@ from loyalty.service import Service
 
 ENV_FILE = Path(__file__).parents[1] / ".env"
 _DESCRIPTION = """\
-Counts the orders of each customer that have a counted status, and stores the points of each user.
+Counts each customer's orders with a counted status, and stores each user's points.
 Without a command, it runs as a daemon: it recounts immediately, and then every RECOUNT_INTERVAL."""
 _EPILOG = """\
 exit codes:
@@ -40,7 +40,7 @@ exit codes:
   1   a check found a problem, points would change, or some updates failed
   2   wrong usage
   65  the safety checks refused the recount
-  69  the database is unavailable or too slow, or the temporary file has no disk space
+  69  the database is unavailable or slow, or there is no space for the temporary file
   70  internal error
   78  wrong settings, credentials, privileges or server
 
@@ -50,9 +50,17 @@ settings, from the environment or from .env; .env.example explains each:
 
 _COMMANDS = (
     ("--once", once.run, "make one recount, then exit"),
-    ("--dry-run", dry_run.run, "show what a recount would change; exit 1 if there are changes"),
+    (
+        "--dry-run",
+        dry_run.run,
+        "show what a recount would change; exit 1 if it would change points or be refused",
+    ),
     ("--status", status.run, "show the last recounts; exit 1 if the points are stale"),
-    ("--check-config", check_config.run, "check settings and data; exit 1 if there is a problem"),
+    (
+        "--check-config",
+        check_config.run,
+        "check settings, privileges and data; exit 1 if there is a problem",
+    ),
     ("--unknown-customers", unknown_customers.run, "list all unknown customers, as JSON lines"),
     ("--create-index", create_index.run, "create the indexes that recounts use"),
 )
