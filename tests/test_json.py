@@ -48,8 +48,8 @@ def shape(value: Any) -> Any:
 
 
 def example(call: str, number: int = 0) -> Any:
-    """Return a documented example of what a call prints: the first, or another."""
-    found = re.findall(rf"`{call}`.*?```json\n(.*?)```", DOCUMENT, re.DOTALL)
+    """Return an example of what a call prints, from the section that describes it."""
+    found = re.findall(rf"`{call}`(?:(?!\n#).)*?```json\n(.*?)```", DOCUMENT, re.DOTALL)
     return json.loads(found[number])
 
 
