@@ -158,7 +158,7 @@ def _make_parser() -> argparse.ArgumentParser:
     commands = parser.add_mutually_exclusive_group()
     for flag, run, text in _COMMANDS:
         commands.add_argument(flag, dest="run", action="store_const", const=run, help=text)
-    parser.add_argument(
+    parser.add_argument(  # not in the group: it can be combined with --dry-run
         "--undo",
         metavar="RECOUNT",
         type=_parse_recount,

@@ -38,6 +38,7 @@ def find_customers(
         find = partial(_find, connection, settings, chunk, at, not_before, timeout_seconds)
         found, at = retry(find, SHORT_OUTAGE_RETRY)
         customers += [get_nested(order, settings.customer_field) for order in found]
+    # Without updated orders, nothing has been read yet.
     return customers, at or pin_cluster_time(connection, not_before) or not_before
 
 
