@@ -47,7 +47,6 @@ exit codes:
 settings, from the environment or from .env; .env.example explains each:
 """
 
-
 _COMMANDS = (
     ("--once", once.run, "make one recount, then exit"),
     (
