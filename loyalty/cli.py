@@ -47,7 +47,6 @@ exit codes:
 settings, from the environment or from .env; .env.example explains each:
 """
 
-
 _COMMANDS = (
     ("--once", once.run, "make one recount, then exit"),
     (
@@ -158,7 +157,7 @@ def _make_parser() -> argparse.ArgumentParser:
     commands = parser.add_mutually_exclusive_group()
     for flag, run, text in _COMMANDS:
         commands.add_argument(flag, dest="run", action="store_const", const=run, help=text)
-    parser.add_argument(
+    parser.add_argument(  # not in the group: it can be combined with --dry-run
         "--undo",
         metavar="RECOUNT",
         type=_parse_recount,

@@ -62,7 +62,7 @@ def map_ordered(
     wait = True
     try:
         yield results()
-    except (KeyboardInterrupt, GeneratorExit):  # the latter only abandons a count
+    except KeyboardInterrupt:
         wait = False
         raise
     finally:

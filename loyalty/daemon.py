@@ -173,13 +173,14 @@ class Daemon:
 
     def _run_between(self) -> None:
         self._report_progress("")
-        seconds = min(self._tick_seconds, max(0.0, self._due_at - time.monotonic()))
+        started = time.monotonic()
+        seconds = min(self._tick_seconds, max(0.0, self._due_at - started))
         try:
             if outcome := self._job.run_between(seconds, self._report_progress):
+                self._backoff.record_work(time.monotonic() - started)
                 self._handle_outcome(outcome)
         except Exception as error:  # noqa: BLE001 -- logged there
-            # The time before the error was idle: live updates have worked.
-            self._handle_failure(error, time.monotonic())
+            self._handle_failure(error, started)
 
     def _handle_outcome(self, outcome: RecountOutcome) -> None:
         after, interval = outcome.retry_after_seconds, self._interval_seconds

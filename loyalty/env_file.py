@@ -32,8 +32,7 @@ def load_settings(
     """
     file = path or default_path
     from_environment = {name: value for name, value in environment.items() if value.strip()}
-    if "LOG_FORMAT" in from_environment:  # before the file: it may be unreadable
-        set_log_format(from_environment["LOG_FORMAT"])
+    set_log_format(from_environment.get("LOG_FORMAT", ""))  # the file may be unreadable
     in_file, problems = read_env_file(file) if path or file.exists() else ({}, [])
     values = in_file | from_environment
     # A URI in the environment replaces both variables in the file.
@@ -80,7 +79,9 @@ def _check_names(
             if re.search(r"\s#", from_environment.get(name, "")):  # systemd keeps comments
                 log.warning('comment_in_value name=%s effect="# is a part of the value"', name)
             continue
-        similarity, setting = max((_similarity(name, setting), setting) for setting in known)
+        similarity, setting = max(
+            (SequenceMatcher(None, name.upper(), setting).ratio(), setting) for setting in known
+        )
         alternatives = _URI_NAMES if setting in _URI_NAMES else (setting,)
         has_value = any(values.get(alternative, "").strip() for alternative in alternatives)
         is_misspelt = similarity >= _MIN_MISSPELLING_SIMILARITY and not has_value
@@ -89,10 +90,6 @@ def _check_names(
         elif is_misspelt or (name in in_file and similarity >= _MIN_SIMILARITY):
             log.warning("unknown_setting name=%s similar_to=%s", name, setting)
     return misspelt
-
-
-def _similarity(name: str, setting: str) -> float:
-    return SequenceMatcher(None, name.upper(), setting).ratio()
 
 
 def _is_readable_by_others(path: Path) -> bool:

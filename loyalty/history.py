@@ -32,6 +32,7 @@ _SUCCESS_OUTCOMES = ["succeeded", "incomplete"]
 _UNDO_OUTCOMES = ["undoing", "undone"]
 """An undo inserts a record before it starts, and another one when it has finished."""
 _SHOWN_OUTCOMES = {"outcome": {"$nin": ["live", "undoing"]}}
+_HEARTBEAT = {"outcome": "live"}
 
 _TARGET_SETTINGS = ("orders", "users", "points_field")
 """The settings that tell two shops in one database apart."""
@@ -43,9 +44,9 @@ class History:
 
     def __init__(self, collection: Collection[Any] | None, settings: Settings) -> None:
         self._collection = collection
-        self._settings = _select_recorded_settings(settings)
+        self._recorded_settings = _select_recorded_settings(settings)
         self._retention = settings.retention
-        self._target = {name: self._settings[name] for name in _TARGET_SETTINGS}
+        self._target = {name: self._recorded_settings[name] for name in _TARGET_SETTINGS}
         self._have_expiry_index: set[str] = set()
         self._has_written = False
         self._warn_once = WarnOnce()
@@ -59,8 +60,8 @@ class History:
             if record["outcome"] in _UNDO_OUTCOMES:
                 success = self._find_success()
                 record["last_success"] = success and success["_id"]
-            # The first recount of a process warns only if it was refused: the operator may have
-            # changed the settings.
+            # The first recount with a new connection warns only if it was refused: the operator may
+            # have changed the settings.
             elif self._has_written or record["outcome"] == "refused":
                 with suppress(ServiceError):
                     self._warn_of_other_service()
@@ -89,7 +90,7 @@ class History:
 
     def _build_common_fields(self, at: datetime) -> dict[str, Any]:
         return {
-            "settings": self._settings,
+            "settings": self._recorded_settings,
             "host": socket.gethostname(),
             "expires_at": at + self._retention,
         }
@@ -111,20 +112,21 @@ class History:
             self._have_expiry_index.add(collection.name)
 
     def _warn_of_other_service(self) -> None:
-        """Warn if the newest record of the target has other settings. Raises ServiceError."""
-        newest = self._find_one(_SHOWN_OUTCOMES)
+        """Warn if a service with other settings last wrote the points. Raises ServiceError."""
+        # With other orders, it has another target, and writes the same points.
+        newest = self._find_one({**_SHOWN_OUTCOMES, "settings.orders": {"$exists": True}})
         recorded = newest["settings"] if newest else {}
         differences = [
             f"{name}={value!r}"
             for name, value in recorded.items()
-            if value != self._settings.get(name)
+            if value != self._recorded_settings.get(name)
         ]
         if newest and differences:
             self._warn_once(
                 "other_service",
-                f"a service on host {newest['host']} last counted the same orders for the same "
-                "users with other settings; while both services run, each overwrites the points "
-                f"of the other: {', '.join(differences)}",
+                f"a service on host {newest['host']} last wrote the same points with other "
+                "settings; while both services run, each overwrites the points of the other: "
+                f"{', '.join(differences)}",
             )
 
     @contextmanager
@@ -148,20 +150,23 @@ class History:
         if self._collection is not None:
             require_privileges(self._collection, "insert", "createIndex")
 
-    def find_newest(self, limit: int, condition: Document = _SHOWN_OUTCOMES) -> list[Document]:
-        """Return the target's records, newest first. Raises ServiceError."""
+    def find_newest(
+        self, limit: int, condition: Document = _SHOWN_OUTCOMES, by: str = "finished_at"
+    ) -> list[Document]:
+        """Return the target's records, newest first by the field `by`. Raises ServiceError."""
         if self._collection is None:
             raise ConfigurationError("RECOUNTS_COLLECTION is none, so no records are kept")
         target = {f"settings.{name}": value for name, value in self._target.items()}
         with map_driver_errors("find", self._collection):
             found = self._collection.find({**OWNER_FILTER, **target, **condition})
-            return list(found.sort("finished_at", -1).limit(limit))
+            return list(found.sort([(by, -1), ("_id", -1)]).limit(limit))
 
-    def _find_one(self, condition: Document) -> Document | None:
-        return next(iter(self.find_newest(1, condition)), None)
+    def _find_one(self, condition: Document, by: str = "finished_at") -> Document | None:
+        return next(iter(self.find_newest(1, condition, by)), None)
 
     def _find_success(self, **condition: Any) -> Document | None:
-        return self._find_one({"outcome": {"$in": _SUCCESS_OUTCOMES}, **condition})
+        # Not by `finished_at`: the clock of a service may have been wrong.
+        return self._find_one({"outcome": {"$in": _SUCCESS_OUTCOMES}, **condition}, "as_of")
 
     def find_last_success(self) -> Document | None:
         """Return the newest record of a success that was not undone. Raises ServiceError."""
@@ -212,22 +217,20 @@ class History:
         with map_driver_errors("find", self._collection):
             return self._collection.distinct(field, {**OWNER_FILTER, **condition})
 
-    def compute_age(self, now: datetime, heartbeat: Heartbeat | None = None) -> timedelta | None:
+    def compute_age(self, now: datetime) -> timedelta | None:
         """Return the age of the points at the server's time `now`. Raises ServiceError.
 
         None if no recount has succeeded.
         """
-        record = self.find_last_success()
-        if record is None:
+        success, heartbeat = self.find_last_success(), self._find_one(_HEARTBEAT, "as_of")
+        if success is None:
             return None
-        as_of: datetime = record["as_of"]
-        if heartbeat is not None:
-            as_of = max(as_of, heartbeat.as_of)
+        as_of: datetime = max(found["as_of"] for found in (success, heartbeat) if found)
         return max(timedelta(0), now - as_of)  # `now` may be of another member, with its own clock
 
     def find_heartbeat(self) -> Heartbeat | None:
         """Return the newest heartbeat, or None. Raises ServiceError."""
-        if found := self._find_one({"outcome": "live"}):
+        if found := self._find_one(_HEARTBEAT):
             return Heartbeat(**{name: found[name] for name in Heartbeat.__slots__})
         return None
 

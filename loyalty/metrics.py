@@ -104,7 +104,9 @@ class Metrics:
         """Return why the file cannot be written, or None."""
         try:
             if self._file is not None:
-                tempfile.TemporaryFile(dir=self._file.parent).close()
+                with _lock(self._file.parent), tempfile.TemporaryFile(dir=self._file.parent):
+                    if self._file.is_dir():
+                        return f"METRICS_FILE: {self._file} is a directory"
         except OSError as error:
             return f"METRICS_FILE: {self._file} cannot be written: {error.strerror}"
         return None

@@ -22,7 +22,7 @@ from loyalty.heartbeat import HEARTBEAT_INTERVAL
 from loyalty.history import History
 from loyalty.live.updater import LiveUpdater
 from loyalty.live.watcher import LiveLimits
-from loyalty.logs import log
+from loyalty.logs import log, set_log_format
 from loyalty.metrics import Metrics
 from loyalty.mongo.connection import Connection
 from loyalty.recount.preflight import connect_and_verify
@@ -68,7 +68,7 @@ class Service:
         try:
             self._connection = connect_and_verify(self.settings, writing=True)
         except AuthenticationFailed:
-            uri = self._load_settings().mongodb_uri
+            uri = self._read_settings().mongodb_uri
             if uri == self.settings.mongodb_uri:
                 raise
             log.info("uri_reloaded")
@@ -85,9 +85,21 @@ class Service:
             self._connection = None
 
     def reload(self) -> None:
-        settings = self._load_settings()
+        settings = self._read_settings()
         self.disconnect()
         self._apply_settings(settings)
+        self._set_up_log()
+
+    def _read_settings(self) -> Settings:
+        """Return the settings as they are now. The log stays as the current settings say."""
+        try:
+            return self._load_settings()
+        finally:
+            self._set_up_log()
+
+    def _set_up_log(self) -> None:
+        set_log_format(self.settings.log_format)
+        log.setLevel(self.settings.log_level)
 
     @property
     def interval(self) -> timedelta:

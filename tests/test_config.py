@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from config import Settings, load, setting_specs, settings_help
 from loyalty.env_file import load_settings, read_env_file
 from loyalty.errors import ConfigurationError
+from loyalty.service import Service
 
 ROOT = Path(__file__).parents[1]
 URI = "mongodb://localhost"
@@ -450,15 +451,18 @@ def test_a_comment_after_a_value_in_the_environment_causes_a_warning(
     assert message.startswith("comment_in_value name=ORDER_STATUSES ")
 
 
-def test_a_failed_reload_keeps_the_format_of_the_log(
-    env_file: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("text", [b"\xff", b"LOG_FORMAT=text\nLOG_LEVEL=ERROR\nBATCH_SIZE=x\n"])
+def test_a_failed_reload_keeps_the_level_and_the_format_of_the_log(
+    env_file: Path, caplog: pytest.LogCaptureFixture, text: bytes
 ) -> None:
     env_file.write_text(f"MONGODB_URI={URI}\nLOG_FORMAT=json\n")
-    load_settings(env_file, NO_FILE, {})
-    env_file.write_bytes(b"\xff")
+    service = Service(
+        load_settings(env_file, NO_FILE, {}), lambda: load_settings(env_file, NO_FILE, {})
+    )
+    env_file.write_bytes(text)
     with pytest.raises(ConfigurationError):
-        load_settings(env_file, NO_FILE, {})
-    logging.getLogger("loyalty").critical("event")
+        service.reload()
+    logging.getLogger("loyalty").info("event")
     assert caplog.handler.stream.getvalue().splitlines()[-1].startswith("{")
 
 

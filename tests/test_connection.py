@@ -6,6 +6,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from conftest import Command, settings_for
 from pymongo.database import Database
 
 from loyalty.concurrency import ignore_progress
+from loyalty.env_file import load_settings
 from loyalty.errors import ClientUnusable, DatabaseUnavailable, NoPermission
 from loyalty.mongo.connection import connect
 from loyalty.mongo.privileges import find_missing_privileges, read_collection_type
@@ -231,6 +234,23 @@ def test_a_monitoring_user_needs_nothing_but_find_on_the_records(
     assert command("--status", MONGODB_URI=uri) == 0
     assert "succeeded" in capsys.readouterr().out
     assert command("--dry-run", MONGODB_URI=uri) == 78
+
+
+@pytest.mark.xdist_group("auth")
+def test_after_a_rejected_login_only_the_connection_string_is_read_again(
+    authenticated_deployment: Deployment, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / ".env"
+    file.touch(0o600)
+    others = "LOG_LEVEL=ERROR\nLOG_FORMAT=json\nPOINTS_PER_ORDER=5\n"
+    file.write_text(f"MONGODB_URI={authenticated_deployment.uri}\n{others}")
+    wrong = settings_for(authenticated_deployment.uri_for("nobody", PASSWORD))
+    service = Service(wrong, lambda: load_settings(file, file, {}))
+    service.connect()
+    service.disconnect()
+    assert service.settings == replace(wrong, mongodb_uri=authenticated_deployment.uri)
+    logging.getLogger("loyalty").info("event")
+    assert caplog.handler.stream.getvalue().splitlines()[-1].endswith(" INFO event")
 
 
 @pytest.mark.xdist_group("auth")

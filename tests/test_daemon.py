@@ -294,6 +294,31 @@ def test_recount_time_is_not_idle_time(caplog: pytest.LogCaptureFixture) -> None
     ]
 
 
+@pytest.mark.parametrize("has_succeeded", [True, False])
+def test_the_time_of_a_resync_is_not_idle_time(
+    caplog: pytest.LogCaptureFixture, *, has_succeeded: bool
+) -> None:
+    resyncs: list[bool] = []
+
+    def run_between(seconds: float) -> RecountOutcome | None:
+        if job.count("recount") != 2 or len(resyncs) == 2:
+            time.sleep(seconds)
+            return None
+        resyncs.append(True)
+        if len(resyncs) == 1 or not has_succeeded:
+            time.sleep(0.6)
+        if len(resyncs) == 1 and has_succeeded:
+            return RecountOutcome("resync")
+        raise DatabaseUnavailable("ended")
+
+    job = FakeJob(raising(DOWN), run_between=run_between)
+    run_until(job, lambda: job.count("recount") >= 3, make(job, reset=0.4))
+    assert caplog.messages[:2] == [
+        'failed error="down" retry_in=0.02s',
+        'failed error="ended" retry_in=0.04s',
+    ]
+
+
 def test_a_configuration_error_ends_the_daemon_only_before_the_first_connection() -> None:
     job = FakeJob(connect=raising(DOWN, DOWN, ConfigurationError("no")))
     with pytest.raises(ConfigurationError, match="no"):

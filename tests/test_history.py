@@ -174,7 +174,33 @@ def test_two_shops_in_one_database_read_only_their_own_records_and_heartbeats(
     assert [beat and beat.users_updated for beat in found] == [1, 2]
 
 
+def test_the_age_is_that_of_the_newest_as_of_of_all_hosts(
+    database: Database[Any], uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    history = History(database.loyalty_recounts, settings_for(uri))
+    now = datetime.now(UTC).replace(microsecond=0)
+    history.write(record(now - timedelta(hours=1)))
+    earlier = record(now - timedelta(hours=3))
+    history.write({**earlier, "finished_at": now + timedelta(hours=7)})  # with a wrong clock
+    assert history.compute_age(now) == timedelta(hours=1)
+    for host, minutes in (("a", 1), ("b", 5)):
+        monkeypatch.setattr(socket, "gethostname", lambda host=host: host)
+        as_of = now - timedelta(minutes=minutes)
+        history.write_heartbeat(
+            Heartbeat(
+                live_since=as_of,
+                as_of=as_of,
+                last_event=None,
+                last_update=None,
+                users_updated=0,
+                waiting=0,
+            )
+        )
+    assert history.compute_age(now) == timedelta(minutes=1)
+
+
 OTHER_SETTINGS = [
+    ("ORDERS_COLLECTION", "sales", "orders='sales'"),
     ("ORDER_STATUSES", "Sent", "order_statuses=['Sent']"),
     ("POINTS_PER_ORDER", "10", "points_per_order=10"),
     ("ORDER_STATUS_FIELD", "state", "status_field='state'"),
@@ -216,7 +242,7 @@ def test_the_first_recount_of_a_process_names_the_other_service_if_it_is_refused
     other = settings_for(uri, POINTS_PER_ORDER="10")
     History(database.loyalty_recounts, other).write(record(now, outcome="refused"))
     assert "other_service" in caplog.text
-    assert f"on host {socket.gethostname()} last counted the same orders" in caplog.text
+    assert f"on host {socket.gethostname()} last wrote the same points" in caplog.text
     assert "other: points_per_order=1" in caplog.text
 
 

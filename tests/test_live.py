@@ -236,6 +236,21 @@ def test_a_full_recount_never_reads_before_the_last_live_update(small: LiveHarne
     assert newest.time > 0
 
 
+def test_a_full_recount_never_reads_before_a_live_update_that_was_refused(
+    deployment: Deployment, database: Database[Any]
+) -> None:
+    database.users.insert_many({"_id": n} for n in range(50))
+    database.orders.insert_many({"customer_id": n, "status": "Shipped"} for n in range(50))
+    options = {"limits": LiveLimits(quiet_seconds=1_000)}
+    with live_service(deployment, database, options) as harness:
+        with database.client.start_session() as session:
+            database.orders.update_many({}, {"$set": {"status": "Sent"}}, session=session)
+            changed_at = session.operation_time
+        harness.update_until(lambda: harness.state is LiveState.PAUSED)
+        assert changed_at
+        assert harness.service.updater.newest >= changed_at
+
+
 @pytest.fixture
 def short_retry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a count that fails be repeated for 1 s only."""

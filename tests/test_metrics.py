@@ -252,6 +252,15 @@ def test_a_file_that_cannot_be_written_causes_one_warning_and_no_failure(
     assert f"METRICS_FILE: {file} cannot be written: No such file" in output
 
 
+def test_a_metrics_file_that_is_a_directory_is_a_problem(tmp_path: Path) -> None:
+    """Docker creates a directory if the file of a volume does not exist."""
+    file = tmp_path / "loyalty.prom"
+    metrics = Metrics(settings_for("mongodb://h", METRICS_FILE=str(file)))
+    assert metrics.find_problem() is None
+    file.mkdir()
+    assert metrics.find_problem() == f"METRICS_FILE: {file} is a directory"
+
+
 def test_a_repeated_write_failure_warns_again_after_a_success(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

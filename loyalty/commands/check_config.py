@@ -60,7 +60,10 @@ def run(args: argparse.Namespace, settings: Settings) -> Exit:
         live_problem = None
         if settings.live_updates:
             live_problem = find_live_updates_problem(connection, settings)
-            print_rows(*_build_live_updates_rows(connection, live_problem))
+            print_rows(
+                ("live updates", f"will NOT work: {live_problem}" if live_problem else "will work"),
+                ("pre-images", _describe_pre_images(connection)),
+            )
         index = _describe_index(connection, settings)
         statuses = count_statuses(connection, settings)
         print_rows(*_build_order_rows(settings, index, statuses))
@@ -145,14 +148,6 @@ def _build_settings_rows(settings: Settings, connection: Connection, permissions
         ("snapshots", f"not supported: {reason}" if reason else "supported"),
         *((name, format_cell(value)) for name, value in settings.to_dict().items()),
         ("permissions", permissions),
-    ]
-
-
-def _build_live_updates_rows(connection: Connection, live_problem: str | None) -> Rows:
-    """Return whether live updates will work, and whether pre-images are on."""
-    return [
-        ("live updates", f"will NOT work: {live_problem}" if live_problem else "will work"),
-        ("pre-images", _describe_pre_images(connection)),
     ]
 
 

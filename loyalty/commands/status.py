@@ -87,9 +87,9 @@ def _read_status(connection: Connection, settings: Settings) -> Status:
     unrecorded = None
     with suppress(NoPermission):  # a monitoring user may read the records only
         unrecorded = find_unrecorded(connection, settings, history)
-    age = history.compute_age(now, heartbeat)
+    age = history.compute_age(now)
     undo = history.find_undo_since_success()
-    # Last: where there is an age, the record that it is taken from is among these.
+    # Last: where there is an age, there is a record.
     records = history.find_newest(MAX_RECORDS)
     return Status(settings, now, records, heartbeat, age, undo, unrecorded)
 
@@ -191,8 +191,8 @@ def _print_age(status: Status, age: timedelta) -> None:
         verdict = f"STALE, older than {limit}"
         if is_live:
             verdict += (
-                ". Either the replica set acknowledges no write by a majority, or orders change "
-                "faster than they are counted"
+                ". Either a full recount is running, or the replica set acknowledges no write by a "
+                "majority, or orders change faster than they are counted"
             )
     elif status.records[0]["outcome"] in _UNSUCCESSFUL_OUTCOMES:
         verdict = f"still {verdict}, from an earlier recount"

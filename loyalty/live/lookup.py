@@ -32,41 +32,32 @@ def find_customers(
     the slower one would replace the newer count of the other. One round trip for up to 1,000
     orders. An order that is missing was deleted, which another event reports. Raises ServiceError.
     """
+    orders_collection = connection.orders
+
+    def find(ids: list[Any], at: Timestamp | None) -> tuple[list[Document], Timestamp | None]:
+        """Return orders with their customers, and the cluster time that they were read at."""
+        command = {
+            "find": orders_collection.name,
+            "filter": {"_id": {"$in": ids}},
+            "projection": {settings.customer_field: 1},
+            "limit": len(ids),  # the server closes the cursor
+            "batchSize": len(ids),
+            "readConcern": {"level": "snapshot"} | ({"atClusterTime": at} if at else {}),
+        }
+        with pymongo.timeout(timeout_seconds), map_driver_errors("find", orders_collection):
+            reply = orders_collection.database.command(command, codec_options=READABLE_CODEC)
+        cursor = reply["cursor"]
+        read_at = cursor.get("atClusterTime")  # None: the collection was dropped
+        if read_at is not None and read_at < not_before:  # a new primary, which then waits
+            return find(ids, not_before)
+        if cursor["id"]:  # the reply is full
+            raise ResyncRequired(f"the customer ids of {len(ids):,} orders are larger than 16 MB")
+        return cursor["firstBatch"], read_at
+
     customers: list[Any] = []
     at: Timestamp | None = None
     for chunk in split_ids(orders, _MAX_IDS):
-        find = partial(_find, connection, settings, chunk, at, not_before, timeout_seconds)
-        found, at = retry(find, SHORT_OUTAGE_RETRY)
+        found, at = retry(partial(find, chunk, at), SHORT_OUTAGE_RETRY)
         customers += [get_nested(order, settings.customer_field) for order in found]
+    # Without updated orders, nothing has been read yet.
     return customers, at or pin_cluster_time(connection, not_before) or not_before
-
-
-def _find(
-    connection: Connection,
-    settings: Settings,
-    ids: list[Any],
-    at: Timestamp | None,
-    not_before: Timestamp,
-    timeout_seconds: float,
-) -> tuple[list[Document], Timestamp | None]:
-    """Return orders with their customers, and the cluster time that they were read at."""
-    read_concern: dict[str, Any] = {"level": "snapshot"}
-    if at is not None:
-        read_concern["atClusterTime"] = at
-    orders = connection.orders
-    command = {
-        "find": orders.name,
-        "filter": {"_id": {"$in": ids}},
-        "projection": {settings.customer_field: 1},
-        "limit": len(ids),  # the server closes the cursor
-        "batchSize": len(ids),
-        "readConcern": read_concern,
-    }
-    with pymongo.timeout(timeout_seconds), map_driver_errors("find", orders):
-        cursor = orders.database.command(command, codec_options=READABLE_CODEC)["cursor"]
-    read_at: Timestamp | None = cursor.get("atClusterTime")  # None: the collection was dropped
-    if read_at is not None and read_at < not_before:  # a new primary, which now waits until then
-        return _find(connection, settings, ids, not_before, not_before, timeout_seconds)
-    if cursor["id"]:  # the reply is full
-        raise ResyncRequired(f"the customer ids of {len(ids):,} orders are larger than 16 MB")
-    return cursor["firstBatch"], read_at

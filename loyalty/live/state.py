@@ -28,10 +28,12 @@ TRANSITIONS = {
     (LiveState.OPENING, LiveState.OFF): "a failed or refused recount, or a mixed-case id",
     (LiveState.LIVE, LiveState.PAUSED): "a live update would take points from too many users",
     (LiveState.LIVE, LiveState.RESYNC): "the change stream cannot be continued",
-    (LiveState.LIVE, LiveState.OFF): "an error, a reload, a refused recount, a second mass change",
+    (LiveState.LIVE, LiveState.OFF): (
+        "an error, a reload, a refused recount, a mixed-case id, a second mass change"
+    ),
     (LiveState.PAUSED, LiveState.LIVE): "a scheduled full recount succeeded",
     (LiveState.PAUSED, LiveState.RESYNC): "the mass change is over, or has taken too long",
-    (LiveState.PAUSED, LiveState.OFF): "an error, a reload, or a refused full recount",
+    (LiveState.PAUSED, LiveState.OFF): "an error, a reload, a refused recount, or a mixed-case id",
     (LiveState.RESYNC, LiveState.OPENING): "another change stream was opened",
     (LiveState.RESYNC, LiveState.OFF): "another change stream could not be opened",
 }

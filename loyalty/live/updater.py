@@ -203,6 +203,7 @@ class LiveUpdater:
         request = RecountRequest(
             customers=customers, not_before=at, safety_check=self._check_decreases
         )
+        self.newest = at  # also if the update is refused, or fails after some writes
         try:
             result = run_recount(
                 connection, self._settings, History(None, self._settings), request, on_progress
