@@ -15,7 +15,7 @@ from loyalty.concurrency import map_ordered
 from loyalty.errors import BulkUpdateErrors, DatabaseUnavailable
 from loyalty.mongo.connection import Connection
 from loyalty.mongo.driver_errors import map_driver_errors
-from loyalty.mongo.values import LENIENT_CODEC, Document, get_nested, is_integer
+from loyalty.mongo.values import LENIENT_CODEC, Document, get_nested, is_integer, try_encode
 from loyalty.recount.change_log import MISSING, LoggedRecount, change_log_collection, find_changes
 from loyalty.recount.updates import MAX_WRITERS, bulk_write
 from loyalty.retry import SHORT_OUTAGE_RETRY, retry
@@ -39,7 +39,7 @@ class LoggedUser:
     def has_old_points(self) -> bool:
         if self.stored is MISSING or self.before is MISSING:
             return self.stored is self.before and not self.is_deleted
-        return bson.encode({"": self.stored}) == bson.encode({"": self.before})
+        return try_encode({"": self.stored}) == bson.encode({"": self.before})
 
     @property
     def has_recount_points(self) -> bool:
@@ -131,7 +131,7 @@ def _undo_batch(
     found = _read_users(users, points_field, changes)
     not_restored = [user for user in found if not user.has_old_points]
     with_old_points = len(found) - len(not_restored)
-    # If `matched` is unknown, users who had the old points before count as restored.
+    # Without `matched`, users who already had the old points cannot be told from restored ones.
     restored = with_old_points if matched is None else min(matched, with_old_points)
     return _BatchResult(restored, with_old_points - restored, not_restored)
 
