@@ -316,7 +316,8 @@ def test_an_array_that_is_stored_between_two_snapshots_does_not_count(
     with Deployment(options=window, parent=MEMORY) as deployment, deployment.client() as client:
         settings = settings_for(deployment.uri, COUNT_WORKERS="1")
         shop = client.oms_db
-        shop.users.insert_many([{"_id": n} for n in range(40)])
+        last = datetime(2026, 1, 1, tzinfo=UTC)  # in the last partition
+        shop.users.insert_many([{"_id": n} for n in (*range(40), last)])
         shop.orders.insert_many([{"customer_id": n, "status": "Shipped"} for n in range(40)])
         calls = 0
 
@@ -324,7 +325,7 @@ def test_an_array_that_is_stored_between_two_snapshots_does_not_count(
             nonlocal calls
             calls += 1
             if calls == 4:
-                shop.orders.insert_one({"customer_id": 39, "status": ["Shipped"]})
+                shop.orders.insert_one({"customer_id": last, "status": ["Shipped"]})
                 discard_snapshots(client)
 
         with connect(settings, writing=True) as connection:

@@ -151,7 +151,7 @@ def _group_key_expr(settings: Settings, scope: Scope, value: str, if_missing: An
 
 
 def _are_users_up_to_date_expr(settings: Settings) -> Document:
-    is_up_to_date = is_up_to_date_expr("$$this.points", "$orders", settings)
+    is_up_to_date = is_up_to_date_expr("$$this.points", points_expr("$orders", settings))
     return {
         "$and": [
             {"$ne": ["$users", []]},
