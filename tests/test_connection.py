@@ -279,6 +279,14 @@ def test_views_and_time_series_are_distinguished_from_collections(shop: Database
     assert found == {"users": "collection", "seen": "view", "measured": "timeseries", "none": None}
 
 
+def test_a_slow_view_is_not_read_to_its_end_to_verify_access(shop: Database[Any], uri: str) -> None:
+    sleep = {"$function": {"body": "function() { sleep(500) }", "args": [], "lang": "js"}}
+    stages = [{"$set": {"slept": sleep}}, {"$project": {"_id": 0}}]
+    shop.create_collection("seen", viewOn="orders", pipeline=stages)
+    with connect(settings_for(uri, ORDERS_COLLECTION="seen")) as connection:
+        assert connection.orders.name == "seen"
+
+
 @pytest.mark.parametrize("kind", ["view", "timeseries"])
 def test_users_and_records_must_be_collections(
     shop: Database[Any], command: Command, capsys: pytest.CaptureFixture[str], kind: str

@@ -199,6 +199,26 @@ def test_a_binary_of_any_length_is_an_id_like_any_other(
         assert (result.totals.unknown_customers, result.failed_updates) == (1, 0)
 
 
+def test_binaries_of_every_subtype_are_divided_in_the_order_of_the_server(
+    connection: Connection,
+) -> None:
+    """The length of subtype 2 includes that of an inner length, 4 bytes."""
+    ids = [b"5" * 5, b"6" * 6, Binary(b"7" * 3, 2)]
+    connection.users.insert_many([{"_id": user_id} for user_id in ids])
+    ship(connection, *ids)
+    result = recount(connection, [ids[2], ids[0]])
+    assert (result.totals.users, result.totals.counted_orders) == (3, 3)
+    assert find_mismatches(connection.users.database) == []
+
+
+def test_users_with_upper_case_ids_may_be_larger_than_a_document(connection: Connection) -> None:
+    ids = [f"A{n:023X}" for n in range(20)]
+    connection.users.insert_many([{"_id": i, "loyalty_points": "x" * 1_000_000} for i in ids])
+    ship(connection, *ids)
+    assert recount(connection, ids).outcome == "succeeded"
+    assert find_mismatches(connection.users.database) == []
+
+
 def test_a_customer_id_that_is_an_array_is_counted_once(connection: Connection) -> None:
     """A multikey index leads one order into several partitions, so it is not used for them."""
     ship(connection, ["a", 5, ADA], [], str(ADA))
@@ -287,6 +307,35 @@ def test_a_count_longer_than_the_servers_snapshots_continues_at_a_new_time(
         assert result.totals.counted_orders == 400
         assert "snapshot_restarted done=" in caplog.text
         assert "count_retry" not in caplog.text
+
+
+def test_an_array_that_is_stored_between_two_snapshots_does_not_count(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    window = ["--setParameter", "minSnapshotHistoryWindowInSeconds=0"]
+    with Deployment(options=window, parent=MEMORY) as deployment, deployment.client() as client:
+        settings = settings_for(deployment.uri, COUNT_WORKERS="1")
+        shop = client.oms_db
+        last = datetime(2026, 1, 1, tzinfo=UTC)  # in the last partition
+        shop.users.insert_many([{"_id": n} for n in (*range(40), last)])
+        shop.orders.insert_many([{"customer_id": n, "status": "Shipped"} for n in range(40)])
+        calls = 0
+
+        def store_an_array_once(_: str) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == 4:
+                shop.orders.insert_one({"customer_id": last, "status": ["Shipped"]})
+                discard_snapshots(client)
+
+        with connect(settings, writing=True) as connection:
+            create_index(connection.orders, settings)
+            request = RecountRequest(find_boundaries=lambda *_: list(range(4, 40, 4)))
+            history = History(None, settings)
+            result = run_recount(connection, settings, history, request, store_an_array_once)
+        assert "snapshot_restarted done=" in caplog.text
+        assert find_mismatches(shop) == []
+        assert result.totals.counted_orders == 40
 
 
 def discard_snapshots(client: MongoClient[Any]) -> None:

@@ -7,9 +7,11 @@ import re
 import uuid
 from typing import Any
 
+import bson
 import pytest
 from bson import Binary, ObjectId
 from bson.binary import UuidRepresentation
+from bson.raw_bson import RawBSONDocument
 from conftest import Command
 from pymongo.database import Database
 from small_shop import ADA, fill
@@ -80,17 +82,46 @@ def test_an_id_of_any_type_is_found(
     assert find_mismatches(database) == []
 
 
+def test_an_order_with_a_status_in_an_array_of_documents_is_shown(
+    database: Database[Any], command: Command, capsys: Capture
+) -> None:
+    states: list[Any] = [{"now": "Shipped"}, {"now": "Shipped"}, [{"now": "Lost"}]]
+    database.orders.insert_many([{"customer_id": 7, "state": state} for state in states])
+    database.users.insert_one({"_id": 7, "loyalty_points": 2})
+    arguments = ("--dry-run", "--customer", "7", "--json")
+    assert command(*arguments, ORDER_STATUS_FIELD="state.now") == 0
+    (found,) = json.loads(capsys.readouterr().out)["customers"]
+    assert [(row["status"], row["orders"], row["points"]) for row in found["orders"]] == [
+        ("Shipped", 2, 2),
+        ("['Lost']", 1, 0),
+    ]
+
+
+def test_a_user_whose_id_is_not_utf_8_is_found_by_another_key(
+    database: Database[Any], command: Command, capsys: Capture
+) -> None:
+    user = bson.encode({"_id": "5?", "email": "ada@example.com"}).replace(b"5?", b"5\xfe")
+    database.users.insert_one(RawBSONDocument(user))
+    database.orders.insert_one({"customer_id": "ada@example.com", "status": "Shipped"})
+    for argument in ("ada@example.com", "ADA@example.com"):
+        assert command("--once", "--customer", argument, USER_KEY_FIELD="email") == 1
+    out = capsys.readouterr().out
+    assert "  '5\\udcfe'  null  1\n" in out
+    assert "users with a similar id: 'ada@example.com'" in out
+
+
 def test_an_empty_id_shows_the_orders_without_customer(
     shop: Database[Any], command: Command, capsys: Capture
 ) -> None:
+    ids: list[Any] = ["", None, []]
     shop.orders.insert_many(
-        [{"customer_id": c, "status": s} for c in ("", None) for s in ("Shipped", "Paid")]
+        [{"customer_id": c, "status": s} for c in ids for s in ("Shipped", "Paid")]
     )
     shop.orders.insert_one({"status": "Shipped"})
     assert command("--dry-run", "--customer", "", "--json") == 1
     (found,) = json.loads(capsys.readouterr().out)["customers"]
     shipped = [row for row in found["orders"] if row["status"] == "Shipped"]
-    assert sum(row["orders"] for row in shipped) == 4
+    assert sum(row["orders"] for row in shipped) == 5
     assert {row["why"] for row in shipped} == {"an order without customer"}
     assert {row["points"] for row in found["orders"]} == {0}
     assert command("--dry-run", "--customer", "") == 1

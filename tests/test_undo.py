@@ -341,6 +341,32 @@ def test_an_array_that_contains_the_points_of_the_recount_is_not_overwritten(
     assert list(connection.users.find()) == [{"_id": 0}, {"_id": 1, "loyalty_points": [1]}]
 
 
+@pytest.mark.parametrize("shop", ["loyalty.points"], indirect=True)
+def test_an_array_that_contains_the_created_document_is_not_removed(
+    shop: tuple[Connection, Settings],
+) -> None:
+    connection, shop_settings = shop
+    connection.users.insert_many([{"_id": n} for n in range(2)])
+    ship(connection, 0, 1)
+    recount(connection, shop_settings)
+    connection.users.update_one({"_id": 1}, {"$set": {"loyalty": [{"points": 1}]}})
+    result, _ = undo(connection, shop_settings)
+    assert (result.restored, result.unchanged) == (1, 1)
+    assert list(connection.users.find()) == [{"_id": 0}, {"_id": 1, "loyalty": [{"points": 1}]}]
+
+
+@pytest.mark.parametrize("shop", ["loyalty_points"], indirect=True)
+def test_points_that_are_not_utf_8_are_not_overwritten(shop: tuple[Connection, Settings]) -> None:
+    connection, shop_settings = shop
+    connection.users.insert_one({"_id": 1, "loyalty_points": 9})
+    recount(connection, shop_settings)
+    user = bson.encode({"_id": 1, "loyalty_points": "5?"}).replace(b"5?", b"5\xfe")
+    connection.users.delete_one({"_id": 1})
+    connection.users.insert_one(RawBSONDocument(user))
+    result, listed = undo(connection, shop_settings)
+    assert (result.restored, [user.stored for user in listed]) == (0, ["5\udcfe"])
+
+
 @pytest.mark.parametrize("shop", ["loyalty_points"], indirect=True)
 def test_the_changes_of_one_user_are_found_with_their_recounts(
     shop: tuple[Connection, Settings],

@@ -13,7 +13,7 @@ from loyalty.history import History
 from loyalty.mongo.connection import Connection
 from loyalty.mongo.values import Document, format_value
 from loyalty.recount.change_log import find_user_changes, logged_target
-from loyalty.recount.customer_ids import all_forms, indexable_forms, parse_id_argument
+from loyalty.recount.customer_ids import NO_CUSTOMER, all_forms, indexable_forms, parse_id_argument
 from loyalty.recount.order_filter import is_counted
 from loyalty.recount.points import points_for
 from loyalty.recount.preflight import connect_and_verify
@@ -108,7 +108,7 @@ def _explain(orders: CustomerOrders, settings: Settings, *, user_exists: bool) -
     if not is_counted(orders.status, settings):
         counted = " and ".join(map(format_status, settings.order_statuses))
         return f"only {counted} {'counts' if len(settings.order_statuses) == 1 else 'count'}"
-    if orders.form is None or orders.form == "":
+    if orders.form in (None, "", NO_CUSTOMER):
         return "an order without customer"
     if not user_exists:
         return f"no user has the {settings.user_key_field} {format_value(orders.form)}"

@@ -6,7 +6,6 @@ from datetime import UTC, datetime
 from typing import Any, Self
 
 import pymongo
-from bson import ObjectId
 from pymongo import MongoClient, ReadPreference, WriteConcern
 from pymongo.collection import Collection
 from pymongo.read_concern import ReadConcern
@@ -187,10 +186,11 @@ def _warn_of_clock_skew(server_time: datetime | None) -> None:
 
 
 def _verify_access(connection: Connection, *, writing: bool) -> None:
-    # A ping succeeds without credentials, so access is verified by a query.
+    # A ping succeeds without credentials, so access is verified by a query. It has no condition:
+    # to find an _id, the server may have to read a whole view.
     for collection in (connection.orders, connection.users):
         with map_driver_errors("find", collection):
-            collection.find_one({"_id": ObjectId()})  # matches nothing: the id is new
+            collection.find_one({}, {"_id": 1})
     if writing:
         users = connection.users
         kind = read_collection_type(users)

@@ -67,7 +67,7 @@ def _map(
     if (
         isinstance(error, BulkWriteError)
         and error.details["writeErrors"]
-        and not error.details["writeConcernErrors"]  # a failover could undo the other updates
+        and not error.details["writeConcernErrors"]  # a failover could undo all updates
     ):
         return _map_write_errors(error.details, operation)
     if isinstance(error, OperationFailure | driver.NotPrimaryError):

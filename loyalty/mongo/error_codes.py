@@ -3,10 +3,9 @@
 The names are those of the server's src/mongo/base/error_codes.yml (read at 9.0). The server uses
 names such as Location40324 for errors that have only a number.
 
-- A code that is not in the table is a transient error of a command. In the error of one update of
-  a batch, it is an error of the document. So the table lists the transient codes that a server may
-  report for one update.
-- In the error of one update, a code of ConfigurationError means that its document cannot change.
+- If a command fails with a code that is not in the table, the error is transient.
+- If one update of a batch fails with such a code, or with one of ConfigurationError, its document
+  is the cause. So the table has every transient code that a server may report for one update.
 """
 
 from loyalty.errors import (

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import bson
 from bson import Binary, DBRef, Decimal128, ObjectId
 from bson.codec_options import CodecOptions, DatetimeConversion
+from bson.errors import BSONError
 
 Document = Mapping[str, Any]
 T = TypeVar("T")
@@ -30,6 +31,14 @@ READABLE_CODEC: CodecOptions[dict[str, Any]] = LENIENT_CODEC.with_options(
 MAX_VALUE_LENGTH = 60
 _MAX_CHUNK_BYTES = 4 * 1024 * 1024
 """A command may have 16 MB, and some have three lists of the same ids."""
+
+
+def try_encode(document: Document) -> bytes | None:
+    """Return a document as BSON; None if Python cannot encode it unchanged."""
+    try:
+        return bson.encode(document)
+    except (BSONError, UnicodeEncodeError):
+        return None
 
 
 def split_ids(ids: Sequence[T], max_number: int) -> Iterator[list[T]]:

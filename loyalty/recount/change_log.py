@@ -18,7 +18,7 @@ from loyalty.history import NO_RECORD, History
 from loyalty.mongo.connection import Connection
 from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.privileges import OWNER_FILTER, require_own_collection, require_privileges
-from loyalty.mongo.values import LENIENT_CODEC, SIMPLE_COLLATION, Document
+from loyalty.mongo.values import LENIENT_CODEC, SIMPLE_COLLATION, Document, try_encode
 
 MAX_SILENCE = timedelta(minutes=2)
 """A recount without a record that has logged no changes for this time was interrupted."""
@@ -93,7 +93,7 @@ class LoggedRecount:
 
 
 def logged_target(settings: Settings) -> Document:
-    """Return the condition for changes in the collection and the field that the settings name."""
+    """Return the fields of the change log that name the collection and the field of the points."""
     return {"users": settings.users, "points_field": settings.points_field}
 
 
@@ -172,9 +172,10 @@ def find_user_changes(
 
     Only changes in the `logged_target`. Raises ServiceError.
     """
-    is_wanted_expr = {"$in": ["$$this.user", {"$literal": list(users)}]}
+    ids = [user for user in users if try_encode({"": user})]  # no other is ever logged
+    is_wanted_expr = {"$in": ["$$this.user", {"$literal": ids}]}
     stages: list[Document] = [
-        {"$match": {**OWNER_FILTER, **target, "changes.user": {"$in": list(users)}}},
+        {"$match": {**OWNER_FILTER, **target, "changes.user": {"$in": ids}}},
         {"$set": {"changes": {"$filter": {"input": "$changes", "cond": is_wanted_expr}}}},
         {"$unwind": "$changes"},
         {"$sort": {"at": -1, "_id": -1}},

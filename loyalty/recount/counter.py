@@ -82,7 +82,7 @@ class OrderCounter:
 
         Raises ServiceError.
         """
-        if self.not_before:  # can be read at; to pin a newer time costs a round trip
+        if self.not_before:  # to pin a newer time would cost a round trip
             self._snapshots.append(self.not_before)
         else:
             self._pin_snapshot()
@@ -90,8 +90,8 @@ class OrderCounter:
         reads_all_orders = any(forms is None for _, forms in customers)
         size = len(customers) if reads_all_orders else MAX_CUSTOMERS_PER_QUERY
         for chunk in split_ids(customers, size):
-            forms = [form for _, forms in chunk for form in forms or ()]
-            partition = EVERYTHING if reads_all_orders else Partition([[{"$in": forms}]])
+            ids = [form for _, forms in chunk for form in forms or ()]
+            partition = EVERYTHING if reads_all_orders else Partition([[{"$in": ids}]])
             scope = Scope(partition, [customer for customer, _ in chunk])
             try:
                 batches = self._aggregate(scope)
@@ -138,6 +138,8 @@ class OrderCounter:
                 done_at_pin = done
                 # Each customer is still counted at one time, but not all of them at the same.
                 self._pin_snapshot()
+                if inspect_plan(self.connection.orders, self.settings) != plan:
+                    raise  # an order holds an array now, or the index was dropped
 
     def _aggregate(self, scope: Scope, index_advice: str = "") -> Spool:
         """Return all batches of the result, so that a partition is counted whole or not at all."""

@@ -78,10 +78,10 @@ def inspect_plan(orders: Collection[Any], settings: Settings) -> OrdersPlan:
 def inspect_orders_plan(orders: Collection[Any], settings: Settings) -> OrdersPlan:
     """Return the plan with the best index on orders. Raises ServiceError.
 
-    1. Find the indexes with the right keys and bounds in the plans for an empty range, for which
-       the planner ranks several indexes equally; rejected plans included.
-    2. Explain the query for all customers with each of these indexes: the plans of step 1 may be
-       those of one shard, and a partial index that lacks some customers has no bounds now.
+    1. Explain the query for an empty range. The planner ranks all its indexes equally, and also
+       shows the plans that it rejects. Take the indexes with the right keys and bounds.
+    2. Explain the query for all customers with each of these indexes. Step 1 may have asked only
+       one shard, and a partial index that lacks some customers has no bounds in this plan.
 
     Indexes are judged by their key patterns, bounds and multikey paths, never by their names.
     """

@@ -68,7 +68,7 @@ def _ensure_index(
             log.warning('arrays_not_checked error="%s"', error)
         name = _build_index(collection, keys)
         plan = inspect()
-        if plan.needs_build:  # a hidden index is not created again
+        if plan.needs_build:  # a hidden index with these keys is not created again
             raise ConfigurationError(
                 f"the index {name} exists, but the server does not use it. If it is hidden: "
                 f"db.{collection.name}.unhideIndex({name!r})"

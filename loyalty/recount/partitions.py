@@ -14,8 +14,7 @@ import bson
 from bson import Binary, ObjectId
 from pymongo.collection import Collection
 
-from loyalty.mongo.values import LENIENT_CODEC, SIMPLE_COLLATION, Document, get_nested
-from loyalty.recount.customer_ids import is_hex_id
+from loyalty.mongo.values import LENIENT_CODEC, SIMPLE_COLLATION, Document, get_nested, try_encode
 
 USERS_PER_PARTITION = 25_000
 """Few enough that neither the server nor this process needs the disk, and that two workers get
@@ -57,20 +56,12 @@ def partition_boundaries(
         while True:
             step = lenient.find({key: bounds}, projection, collation=SIMPLE_COLLATION)
             document = next(step.sort(key, 1).skip(skip).limit(1), None)
-            if document is None or not _is_encodable(document):
+            if document is None or try_encode(document) is None:
                 break  # after a key that Python cannot hold, one long partition
             boundary = get_nested(document, key)
             boundaries.append(boundary)
             bounds, skip = {"$gt": boundary}, size - 1
     return boundaries
-
-
-def _is_encodable(document: Document) -> bool:
-    try:
-        bson.encode(document)
-    except (bson.errors.InvalidStringData, UnicodeEncodeError):
-        return False
-    return True
 
 
 def build_partitions(boundaries: Iterable[Any]) -> list[Partition]:
@@ -92,7 +83,7 @@ def build_partitions(boundaries: Iterable[Any]) -> list[Partition]:
             found += [Partition([_interval(name, *pair)]) for pair in pairwise(ends)]
     # ObjectIds are divided where their hex digits are, so that both forms are in one partition.
     strings = {str(boundary) for boundary in by_type["string"] | by_type["objectid"]}
-    ends = [None, *sorted({text.lower() if is_hex_id(text) else text for text in strings}), None]
+    ends = [None, *sorted(strings), None]
     found += [_string_partition(*pair) for pair in pairwise(ends)]
     # Not $nor: the server would read every order.
     found.append(Partition([[{"$not": {"$gte": _LEAST[name]}} for name in sorted(divided_types)]]))
@@ -111,7 +102,8 @@ def _type_name(boundary: Any) -> str | None:
 def _sort_key(boundary: Any) -> Any:
     """Return a sort key for numbers or binaries that gives the server's order."""
     if isinstance(boundary, bytes):
-        return len(boundary), getattr(boundary, "subtype", 0), bytes(boundary)
+        encoded = bson.encode({"": boundary})
+        return len(encoded), encoded  # length, subtype, bytes
     return boundary
 
 

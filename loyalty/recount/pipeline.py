@@ -37,7 +37,7 @@ class Scope:
 
     @property
     def has_all_forms(self) -> bool:
-        """Whether the scope has all forms of each id in it."""
+        """Whether it has all forms of an id if it has one of them."""
         return self.partition == EVERYTHING or bool(self.customers)
 
 
@@ -76,8 +76,8 @@ def _read_orders_and_users(settings: Settings, scope: Scope) -> list[Document]:
     intervals = scope.partition.intervals
     orders = [(settings.orders, _count_orders(settings, scope, bounds)) for bounds in intervals]
     users = [(settings.users, _read_users(settings, scope, bounds)) for bounds in intervals]
-    (_, stages), *others = orders + users  # the aggregation itself reads the first interval
-    return stages + [{"$unionWith": {"coll": name, "pipeline": read}} for name, read in others]
+    (_, first), *others = orders + users  # the aggregation itself runs on orders
+    return first + [{"$unionWith": {"coll": name, "pipeline": read}} for name, read in others]
 
 
 def _count_orders(settings: Settings, scope: Scope, bounds: Sequence[Document]) -> list[Document]:
@@ -151,7 +151,7 @@ def _group_key_expr(settings: Settings, scope: Scope, value: str, if_missing: An
 
 
 def _are_users_up_to_date_expr(settings: Settings) -> Document:
-    is_up_to_date = is_up_to_date_expr("$$this.points", "$orders", settings)
+    is_up_to_date = is_up_to_date_expr("$$this.points", points_expr("$orders", settings))
     return {
         "$and": [
             {"$ne": ["$users", []]},

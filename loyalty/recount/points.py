@@ -30,10 +30,9 @@ def is_up_to_date(stored: Any, points: int) -> bool:
     return is_integer(stored) and stored == points
 
 
-def is_up_to_date_expr(stored: str, orders: str, settings: Settings) -> Document:
-    """Return the expression for: the value at the path `stored` is up to date."""
-    is_integer_expr = {"$in": [{"$type": stored}, ["int", "long"]]}
-    return {"$and": [is_integer_expr, {"$eq": [stored, points_expr(orders, settings)]}]}
+def is_up_to_date_expr(stored: str, points: int | Document) -> Document:
+    """Return the expression for: the value at the path `stored` equals the points."""
+    return {"$and": [{"$in": [{"$type": stored}, ["int", "long"]]}, {"$eq": [stored, points]}]}
 
 
 def parse_points(stored: Any) -> float:

@@ -17,7 +17,7 @@ MIN_USERS = 10
 """The checks of a percentage of users apply from this many affected users on."""
 MIN_ORDERS = 10
 WARN_DECREASE_PERCENT = 10
-"""Of the users with points; live updates pause at this, or at MAX_DECREASE_PERCENT if lower."""
+"""Of the users with points. Live updates pause at it, or at MAX_DECREASE_PERCENT if lower."""
 WARN_CHANGED_PERCENT = 50
 WARN_EARNING_NOTHING_PERCENT = 1
 MIN_REMAINING_ORDERS_PERCENT = 50
@@ -149,7 +149,7 @@ def _format_statuses(settings: Settings) -> str:
 
 
 def check_live_update(losing: int, with_points: int, settings: Settings) -> str | None:
-    """Return why live updates must pause: `losing` users since the last full recount."""
+    """Return why live updates must pause; `losing` users are those since the last full recount."""
     percent = min(WARN_DECREASE_PERCENT, settings.max_decrease_percent)
     if settings.max_decrease_percent == 100 or not exceeds_share(losing, with_points, percent):
         return None

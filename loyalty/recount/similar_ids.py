@@ -53,12 +53,12 @@ def find_similar_ids(
     if isinstance(customer, str):
         ignore_case = {"locale": "en", "strength": 2}
         queries.append({"filter": {key: customer.strip()}, "collation": ignore_case})
-    found: dict[bytes, Any] = {}
+    found: dict[str, Any] = {}
     options = {"projection": {key: 1}, "limit": MAX_SIMILAR_IDS, "max_time_ms": max_time_ms}
     with map_driver_errors("find", users, if_too_slow="raise COUNT_TIMEOUT"):
         for query in queries:
             for user in lenient.find(**query, **options):
-                found[bson.encode({"": user["_id"]})] = get_nested(user, key)
+                found[repr(user["_id"])] = get_nested(user, key)
     return list(found.values())[:MAX_SIMILAR_IDS]
 
 

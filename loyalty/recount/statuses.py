@@ -90,12 +90,13 @@ def count_customer_orders(
     group_key = NO_CUSTOMER if is_none else customer
     match: dict[str, Any] = {settings.customer_field: {"$in": forms}}
     # The server reads each status once from the index (DISTINCT_SCAN).
-    known = _aggregate(
-        orders, [{"$group": {"_id": f"${status}"}}, {"$limit": MAX_STATUSES}], settings
-    )
-    if len(known) < MAX_STATUSES:
-        # With every status, the index is usable though it begins with it; null finds missing ones.
-        match[status] = {"$in": [*(row["_id"] for row in known), None]}
+    stages: list[Document] = [{"$group": {"_id": f"${status}"}}, {"$limit": MAX_STATUSES}]
+    known = [row["_id"] for row in _aggregate(orders, stages, settings)]
+    # An array of documents gives an array of statuses, which no query finds.
+    has_arrays = "." in status and any(isinstance(value, list) for value in known)
+    if len(known) < MAX_STATUSES and not has_arrays:
+        # The index begins with the status. Null finds the orders without one.
+        match[status] = {"$in": [*known, None]}
     key = {"form": f"${settings.customer_field}", "status": f"${status}"}
     is_customer_expr = {"$eq": [canonical_expr("$_id.form", NO_CUSTOMER), {"$literal": group_key}]}
     count: list[Document] = [

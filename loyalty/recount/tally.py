@@ -141,7 +141,7 @@ class Tally:
             kind = classify_unknown(row.customer)
             unknown = totals.unknown_by_kind.setdefault(kind, UnknownCustomers())
             unknown.add(row.customer, row.orders)
-        elif not row.users:
+        elif not row.users:  # NO_CUSTOMER, or no order counts
             totals.orders_without_customer += row.orders
         if self.rows is not None:
             self.rows.append(row)

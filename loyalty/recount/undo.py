@@ -15,8 +15,9 @@ from loyalty.concurrency import map_ordered
 from loyalty.errors import BulkUpdateErrors, DatabaseUnavailable
 from loyalty.mongo.connection import Connection
 from loyalty.mongo.driver_errors import map_driver_errors
-from loyalty.mongo.values import LENIENT_CODEC, Document, get_nested, is_integer
+from loyalty.mongo.values import LENIENT_CODEC, Document, get_nested, try_encode
 from loyalty.recount.change_log import MISSING, LoggedRecount, change_log_collection, find_changes
+from loyalty.recount.points import is_up_to_date, is_up_to_date_expr
 from loyalty.recount.updates import MAX_WRITERS, bulk_write
 from loyalty.retry import SHORT_OUTAGE_RETRY, retry
 
@@ -39,11 +40,11 @@ class LoggedUser:
     def has_old_points(self) -> bool:
         if self.stored is MISSING or self.before is MISSING:
             return self.stored is self.before and not self.is_deleted
-        return bson.encode({"": self.stored}) == bson.encode({"": self.before})
+        return try_encode({"": self.stored}) == bson.encode({"": self.before})
 
     @property
     def has_recount_points(self) -> bool:
-        return is_integer(self.stored) and self.stored == self.change["after"]
+        return is_up_to_date(self.stored, self.change["after"])
 
     @property
     def why_not_restored(self) -> str:
@@ -131,7 +132,7 @@ def _undo_batch(
     found = _read_users(users, points_field, changes)
     not_restored = [user for user in found if not user.has_old_points]
     with_old_points = len(found) - len(not_restored)
-    # If `matched` is unknown, users who had the old points before count as restored.
+    # Without `matched`, users who already had the old points cannot be told from restored ones.
     restored = with_old_points if matched is None else min(matched, with_old_points)
     return _BatchResult(restored, with_old_points - restored, not_restored)
 
@@ -175,13 +176,9 @@ def _build_updates(points_field: str, changes: Sequence[Document]) -> list[Updat
     updates = []
     for group in groups.values():
         change, ids = group[0], [change["user"] for change in group]
-        # Not an array: $eq and $type would also match its elements.
-        recount_points = {
-            "$eq": change["after"],
-            "$type": ["int", "long"],
-            "$not": {"$type": "array"},
-        }
-        condition = {"_id": {"$in": ids}, points_field: recount_points}
+        # Expressions: the conditions of a query would also match elements of arrays.
+        has_points_expr = is_up_to_date_expr(f"${points_field}", change["after"])
+        condition = {"_id": {"$in": ids}, "$expr": has_points_expr}
         if "before" in change:
             updates.append(UpdateMany(condition, {"$set": {points_field: change["before"]}}))
             continue
@@ -190,9 +187,9 @@ def _build_updates(points_field: str, changes: Sequence[Document]) -> list[Updat
             document = change["after"]
             for name in reversed(points_field.removeprefix(f"{created}.").split(".")):
                 document = {name: document}
-            updates.append(
-                UpdateMany({"_id": {"$in": ids}, created: document}, {"$unset": {created: ""}})
-            )
-            condition[created] = {"$ne": document}
+            has_no_other_expr = {"$eq": [f"${created}", {"$literal": document}]}
+            is_alone = {**condition, "$expr": {"$and": [has_points_expr, has_no_other_expr]}}
+            updates.append(UpdateMany(is_alone, {"$unset": {created: ""}}))
+            condition["$expr"] = {"$and": [has_points_expr, {"$not": [has_no_other_expr]}]}
         updates.append(UpdateMany(condition, {"$unset": {points_field: ""}}))
     return updates

@@ -13,14 +13,13 @@ from typing import Any, Self
 
 import bson
 from bson import ObjectId
-from bson.errors import InvalidBSON, InvalidDocument, InvalidStringData
 from pymongo import UpdateMany, UpdateOne
 from pymongo.collection import Collection
 
 from loyalty.concurrency import Progress, ProgressCallback, map_ordered
 from loyalty.errors import BulkUpdateErrors, DatabaseUnavailable
 from loyalty.mongo.driver_errors import map_driver_errors
-from loyalty.mongo.values import LENIENT_CODEC, Document, format_value
+from loyalty.mongo.values import LENIENT_CODEC, Document, format_value, try_encode
 from loyalty.recount.spool import Spool
 from loyalty.recount.tally import User
 
@@ -30,7 +29,7 @@ MAX_BATCH_BYTES = 4 * 1024 * 1024
 """Maximum size of the ids and old values in one batch of several users."""
 _MAX_CHANGE_BYTES = 16 * 1024 * 1024 - 16 * 1024
 """Maximum size of one user's change: a document of the change log may have 16 MB."""
-_OBJECT_ID_BYTES = 20  # with its place in an array; to measure each would take time
+_OBJECT_ID_BYTES = 20  # of an id in an array; to encode each change would take time
 UNSUPPORTED_VALUE = "UnsupportedValue"
 """The code name of an update whose id or old value Python cannot encode unchanged, or whose old
 value is too large for the change log."""
@@ -136,10 +135,8 @@ def _measure_change(user: User, change: Document) -> int | None:
     """Return about how many bytes a change has; None if it cannot be encoded."""
     if isinstance(user.id, ObjectId) and isinstance(user.points, int | float | None):
         return _OBJECT_ID_BYTES + len(user.created_path or "")
-    try:
-        return len(bson.encode(change))
-    except (InvalidBSON, InvalidDocument, InvalidStringData, UnicodeEncodeError):
-        return None
+    encoded = try_encode(change)
+    return None if encoded is None else len(encoded)
 
 
 def _write_batch(
