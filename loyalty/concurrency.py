@@ -3,10 +3,9 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import chain, islice
-from threading import Event
 from typing import TypeVar
 
 from loyalty.logs import log
@@ -41,15 +40,16 @@ def map_ordered(
         yield map(do, first)
         return
     items = chain(first, items)
-    pool, failed = ThreadPoolExecutor(workers), Event()
+    pool = ThreadPoolExecutor(workers)
+    errors: list[BaseException] = []
 
     def attempt(item: T) -> R:
-        if failed.is_set():  # the consumer raises before it reaches this item
-            raise CancelledError
+        if errors:
+            raise errors[0]
         try:
             return do(item)
-        except BaseException:
-            failed.set()
+        except BaseException as error:
+            errors.append(error)
             raise
 
     def results() -> Iterator[R]:
