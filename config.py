@@ -21,6 +21,7 @@ from loyalty.parsers import (
     parse_collection,
     parse_field,
     parse_order_filter,
+    parse_points_field,
     parse_prom_path,
     parse_reference_field,
     parse_statuses,
@@ -95,7 +96,7 @@ class Settings:
         "USER_KEY_FIELD", "_id", parse_field, "field of a user that orders refer to"
     )
     points_field: str = setting(
-        "USER_POINTS_FIELD", "loyalty_points", parse_field, "field of a user's points"
+        "USER_POINTS_FIELD", "loyalty_points", parse_points_field, "field of a user's points"
     )
     recount_interval: timedelta = setting(
         "RECOUNT_INTERVAL", "2h", duration_parser(366), "time between recounts, 1s to 366d"

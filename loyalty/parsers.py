@@ -50,6 +50,13 @@ def parse_field(text: str) -> str:
     return text
 
 
+def parse_points_field(text: str) -> str:
+    """Parse the name of a field to write: setting points.9 would extend an array points."""
+    if any(part.isdecimal() for part in parse_field(text).split(".")[1:]):
+        raise ValueError(f"{text!r} contains a number, which could be a position in an array")
+    return text
+
+
 def parse_reference_field(text: str) -> str:
     """Parse the name of a field, or of the id in a DBRef, such as customer.$id."""
     parse_field(text.removesuffix(".$id"))
