@@ -47,7 +47,7 @@ class LiveLimits:
     max_pause_seconds: float = 60.0
     """The maximum duration of a pause, for a shop whose orders change all the time."""
     opening_retry: RetryPolicy = OPEN_STREAM_RETRY
-    min_interval_seconds: float = 0.02
+    min_interval_seconds: float = 0.012
     """The minimum time between the starts of two live updates. A single change does not wait.
     Changes in quick succession are processed in one update, which saves CPU time."""
 
