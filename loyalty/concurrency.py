@@ -31,9 +31,9 @@ def map_ordered(
 
     The threads keep the server busy while a reply is transferred or decoded. If one item takes
     long, up to `prefetch` later items are computed in advance. After an item has failed, no further
-    item is started. The end of the block waits for the calls that are running, because a later
-    write must not follow a newer count; Ctrl-C does not wait. The calling thread computes a single
-    item.
+    item is started. The end of the block waits for the calls that are running: none of their writes
+    may follow the next count. Ctrl-C does not wait. If there is only one item, the calling thread
+    computes it.
     """
     first = list(islice(items, 2))
     if len(first) < 2:

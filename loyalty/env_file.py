@@ -58,8 +58,12 @@ def read_env_file(path: Path) -> tuple[dict[str, str], list[str]]:
             lines = list(parse_stream(stream))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path}: cannot be read: {describe_os_error(error)}") from None
-    bad = [line.original.line for line in lines if line.error or (line.key and line.value is None)]
-    problems = [f"{path} line {n}: not NAME=value; is a closing quote missing?" for n in bad]
+    problems = []
+    for line in lines:
+        if line.error or (line.key and line.value is None):
+            text = line.original.string  # begins with the empty lines before it
+            number = line.original.line + text[: -len(text.lstrip())].count("\n")
+            problems.append(f"{path} line {number}: not NAME=value; is a closing quote missing?")
     values = {line.key: line.value for line in lines if line.key and line.value is not None}
     return values, problems
 

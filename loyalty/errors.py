@@ -85,7 +85,7 @@ class ResyncRequired(ServiceError):
 class BulkUpdateErrors(ServiceError):
     """Some updates of a batch failed because of their documents; all others are done.
 
-    `reasons` has the name of the server's error code by the position of the update in the batch.
+    `reasons` describes the server's error code, by the position of the update in the batch.
     `matched` is the number of users who were updated. The server's own text is left out: it may
     quote the document.
     """

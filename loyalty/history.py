@@ -113,7 +113,8 @@ class History:
 
     def _warn_of_other_service(self) -> None:
         """Warn if a service with other settings last wrote the points. Raises ServiceError."""
-        # With other orders, it has another target, and writes the same points.
+        # A service with another ORDERS_COLLECTION has another target, but writes the same points.
+        # So this condition replaces the one on `settings.orders`.
         newest = self._find_one({**_SHOWN_OUTCOMES, "settings.orders": {"$exists": True}})
         recorded = newest["settings"] if newest else {}
         differences = [

@@ -157,11 +157,13 @@ def parse_boolean(text: str) -> bool:
 
 def parse_prom_path(text: str) -> str:
     # node_exporter reads only files with this ending.
-    if not (Path(text).is_absolute() and text.endswith(".prom")):
+    if not (Path(text).is_absolute() and text.endswith(".prom")) or "\0" in text:
         raise ValueError(f"{text!r} is not the absolute path of a file that ends in .prom")
     return text
 
 
-def describe_os_error(error: OSError | UnicodeDecodeError) -> str:
+def describe_os_error(error: OSError | ValueError) -> str:
     """Return why a file cannot be read, without its name."""
-    return str(error.strerror) if isinstance(error, OSError) else "it is not UTF-8 text"
+    if isinstance(error, OSError):
+        return str(error.strerror)
+    return "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else str(error)

@@ -61,8 +61,8 @@ class Service:
     def connect(self) -> Connection:
         """Connect with the current settings. Raises ServiceError.
 
-        After a rejected login, this takes only the connection string from the settings: the
-        password may have changed.
+        After a rejected login, it reads the settings again, and connects with the new connection
+        string if that has changed, for example by a new password. Other settings stay as they are.
         """
         self.metrics.refresh_if_due()
         try:

@@ -91,6 +91,16 @@ def test_a_counted_status_is_shown_even_if_it_is_rare_or_absent(
     assert "\n    21 other statuses\n" in out
 
 
+def test_the_number_of_a_counted_status_beyond_the_most_frequent_is_not_shown_as_zero(
+    shop: Database[Any], check: Check
+) -> None:
+    shop.orders.insert_many([{"status": f"s{n % 1_000:04}"} for n in range(2_000)])
+    shop.orders.insert_one({"status": "Sent", "customer_id": 1})
+    _, out, _ = check(ORDER_STATUSES="Shipped,Sent", MAX_DECREASE_PERCENT="100")
+    assert cell("Shipped", out) == "42, counted"
+    assert cell("Sent", out) == "not among the 1,000 most frequent, counted"
+
+
 def test_a_count_that_the_safety_checks_would_refuse_is_a_problem(
     shop: Database[Any], check: Check
 ) -> None:

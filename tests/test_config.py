@@ -206,7 +206,7 @@ BAD = {
     "BATCH_SIZE": ["0", "100001", "1k"],
     "LOG_LEVEL": ["LOUD", "5"],
     "LOG_FORMAT": ["xml"],
-    "METRICS_FILE": ["loyalty.prom", "/var/lib/node_exporter/loyalty.txt"],
+    "METRICS_FILE": ["loyalty.prom", "/var/lib/node_exporter/loyalty.txt", "/a\0/b.prom"],
 }
 
 
@@ -215,6 +215,24 @@ def test_a_bad_value_is_one_problem_that_names_its_variable(name: str, value: st
     (problem,) = problems_of({name: value})
     assert name in problem.split(": ")[0]
     assert "\n" not in problem
+
+
+@pytest.mark.parametrize("options", ["", "/?appName=x", "/?authSource=admin&tls=true"])
+def test_a_user_without_a_password_is_named_as_the_problem(options: str) -> None:
+    (problem,) = problems_of({"MONGODB_URI": f"mongodb://shop@db{options}"})
+    assert problem == "MONGODB_URI: has a user without a password"
+    certificate = "mongodb://CN%3Dshop@db/?authMechanism=MONGODB-X509"
+    assert load({"MONGODB_URI": certificate}).mongodb_uri == certificate
+
+
+@pytest.mark.parametrize("before", ["", "\n", "\n \n\n", "# a comment\n\n", "\r\n\r\n"])
+@pytest.mark.parametrize("bad", ["BATCH_SIZE 5", "  BATCH_SIZE 5", "A='b"])
+def test_the_number_of_a_bad_line_counts_the_empty_lines(
+    env_file: Path, before: str, bad: str
+) -> None:
+    env_file.write_text(f"MONGODB_URI={URI}\n{before}{bad}\n", newline="")
+    (problem,) = problems_in(env_file, {})
+    assert problem.startswith(f"{env_file} line {2 + before.count(chr(10))}: not NAME=value")
 
 
 def test_all_problems_are_reported_at_once(env_file: Path) -> None:
@@ -754,5 +772,7 @@ def test_a_file_without_a_uri_is_a_problem(tmp_path: Path) -> None:
         assert words in problem
     (problem,) = problems_of({"MONGODB_URI_FILE": str(file)})
     assert "not both" in problem
+    (problem,) = problems_of({"MONGODB_URI": "", "MONGODB_URI_FILE": "/run/x\0y"})
+    assert problem.endswith("embedded null byte")
     (problem,) = problems_of({"MONGODB_URI": "", "MONGODB_URI_FILE": str(tmp_path / "none")})
     assert "No such file" in problem

@@ -175,16 +175,20 @@ def _build_order_rows(settings: Settings, index: str, statuses: StatusCounts) ->
     frequent, rare = statuses[:MAX_STATUSES_SHOWN], statuses[MAX_STATUSES_SHOWN:]
     rare_counted = [row for row in rare if is_counted(row[0], settings)]
     found = [status for status, _ in statuses]
-    absent = [(status, 0) for status in settings.order_statuses if status not in found]
+    absent = [status for status in settings.order_statuses if status not in found]
+    is_complete = len(statuses) < MAX_STATUSES
     rows = [
         (f"index {', '.join(name for name, _ in index_keys(settings))}", index),
         ("orders by status", ""),
     ]
-    for status, number in [*frequent, *absent, *rare_counted]:
+    for status, number in [*frequent, *rare_counted]:
         counted = ", counted" if is_counted(status, settings) else ""
         rows.append((f"  {format_status(status)}", f"{number:,}{counted}"))
+    for status in absent:
+        number_text = "0" if is_complete else f"not among the {MAX_STATUSES:,} most frequent"
+        rows.append((f"  {format_status(status)}", f"{number_text}, counted"))
     if hidden := len(rare) - len(rare_counted):
-        at_least = "at least " if len(statuses) == MAX_STATUSES else ""
+        at_least = "" if is_complete else "at least "
         rows.append((f"  {at_least}{hidden:,} other statuses", ""))
     return rows
 

@@ -40,7 +40,7 @@ def print_line(text: str) -> None:
 
 def flush_results() -> None:
     """Write what is still buffered. Raises ResultsNotWritten."""
-    if sys.stdout is not None:  # it was closed before the start
+    if sys.stdout is not None:  # None: it was closed before the start
         with _writing_results():
             sys.stdout.flush()
 

@@ -48,7 +48,9 @@ def find_customers(
             reply = orders_collection.database.command(command, codec_options=READABLE_CODEC)
         cursor = reply["cursor"]
         read_at = cursor.get("atClusterTime")  # None: the collection was dropped
-        if read_at is not None and read_at < not_before:  # a new primary, which then waits
+        if (
+            read_at is not None and read_at < not_before
+        ):  # a new primary; with a time, it waits until it has it
             return find(ids, not_before)
         if cursor["id"]:  # the reply is full
             raise ResyncRequired(f"the customer ids of {len(ids):,} orders are larger than 16 MB")

@@ -71,7 +71,7 @@ def _map(
     ):
         return _map_write_errors(error.details, operation)
     if isinstance(error, OperationFailure | driver.NotPrimaryError):
-        details: Mapping[str, Any] = error.details or {}  # type: ignore[assignment]  # or a list
+        details: Mapping[str, Any] = error.details or {}  # type: ignore[assignment]  # or an empty list
         if concern_errors := details.get("writeConcernErrors"):  # of a bulk write
             details = concern_errors[-1]
         code = details.get("code", getattr(error, "code", None))

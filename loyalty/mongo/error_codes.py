@@ -1,7 +1,7 @@
 """The error codes of MongoDB servers: their names, and the error that each becomes.
 
-The names are those of the server's src/mongo/base/error_codes.yml (read at 9.0). The server uses
-names such as Location40324 for errors that have only a number.
+The names are those of the server's src/mongo/base/error_codes.yml (as of MongoDB 9.0). The server
+uses names such as Location40324 for errors that have only a number.
 
 - If a command fails with a code that is not in the table, the error is transient.
 - If one update of a batch fails with such a code, or with one of ConfigurationError, its document

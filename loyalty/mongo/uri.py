@@ -60,7 +60,7 @@ def read_uri(values: Mapping[str, str]) -> tuple[str, list[str]]:
     if file:
         try:
             uri = Path(file).read_text(encoding="utf-8-sig").strip()
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:
             return "", [f"MONGODB_URI_FILE: {file}: {describe_os_error(error)}"]
         if not uri:
             return "", [f"MONGODB_URI_FILE: {file} is empty"]
@@ -85,6 +85,9 @@ def check_uri(uri: str) -> list[str]:
         names = [option.partition("=")[0] for option in bad_options]
         return [f"unknown option, or bad value of option {name!r}" for name in names]
     if not _is_accepted(_make_client, uri):
+        userinfo = split_uri(uri).userinfo
+        if userinfo and ":" not in userinfo and "authmechanism=" not in uri.lower():
+            return ["has a user without a password"]
         together = ", ".join(option.partition("=")[0] for option in options)
         problem = "contradict each other or another part, or name a file that is not in PEM format"
         return [f"these options {problem}: {together}"]

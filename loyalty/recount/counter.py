@@ -70,6 +70,8 @@ class OrderCounter:
         else:
             scope = Scope(status_may_be_array=plan.status_is_multikey)
             _handle_rows(self._aggregate(scope, plan.advice), on_row)
+        # Partitions have raised NonCanonicalIdFound. Without usable indexes, live updates read all
+        # orders, which finds every form of an id.
         check_case = single_query and self.settings.live_updates
         return CountResult(
             tuple(self._snapshots),

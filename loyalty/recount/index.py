@@ -78,8 +78,9 @@ def inspect_plan(orders: Collection[Any], settings: Settings) -> OrdersPlan:
 def inspect_orders_plan(orders: Collection[Any], settings: Settings) -> OrdersPlan:
     """Return the plan with the best index on orders. Raises ServiceError.
 
-    1. Explain the query for an empty range. The planner ranks all its indexes equally, and also
-       shows the plans that it rejects. Take the indexes with the right keys and bounds.
+    1. Explain the query for an empty range. No index has an advantage there, so the reply has a
+       plan with each index that fits, chosen or rejected. Take those with the right keys and
+       bounds.
     2. Explain the query for all customers with each of these indexes. Step 1 may have asked only
        one shard, and a partial index that lacks some customers has no bounds in this plan.
 

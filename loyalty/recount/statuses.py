@@ -34,9 +34,9 @@ class CustomerOrders(NamedTuple):
 
 
 def count_statuses(connection: Connection, settings: Settings) -> StatusCounts:
-    """Return the number of orders by status, the most frequent 1,000 first. Raises ServiceError.
+    """Return the number of orders with each of the 1,000 most frequent statuses, in this order.
 
-    Only of orders that match ORDER_FILTER.
+    Only of orders that match ORDER_FILTER. Raises ServiceError.
     """
     orders = connection.orders
     stages: list[Document] = [

@@ -66,9 +66,9 @@ class UndoResult:
 
 
 def has_effect(connection: Connection, recount: LoggedRecount) -> bool:
-    """Return whether an undo would restore a user, or a user has the old points already.
+    """Return whether at least one user has the old points after an undo. Raises ServiceError.
 
-    Raises ServiceError.
+    Also if all have them already: a repeated undo completes the record of an interrupted one.
     """
     users = connection.users.database.get_collection(recount.users, codec_options=LENIENT_CODEC)
     return any(

@@ -29,7 +29,7 @@ MAX_BATCH_BYTES = 4 * 1024 * 1024
 """Maximum size of the ids and old values in one batch of several users."""
 _MAX_CHANGE_BYTES = 16 * 1024 * 1024 - 16 * 1024
 """Maximum size of one user's change: a document of the change log may have 16 MB."""
-_OBJECT_ID_BYTES = 20  # of an id in an array; to encode each change would take time
+_OBJECT_ID_BYTES = 20  # in an array of ids; numbers are ignored, as they are small
 UNSUPPORTED_VALUE = "UnsupportedValue"
 """The code name of an update whose id or old value Python cannot encode unchanged, or whose old
 value is too large for the change log."""
@@ -42,8 +42,8 @@ LogChanges = Callable[[Sequence[Document]], None]
 class UpdateResult:
     """The numbers of users whose points were written, who were deleted, and whose update failed.
 
-    Failed updates are counted by error code name. The server's own text is left out: it quotes the
-    user's document.
+    Failed updates are counted by the description of the error code. The server's own text is left
+    out: it quotes the user's document.
     """
 
     written: int = 0
@@ -59,8 +59,8 @@ class UpdateResult:
     def describe_failures(self) -> str:
         return ", ".join(f"{code}: {number:,}" for code, number in self.failures.most_common(3))
 
-    def add_failure(self, code: str, user: Any) -> None:
-        self.add(UpdateResult(failures=Counter([code]), failed_sample=[format_value(user)]))
+    def add_failure(self, reason: str, user: Any) -> None:
+        self.add(UpdateResult(failures=Counter([reason]), failed_sample=[format_value(user)]))
 
     def add(self, other: Self) -> None:
         self.written += other.written
@@ -132,7 +132,7 @@ class PendingUpdates:
 
 
 def _measure_change(user: User, change: Document) -> int | None:
-    """Return about how many bytes a change has; None if it cannot be encoded."""
+    """Return about how many bytes the id and the old value have; None if they cannot be encoded."""
     if isinstance(user.id, ObjectId) and isinstance(user.points, int | float | None):
         return _OBJECT_ID_BYTES + len(user.created_path or "")
     encoded = try_encode(change)
@@ -172,8 +172,8 @@ def _write_each_user(
         result.written = bulk_write(users, updates)
     except BulkUpdateErrors as error:
         result.written = error.matched
-        for position, code in error.reasons.items():
-            result.add_failure(code, changes[position]["user"])
+        for position, reason in error.reasons.items():
+            result.add_failure(reason, changes[position]["user"])
     result.deleted = len(changes) - result.written - result.failed
     return result
 
