@@ -48,9 +48,10 @@ def load_settings(
 
 
 def read_env_file(path: Path) -> tuple[dict[str, str], list[str]]:
-    """Return the values in an `.env` file as written (`$`, `%` and `#` stay), and its bad lines.
+    """Return the values in an `.env` file, and its bad lines.
 
-    Raises ConfigurationError if the file cannot be read.
+    `$` and `%` have no special meaning. A `#` after whitespace begins a comment, unless the value
+    is quoted. Raises ConfigurationError if the file cannot be read.
     """
     # python-dotenv's own loader only warns about a bad line; its parser tells which one it is.
     try:

@@ -60,8 +60,8 @@ class History:
             if record["outcome"] in _UNDO_OUTCOMES:
                 success = self._find_success()
                 record["last_success"] = success and success["_id"]
-            # The first recount with a new connection warns only if it was refused: the operator may
-            # have changed the settings.
+            # Other settings are normal for the first record of a connection: the operator may have
+            # changed them. Such a record causes a warning only if the recount was refused.
             elif self._has_written or record["outcome"] == "refused":
                 with suppress(ServiceError):
                     self._warn_of_other_service()

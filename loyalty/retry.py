@@ -120,7 +120,7 @@ class Backoff:
         self._failed_at = -inf
 
     def record_work(self, seconds: float) -> None:
-        """Do not count seconds of work without a failure as idle: move the last failure by them."""
+        """Exclude successful work from the idle time: treat the last failure as that much later."""
         self._failed_at += seconds
 
     def record_failure(self, started: float, *, max_seconds: float = inf) -> float:

@@ -119,8 +119,8 @@ class Service:
         try:
             with self.metrics.count_failures(), self._stop_live_updates_on_error():
                 connection = self._connection or self.connect()
-                # Not older than a live update has counted, also after a failover to a server that
-                # is behind: a stale count would replace newer points.
+                # The recount must not read at an earlier time than the last live update, also after
+                # a failover to a server that is behind: a stale count would replace newer points.
                 request = RecountRequest(not_before=self.updater.start(connection))
                 result = run_recount(
                     connection, self.settings, self._history, request, report_progress

@@ -9,7 +9,7 @@ from typing import Any
 
 import bson
 import pytest
-from bson import Binary, ObjectId
+from bson import Binary, Decimal128, ObjectId
 from bson.binary import UuidRepresentation
 from bson.raw_bson import RawBSONDocument
 from conftest import Command
@@ -50,6 +50,9 @@ def test_one_customer_is_shown_and_written_and_no_other(
         ("7", 7),
         ("-7", -7),
         ("7", 7.0),
+        ("7", Decimal128("7")),
+        ("7", Decimal128("7.00")),
+        ("1.5", Decimal128("1.5")),
         ("7", "7"),
         ("1.5", 1.5),
         ("1234567890123456789", 1234567890123456789),

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
+from bson import Decimal128
+
 from config import Settings
 from loyalty.commands.changes import change_to_json, print_outcomes
 from loyalty.commands.output import format_cell, print_json, print_line, print_table
@@ -84,7 +86,7 @@ def _find_orders(
 
     `why` is the reason if there are no points.
     """
-    customers_with_users = [row.customer for row in rows if row.users]
+    customers_with_users = [_to_comparable(row.customer) for row in rows if row.users]
     documents: list[Document] = []
     for id_ in ids:
         for orders in count_customer_orders(connection, settings, id_):
@@ -99,6 +101,11 @@ def _find_orders(
                 }
             )
     return documents
+
+
+def _to_comparable(customer: Any) -> Any:
+    """Convert an id to a value that equals other numbers as it does on the server."""
+    return customer.to_decimal() if isinstance(customer, Decimal128) else customer
 
 
 def _explain(orders: CustomerOrders, settings: Settings, *, user_exists: bool) -> str | None:

@@ -48,9 +48,8 @@ def find_customers(
             reply = orders_collection.database.command(command, codec_options=READABLE_CODEC)
         cursor = reply["cursor"]
         read_at = cursor.get("atClusterTime")  # None: the collection was dropped
-        if (
-            read_at is not None and read_at < not_before
-        ):  # a new primary; with a time, it waits until it has it
+        # A new primary may be behind. A read at a given time waits until the server has reached it.
+        if read_at is not None and read_at < not_before:
             return find(ids, not_before)
         if cursor["id"]:  # the reply is full
             raise ResyncRequired(f"the customer ids of {len(ids):,} orders are larger than 16 MB")
@@ -61,5 +60,6 @@ def find_customers(
     for chunk in split_ids(orders, _MAX_IDS):
         found, at = retry(partial(find, chunk, at), SHORT_OUTAGE_RETRY)
         customers += [get_nested(order, settings.customer_field) for order in found]
-    # Without updated orders, nothing has been read yet.
+    # There is no `at` without updated orders, or if the collection was dropped. `not_before` is for
+    # a server that then reports no time.
     return customers, at or pin_cluster_time(connection, not_before) or not_before

@@ -41,7 +41,7 @@ class LiveUpdater:
     def __init__(self, settings: Settings, limits: LiveLimits, service_state: ServiceState) -> None:
         self.state = LiveState.OFF
         self.newest = NEVER
-        """The newest cluster time that a recount has read at. No later one may read before it."""
+        """The newest cluster time that a recount has read at. The next must not read before it."""
         self._settings = settings
         self._limits = limits
         self._service_state = service_state

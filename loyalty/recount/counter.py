@@ -70,8 +70,9 @@ class OrderCounter:
         else:
             scope = Scope(status_may_be_array=plan.status_is_multikey)
             _handle_rows(self._aggregate(scope, plan.advice), on_row)
-        # Partitions have raised NonCanonicalIdFound. Without usable indexes, live updates read all
-        # orders, which finds every form of an id.
+        # Mixed case matters only if live updates look customers up in an index. With an index, the
+        # count begins with partitions, which raise NonCanonicalIdFound for such an id, so only the
+        # single query that follows has to check.
         check_case = single_query and self.settings.live_updates
         return CountResult(
             tuple(self._snapshots),

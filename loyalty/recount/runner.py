@@ -175,20 +175,20 @@ class _Recount:
     def write(self, updates: PendingUpdates) -> None:
         """Write the updates. Raises TooManyFailedUpdates, and other ServiceErrors."""
         totals = self.result.totals
-        written = self.result.updates = updates.result  # `write` adds to it, also before an error
+        # `updates.write` adds to it with each batch, so it is also right after an error.
+        done = self.result.updates = updates.result
         updates.write(self.connection.users, self.on_progress, self._open_change_log())
-        if not written.failed:
+        if not done.failed:
             return
-        log.debug("failed_updates users=%s", ", ".join(written.failed_sample))
-        errors = written.describe_failures()
-        if has_too_many_failed_updates(written.failed, totals.users):
+        log.debug("failed_updates users=%s", ", ".join(done.failed_sample))
+        errors = done.describe_failures()
+        if has_too_many_failed_updates(done.failed, totals.users):
             raise TooManyFailedUpdates(
-                f"{written.failed:,} of {totals.changed:,} updates failed ({errors})",
-                written.failed,
+                f"{done.failed:,} of {totals.changed:,} updates failed ({errors})", done.failed
             )
         log.warning(
             'incomplete failed_updates=%d changed=%d errors="%s"',
-            *(written.failed, totals.changed, errors),
+            *(done.failed, totals.changed, errors),
         )
 
     def _open_change_log(self) -> LogChanges | None:

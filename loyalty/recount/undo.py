@@ -184,12 +184,13 @@ def _build_updates(points_field: str, changes: Sequence[Document]) -> list[Updat
             continue
         if created := change.get("created"):
             # Remove the document that the update created, unless it has other fields by now.
-            document = change["after"]
+            # If `created` is "loyalty" and the field is loyalty.points, it was {points: 5}.
+            created_value = change["after"]
             for name in reversed(points_field.removeprefix(f"{created}.").split(".")):
-                document = {name: document}
-            has_no_other_expr = {"$eq": [f"${created}", {"$literal": document}]}
-            is_alone = {**condition, "$expr": {"$and": [has_points_expr, has_no_other_expr]}}
-            updates.append(UpdateMany(is_alone, {"$unset": {created: ""}}))
+                created_value = {name: created_value}
+            has_no_other_expr = {"$eq": [f"${created}", {"$literal": created_value}]}
+            without_others = {**condition, "$expr": {"$and": [has_points_expr, has_no_other_expr]}}
+            updates.append(UpdateMany(without_others, {"$unset": {created: ""}}))
             condition["$expr"] = {"$and": [has_points_expr, {"$not": [has_no_other_expr]}]}
         updates.append(UpdateMany(condition, {"$unset": {points_field: ""}}))
     return updates
