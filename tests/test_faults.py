@@ -28,6 +28,7 @@ from urllib.parse import quote_plus
 from uuid import uuid4
 
 import pytest
+from bson import ObjectId
 from conftest import MEMORY, ROOT, Command, settings_for
 from hypothesis import given
 from hypothesis import strategies as st
@@ -435,19 +436,26 @@ def test_the_next_start_waits_for_the_batch_of_a_killed_service(
     harness: FaultHarness, service: Start
 ) -> None:
     harness.recount()
-    user = harness.shop.users.find_one({"loyalty_points": {"$gt": 2}, "_id": {"$type": "objectId"}})
-    assert user
-    orders = {"customer_id": str(user["_id"]), "status": "Shipped"}
+    # Plain values only: a query would also find an array that contains them, which earns nothing.
+    order = next(
+        order
+        for user in harness.shop.users.find(
+            {"loyalty_points": {"$gt": 2}, "_id": {"$type": "objectId"}}
+        )
+        for order in harness.shop.orders.find(
+            {"customer_id": str(user["_id"]), "status": "Shipped"}
+        )
+        if order["customer_id"] == str(user["_id"]) and order["status"] == "Shipped"
+    )
+    user_id, order_id = ObjectId(order["customer_id"]), {"_id": order["_id"]}
     with harness.database.client.start_session() as session, session.start_transaction():
         # A lock delays the batch at this user, as a busy server would.
-        harness.shop.users.update_one(
-            {"_id": user["_id"]}, {"$set": {"busy": True}}, session=session
-        )
-        harness.shop.orders.update_one(orders, {"$set": {"status": "Returned"}})
+        harness.shop.users.update_one({"_id": user_id}, {"$set": {"busy": True}}, session=session)
+        harness.shop.orders.update_one(order_id, {"$set": {"status": "Returned"}})
         killed = service(MONGODB_URI=harness.uri)
         wait_until("the batch at the user", lambda: conflicts(harness) > 0)
         killed.kill()
-        harness.shop.orders.update_one({**orders, "status": "Returned"}, {"$set": orders})
+        harness.shop.orders.update_one(order_id, {"$set": {"status": "Shipped"}})
         # The stored points are now correct, until the batch of the killed service is written.
         following = service(*SHORT_PAUSES, program=LAUNCHER, MONGODB_URI=harness.uri)
         wait_until("what it says first", lambda: following.lines)
