@@ -48,7 +48,7 @@ def main() -> None:
     with Deployment(parent=args.parent) as deployment:
         uri = deployment.uri_for(database="shapes")
         # A points field for each shape, so that only the first recount of each changes points.
-        fields = {name: {"USER_POINTS_FIELD": f"points.{n}"} for n, name in enumerate(SHAPES)}
+        fields = {name: {"USER_POINTS_FIELD": f"points.shape{n}"} for n, name in enumerate(SHAPES)}
         every = {
             name: load({"MONGODB_URI": uri, **values, **fields[name]})
             for name, values in SHAPES.items()
