@@ -37,7 +37,7 @@ class Scope:
 
     @property
     def has_all_forms(self) -> bool:
-        """Whether it has all forms of an id if it has one of them."""
+        """Whether no other scope has another form of an id in this one."""
         return self.partition == EVERYTHING or bool(self.customers)
 
 
