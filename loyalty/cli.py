@@ -137,7 +137,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     elif args.changes:
         args.run = changes.run
     if args.customer and args.run not in (once.run, dry_run.run):
-        parser.error("--customer needs --once or --dry-run")
+        parser.error("--customer needs --once or --dry-run, without --undo")
     if args.force and (args.run is not once.run or args.customer):
         parser.error("--force needs --once, without --customer")
     if args.json and args.run in (None, create_index.run):

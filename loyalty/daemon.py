@@ -25,13 +25,13 @@ from loyalty.retry import Backoff
 
 
 @dataclass(frozen=True)
-class RecountOutcome:
-    """The end of a recount that raised no error."""
+class StepOutcome:
+    """The end of a step that raised no error."""
 
     status: str
     """One line for `systemctl status`."""
     retry_after_seconds: float | None = None
-    """When the next recount is due, if that is before the interval has passed."""
+    """When the next step is due, if that is before the interval has passed."""
 
 
 class Job(Protocol):
@@ -51,10 +51,10 @@ class Job(Protocol):
     def connect(self) -> object:
         """Connect; this must succeed once before the first recount."""
 
-    def recount(self, on_progress: ProgressCallback) -> RecountOutcome:
+    def recount(self, on_progress: ProgressCallback) -> StepOutcome:
         """Do one recount. A refused recount is an outcome, not an error."""
 
-    def run_between(self, seconds: float, on_progress: ProgressCallback) -> RecountOutcome | None:
+    def run_between(self, seconds: float, on_progress: ProgressCallback) -> StepOutcome | None:
         """Do live updates for about `seconds`, or a full recount if they need one.
 
         Return the outcome of that recount, or None. Also called before `connect` has succeeded.
@@ -76,7 +76,7 @@ class Daemon:
     - SIGHUP makes the job reload its settings between two recounts. If they are right, a recount
       follows immediately; if not, the error is logged and nothing else changes.
     - WATCHDOG=1 is sent until the job has made no progress for its `stall_timeout`.
-    - The worker starts work that is due or was requested within `tick_seconds`.
+    - The worker starts due or requested work within `tick_seconds`.
     """
 
     def __init__(
@@ -161,13 +161,13 @@ class Daemon:
             self._backoff.record_work(time.monotonic() - started)
             self._handle_outcome(outcome)
 
-    def _connect(self) -> RecountOutcome:
+    def _connect(self) -> StepOutcome:
         self._job.connect()
         self._has_connected = True
         systemd.notify("READY=1")
-        return RecountOutcome("connected", retry_after_seconds=0)
+        return StepOutcome("connected", retry_after_seconds=0)
 
-    def _recount(self) -> RecountOutcome:
+    def _recount(self) -> StepOutcome:
         self._report_progress("recounting")
         return self._job.recount(self._report_progress)
 
@@ -179,10 +179,10 @@ class Daemon:
             if outcome := self._job.run_between(seconds, self._report_progress):
                 self._backoff.record_work(time.monotonic() - started)
                 self._handle_outcome(outcome)
-        except Exception as error:  # noqa: BLE001 -- logged there
+        except Exception as error:  # noqa: BLE001 -- `_handle_failure` logs it
             self._handle_failure(error, started)
 
-    def _handle_outcome(self, outcome: RecountOutcome) -> None:
+    def _handle_outcome(self, outcome: StepOutcome) -> None:
         after, interval = outcome.retry_after_seconds, self._interval_seconds
         self._schedule_next(outcome.status, interval if after is None else min(after, interval))
 
@@ -211,7 +211,7 @@ class Daemon:
 
     def _reload(self) -> None:
         self._reload_requested.clear()
-        if self._has_connected:  # READY=1, which ends a reload, also means the end of the start
+        if self._has_connected:  # before, READY=1 would report the end of the start
             # Type=notify-reload needs the time, to know that this answers its latest SIGHUP.
             systemd.notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
         status = "reload failed, the old settings are kept; see the log"

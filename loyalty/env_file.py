@@ -15,8 +15,8 @@ from loyalty.logs import log, set_log_format
 from loyalty.parsers import describe_os_error
 
 _URI_NAMES = ("MONGODB_URI", "MONGODB_URI_FILE")
-# How similar two names are, from 0 to 1. MONGODB_USER and MONGODB_URI have 0.87,
-# ACCOUNTS_COLLECTION and RECOUNTS_COLLECTION 0.89, MONGO_URI and MONGODB_URI 0.90.
+# The similarity of two names, from 0 to 1. A misspelling: MONGO_URI for MONGODB_URI, 0.90. Names of
+# other programs: MONGODB_USER, 0.87; ACCOUNTS_COLLECTION beside RECOUNTS_COLLECTION, 0.89.
 _MIN_SIMILARITY = 0.8
 _MIN_MISSPELLING_SIMILARITY = 0.9
 
@@ -26,8 +26,8 @@ def load_settings(
 ) -> Settings:
     """Load the settings from the environment and a file; the environment takes precedence.
 
-    The file at `default_path` need not exist. This sets the level and the format of the log; the
-    format even if other settings are wrong, because their problems are logged next.
+    The file at `default_path` need not exist. This sets the level and the format of the log. The
+    format is set even if other settings are wrong, because their problems are logged next.
     Raises ConfigurationError with all problems.
     """
     file = path or default_path
@@ -81,7 +81,7 @@ def _check_names(
     misspelt = []
     for name in {**in_file, **from_environment}:
         if name in known:
-            if re.search(r"\s#", from_environment.get(name, "")):  # systemd keeps comments
+            if re.search(r"\s#", from_environment.get(name, "")):  # systemd does not remove it
                 log.warning('comment_in_value name=%s effect="# is a part of the value"', name)
             continue
         similarity, setting = max(

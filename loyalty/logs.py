@@ -23,7 +23,7 @@ def log_to_stderr() -> None:
     handler.setFormatter(_make_formatter("text"))
     # Other libraries only from WARNING on: at DEBUG the driver logs commands and documents.
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
-    logging.getLogger(LOGGER).setLevel(logging.INFO)
+    log.setLevel(logging.INFO)
 
 
 def set_log_format(name: str) -> None:

@@ -17,14 +17,15 @@ from loyalty.recount.result import Outcome, Result
 from loyalty.state import ServiceState
 
 _RECOUNTS = "loyalty_recounts_total"
+_LAST = "the last recount that succeeded or was incomplete"
 _METRICS = {
     _RECOUNTS: "Recounts by outcome",
-    "loyalty_last_success_timestamp_seconds": "Time of the last successful recount; 0 if none",
+    "loyalty_last_success_timestamp_seconds": f"Time of {_LAST}; 0 if there is none",
     "loyalty_as_of_timestamp_seconds": "The points include all changes before this time",
-    "loyalty_recount_duration_seconds": "Duration of the last successful recount",
+    "loyalty_recount_duration_seconds": f"Duration of {_LAST}",
     "loyalty_interval_seconds": "RECOUNT_INTERVAL",
-    "loyalty_users": "Users in the last successful recount",
-    "loyalty_changed_users": "Users whose points the last successful recount wrote",
+    "loyalty_users": f"Users in {_LAST}",
+    "loyalty_changed_users": f"Users that were written by {_LAST}",
     "loyalty_failed_updates": "Users that the last recount could not update",
     "loyalty_orders_of_unknown_customers": "Counted orders of unknown customers",
     "loyalty_orders_without_customer": "Counted orders without a customer id",
@@ -125,12 +126,12 @@ class Metrics:
             with _lock(self._file.parent):
                 samples = self._load(self._file)
                 for name, value in {**self._read_state(), **(values or {})}.items():
-                    samples[self._format_sample(name)] = value
-                as_of = self._format_sample("loyalty_as_of_timestamp_seconds")
-                live_as_of = self._format_sample("loyalty_live_as_of_timestamp_seconds")
+                    samples[self._format_series(name)] = value
+                as_of = self._format_series("loyalty_as_of_timestamp_seconds")
+                live_as_of = self._format_series("loyalty_live_as_of_timestamp_seconds")
                 samples[as_of] = max(samples[as_of], samples[live_as_of])
                 if outcome is not None:
-                    samples[self._format_sample(_RECOUNTS, outcome)] += 1
+                    samples[self._format_series(_RECOUNTS, outcome)] += 1
                 _replace(self._file, _format(samples))
         except OSError as error:
             self._warn_once("metrics_write_failed", f"{self._file}: {error.strerror}")
@@ -150,21 +151,21 @@ class Metrics:
             "loyalty_live_lag_seconds": self._state.live_lag_seconds,
         }
 
-    def _format_sample(self, name: str, outcome: str | None = None) -> str:
+    def _format_series(self, name: str, outcome: str | None = None) -> str:
         labels = self._labels + (f',outcome="{outcome}"' if outcome else "")
         return f"{name}{{{labels}}}"
 
     def _load(self, file: Path) -> dict[str, float]:
-        """Return the value of each sample in the file; 0 for a sample that is not in it."""
-        samples = [self._format_sample(_RECOUNTS, outcome) for outcome in get_args(Outcome)]
-        samples += [self._format_sample(name) for name in _METRICS if name != _RECOUNTS]
-        values = dict.fromkeys(samples, 0.0)
+        """Return the value of each series in the file; 0 for a series that is not in it."""
+        all_series = [self._format_series(_RECOUNTS, outcome) for outcome in get_args(Outcome)]
+        all_series += [self._format_series(name) for name in _METRICS if name != _RECOUNTS]
+        samples = dict.fromkeys(all_series, 0.0)
         with suppress(OSError, ValueError):  # no file yet, or not one of ours
             for line in file.read_text(encoding="utf-8").splitlines():
-                sample, _, value = line.rpartition(" ")
-                if sample in values:
-                    values[sample] = float(value)
-        return values
+                series, _, value = line.rpartition(" ")
+                if series in samples:
+                    samples[series] = float(value)
+        return samples
 
 
 def _escape(text: str) -> str:
@@ -183,7 +184,7 @@ def _format(samples: Mapping[str, float]) -> str:
 
 @contextmanager
 def _lock(directory: Path) -> Iterator[None]:
-    """Let one thread of all processes at a time write to a directory."""
+    """Let only one thread at a time, in any process, write to a directory."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

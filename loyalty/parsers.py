@@ -134,7 +134,7 @@ def duration_parser(max_days: int) -> Parser:
 
 
 def format_duration(time: timedelta) -> str:
-    """Return a time as `duration_parser` reads it; from 100 units on it is rounded down."""
+    """Return a time as `duration_parser` reads it; rounded down if it has 100 or more of a unit."""
     seconds = int(time.total_seconds())
     for unit, size in SECONDS_PER_UNIT.items():
         if seconds >= size and (seconds % size == 0 or seconds >= 100 * size):

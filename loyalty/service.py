@@ -9,7 +9,7 @@ from math import inf
 
 from config import Settings
 from loyalty.concurrency import ProgressCallback
-from loyalty.daemon import RecountOutcome
+from loyalty.daemon import StepOutcome
 from loyalty.errors import (
     AuthenticationFailed,
     ClientUnusable,
@@ -49,7 +49,7 @@ class Service:
         self._heartbeat_seconds = heartbeat_interval.total_seconds()
         self._heartbeat_at = self._resync_at = -inf
         self._connection: Connection | None = None
-        self._history: History  # of the connection
+        self._history: History  # set by `connect`
         self.state = ServiceState()
         self._apply_settings(settings)
 
@@ -91,7 +91,7 @@ class Service:
         self._set_up_log()
 
     def _read_settings(self) -> Settings:
-        """Return the settings as they are now. The log stays as the current settings say."""
+        """Load the settings again; the log keeps its format and level."""
         try:
             return self._load_settings()
         finally:
@@ -111,7 +111,7 @@ class Service:
         # read once. Progress is reported after each long query.
         return 2 * (self.settings.count_timeout + timedelta(minutes=1))
 
-    def recount(self, on_progress: ProgressCallback) -> RecountOutcome:
+    def recount(self, on_progress: ProgressCallback) -> StepOutcome:
         def report_progress(progress: str) -> None:
             self.metrics.refresh_if_due()
             on_progress(progress)
@@ -127,8 +127,8 @@ class Service:
                 )
         except RecountRefused as error:
             log.error('refused reason="%s"', error)
-            return RecountOutcome(f"refused: {error}", REFUSED_RETRY_SECONDS)
-        except ConfigurationError:  # the next connection verifies again what is wrong
+            return StepOutcome(f"refused: {error}", REFUSED_RETRY_SECONDS)
+        except ConfigurationError:  # the next recount connects again, and verifies the access
             self.disconnect()
             raise
         except ClientUnusable:
@@ -139,9 +139,9 @@ class Service:
         self.state.result = result
         self.updater.finish_recount(result)
         self.metrics.record_recount(result)
-        return RecountOutcome(self.state.status, self.updater.retry_after_seconds())
+        return StepOutcome(self.state.status, self.updater.retry_after_seconds())
 
-    def run_between(self, seconds: float, on_progress: ProgressCallback) -> RecountOutcome | None:
+    def run_between(self, seconds: float, on_progress: ProgressCallback) -> StepOutcome | None:
         """Do live updates for about `seconds`, or a full recount if they need a resync."""
         self.metrics.refresh_if_due()
         if self._connection is None or not self.updater.state.has_stream:
@@ -156,7 +156,7 @@ class Service:
                 return self._resync(error, on_progress)
         return None
 
-    def _resync(self, reason: ResyncRequired, on_progress: ProgressCallback) -> RecountOutcome:
+    def _resync(self, reason: ResyncRequired, on_progress: ProgressCallback) -> StepOutcome:
         if time.monotonic() - self._resync_at < MIN_RESYNC_INTERVAL_SECONDS:
             # The daemon retries with backoff.
             raise DatabaseUnavailable(f"{reason}, again within {MIN_RESYNC_INTERVAL_SECONDS:g} s")

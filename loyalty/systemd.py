@@ -9,7 +9,7 @@ from math import inf
 def notify(*assignments: str) -> None:
     """Send assignments such as "READY=1" in one message, see sd_notify(3).
 
-    Without systemd, when it does not listen, or when no file can be opened, nothing happens.
+    Without systemd, and after an error of the socket, nothing happens.
     """
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import config
 import loyalty_microservice
 from loyalty.concurrency import ProgressCallback, ignore_progress
-from loyalty.daemon import Daemon, RecountOutcome
+from loyalty.daemon import Daemon, StepOutcome
 from loyalty.logs import log_to_stderr
 from loyalty.mongo import connection as mongo
 from loyalty.retry import Backoff, RetryPolicy
@@ -74,7 +74,7 @@ class FailingService(Service):
 
     bugs: list[tuple[int, str]]
 
-    def recount(self, on_progress: ProgressCallback) -> RecountOutcome:
+    def recount(self, on_progress: ProgressCallback) -> StepOutcome:
         calls = count(1)
 
         def fail(text: str) -> None:

@@ -20,7 +20,7 @@ from conftest import settings_for
 from pymongo.database import Database
 
 from loyalty.concurrency import ProgressCallback
-from loyalty.daemon import Daemon, RecountOutcome
+from loyalty.daemon import Daemon, StepOutcome
 from loyalty.errors import ConfigurationError, DatabaseUnavailable
 from loyalty.retry import Backoff, RetryPolicy
 from sandbox.mongod import DEADLINE_SECONDS, wait_until
@@ -37,11 +37,11 @@ class FakeJob:
 
     def __init__(
         self,
-        recount: Callable[[ProgressCallback], RecountOutcome | None] = lambda _: None,
+        recount: Callable[[ProgressCallback], StepOutcome | None] = lambda _: None,
         *,
         connect: Callable[[], None] = lambda: None,
         reload: Callable[[], None] = lambda: None,
-        run_between: Callable[[float], RecountOutcome | None] = time.sleep,
+        run_between: Callable[[float], StepOutcome | None] = time.sleep,
         interval: float = 3600,
         stall_timeout: float = 60,
     ) -> None:
@@ -55,13 +55,13 @@ class FakeJob:
     def connect(self) -> None:
         self._call("connect", self._connect)
 
-    def recount(self, on_progress: ProgressCallback) -> RecountOutcome:
-        return self._call("recount", self._recount, on_progress) or RecountOutcome("done")
+    def recount(self, on_progress: ProgressCallback) -> StepOutcome:
+        return self._call("recount", self._recount, on_progress) or StepOutcome("done")
 
     def reload(self) -> None:
         self._call("reload", self._reload)
 
-    def run_between(self, seconds: float, on_progress: ProgressCallback) -> RecountOutcome | None:
+    def run_between(self, seconds: float, on_progress: ProgressCallback) -> StepOutcome | None:
         return self._call("run_between", self._run_between, seconds)
 
     def count(self, name: str) -> int:
@@ -191,7 +191,7 @@ def test_recounts_longer_than_the_interval_neither_overlap_nor_accumulate() -> N
 
 @pytest.mark.parametrize("seconds", [0.0, 0.3])
 def test_a_recount_can_request_an_earlier_next_recount(seconds: float) -> None:
-    outcomes = [RecountOutcome("refused", retry_after_seconds=seconds), RecountOutcome("done")]
+    outcomes = [StepOutcome("refused", retry_after_seconds=seconds), StepOutcome("done")]
     job = FakeJob(lambda _: outcomes.pop(0))
     daemon = make(job)
     run_until(job, lambda: has_scheduled(job, 2), daemon)
@@ -202,9 +202,9 @@ def test_a_recount_can_request_an_earlier_next_recount(seconds: float) -> None:
 
 
 def test_an_unscheduled_recount_can_request_an_earlier_recount() -> None:
-    outcomes = [RecountOutcome("refused", retry_after_seconds=0.3)]
+    outcomes = [StepOutcome("refused", retry_after_seconds=0.3)]
 
-    def run_between(seconds: float) -> RecountOutcome | None:
+    def run_between(seconds: float) -> StepOutcome | None:
         if job.count("recount") and outcomes:
             return outcomes.pop()
         time.sleep(seconds)
@@ -219,11 +219,11 @@ def test_an_unscheduled_recount_can_request_an_earlier_recount() -> None:
 def test_the_interval_begins_again_after_an_unscheduled_recount() -> None:
     times: list[datetime | None] = []
 
-    def run_between(seconds: float) -> RecountOutcome | None:
+    def run_between(seconds: float) -> StepOutcome | None:
         if job.count("recount"):
             times.append(daemon.scheduler.next_run)
             if len(times) == 1:
-                return RecountOutcome("resync")
+                return StepOutcome("resync")
         time.sleep(seconds)
         return None
 
@@ -237,7 +237,7 @@ def test_the_interval_begins_again_after_an_unscheduled_recount() -> None:
 
 
 def test_a_recount_cannot_request_a_later_next_recount(systemd: Callable[[], list[str]]) -> None:
-    job = FakeJob(lambda _: RecountOutcome("refused", retry_after_seconds=1e6), interval=1)
+    job = FakeJob(lambda _: StepOutcome("refused", retry_after_seconds=1e6), interval=1)
     run_until(job, lambda: systemd() and job.count("recount") == 2)
     (status, *_) = [message for message in systemd() if "refused" in message]
     at = datetime.fromisoformat(status.split("next at ")[1].replace(" UTC", "+00:00"))
@@ -300,7 +300,7 @@ def test_the_time_of_a_resync_is_not_idle_time(
 ) -> None:
     resyncs: list[bool] = []
 
-    def run_between(seconds: float) -> RecountOutcome | None:
+    def run_between(seconds: float) -> StepOutcome | None:
         if job.count("recount") != 2 or len(resyncs) == 2:
             time.sleep(seconds)
             return None
@@ -308,7 +308,7 @@ def test_the_time_of_a_resync_is_not_idle_time(
         if len(resyncs) == 1 or not has_succeeded:
             time.sleep(0.6)
         if len(resyncs) == 1 and has_succeeded:
-            return RecountOutcome("resync")
+            return StepOutcome("resync")
         raise DatabaseUnavailable("ended")
 
     job = FakeJob(raising(DOWN), run_between=run_between)
@@ -526,7 +526,7 @@ def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
 def test_systemd_is_notified_when_the_daemon_is_ready_has_a_status_and_stops(
     systemd: Callable[[], list[str]],
 ) -> None:
-    job = FakeJob(lambda _: RecountOutcome("recounted, 3 changed"), connect=raising(DOWN))
+    job = FakeJob(lambda _: StepOutcome("recounted, 3 changed"), connect=raising(DOWN))
     run_until(job, lambda: "3 changed" in str(systemd()))
     messages = [message for message in systemd() if message != "WATCHDOG=1"]
     assert messages[0].startswith("STATUS=failed: down; next at ")

@@ -229,7 +229,7 @@ def test_a_full_recount_never_reads_before_the_last_live_update(small: LiveHarne
         requested.append(given[3].not_before)
         return runner.run_recount(*given, **named)
 
-    newest = small.service.updater.newest
+    newest = small.service.updater.newest_read
     with mock.patch.object(service, "run_recount", record_request):
         small.recount()
     assert requested == [newest]
@@ -248,7 +248,7 @@ def test_a_full_recount_never_reads_before_a_live_update_that_was_refused(
             changed_at = session.operation_time
         harness.update_until(lambda: harness.state is LiveState.PAUSED)
         assert changed_at
-        assert harness.service.updater.newest >= changed_at
+        assert harness.service.updater.newest_read >= changed_at
 
 
 @pytest.fixture
@@ -423,7 +423,7 @@ def test_a_transient_error_of_explain_does_not_end_live_updates(
 def test_a_recount_after_a_restore_may_read_before_the_last_one(
     small: LiveHarness, deployment: Deployment
 ) -> None:
-    small.service.updater.newest = Timestamp(2**32 - 2, 1)
+    small.service.updater.newest_read = Timestamp(2**32 - 2, 1)
     with (
         faults.fail_command(deployment.servers[0], "find", 1, errorCode=205),
         pytest.raises(ClientUnusable),

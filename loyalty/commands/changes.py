@@ -21,7 +21,7 @@ from loyalty.recount.change_log import (
 def run(args: argparse.Namespace, settings: Settings) -> Exit:
     """Print each logged change, in the order of writing; as JSON, one object a line.
 
-    The text also says if some of them were perhaps not made.
+    Without --json, it also says whether some changes were perhaps not made.
     """
     number = 0
     with connect(settings, verify=False) as connection:

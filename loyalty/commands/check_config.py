@@ -1,6 +1,6 @@
 """`--check-config`: settings, access, collections, index, statuses, and a count like `--dry-run`.
 
-It changes no document. Everything that it prints is exact.
+It reads all orders and users, and changes no document.
 """
 
 import argparse

@@ -44,9 +44,9 @@ def make_dry_run(connection: Connection, settings: Settings) -> Result:
 
 
 def _count_failing_updates(connection: Connection, settings: Settings) -> int:
-    """Return how many users have another value where a nested points field needs a document.
+    """Return how many users have a value that is not a document in a parent of the points field.
 
-    Other updates that will fail are not known before: those that a validator does not accept.
+    Updates that a validator does not accept also fail, but only a write shows them.
     """
     parts = settings.points_field.split(".")
     parents = [".".join(parts[:n]) for n in range(1, len(parts))]

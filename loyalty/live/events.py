@@ -70,7 +70,7 @@ def _begins_with_expr(path: str, prefix: str) -> Document:
 
 @dataclass(slots=True)
 class PendingChanges:
-    """Customers to recount at `cluster_time` or later, and orders whose customer is unknown yet."""
+    """Customers to recount at `cluster_time` or later, and orders whose customer is to be found."""
 
     reported_until: Timestamp = NEVER
     """The change stream has reported every change before this cluster time."""

@@ -28,9 +28,9 @@ def find_customers(
 ) -> tuple[list[Any], Timestamp]:
     """Return the customer ids in the orders with these `_id`s, and the cluster time to count at.
 
-    The time is the newest one, and `not_before` or later: if two services run, an older count of
-    the slower one would replace the newer count of the other. One round trip for up to 1,000
-    orders. An order that is missing was deleted, which another event reports. Raises ServiceError.
+    The time is the newest one, and at least `not_before`: if two services run, the slower one must
+    not replace the newer count of the other. One round trip for up to 1,000 orders. An order that
+    is missing was deleted, which another event reports. Raises ServiceError.
     """
     orders_collection = connection.orders
 
@@ -60,6 +60,6 @@ def find_customers(
     for chunk in split_ids(orders, _MAX_IDS):
         found, at = retry(partial(find, chunk, at), SHORT_OUTAGE_RETRY)
         customers += [get_nested(order, settings.customer_field) for order in found]
-    # There is no `at` without updated orders, or if the collection was dropped. `not_before` is for
-    # a server that then reports no time.
+    # There is no `at` without updated orders, or if the collection was dropped. Some servers report
+    # no time to pin: then `not_before`.
     return customers, at or pin_cluster_time(connection, not_before) or not_before

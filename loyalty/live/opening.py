@@ -44,7 +44,7 @@ def find_live_updates_problem(connection: Connection, settings: Settings) -> str
 
 
 def keeps_pre_images(connection: Connection) -> bool | None:
-    """Return whether the orders keep pre-images; None without permission to read that option."""
+    """Return whether the orders keep pre-images; None if that option cannot be read."""
     try:
         with map_driver_errors("listCollections", connection.orders.database.name):
             options = connection.orders.options()
@@ -65,12 +65,12 @@ def warn_if_pre_images_are_off(connection: Connection) -> None:
 def describe_mixed_case(settings: Settings) -> str:
     """Return why ids in mixed case end live updates, and the command that normalizes them."""
     field, key = settings.customer_field, settings.user_key_field
-    is_hex = "{$regex: '^[0-9A-Fa-f]{24}$', $not: {$type: 'array'}}"
+    hex_condition = "{$regex: '^[0-9A-Fa-f]{24}$', $not: {$type: 'array'}}"
     to_lower = "{$toLower: '$" + field + "'}"
     return (
         "some customer ids are hex strings in mixed case, which an index lookup cannot find. To "
         f"normalize those of orders: db.getCollection('{settings.orders}')."
-        f"updateMany({{'{field}': {is_hex}}}, [{{$set: {{'{field}': {to_lower}}}}}]). A user whose "
-        f"{key} is such a string must "
+        f"updateMany({{'{field}': {hex_condition}}}, [{{$set: {{'{field}': {to_lower}}}}}]). A "
+        f"user whose {key} is such a string must "
         f"{'be inserted again in' if key == '_id' else 'get it in'} lower case"
     )

@@ -35,5 +35,5 @@ TRANSITIONS = {
     (LiveState.PAUSED, LiveState.RESYNC): "the mass change is over, or has taken too long",
     (LiveState.PAUSED, LiveState.OFF): "an error, a reload, a refused recount, or a mixed-case id",
     (LiveState.RESYNC, LiveState.OPENING): "another change stream was opened",
-    (LiveState.RESYNC, LiveState.OFF): "another change stream could not be opened",
+    (LiveState.RESYNC, LiveState.OFF): "no other change stream was opened",
 }

@@ -40,7 +40,7 @@ class LiveUpdater:
 
     def __init__(self, settings: Settings, limits: LiveLimits, service_state: ServiceState) -> None:
         self.state = LiveState.OFF
-        self.newest = NEVER
+        self.newest_read = NEVER
         """The newest cluster time that a recount has read at. The next must not read before it."""
         self._settings = settings
         self._limits = limits
@@ -53,7 +53,7 @@ class LiveUpdater:
         self._full_recount: Result | None = None
         self._decreased = 0
         """Users who have lost points in live updates since the last full recount."""
-        self._paused_at = self._updated_at = -inf
+        self._paused_at = self._update_started_at = -inf
         self._as_of = NEVER
         self._last_update: datetime | None = None
         self._users_updated = 0
@@ -74,26 +74,26 @@ class LiveUpdater:
         opened, this logs a warning, and the recount runs without it.
         """
         if self._watcher is not None or not self._settings.live_updates or self._is_blocked:
-            return self.newest
+            return self.newest_read
         try:
             self._watcher = open_watcher(connection, self._settings, self._limits)
         except ServiceError as error:
             self._warn_once("live_updates_unavailable", error)
             is_transient = isinstance(error, DatabaseUnavailable)
             self._failed_openings = self._failed_openings + 1 if is_transient else 0
-            return self.newest
+            return self.newest_read
         self._failed_openings = 0
         warn_if_pre_images_are_off(connection)
         self._enter(LiveState.OPENING)
         self._last_update, self._users_updated = None, 0
-        return max(self._watcher.start_after, self.newest)
+        return max(self._watcher.start_after, self.newest_read)
 
     def finish_recount(self, result: Result) -> None:
-        """Go on after a full recount that has succeeded; its snapshot includes older changes."""
+        """Go live after a full recount, if the change stream is open and no id is in mixed case."""
         self._full_recount = result
         self._decreased = 0
         self._is_blocked = False
-        self.newest = max([self.newest, *result.count.snapshots])
+        self.newest_read = max([self.newest_read, *result.count.snapshots])
         if self._watcher is None:
             self._enter(LiveState.OFF)
             return
@@ -114,7 +114,7 @@ class LiveUpdater:
         return REOPEN_STREAM_BACKOFF.delay_seconds(failures) if failures else None
 
     def stop(self, reason: str) -> None:
-        """Close the change stream, and discard the pending changes, until the next full recount."""
+        """Close the change stream until the next full recount, and discard the pending changes."""
         if self.state in (LiveState.LIVE, LiveState.PAUSED):
             log.info('live_updates_stopped until="the next full recount" reason="%s"', reason)
         self._enter(LiveState.OFF)
@@ -134,11 +134,11 @@ class LiveUpdater:
             self._check_pause(watcher)
             time.sleep(min(seconds, _PAUSED_POLL_SECONDS))
             return
-        next_at = self._updated_at + self._limits.min_interval_seconds
+        next_at = self._update_started_at + self._limits.min_interval_seconds
         time.sleep(max(0.0, next_at - time.monotonic()))
         changes = watcher.pop_pending(seconds)
         if changes:
-            self._updated_at = time.monotonic()
+            self._update_started_at = time.monotonic()
             self._recount_customers(connection, changes, on_progress)
         if self.state is LiveState.LIVE:  # not if the changes were a mass change
             self._as_of = max(self._as_of, changes.reported_until)
@@ -162,7 +162,7 @@ class LiveUpdater:
                 raise ResyncRequired(f"live updates need a usable index: {problem}")
 
     def _report_state(self) -> None:
-        """Report the progress of live updates, or in every state but `live` that there is none."""
+        """Report the progress of live updates; None in every state except LIVE."""
         live, lag_seconds = None, 0.0
         if self._watcher is not None and self.state is LiveState.LIVE:
             lag_seconds = self._watcher.lag_seconds()
@@ -182,7 +182,7 @@ class LiveUpdater:
     ) -> None:
         """Recount the customers of pending changes; pause after a mass change."""
         assert self._full_recount is not None  # only a full recount makes updates live
-        not_before = max(changes.cluster_time, self.newest)
+        not_before = max(changes.cluster_time, self.newest_read)
         found, at = find_customers(connection, self._settings, changes.orders, not_before)
         for customer_id in found:
             changes.add_customer(customer_id)
@@ -194,7 +194,8 @@ class LiveUpdater:
             raise ResyncRequired("a changed order has a customer id in mixed case")
         if not changes.customers:
             return
-        # Without usable indexes the shop is small (`find_index_problem`): read all of its orders.
+        # None: read all orders. Without usable indexes, only a small shop has live updates, see
+        # `find_index_problem`.
         has_indexes = self._full_recount.count.has_usable_indexes
         customers: Customers = [
             (customer, indexable_forms(customer) if has_indexes else None)
@@ -203,7 +204,7 @@ class LiveUpdater:
         request = RecountRequest(
             customers=customers, not_before=at, safety_check=self._check_decreases
         )
-        self.newest = at  # also if the update is refused, or fails after some writes
+        self.newest_read = at  # also if the update is refused, or fails after some writes
         try:
             result = run_recount(
                 connection, self._settings, History(None, self._settings), request, on_progress
@@ -211,7 +212,7 @@ class LiveUpdater:
         except RecountRefused as error:
             self._pause(error)
             return
-        self.newest = max([self.newest, *result.count.snapshots])
+        self.newest_read = max([self.newest_read, *result.count.snapshots])
         self._decreased += result.totals.decreased
         self._users_updated += result.written
         self._last_update = datetime.now(UTC)

@@ -125,7 +125,7 @@ class ChangeStreamWatcher:
                     asked_at = time.monotonic()
                     event = self._stream.try_next()
                     self._answered_at = time.monotonic()
-                    with self._condition:  # set the event and its time together
+                    with self._condition:  # `pop_pending` needs an event and its watermark together
                         if event:
                             self._add(event)
                         watermark = read_watermark(self._stream.resume_token)
