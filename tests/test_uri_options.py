@@ -129,19 +129,17 @@ NOT_TRIED = {
     "tlsCertificateKeyFilePassword",
     "tlsCRLFile",
 }
-DAEMON = "daemon"
 COMMANDS = {
-    "`--create-index`": ("--create-index",),
-    "`--check-config`": ("--check-config",),
-    "`--dry-run`": ("--dry-run",),
-    "`--customer`": ("--dry-run", "--customer", str(ADA)),
-    "`--once`": ("--once", "--force"),
-    "`--status`": ("--status",),
-    "`--changes`": ("--changes", "last"),
-    "`--undo`": ("--undo", "last"),
-    "`--unknown-customers`": ("--unknown-customers",),
+    "--create-index": ("--create-index",),
+    "--check-config": ("--check-config",),
+    "--dry-run": ("--dry-run",),
+    "--customer": ("--dry-run", "--customer", str(ADA)),
+    "--once": ("--once", "--force"),
+    "--status": ("--status",),
+    "--changes": ("--changes", "last"),
+    "--undo": ("--undo", "last"),
+    "--unknown-customers": ("--unknown-customers",),
 }
-COLUMNS = [*COMMANDS, DAEMON]
 
 
 def _format_row(cells: Sequence[str]) -> str:
@@ -150,11 +148,11 @@ def _format_row(cells: Sequence[str]) -> str:
 
 def format_table() -> str:
     """Return the table for docs/connections.md."""
-    header = ["option", "values tried", *COLUMNS]
+    header = ["option", "values tried", "result"]
     rows = [_format_row(header), _format_row(["---"] * len(header)).replace(" ", "")]
     for option in OPTIONS:
         values = ", ".join(f"`{value}`" for value in option.values).replace("`{file}`", "a file")
-        rows.append(_format_row([f"`{option.name}`", values, *[option.result] * len(COLUMNS)]))
+        rows.append(_format_row([f"`{option.name}`", values, option.result]))
     return "\n".join(rows)
 
 
