@@ -40,7 +40,7 @@ Customers = Sequence[tuple[Any, Sequence[Any] | None]]
 
 OnRow = Callable[[Row], None]
 FindBoundaries = Callable[[Collection[Any], str], list[Any]]
-"""Returns keys of the users in a collection, from the index on a field."""
+"""Returns values of a field of the users, at which they are divided into partitions."""
 
 
 @dataclass
@@ -70,9 +70,8 @@ class OrderCounter:
         else:
             scope = Scope(status_may_be_array=plan.status_is_multikey)
             _handle_rows(self._aggregate(scope, plan.advice), on_row)
-        # Mixed case matters only if live updates look customers up in an index. With an index, the
-        # count begins with partitions, which raise NonCanonicalIdFound for such an id, so only the
-        # single query that follows has to check.
+        # Only live updates with an index have to know this. Their counts begin with partitions,
+        # which find such an id, so the single query that follows tells whether it is mixed.
         check_case = single_query and self.settings.live_updates
         return CountResult(
             tuple(self._snapshots),
