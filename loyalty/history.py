@@ -26,13 +26,14 @@ from loyalty.mongo.values import Document
 
 _WRITE_TIMEOUT_SECONDS = 5  # a record is less important than the next recount
 
-NO_RECORD = "no record"
+NO_RECORD, UNKNOWN = "no record", "unknown"
+"""Outcomes of a recount without a record, and if no records are kept or can be read."""
 
 _SUCCESS_OUTCOMES = ["succeeded", "incomplete"]
 _UNDO_OUTCOMES = ["undoing", "undone"]
 """An undo inserts a record before it starts, and another one when it has finished."""
-_SHOWN_OUTCOMES = {"outcome": {"$nin": ["live", "undoing"]}}
-_HEARTBEAT = {"outcome": "live"}
+_SHOWN_CONDITION = {"outcome": {"$nin": ["live", "undoing"]}}
+_HEARTBEAT_CONDITION = {"outcome": "live"}
 
 _TARGET_SETTINGS = ("orders", "users", "points_field")
 """The settings that tell two shops in one database apart."""
@@ -60,8 +61,8 @@ class History:
             if record["outcome"] in _UNDO_OUTCOMES:
                 success = self._find_success()
                 record["last_success"] = success and success["_id"]
-            # Other settings are normal for the first record of a connection: the operator may have
-            # changed them. Such a record causes a warning only if the recount was refused.
+            # Before the first record of a connection, the operator may have changed the settings.
+            # Then only a refused recount causes a warning.
             elif self._has_written or record["outcome"] == "refused":
                 with suppress(ServiceError):
                     self._warn_of_other_service()
@@ -115,7 +116,7 @@ class History:
         """Warn if a service with other settings last wrote the points. Raises ServiceError."""
         # A service with another ORDERS_COLLECTION has another target, but writes the same points.
         # So this condition replaces the one on `settings.orders`.
-        newest = self._find_one({**_SHOWN_OUTCOMES, "settings.orders": {"$exists": True}})
+        newest = self._find_one({**_SHOWN_CONDITION, "settings.orders": {"$exists": True}})
         recorded = newest["settings"] if newest else {}
         differences = [
             f"{name}={value!r}"
@@ -152,7 +153,7 @@ class History:
             require_privileges(self._collection, "insert", "createIndex")
 
     def find_newest(
-        self, limit: int, condition: Document = _SHOWN_OUTCOMES, by: str = "finished_at"
+        self, limit: int, condition: Document = _SHOWN_CONDITION, by: str = "finished_at"
     ) -> list[Document]:
         """Return the target's records, newest first by the field `by`. Raises ServiceError."""
         if self._collection is None:
@@ -201,10 +202,10 @@ class History:
     def find_outcomes(self, recounts: Sequence[ObjectId]) -> dict[ObjectId, str]:
         """Return the outcome of each recount; "undone" if undone, NO_RECORD without a record.
 
-        Without a collection, all outcomes are "unknown".
+        Without a collection, all outcomes are UNKNOWN.
         """
         if self._collection is None:
-            return dict.fromkeys(recounts, "unknown")
+            return dict.fromkeys(recounts, UNKNOWN)
         condition = {"$or": [{name: {"$in": recounts}} for name in ("_id", "undone_recount")]}
         with map_driver_errors("find", self._collection):
             records = list(self._collection.find({**OWNER_FILTER, **condition}))
@@ -223,7 +224,7 @@ class History:
 
         None if no recount has succeeded.
         """
-        success, heartbeat = self.find_last_success(), self._find_one(_HEARTBEAT, "as_of")
+        success, heartbeat = self.find_last_success(), self._find_one(_HEARTBEAT_CONDITION, "as_of")
         if success is None:
             return None
         as_of: datetime = max(found["as_of"] for found in (success, heartbeat) if found)
@@ -231,7 +232,7 @@ class History:
 
     def find_heartbeat(self) -> Heartbeat | None:
         """Return the newest heartbeat, or None. Raises ServiceError."""
-        if found := self._find_one(_HEARTBEAT):
+        if found := self._find_one(_HEARTBEAT_CONDITION):
             return Heartbeat(**{name: found[name] for name in Heartbeat.__slots__})
         return None
 

@@ -370,7 +370,7 @@ def test_a_customer_argument_finds_ids_of_each_type(
     keys = {canonical_key(form) for form in (text, *ids)}
     n = sum(canonical_key(form) in keys for form in forms)
     for status in ("Shipped", "Lost"):
-        assert sum(number for _, s, number, _ in found if s == status) == n
+        assert sum(orders.number for orders in found if orders.status == status) == n
     assert len(result.totals.largest) == len(expected)
 
 

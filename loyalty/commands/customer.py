@@ -11,13 +11,12 @@ from config import Settings
 from loyalty.commands.changes import change_to_json, print_outcomes
 from loyalty.commands.output import format_cell, print_json, print_line, print_table
 from loyalty.errors import Exit, NoPermission
-from loyalty.history import History
+from loyalty.history import UNKNOWN, History
 from loyalty.mongo.connection import Connection
 from loyalty.mongo.values import Document, format_value
 from loyalty.recount.change_log import find_user_changes, logged_target
 from loyalty.recount.customer_ids import NO_CUSTOMER, all_forms, indexable_forms, parse_id_argument
 from loyalty.recount.order_filter import is_counted
-from loyalty.recount.points import points_for
 from loyalty.recount.preflight import connect_and_verify
 from loyalty.recount.runner import RecountRequest, run_recount
 from loyalty.recount.safety import format_status
@@ -36,7 +35,7 @@ def run(args: argparse.Namespace, settings: Settings, *, write: bool) -> Exit:
         for argument in args.customer:
             ids = parse_id_argument(argument)
             rows, is_up_to_date = _recount(connection, settings, ids, write=write)
-            users = _list_users(rows, settings)
+            users = _list_users(rows)
             document = {
                 "customer": argument,
                 "orders": _find_orders(connection, settings, ids, rows),
@@ -66,14 +65,10 @@ def _recount(
     return rows, result.outcome == "succeeded" and (write or not result.totals.changed)
 
 
-def _list_users(rows: Sequence[CustomerCount], settings: Settings) -> list[Document]:
+def _list_users(rows: Sequence[CustomerCount]) -> list[Document]:
     """Return `{user, from, to}` for all users with the ids, also those that do not change."""
     return [
-        {
-            "user": format_value(user.id),
-            "from": format_value(user.points),
-            "to": points_for(row.orders, settings),
-        }
+        {"user": format_value(user.id), "from": format_value(user.points), "to": row.points}
         for row in rows
         for user in row.users
     ]
@@ -95,8 +90,8 @@ def _find_orders(
                 {
                     "id": format_value(orders.form),
                     "status": format_status(orders.status),
-                    "orders": orders.orders,
-                    "points": 0 if why else points_for(orders.orders, settings),
+                    "orders": orders.number,
+                    "points": 0 if why else orders.points,
                     "why": why,
                 }
             )
@@ -104,7 +99,7 @@ def _find_orders(
 
 
 def _to_comparable(customer: Any) -> Any:
-    """Convert an id to a value that equals other numbers as it does on the server."""
+    """Return a Decimal128, which equals no number in Python, as a decimal."""
     return customer.to_decimal() if isinstance(customer, Decimal128) else customer
 
 
@@ -140,7 +135,7 @@ def _find_changes(
     users += [user.id for row in rows for user in row.users]  # also those with a mixed-case id
     logged = find_user_changes(connection.changes, logged_target(settings), users)
     recounts = [row["recount"] for row in logged]
-    outcomes = dict.fromkeys(recounts, "unknown")
+    outcomes = dict.fromkeys(recounts, UNKNOWN)
     with suppress(NoPermission):  # a service that only appends records works without `find`
         outcomes = History(connection.recounts, settings).find_outcomes(recounts)
     return [

@@ -1,7 +1,4 @@
-"""The points rule: what counted orders earn, and how a stored value compares with that.
-
-The expressions for the server must agree with the functions.
-"""
+"""The points rule: what counted orders earn, and how a stored value compares with that."""
 
 import math
 import re
@@ -15,14 +12,9 @@ from loyalty.mongo.values import Document, is_integer
 _NUMBER = re.compile(r"\s*[-+]?\d+(\.\d+)?\s*", re.ASCII)
 
 
-def points_for(orders: int, settings: Settings) -> int:
-    """Return the points for this many counted orders of one customer."""
-    return orders * settings.points_per_order
-
-
-def points_expr(orders: str, settings: Settings) -> Document:
-    """Return the expression for the points; `orders` is the path of the number of orders."""
-    return {"$multiply": [orders, settings.points_per_order]}
+def points_expr(settings: Settings) -> Document:
+    """Return the expression for the points of a customer's counted orders, `{orders: number}`."""
+    return {"$multiply": ["$orders", settings.points_per_order]}
 
 
 def is_up_to_date(stored: Any, points: int) -> bool:
@@ -30,8 +22,11 @@ def is_up_to_date(stored: Any, points: int) -> bool:
     return is_integer(stored) and stored == points
 
 
-def is_up_to_date_expr(stored: str, points: int | Document) -> Document:
-    """Return the expression for: the value at the path `stored` equals the points."""
+def is_up_to_date_expr(stored: str, points: int | str) -> Document:
+    """Return the expression for: the value at the path `stored` is up to date.
+
+    `points` is a number, or the path of one.
+    """
     return {"$and": [{"$in": [{"$type": stored}, ["int", "long"]]}, {"$eq": [stored, points]}]}
 
 

@@ -12,6 +12,7 @@ from loyalty.mongo.driver_errors import map_driver_errors
 from loyalty.mongo.values import SIMPLE_COLLATION, Document
 from loyalty.recount.customer_ids import NO_CUSTOMER, all_forms, canonical_expr
 from loyalty.recount.order_filter import counted_orders, other_conditions
+from loyalty.recount.points import points_expr
 from loyalty.recount.safety import (
     SafetyReport,
     StatusCounts,
@@ -24,19 +25,23 @@ MAX_STATUSES = 1_000
 
 
 class CustomerOrders(NamedTuple):
-    """How many orders of a customer have one form of the id and one status."""
+    """How many orders of a customer have one form of the id and one status.
+
+    `points` is what they earn if they count.
+    """
 
     form: Any
     status: Any
-    orders: int
+    number: int
+    points: int
     matches_filter: bool
     """Whether they match ORDER_FILTER."""
 
 
 def count_statuses(connection: Connection, settings: Settings) -> StatusCounts:
-    """Return the number of orders with each of the 1,000 most frequent statuses, in this order.
+    """Return the number of orders with each status, for the 1,000 most frequent in this order.
 
-    Only of orders that match ORDER_FILTER. Raises ServiceError.
+    Only orders that match ORDER_FILTER are counted. Raises ServiceError.
     """
     orders = connection.orders
     stages: list[Document] = [
@@ -92,7 +97,7 @@ def count_customer_orders(
     # The server reads each status once from the index (DISTINCT_SCAN).
     stages: list[Document] = [{"$group": {"_id": f"${status}"}}, {"$limit": MAX_STATUSES}]
     known = [row["_id"] for row in _aggregate(orders, stages, settings)]
-    # An array of documents gives an array of statuses, which no query finds.
+    # If a parent field is an array, $group reads an array of statuses, which $in cannot find.
     has_arrays = "." in status and any(isinstance(value, list) for value in known)
     if len(known) < MAX_STATUSES and not has_arrays:
         # The index begins with the status. Null finds the orders without one.
@@ -100,9 +105,10 @@ def count_customer_orders(
     key = {"form": f"${settings.customer_field}", "status": f"${status}"}
     is_customer_expr = {"$eq": [canonical_expr("$_id.form", NO_CUSTOMER), {"$literal": group_key}]}
     count: list[Document] = [
-        {"$group": {"_id": key, "n": {"$sum": 1}}},
+        {"$group": {"_id": key, "orders": {"$sum": 1}}},
         {"$match": {"$expr": is_customer_expr}},
-        {"$sort": {"n": -1, "_id": 1}},
+        {"$set": {"points": points_expr(settings)}},
+        {"$sort": {"orders": -1, "_id": 1}},
     ]
     condition = other_conditions(settings)
     parts = {
@@ -112,7 +118,11 @@ def count_customer_orders(
     (found,) = _aggregate(orders, [{"$match": match}, {"$facet": parts}], settings)
     return [
         CustomerOrders(
-            row["_id"].get("form"), row["_id"].get("status"), row["n"], name == "matching"
+            form=row["_id"].get("form"),
+            status=row["_id"].get("status"),
+            number=row["orders"],
+            points=row["points"],
+            matches_filter=name == "matching",
         )
         for name in parts
         for row in found[name]

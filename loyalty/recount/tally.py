@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 from config import Settings
 from loyalty.mongo.values import format_value, is_number
 from loyalty.recount.customer_ids import NO_CUSTOMER
-from loyalty.recount.points import is_up_to_date, parse_points, points_for
+from loyalty.recount.points import is_up_to_date, parse_points
 from loyalty.recount.unknown import UnknownCustomers, classify_unknown, push_if_large
 
 MAX_LARGEST = 10
@@ -32,10 +32,11 @@ class User:
 
 @dataclass(frozen=True, slots=True)
 class CustomerCount:
-    """A customer: the number of counted orders under all forms of the id, and its users."""
+    """A customer: its counted orders under all forms of the id, their points, and its users."""
 
     customer: Any
     orders: int
+    points: int
     users: Sequence[User]
 
     @property
@@ -132,16 +133,15 @@ class Tally:
             return
         if len(row.users) > 1 and self.settings.user_key_field != "_id":
             totals.users_sharing_a_key += len(row.users)
-        points = points_for(row.orders, self.settings)
         for user in row.users:
-            self._add_user(user, points)
+            self._add_user(user, row.points)
         if row.is_unknown:
             totals.unknown_customers += 1
             totals.orders_of_unknown_customers += row.orders
             kind = classify_unknown(row.customer)
             unknown = totals.unknown_by_kind.setdefault(kind, UnknownCustomers())
             unknown.add(row.customer, row.orders)
-        elif not row.users:  # NO_CUSTOMER, or no order counts
+        elif not row.users:  # NO_CUSTOMER, or a customer with 0 orders
             totals.orders_without_customer += row.orders
         if self.rows is not None:
             self.rows.append(row)
