@@ -441,7 +441,7 @@ def test_a_recount_that_may_still_be_writing_is_not_undone(
     assert read_users(shop) == before
 
 
-def test_without_records_outcomes_are_unknown_and_undo_is_possible(
+def test_without_records_outcomes_are_unknown_and_undo_waits_for_silence(
     shop: Shop, command: Command, capsys: Capture
 ) -> None:
     none = {"RECOUNTS_COLLECTION": "none"}
@@ -453,5 +453,9 @@ def test_without_records_outcomes_are_unknown_and_undo_is_possible(
         assert capsys.readouterr().out.endswith(
             "\n  unknown: without the record of the recount, its outcome is not known\n"
         )
+    written = read_users(shop)
+    assert command("--undo", "last", **none) == 1
+    assert read_users(shop) == written
+    make_change_log_older(shop, timedelta(minutes=3))
     assert command("--undo", "last", **none) == 0
     assert read_users(shop) == before

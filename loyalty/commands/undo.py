@@ -10,7 +10,7 @@ from loyalty.commands.changes import change_to_json, format_points, print_recoun
 from loyalty.commands.output import pluralize, print_json, print_line
 from loyalty.commands.status import read_server_time
 from loyalty.errors import Exit, RecountNotEnded
-from loyalty.history import NO_RECORD, History
+from loyalty.history import NO_RECORD, UNKNOWN, History
 from loyalty.mongo.connection import Connection, connect
 from loyalty.mongo.values import Document
 from loyalty.recount.change_log import MAX_SILENCE, LoggedRecount, resolve_recount
@@ -62,9 +62,8 @@ def run(args: argparse.Namespace, settings: Settings) -> Exit:
 
 def _require_ended(connection: Connection, history: History, recount: LoggedRecount) -> None:
     """Raise RecountNotEnded if the recount may still be writing; any ServiceError."""
-    if history.find_outcomes([recount.id])[recount.id] != NO_RECORD:
-        return
-    if not recount.is_silent(read_server_time(connection)):
+    outcome = history.find_outcomes([recount.id])[recount.id]
+    if outcome in (NO_RECORD, UNKNOWN) and not recount.is_silent(read_server_time(connection)):
         raise RecountNotEnded(
             f"recount {recount.id} has no record and logged changes at {recount.logged_at:%H:%M:%S}"
             " UTC: it is still writing, or it was interrupted. Stop the service; --undo is possible"
