@@ -102,9 +102,9 @@ class TooManyFailedUpdates(ServiceError):
 
     exit_code = Exit.FINDINGS
 
-    def __init__(self, text: str, number: int) -> None:
+    def __init__(self, text: str, failed_updates: int) -> None:
         super().__init__(text)
-        self.number = number
+        self.failed_updates = failed_updates
 
 
 class RecountNotFound(ServiceError):

@@ -82,7 +82,7 @@ class Metrics:
         except Exception as error:
             values = {}
             if isinstance(error, TooManyFailedUpdates):
-                values["loyalty_failed_updates"] = error.number
+                values["loyalty_failed_updates"] = error.failed_updates
             self.write(values, "refused" if isinstance(error, RecountRefused) else "failed")
             raise
 

@@ -46,7 +46,8 @@ DAEMON_BACKOFF = RetryPolicy(initial_seconds=10, max_seconds=300)
 """The pauses after a failed recount or connection. The daemon never gives up."""
 
 SHORT_OUTAGE_RETRY = RetryPolicy(timeout_seconds=30, initial_seconds=0.5, max_seconds=8)
-"""The pauses within one command. An election takes about 10 s, and may have to be repeated."""
+"""The pauses before a count or a call is repeated. An election takes about 10 s, and may have to be
+repeated."""
 
 ORPHANED_WRITES_RETRY = RetryPolicy(initial_seconds=0.05, max_seconds=0.5, jitter=0)
 """The pauses until the server has finished the writes of an earlier process."""

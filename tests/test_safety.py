@@ -200,6 +200,8 @@ def test_a_missing_collection_is_named_with_those_that_exist() -> None:
     assert "there is no collection shop.Orders" in refusal
     assert "orders, users" in refusal
     assert "none" in (check_collections(["shop.orders"], []) or "")
+    many = [f"c{number:02}" for number in range(12)]
+    assert (check_collections(["shop.orders"], many) or "").endswith("c08, c09, 2 more")
 
 
 def judge(*statuses: Any, **values: str) -> SafetyReport:

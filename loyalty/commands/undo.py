@@ -14,7 +14,7 @@ from loyalty.history import NO_RECORD, UNKNOWN, History
 from loyalty.mongo.connection import Connection, connect
 from loyalty.mongo.values import Document
 from loyalty.recount.change_log import MAX_SILENCE, LoggedRecount, resolve_recount
-from loyalty.recount.undo import LoggedUser, UndoResult, has_effect, undo_recount
+from loyalty.recount.undo import LoggedUser, UndoResult, undo_leaves_old_points, undo_recount
 
 _ADVICE = (
     "The next recount counts again, and may repeat the change. Before the next recount, stop the "
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace, settings: Settings) -> Exit:
             _require_ended(connection, history, recount)
         if not args.json:
             print_recount(recount)
-        is_recorded = write and has_effect(connection, recount)
+        is_recorded = write and undo_leaves_old_points(connection, recount)
         # The recount may have written to another target than that of the settings.
         target = replace(settings, users=recount.users, points_field=recount.points_field)
         target_history, started_at = History(connection.recounts, target), datetime.now(UTC)

@@ -104,7 +104,8 @@ def _map_write_errors(details: Mapping[str, Any], operation: str) -> ServiceErro
     """Return BulkUpdateErrors if the documents are the cause of every error.
 
     Any other error ends the whole batch. A code that is not in the table counts as an error of the
-    document: most such codes come from an index, and the caller has tried the batch before.
+    document: most such codes come from an index, and callers repeat a failed batch, so that a
+    transient error would probably have ended.
     """
     errors: Sequence[Mapping[str, Any]] = details["writeErrors"]
     for error in errors:

@@ -19,9 +19,9 @@ _CHECKED_DOCUMENTS = 10
 
 
 def require_privileges(collection: Collection[Any], *actions: str) -> None:
-    """Raise NoPermission if an action is known to be not allowed, and DatabaseUnavailable."""
-    for action in find_missing_privileges(collection, *actions):
-        raise build_permission_error(f"{action} on {collection.full_name}")
+    """Raise NoPermission if an action is known to be not allowed. Raises DatabaseUnavailable."""
+    if missing := find_missing_privileges(collection, *actions):
+        raise build_permission_error(f"{missing[0]} on {collection.full_name}")
 
 
 def find_missing_privileges(collection: Collection[Any], *actions: str) -> list[str]:

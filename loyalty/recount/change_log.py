@@ -78,7 +78,7 @@ def check_change_log(collection: Collection[Any]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class LoggedRecount:
-    """A recount in the change log, and what it wrote: `points_field` of the collection `users`."""
+    """A recount in the change log, and where it wrote: `points_field` of the collection `users`."""
 
     id: ObjectId
     at: datetime
@@ -93,7 +93,7 @@ class LoggedRecount:
 
 
 def logged_target(settings: Settings) -> Document:
-    """Return the fields of the change log that name the collection and the field of the points."""
+    """Return the target as the change log names it: the users collection and the points field."""
     return {"users": settings.users, "points_field": settings.points_field}
 
 
@@ -170,7 +170,7 @@ def find_user_changes(
 ) -> list[Document]:
     """Return `{recount, at, change}` for each logged change of some users, the newest first.
 
-    Only changes in the `logged_target`. Raises ServiceError.
+    Only changes of `target`, a `logged_target`. Raises ServiceError.
     """
     ids = [user for user in users if try_encode({"": user})]  # no other is ever logged
     is_wanted_expr = {"$in": ["$$this.user", {"$literal": ids}]}

@@ -54,7 +54,7 @@ class OrdersPlan(IndexPlan):
 
 
 def index_keys(settings: Settings) -> list[tuple[str, int]]:
-    """Return the keys of the index: fields with fixed values, the customer, other conditions."""
+    """Return the index keys: fields with one value, the status, the customer, other conditions."""
     first = [*equality_fields(settings), settings.status_field, settings.customer_field]
     return [(name, 1) for name in dict.fromkeys([*first, *other_conditions(settings)])]
 
@@ -148,11 +148,11 @@ def _describe_multikey(name: str, document: str, fields: list[str]) -> str:
 
 
 def _is_bounded(scan: Document, settings: Settings) -> bool:
-    """Return whether an index begins with the status and the customer, each with bounds.
+    """Return whether an index begins with status and customer, in either order, each with bounds.
 
-    They may be in any order, and among them fields for which ORDER_FILTER names one value.
+    Before and between them may be fields for which ORDER_FILTER names one value.
     """
-    # Not every server that speaks the protocol has them.
+    # Some servers that speak the protocol report no key pattern or no bounds.
     pattern: Document = scan.get("keyPattern", {})
     bounds = scan.get("indexBounds", {})
     wanted = {settings.status_field, settings.customer_field}
@@ -208,8 +208,8 @@ def find_index_problem(orders: Collection[Any], settings: Settings) -> str:
     return "" if plan.supports_partitions else plan.advice
 
 
-def describe_view(orders: Collection[Any]) -> str:
-    return f"{orders.full_name} is a view: create the index on the collection that it reads"
+def describe_view(collection: Collection[Any]) -> str:
+    return f"{collection.full_name} is a view: create the index on the collection that it reads"
 
 
 def _explain(

@@ -43,7 +43,7 @@ class CountResult:
 
 @dataclass(slots=True, kw_only=True)
 class Result:
-    """One recount, complete or partial."""
+    """One recount, of all customers or of some."""
 
     id: ObjectId = field(default_factory=ObjectId)
     """The `_id` of its record."""

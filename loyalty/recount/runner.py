@@ -36,7 +36,7 @@ class RecountRequest:
     safety_check: Callable[[Totals], str | None] | None = None
     """Returns why it is refused; replaces the safety checks of a full recount."""
     rows: CustomerRows | None = None
-    """Collects a row for each customer whose users are not up to date, or who is requested."""
+    """Collects a row for each customer whose users are not up to date, or who is in `customers`."""
     find_boundaries: FindBoundaries = partition_boundaries
     retry_policy: RetryPolicy = SHORT_OUTAGE_RETRY
 
@@ -175,7 +175,7 @@ class _Recount:
     def write(self, updates: PendingUpdates) -> None:
         """Write the updates. Raises TooManyFailedUpdates, and other ServiceErrors."""
         totals = self.result.totals
-        # `updates.write` adds to it with each batch, so it is also right after an error.
+        # Before the writes, so that the record has their numbers also after an error.
         done = self.result.updates = updates.result
         updates.write(self.connection.users, self.on_progress, self._open_change_log())
         if not done.failed:

@@ -17,7 +17,7 @@ MIN_USERS = 10
 """The checks of a percentage of users apply from this many affected users on."""
 MIN_ORDERS = 10
 WARN_DECREASE_PERCENT = 10
-"""Of the users with points. Live updates pause at it, or at MAX_DECREASE_PERCENT if lower."""
+"""Of the users with points. Live updates pause above it, or above MAX_DECREASE_PERCENT if lower."""
 WARN_CHANGED_PERCENT = 50
 WARN_EARNING_NOTHING_PERCENT = 1
 MIN_REMAINING_ORDERS_PERCENT = 50
@@ -26,6 +26,7 @@ MAX_NON_NUMERIC_PERCENT = 50
 MAX_FAILED_PERCENT = 1
 MIN_FAILED_UPDATES = 10
 MAX_STATUSES_SHOWN = 10
+MAX_COLLECTIONS_SHOWN = 10
 
 _FORCE = "If this is intended, run --once --force"
 
@@ -165,7 +166,10 @@ def check_collections(missing: Sequence[str], existing: Sequence[str]) -> str | 
     """Return why a recount without these collections is refused."""
     if not missing:
         return None
-    names = ", ".join(existing[:MAX_STATUSES_SHOWN]) or "none"
+    shown = list(existing[:MAX_COLLECTIONS_SHOWN])
+    if more := len(existing) - len(shown):
+        shown.append(f"{more:,} more")
+    names = ", ".join(shown) or "none"
     return f"there is no collection {', '.join(missing)}; this database has: {names}"
 
 
@@ -215,9 +219,9 @@ def format_status(status: Any) -> str:
 
 
 def normalize_status(status: Any) -> str:
-    """Return a form that is equal for statuses that differ only in form.
+    """Return a form that is equal for statuses that mean the same.
 
-    That is in case, whitespace, invisible characters, Unicode normalization, or type.
+    They differ only in case, whitespace, invisible characters, Unicode normalization or type.
     """
     text = unicodedata.normalize("NFKC", str(status))
     visible = (c for c in text if not c.isspace() and unicodedata.category(c)[0] != "C")

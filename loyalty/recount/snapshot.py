@@ -29,8 +29,8 @@ def pin_cluster_time(
     with pymongo.timeout(timeout_seconds):
         time = _read_cluster_time(connection, {"level": "snapshot"})
         if not_before is not None and time is not None and time < not_before:
-            later = {"level": "snapshot", "atClusterTime": not_before}
-            time = _read_cluster_time(connection, later)
+            at_not_before = {"level": "snapshot", "atClusterTime": not_before}
+            time = _read_cluster_time(connection, at_not_before)
     return time
 
 
@@ -40,8 +40,8 @@ def _read_cluster_time(connection: Connection, read_concern: dict[str, Any]) -> 
     with map_driver_errors("find", users):
         reply = users.database.command({**read, "readConcern": read_concern})
         time: Timestamp | None = reply["cursor"].get("atClusterTime")
-        # Without atClusterTime, the collection does not exist, and any time will do; or, if there
-        # are users, the server has ignored the read concern.
+        # Without atClusterTime: if there are no users, the collection does not exist, and any time
+        # will do; otherwise the server has ignored the read concern.
         if time is None and users.find_one({}, {"_id": 1}) is None:
             time = reply.get("operationTime")
     return time

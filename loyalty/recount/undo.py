@@ -65,10 +65,10 @@ class UndoResult:
     """By reason."""
 
 
-def has_effect(connection: Connection, recount: LoggedRecount) -> bool:
+def undo_leaves_old_points(connection: Connection, recount: LoggedRecount) -> bool:
     """Return whether at least one user has the old points after an undo. Raises ServiceError.
 
-    Also if all have them already: a repeated undo completes the record of an interrupted one.
+    A user who already has them counts: a repeated undo completes the record of an interrupted one.
     """
     users = connection.users.database.get_collection(recount.users, codec_options=LENIENT_CODEC)
     return any(
@@ -168,7 +168,7 @@ def _restore(users: Collection[Any], points_field: str, changes: Sequence[Docume
 
 
 def _build_updates(points_field: str, changes: Sequence[Document]) -> list[UpdateMany]:
-    """Return the updates that restore users, each for all who change in the same way."""
+    """Return the updates that restore users; users with the same change share an update."""
     groups: defaultdict[bytes, list[Document]] = defaultdict(list)
     for change in changes:
         key = {name: value for name, value in change.items() if name != "user"}
@@ -183,14 +183,14 @@ def _build_updates(points_field: str, changes: Sequence[Document]) -> list[Updat
             updates.append(UpdateMany(condition, {"$set": {points_field: change["before"]}}))
             continue
         if created := change.get("created"):
-            # Remove the document that the update created, unless it has other fields by now.
-            # If `created` is "loyalty" and the field is loyalty.points, it was {points: 5}.
+            # Remove the document that the recount created, unless it has other fields by now.
+            # For the field loyalty.points, this was {points: 5} in the field "loyalty".
             created_value = change["after"]
             for name in reversed(points_field.removeprefix(f"{created}.").split(".")):
                 created_value = {name: created_value}
-            has_no_other_expr = {"$eq": [f"${created}", {"$literal": created_value}]}
-            without_others = {**condition, "$expr": {"$and": [has_points_expr, has_no_other_expr]}}
-            updates.append(UpdateMany(without_others, {"$unset": {created: ""}}))
-            condition["$expr"] = {"$and": [has_points_expr, {"$not": [has_no_other_expr]}]}
+            has_only_points_expr = {"$eq": [f"${created}", {"$literal": created_value}]}
+            only_points = {**condition, "$expr": {"$and": [has_points_expr, has_only_points_expr]}}
+            updates.append(UpdateMany(only_points, {"$unset": {created: ""}}))
+            condition["$expr"] = {"$and": [has_points_expr, {"$not": [has_only_points_expr]}]}
         updates.append(UpdateMany(condition, {"$unset": {points_field: ""}}))
     return updates

@@ -29,10 +29,10 @@ MAX_BATCH_BYTES = 4 * 1024 * 1024
 """Maximum size of the ids and old values in one batch of several users."""
 _MAX_CHANGE_BYTES = 16 * 1024 * 1024 - 16 * 1024
 """Maximum size of one user's change: a document of the change log may have 16 MB."""
-_OBJECT_ID_BYTES = 20  # in an array of ids; numbers are ignored, as they are small
+_OBJECT_ID_BYTES = 20  # in an array of ids; the points are ignored, as they are small
 UNSUPPORTED_VALUE = "UnsupportedValue"
-"""The code name of an update whose id or old value Python cannot encode unchanged, or whose old
-value is too large for the change log."""
+"""Why an update fails: Python cannot encode the id or the old value unchanged, or the old value is
+too large for the change log."""
 
 LogChanges = Callable[[Sequence[Document]], None]
 """Is called with a batch's changes, `{user, before, after}`, before the batch is written."""
@@ -57,7 +57,7 @@ class UpdateResult:
         return self.failures.total()
 
     def describe_failures(self) -> str:
-        return ", ".join(f"{code}: {number:,}" for code, number in self.failures.most_common(3))
+        return ", ".join(f"{reason}: {n:,}" for reason, n in self.failures.most_common(3))
 
     def add_failure(self, reason: str, user: Any) -> None:
         self.add(UpdateResult(failures=Counter([reason]), failed_sample=[format_value(user)]))
@@ -116,7 +116,7 @@ class PendingUpdates:
     ) -> None:
         """Set the points, each batch after its changes are logged. Raises ServiceError.
 
-        `result` is complete then; after an error it covers the finished batches.
+        `result` is complete then. After an error it may lack batches that were written.
         """
         if self._batch:
             self._end_batch()
