@@ -158,6 +158,20 @@ def test_create_index_asks_for_a_new_index_in_place_of_a_multikey_one(
     assert inspect_plan(orders, SETTINGS) == GOOD
 
 
+def test_an_index_that_supports_partitions_is_better_than_a_multikey_one(
+    orders: Collection[Any],
+) -> None:
+    # No index alone can evaluate this condition, so both plans read the orders.
+    filtered = settings_for("mongodb://x/", ORDER_FILTER='{"total": {"$exists": false}}')
+    found = orders.insert_one({"status": "Shipped", "customer_id": [1]}).inserted_id
+    orders.create_index([*KEYS, ("total", 1)])  # multikey, also after the deletion
+    orders.delete_one({"_id": found})
+    assert not inspect_plan(orders, filtered).supports_partitions
+    name = orders.create_index([("customer_id", 1), ("status", 1), ("total", 1)])
+    plan = inspect_plan(orders, filtered)
+    assert (plan.supports_partitions, plan.index_name) == (True, name)
+
+
 def test_a_multikey_index_with_other_keys_is_no_reason_to_drop_one(
     orders: Collection[Any], command: Command
 ) -> None:

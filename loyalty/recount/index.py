@@ -96,7 +96,9 @@ def inspect_orders_plan(orders: Collection[Any], settings: Settings) -> OrdersPl
         if all(_is_bounded(scan, settings) for scan in _index_scans(stages)):
             plans.append(_build_plan(name, stages, settings))
     if plans:
-        return min(plans, key=lambda plan: (len(plan.missing_fields), plan.needs_fetch))
+        return min(
+            plans, key=lambda p: (len(p.missing_fields), not p.supports_partitions, p.needs_fetch)
+        )
     if read_collection_type(orders) == "view":
         return OrdersPlan(advice=describe_view(orders))
     return OrdersPlan()
