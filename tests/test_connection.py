@@ -125,6 +125,17 @@ def test_a_transient_error_while_looking_for_orphaned_writes_is_not_ignored(
         connect(settings_for(uri), writing=True)
 
 
+def test_a_server_that_does_not_reply_about_orphaned_writes_is_unavailable(
+    uri: str, deployment: Deployment
+) -> None:
+    blocked = {"blockConnection": True, "blockTimeMS": 10_000}
+    with fail_command(deployment.primary(), "aggregate", 9, **blocked):
+        started_at = time.monotonic()
+        with pytest.raises(DatabaseUnavailable):
+            connect(settings_for(uri), writing=True, timeout_seconds=1)
+        assert time.monotonic() - started_at < 8
+
+
 @pytest.mark.parametrize(
     ("ahead_seconds", "said"),
     [(-7200, 'clock="behind the server"'), (7200, 'clock="ahead of the server"')],

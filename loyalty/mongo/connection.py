@@ -213,7 +213,7 @@ def _wait_for_orphaned_writes(connection: Connection, timeout_seconds: float) ->
     ours = {"ns": users, "op": "update", "appName": client.options.pool_options.appname}
 
     def find_updates() -> set[Any]:
-        with map_driver_errors("$currentOp", connection.hosts):
+        with pymongo.timeout(timeout_seconds), map_driver_errors("$currentOp", connection.hosts):
             found = admin.aggregate(
                 [{"$currentOp": {}}, {"$match": ours}, {"$project": {"opid": 1}}]
             )
