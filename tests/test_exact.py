@@ -25,6 +25,7 @@ from loyalty.mongo.connection import Connection, connect
 from loyalty.recount.partitions import partition_boundaries
 from loyalty.recount.result import Result
 from loyalty.recount.runner import RecountRequest, run_recount
+from loyalty.recount.snapshot import pin_cluster_time
 from loyalty.recount.tally import Totals
 from loyalty.retry import RetryPolicy
 from sandbox import faults
@@ -260,12 +261,13 @@ def test_without_a_usable_snapshot_all_customers_are_counted_without_one(
     assert find_mismatches(wrong_shop.users.database) == []
 
 
-def test_without_a_usable_snapshot_a_recount_of_some_customers_fails(
+def test_without_a_usable_snapshot_a_live_update_fails(
     wrong_shop: Connection, deployment: Deployment
 ) -> None:
     """It could count orders as they were before `not_before`. An attempt can read twice."""
     settings = settings_for("mongodb://unused/")
-    request = RecountRequest(customers=[(1, [1])], retry_policy=NO_RETRY)
+    not_before = pin_cluster_time(wrong_shop)
+    request = RecountRequest(customers=[(1, [1])], not_before=not_before, retry_policy=NO_RETRY)
     with (
         # One more: some customers are counted again at a new snapshot at once.
         faults.fail_command(deployment.servers[0], "aggregate", 2, errorCode=239),
@@ -273,6 +275,21 @@ def test_without_a_usable_snapshot_a_recount_of_some_customers_fails(
     ):
         run_recount(wrong_shop, settings, History(None, settings), request)
     assert wrong_shop.users.count_documents({"loyalty_points": 5}) == 300
+
+
+def test_without_a_usable_snapshot_requested_customers_are_counted_without_one(
+    wrong_shop: Connection, deployment: Deployment
+) -> None:
+    settings = settings_for("mongodb://unused/")
+    request = RecountRequest(customers=[(1, [1])], retry_policy=NO_RETRY)
+    with faults.fail_command(deployment.servers[0], "aggregate", 2, errorCode=239):
+        result = run_recount(wrong_shop, settings, History(None, settings), request)
+    assert not result.count.exact
+    assert wrong_shop.users.count_documents({"loyalty_points": 5}) == 299
+    (user,) = wrong_shop.users.find({"_id": 1})
+    assert user["loyalty_points"] == wrong_shop.orders.count_documents(
+        {"status": "Shipped", "customer_id": 1}
+    )
 
 
 def test_a_standalone_server_is_read_without_a_snapshot(service: Callable[..., Process]) -> None:

@@ -116,7 +116,7 @@ class _Recount:
             # The driver does not retry a cursor that was lost with its primary.
             counted = retry(self._count_once, request.retry_policy, on_retry=report_retry)
         except SnapshotTooOld as error:
-            if request.customers is not None:
+            if request.customers is not None and request.not_before is not None:
                 raise  # live updates must not write anything older than `not_before`
             log.warning('snapshot_unavailable error="%s"', error)
             counted = self._count_once(use_snapshot=False)
