@@ -100,8 +100,7 @@ def _check_own_collections(
     except ConfigurationError as error:
         errors.append(str(error))
     try:
-        if connection.changes is not None:
-            check_change_log(connection.changes)
+        check_change_log(connection)
     except ConfigurationError as error:
         errors.append(str(error))
         if isinstance(error, NoPermission):

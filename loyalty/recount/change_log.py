@@ -65,8 +65,11 @@ def open_change_log(
     return insert
 
 
-def check_change_log(collection: Collection[Any]) -> None:
-    """Raise ConfigurationError if changes cannot be logged here; any ServiceError."""
+def check_change_log(connection: Connection) -> None:
+    """Raise ConfigurationError if changes cannot be logged; any ServiceError."""
+    collection = connection.changes
+    if collection is None:
+        return
     try:
         require_privileges(collection, "find", "insert")
         hint = "CHANGES_COLLECTION must name a collection that only this service uses, or be none"

@@ -41,8 +41,7 @@ def connect_and_verify(settings: Settings, *, writing: bool, recording: bool = T
         if writing and recording:
             with suppress(NoPermission):  # a missing record is a warning, not an error
                 History(connection.recounts, settings).check_collection()
-            if connection.changes is not None:
-                check_change_log(connection.changes)
+            check_change_log(connection)
     except BaseException:
         connection.client.close()
         raise
