@@ -4,7 +4,7 @@ import os
 import re
 import stat
 from collections.abc import Mapping
-from difflib import SequenceMatcher
+from difflib import SequenceMatcher, get_close_matches
 from pathlib import Path
 
 from dotenv.parser import parse_stream
@@ -84,16 +84,15 @@ def _check_names(
             if re.search(r"\s#", from_environment.get(name, "")):  # systemd does not remove it
                 log.warning('comment_in_value name=%s effect="# is a part of the value"', name)
             continue
-        similarity, setting = max(
-            (SequenceMatcher(None, name.upper(), setting).ratio(), setting) for setting in known
-        )
-        alternatives = _URI_NAMES if setting in _URI_NAMES else (setting,)
-        has_value = any(values.get(alternative, "").strip() for alternative in alternatives)
-        is_misspelt = similarity >= _MIN_MISSPELLING_SIMILARITY and not has_value
-        if is_misspelt and name in in_file:
-            misspelt.append(f"unknown setting {name}, did you mean {setting}?")
-        elif is_misspelt or (name in in_file and similarity >= _MIN_SIMILARITY):
-            log.warning("unknown_setting name=%s similar_to=%s", name, setting)
+        for setting in get_close_matches(name.upper(), known, n=1, cutoff=_MIN_SIMILARITY):
+            alternatives = _URI_NAMES if setting in _URI_NAMES else (setting,)
+            has_value = any(values.get(alternative, "").strip() for alternative in alternatives)
+            similarity = SequenceMatcher(None, setting, name.upper()).ratio()
+            is_misspelt = similarity >= _MIN_MISSPELLING_SIMILARITY and not has_value
+            if is_misspelt and name in in_file:
+                misspelt.append(f"unknown setting {name}, did you mean {setting}?")
+            elif is_misspelt or name in in_file:
+                log.warning("unknown_setting name=%s similar_to=%s", name, setting)
     return misspelt
 
 
