@@ -40,7 +40,7 @@ Customers = Sequence[tuple[Any, Sequence[Any] | None]]
 
 OnRow = Callable[[Row], None]
 FindBoundaries = Callable[[Collection[Any], str], list[Any]]
-"""Returns values of a field of the users, at which they are divided into partitions."""
+"""Returns keys of the users in a collection, from the index on a field."""
 
 
 @dataclass

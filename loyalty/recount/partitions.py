@@ -5,7 +5,6 @@ values of one type only (MQL's type bracketing), so a partition has an interval 
 in it. Whatever the boundaries are, the partitions together hold every id once.
 """
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,12 +14,11 @@ import bson
 from bson import Binary, ObjectId
 from pymongo.collection import Collection
 
-from loyalty.mongo.values import LENIENT_CODEC, SIMPLE_COLLATION, Document, try_encode
+from loyalty.mongo.values import LENIENT_CODEC, SIMPLE_COLLATION, Document, get_nested, try_encode
 
 USERS_PER_PARTITION = 25_000
 """Few enough that neither the server nor this process needs the disk, and that two workers get
 equal shares of a small shop. Measured at 1 M orders: 1.14 s, and 1.35 s with 50,000."""
-_SAMPLES_PER_PARTITION = 50
 
 # The least value of each type that is divided. NaN is less than all numbers, so it is in the rest.
 _LEAST: dict[str, Any] = {
@@ -45,24 +43,26 @@ EVERYTHING = Partition([[]])
 def partition_boundaries(
     users: Collection[Any], key: str = "_id", size: int = USERS_PER_PARTITION
 ) -> list[Any]:
-    """Return keys that divide the users into partitions of about `size`, from a random sample.
+    """Return every `size`-th key of the users, from the index on `key` alone.
 
-    To walk the index instead takes 0.6 s for a million users, and a round trip for each partition.
-    A sample takes 30 ms. The largest of 12 partitions had 1.3 times as many users as the mean.
+    Each type that is divided is scanned separately. A key that many users share is a boundary once,
+    as each step begins after the last boundary. A random sample is faster (1 M users: 0.03 s, not
+    0.6 s), but after a bulk load one partition of such a sample had a quarter of all users.
     """
-    partitions = math.ceil(users.estimated_document_count() / size)
-    if partitions < 2:
-        return []
-    stages: list[Document] = [
-        {"$sample": {"size": partitions * _SAMPLES_PER_PARTITION}},
-        {"$replaceWith": {"key": f"${key}"}},
-        {"$sort": {"key": 1}},
-    ]
+    boundaries: list[Any] = []
     lenient = users.with_options(codec_options=LENIENT_CODEC)
-    rows = list(lenient.aggregate(stages, collation=SIMPLE_COLLATION))
-    found = [rows[len(rows) * n // partitions] for n in range(1, partitions)] if rows else []
-    # A query cannot contain a key that Python cannot hold.
-    return [row.get("key") for row in found if try_encode(row) is not None]
+    projection = {"_id": 0, key: 1} if key != "_id" else {"_id": 1}
+    for least in _LEAST.values():
+        bounds, skip = {"$gte": least}, size
+        while True:
+            step = lenient.find({key: bounds}, projection, collation=SIMPLE_COLLATION)
+            document = next(step.sort(key, 1).skip(skip).limit(1), None)
+            if document is None or try_encode(document) is None:
+                break  # after a key that Python cannot hold, one long partition
+            boundary = get_nested(document, key)
+            boundaries.append(boundary)
+            bounds, skip = {"$gt": boundary}, size - 1
+    return boundaries
 
 
 def build_partitions(boundaries: Iterable[Any]) -> list[Partition]:
