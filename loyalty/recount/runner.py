@@ -1,4 +1,4 @@
-"""One recount: count, check, write, record. Every command and the daemon use it."""
+"""One recount: count, check, write, record. The daemon and all commands that count use it."""
 
 import time
 from collections.abc import Callable
