@@ -70,8 +70,8 @@ class OrderCounter:
         else:
             scope = Scope(status_may_be_array=plan.status_is_multikey)
             _handle_rows(self._aggregate(scope, plan.advice), on_row)
-        # Only live updates with an index have to know this. Their counts begin with partitions,
-        # which find such an id, so the single query that follows tells whether it is mixed.
+        # Only live updates need this. `single_query` means that the partitions contained an id in
+        # upper or mixed case; without partitions, live updates look up no ids in an index.
         check_case = single_query and self.settings.live_updates
         return CountResult(
             tuple(self._snapshots),

@@ -142,6 +142,7 @@ def _match(field: str, bounds: Sequence[Document]) -> Document:
 
 def _group_key_expr(settings: Settings, scope: Scope, value: str, if_missing: Any) -> Document:
     """Return the expression for the key that orders and users of one customer share."""
+    # Assumed: an `_id` is an ObjectId or its hex string, and another key is not.
     mostly_hex = settings.user_key_field == "_id"
     canonical = canonical_expr(value, if_missing, mostly_hex=mostly_hex)
     if scope.has_all_forms:

@@ -66,9 +66,10 @@ class UndoResult:
 
 
 def undo_leaves_old_points(connection: Connection, recount: LoggedRecount) -> bool:
-    """Return whether at least one user has the old points after an undo. Raises ServiceError.
+    """Return whether at least one user would have the old points after an undo.
 
     A user who already has them counts: a repeated undo completes the record of an interrupted one.
+    Raises ServiceError.
     """
     users = connection.users.database.get_collection(recount.users, codec_options=LENIENT_CODEC)
     return any(
@@ -183,8 +184,8 @@ def _build_updates(points_field: str, changes: Sequence[Document]) -> list[Updat
             updates.append(UpdateMany(condition, {"$set": {points_field: change["before"]}}))
             continue
         if created := change.get("created"):
-            # Remove the document that the recount created, unless it has other fields by now.
-            # For the field loyalty.points, this was {points: 5} in the field "loyalty".
+            # Remove the document that the recount created, unless it has other fields by now. For
+            # the field loyalty.points, `created` is "loyalty", and `created_value` is {points: 5}.
             created_value = change["after"]
             for name in reversed(points_field.removeprefix(f"{created}.").split(".")):
                 created_value = {name: created_value}
