@@ -114,16 +114,16 @@ class _Recount:
 
         try:
             # The driver does not retry a cursor that was lost with its primary.
-            counted = retry(self._count_once, request.retry_policy, on_retry=report_retry)
+            counted = retry(self._attempt_count, request.retry_policy, on_retry=report_retry)
         except SnapshotTooOld as error:
             if request.customers is not None and request.not_before is not None:
                 raise  # live updates must not write anything older than `not_before`
             log.warning('snapshot_unavailable error="%s"', error)
-            counted = self._count_once(use_snapshot=False)
+            counted = self._attempt_count(use_snapshot=False)
         result.count, result.totals, updates = counted
         return updates
 
-    def _count_once(self, *, use_snapshot: bool = True) -> _Counted:
+    def _attempt_count(self, *, use_snapshot: bool = True) -> _Counted:
         try:
             return self._count(use_snapshot=use_snapshot)
         except NonCanonicalIdFound:
