@@ -26,7 +26,7 @@ class User:
 
     id: Any
     points: Any
-    has_points: bool
+    has_points_field: bool
     created_path: str | None = None
 
 

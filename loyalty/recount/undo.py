@@ -178,8 +178,8 @@ def _build_updates(points_field: str, changes: Sequence[Document]) -> list[Updat
     for group in groups.values():
         change, ids = group[0], [change["user"] for change in group]
         # Expressions: the conditions of a query would also match elements of arrays.
-        has_points_expr = is_up_to_date_expr(f"${points_field}", change["after"])
-        condition = {"_id": {"$in": ids}, "$expr": has_points_expr}
+        has_after_expr = is_up_to_date_expr(f"${points_field}", change["after"])
+        condition = {"_id": {"$in": ids}, "$expr": has_after_expr}
         if "before" in change:
             updates.append(UpdateMany(condition, {"$set": {points_field: change["before"]}}))
             continue
@@ -190,8 +190,8 @@ def _build_updates(points_field: str, changes: Sequence[Document]) -> list[Updat
             for name in reversed(points_field.removeprefix(f"{created}.").split(".")):
                 created_value = {name: created_value}
             has_only_points_expr = {"$eq": [f"${created}", {"$literal": created_value}]}
-            only_points = {**condition, "$expr": {"$and": [has_points_expr, has_only_points_expr]}}
+            only_points = {**condition, "$expr": {"$and": [has_after_expr, has_only_points_expr]}}
             updates.append(UpdateMany(only_points, {"$unset": {created: ""}}))
-            condition["$expr"] = {"$and": [has_points_expr, {"$not": [has_only_points_expr]}]}
+            condition["$expr"] = {"$and": [has_after_expr, {"$not": [has_only_points_expr]}]}
         updates.append(UpdateMany(condition, {"$unset": {points_field: ""}}))
     return updates
