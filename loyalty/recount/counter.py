@@ -60,7 +60,7 @@ class OrderCounter:
     def count_all(self, on_row: OnRow, *, single_query: bool = False) -> CountResult:
         """Count all customers, in partitions if the index allows it.
 
-        Raises ServiceError, and NonCanonicalIdFound if a single query is needed instead.
+        Raises ServiceError, and UpperCaseFound if a single query is needed instead.
         """
         self._pin_snapshot()
         # After pinning: an index that has no array now had none at that time.

@@ -46,8 +46,8 @@ def canonical_expr(value: str, if_missing: Any, *, mostly_hex: bool = True) -> D
     return {"$cond": [is_hex_length, {"$convert": convert}, {"$ifNull": [other, if_missing]}]}
 
 
-def is_non_canonical_expr(value: str, canonical: Any) -> Document:
-    """Return the expression for: `value` is a hex string that is not all lower case."""
+def has_upper_case_expr(value: str, canonical: Any) -> Document:
+    """Return the expression for: `value` is a hex string with an upper-case letter."""
     return {
         "$and": [
             {"$eq": [{"$type": value}, "string"]},

@@ -16,7 +16,7 @@ from loyalty.mongo.connection import Connection
 from loyalty.recount.change_log import open_change_log
 from loyalty.recount.counter import Customers, FindBoundaries, OrderCounter
 from loyalty.recount.partitions import partition_boundaries
-from loyalty.recount.pipeline import NonCanonicalIdFound
+from loyalty.recount.pipeline import UpperCaseFound
 from loyalty.recount.result import CountResult, Result, build_record, log_result
 from loyalty.recount.safety import PreviousRecounts, check_totals, has_too_many_failed_updates
 from loyalty.recount.statuses import check_uncounted
@@ -126,7 +126,7 @@ class _Recount:
     def _attempt_count(self, *, use_snapshot: bool = True) -> _Counted:
         try:
             return self._count(use_snapshot=use_snapshot)
-        except NonCanonicalIdFound:
+        except UpperCaseFound:
             log.info('single_query_count reason="upper-case or mixed-case hex ids"')
         return self._count(use_snapshot=use_snapshot, single_query=True)
 
