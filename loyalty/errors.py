@@ -85,9 +85,9 @@ class ResyncRequired(ServiceError):
 class BulkUpdateErrors(ServiceError):
     """Some updates of a batch failed because of their documents; all others are done.
 
-    `reasons` describes the server's error code, by the position of the update in the batch.
-    `matched` is the number of users who were updated. The server's own text is left out: it may
-    quote the document.
+    `reasons` maps the position of each failed update in the batch to a description of its error
+    code. `matched` is the number of users who were updated. The server's own text is left out: it
+    may quote the document.
     """
 
     def __init__(self, reasons: Mapping[int, str], matched: int = 0) -> None:

@@ -98,8 +98,8 @@ def retry(
 class Backoff:
     """Computes the pauses after failures of a task that is repeated without end.
 
-    Failures count as consecutive until `reset_seconds` of idle time pass without one. Pauses and
-    working time do not count as idle.
+    A failure counts as the first again after `reset_seconds` without one. The pause after the last
+    failure, and the time of work, are not included.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class Backoff:
         self._failed_at = -inf
 
     def record_work(self, seconds: float) -> None:
-        """Exclude successful work from the idle time: treat the last failure as that much later."""
+        """Do not count successful work: treat the last failure as that much later."""
         self._failed_at += seconds
 
     def record_failure(self, started: float, *, max_seconds: float = inf) -> float:

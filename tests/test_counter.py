@@ -21,7 +21,7 @@ from loyalty.mongo.values import SIMPLE_COLLATION
 from loyalty.recount.counter import OrderCounter
 from loyalty.recount.customer_ids import indexable_forms
 from loyalty.recount.index_build import create_index
-from loyalty.recount.pipeline import NonCanonicalIdFound
+from loyalty.recount.pipeline import UpperCaseFound
 from loyalty.recount.result import CountResult, Result
 from loyalty.recount.runner import RecountRequest, run_recount
 from loyalty.recount.snapshot import pin_cluster_time
@@ -98,7 +98,7 @@ def test_each_customer_has_one_row_with_the_orders_of_both_canonical_forms(
 )
 @pytest.mark.parametrize("form", [str(ADA).upper(), MIXED_ADA], ids=["upper", "mixed"])
 @pytest.mark.parametrize("is_user", [False, True], ids=["order", "user"])
-def test_a_non_canonical_id_causes_a_single_exact_query(
+def test_an_id_with_upper_case_causes_a_single_exact_query(
     connection: Connection,
     cuts: list[Any],
     workers: str,
@@ -133,9 +133,9 @@ def test_users_with_orders_under_both_forms_are_counted_once(
     assert find_mismatches(connection.users.database) == []
 
 
-def test_a_partition_with_a_non_canonical_id_is_not_counted(connection: Connection) -> None:
+def test_a_partition_with_an_upper_case_id_is_not_counted(connection: Connection) -> None:
     ship(connection, str(ADA).upper())
-    with pytest.raises(NonCanonicalIdFound):
+    with pytest.raises(UpperCaseFound):
         count_all(connection, [BOB])
 
 

@@ -62,7 +62,7 @@ def write_points(users: Any, ids: Sequence[Any], *, batch_size: int = 4) -> Pend
     """Write one point for each id to the collection, or to what behaves like one."""
     updates = PendingUpdates(batch_size, "loyalty_points")
     for user_id in ids:
-        updates.add(User(user_id, None, has_points=False), 1)
+        updates.add(User(user_id, None, has_points_field=False), 1)
     updates.write(users, ignore_progress)
     return updates
 
@@ -220,7 +220,7 @@ def test_a_value_that_the_change_log_cannot_hold_is_a_failed_update(connection: 
     )
     updates = PendingUpdates(1000, "loyalty_points")
     for user_id, size in enumerate([10, 4_000_000, 13_000_000, 16_770_000, 10]):
-        updates.add(User(user_id, "x" * size, has_points=True), 1)
+        updates.add(User(user_id, "x" * size, has_points_field=True), 1)
     updates.write(connection.users, ignore_progress, log_changes)
     result = updates.result
     assert (result.written, result.failures) == (4, {"UnsupportedValue": 1})
@@ -246,6 +246,6 @@ def test_progress_is_reported_after_each_batch(connection: Connection) -> None:
     texts: list[str] = []
     updates = PendingUpdates(4, "loyalty_points")
     for n in range(10):
-        updates.add(User(n, None, has_points=False), 1)
+        updates.add(User(n, None, has_points_field=False), 1)
     updates.write(connection.users, texts.append)
     assert len(texts) == 3

@@ -1,6 +1,6 @@
 """Maps the exceptions of the driver to the errors of the service.
 
-Every call of the driver is made inside `with map_driver_errors(...)`.
+Every request to the server is made inside `with map_driver_errors(...)`.
 """
 
 import re
@@ -37,8 +37,8 @@ def map_driver_errors(
 ) -> Iterator[None]:
     """Turn any error of the driver into a ServiceError.
 
-    The message names `action`, a privilege action such as "find", and `target`, a collection, a
-    database or hosts. `if_too_slow` says what to do about the time limit of the query.
+    The message names `action`, if possible a privilege action such as "find", and `target`, a
+    collection, a database or hosts. `if_too_slow` says what to do about the query's time limit.
     """
     try:
         yield
@@ -71,7 +71,7 @@ def _map(
     ):
         return _map_write_errors(error.details, operation)
     if isinstance(error, OperationFailure | driver.NotPrimaryError):
-        details: Mapping[str, Any] = error.details or {}  # type: ignore[assignment]  # or an empty list
+        details: Mapping[str, Any] = error.details or {}  # type: ignore[assignment]  # may be []
         if concern_errors := details.get("writeConcernErrors"):  # of a bulk write
             details = concern_errors[-1]
         code = details.get("code", getattr(error, "code", None))
@@ -94,7 +94,7 @@ def _map_client_error(error: PyMongoError | OSError, operation: str) -> ServiceE
     elif isinstance(error, driver.InvalidOperation) and "after close" in reason:
         error_type = ClientUnusable
     elif isinstance(error, driver.ConfigurationError | OSError) and not _is_dns_error(error):
-        error_type = ConfigurationError  # an OSError: a certificate file is missing, or is none
+        error_type = ConfigurationError  # an OSError: a certificate file is missing or invalid
     if "load balancing mode" in reason:
         reason += ": remove loadBalanced=true from the URI"
     return error_type(f"{operation} failed: {reason}")
@@ -104,8 +104,8 @@ def _map_write_errors(details: Mapping[str, Any], operation: str) -> ServiceErro
     """Return BulkUpdateErrors if the documents are the cause of every error.
 
     Any other error ends the whole batch. A code that is not in the table counts as an error of the
-    document: most such codes come from an index, and callers repeat a failed batch, so that a
-    transient error would probably have ended.
+    document: most such codes come from an index. If one is transient, the second attempt of the
+    callers probably succeeds.
     """
     errors: Sequence[Mapping[str, Any]] = details["writeErrors"]
     for error in errors:
@@ -124,7 +124,7 @@ def _map_server_error(
 ) -> ServiceError:
     # Not str() of the driver's error: it ends with the whole reply, with commands and documents.
     name, reason = error_name(code), _shorten(str(details.get("errmsg", "no reason given")))
-    if name == "IllegalOperation" and "writeErrors" in details:  # the driver's own reply, no text
+    if name == "IllegalOperation" and "writeErrors" in details:  # the driver's result, no errmsg
         reason = "this server does not support retryable writes: add retryWrites=false to the URI"
     error_type = _find_error_type(code, details, reason, operation)
     if error_type is NoPermission:

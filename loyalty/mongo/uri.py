@@ -89,8 +89,11 @@ def check_uri(uri: str) -> list[str]:
         if userinfo and ":" not in userinfo and "authmechanism=" not in uri.lower():
             return ["has a user without a password"]
         together = ", ".join(option.partition("=")[0] for option in options)
-        problem = "contradict each other or another part, or name a file that is not in PEM format"
-        return [f"these options {problem}: {together}"]
+        problem = (
+            "these options contradict each other or another part of the URI, or name a file that "
+            "is not in PEM format"
+        )
+        return [f"{problem}: {together}"]
     return []
 
 
@@ -101,7 +104,8 @@ def _has_valid_parts(uri: str) -> bool:
         return False
     if uri.startswith("mongodb+srv") and re.search("[,:]", hosts):
         return False
-    if f"//{userinfo}@" in uri and not _is_accepted(parse_userinfo, userinfo):
+    has_userinfo = f"//{userinfo}@" in uri  # it may be empty
+    if has_userinfo and not _is_accepted(parse_userinfo, userinfo):
         return False
     return _is_accepted(parse_database, database) and "@" not in database
 

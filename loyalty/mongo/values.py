@@ -17,7 +17,7 @@ SIMPLE_COLLATION = {"locale": "simple"}
 """Overrides the collation of a collection: strings are equal only if all their bytes are."""
 
 # Dates after the year 9999 become DatetimeMS. Bytes that are not UTF-8 become lone surrogates. bson
-# does not encode these, so such a value is never written back in another form.
+# does not encode lone surrogates, so such a string is never written back in another form.
 LENIENT_CODEC: CodecOptions[dict[str, Any]] = CodecOptions(
     tz_aware=True,
     datetime_conversion=DatetimeConversion.DATETIME_AUTO,

@@ -21,7 +21,7 @@ from loyalty.mongo.privileges import OWNER_FILTER, require_own_collection, requi
 from loyalty.mongo.values import LENIENT_CODEC, SIMPLE_COLLATION, Document, try_encode
 
 MAX_SILENCE = timedelta(minutes=2)
-"""A recount without a record that has logged no changes for this time was interrupted."""
+"""A recount that has no record, and has logged no changes for this time, was interrupted."""
 MISSING = object()
 """The value of a field that a user does not have."""
 DOCUMENTS_PER_BATCH = 8
@@ -66,7 +66,7 @@ def open_change_log(
 
 
 def check_change_log(connection: Connection) -> None:
-    """Raise ConfigurationError if changes cannot be logged; any ServiceError."""
+    """Raise ConfigurationError if changes cannot be logged. Raises other ServiceErrors."""
     collection = connection.changes
     if collection is None:
         return

@@ -60,7 +60,7 @@ class OrderCounter:
     def count_all(self, on_row: OnRow, *, single_query: bool = False) -> CountResult:
         """Count all customers, in partitions if the index allows it.
 
-        Raises ServiceError, and NonCanonicalIdFound if a single query is needed instead.
+        Raises ServiceError, and UpperCaseFound if a single query is needed instead.
         """
         self._pin_snapshot()
         # After pinning: an index that has no array now had none at that time.
@@ -70,8 +70,8 @@ class OrderCounter:
         else:
             scope = Scope(status_may_be_array=plan.status_is_multikey)
             _handle_rows(self._aggregate(scope, plan.advice), on_row)
-        # Only live updates with an index have to know this. Their counts begin with partitions,
-        # which find such an id, so the single query that follows tells whether it is mixed.
+        # Only live updates need this. `single_query` means that the partitions contained an id in
+        # upper or mixed case; without partitions, live updates look up no ids in an index.
         check_case = single_query and self.settings.live_updates
         return CountResult(
             tuple(self._snapshots),

@@ -54,13 +54,13 @@ class OrdersPlan(IndexPlan):
 
 
 def index_keys(settings: Settings) -> list[tuple[str, int]]:
-    """Return the index keys: fields with one value, the status, the customer, other conditions."""
+    """Return the index keys: equality fields, the status, the customer, other conditions."""
     first = [*equality_fields(settings), settings.status_field, settings.customer_field]
     return [(name, 1) for name in dict.fromkeys([*first, *other_conditions(settings)])]
 
 
 def inspect_plan(orders: Collection[Any], settings: Settings) -> OrdersPlan:
-    """Return the plan for orders; it supports partitions if the plan for users also does.
+    """Return the plan for orders. It supports partitions only if the plan for users also does.
 
     If the server cannot explain its plans, this is the default. Raises DatabaseUnavailable.
     """
@@ -81,8 +81,8 @@ def inspect_orders_plan(orders: Collection[Any], settings: Settings) -> OrdersPl
     1. Explain the query for an empty range. No index has an advantage there, so the reply has a
        plan with each index that fits, chosen or rejected. Take those with the right keys and
        bounds.
-    2. Explain the query for all customers with each of these indexes. Step 1 may have asked only
-       one shard, and a partial index that lacks some customers has no bounds in this plan.
+    2. Explain the query for all customers with each of these indexes, because step 1 may have asked
+       only one shard. A partial index that lacks some customers has no bounds here.
 
     Indexes are judged by their key patterns, bounds and multikey paths, never by their names.
     """

@@ -1,4 +1,4 @@
-"""Creates the indexes on orders and users. Other indexes may exist."""
+"""Creates the indexes on orders and users."""
 
 import re
 from collections.abc import Callable

@@ -32,7 +32,10 @@ _PYTHON_TYPES = {"number": int | float, "string": str, "binary": bytes, "objecti
 
 @dataclass(frozen=True)
 class Partition:
-    """Ids that satisfy all operators of one of the intervals. Each interval is an index scan."""
+    """The ids in any of the intervals. Each interval is an index scan.
+
+    An interval is a list of operators, all of which are true for its ids.
+    """
 
     intervals: Sequence[Sequence[Document]]
 

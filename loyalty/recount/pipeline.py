@@ -9,19 +9,19 @@ import bson
 
 from config import Settings
 from loyalty.mongo.values import LENIENT_CODEC, Document
-from loyalty.recount.customer_ids import NO_CUSTOMER, canonical_expr, is_non_canonical_expr
+from loyalty.recount.customer_ids import NO_CUSTOMER, canonical_expr, has_upper_case_expr
 from loyalty.recount.order_filter import counted_orders
 from loyalty.recount.partitions import EVERYTHING, Partition
 from loyalty.recount.points import is_up_to_date_expr, points_expr
 from loyalty.recount.tally import CustomerCount, Row, UpToDateTotals, User
 
-# Random, so that no stored customer id equals them: the group key of all non-canonical ids, and a
+# Random, so that no stored customer id equals them: the group key of all ids with upper case, and a
 # part of the group key of users without a key.
-_NON_CANONICAL, _NO_KEY = os.urandom(16), os.urandom(16)
+_UPPER_CASE, _NO_KEY = os.urandom(16), os.urandom(16)
 
 
-class NonCanonicalIdFound(Exception):
-    """A hex id in upper or mixed case, whose customer may be in another partition."""
+class UpperCaseFound(Exception):
+    """A hex id with an upper-case letter, whose customer may be in another partition."""
 
 
 @dataclass(frozen=True)
@@ -142,12 +142,13 @@ def _match(field: str, bounds: Sequence[Document]) -> Document:
 
 def _group_key_expr(settings: Settings, scope: Scope, value: str, if_missing: Any) -> Document:
     """Return the expression for the key that orders and users of one customer share."""
+    # Assumed: an `_id` is an ObjectId or its hex string, and another key is not.
     mostly_hex = settings.user_key_field == "_id"
     canonical = canonical_expr(value, if_missing, mostly_hex=mostly_hex)
     if scope.has_all_forms:
         return canonical
-    non_canonical = is_non_canonical_expr(value, "$$customer")
-    key_expr = {"$cond": [non_canonical, _NON_CANONICAL, "$$customer"]}
+    has_upper_case = has_upper_case_expr(value, "$$customer")
+    key_expr = {"$cond": [has_upper_case, _UPPER_CASE, "$$customer"]}
     return {"$let": {"vars": {"customer": canonical}, "in": key_expr}}
 
 
@@ -157,13 +158,13 @@ def _are_users_up_to_date_expr() -> Document:
         "$and": [
             {"$ne": ["$users", []]},
             {"$allElementsTrue": [{"$map": {"input": "$users", "in": is_up_to_date}}]},
-            {"$ne": ["$_id", _NON_CANONICAL]},  # needs a row, for NonCanonicalIdFound
+            {"$ne": ["$_id", _UPPER_CASE]},  # needs a row, for UpperCaseFound
         ]
     }
 
 
 def parse_rows(batch: bytes) -> Iterator[Row]:
-    """Parse a raw batch of the result. Raises NonCanonicalIdFound."""
+    """Parse a raw batch of the result. Raises UpperCaseFound."""
     for row in bson.decode_all(batch, LENIENT_CODEC):
         if row["_id"] is None:
             yield UpToDateTotals(
@@ -174,8 +175,8 @@ def parse_rows(batch: bytes) -> Iterator[Row]:
             )
             continue
         customer = row["_id"].get("customer")
-        if customer == _NON_CANONICAL:
-            raise NonCanonicalIdFound
+        if customer == _UPPER_CASE:
+            raise UpperCaseFound
         users = [
             User(u["_id"], u.get("points"), "points" in u, u.get("created_path"))
             for u in row["users"]

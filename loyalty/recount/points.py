@@ -13,7 +13,7 @@ _NUMBER = re.compile(r"\s*[-+]?\d+(\.\d+)?\s*", re.ASCII)
 
 
 def points_expr(settings: Settings) -> Document:
-    """Return the expression for the points of a customer's counted orders, `{orders: number}`."""
+    """Return the expression for the points that `$orders` counted orders earn."""
     return {"$multiply": ["$orders", settings.points_per_order]}
 
 

@@ -1,4 +1,4 @@
-"""One recount: count, check, write, record. Every command and the daemon use it."""
+"""One recount: count, check, write, record. The daemon and all commands that count use it."""
 
 import time
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from loyalty.mongo.connection import Connection
 from loyalty.recount.change_log import open_change_log
 from loyalty.recount.counter import Customers, FindBoundaries, OrderCounter
 from loyalty.recount.partitions import partition_boundaries
-from loyalty.recount.pipeline import NonCanonicalIdFound
+from loyalty.recount.pipeline import UpperCaseFound
 from loyalty.recount.result import CountResult, Result, build_record, log_result
 from loyalty.recount.safety import PreviousRecounts, check_totals, has_too_many_failed_updates
 from loyalty.recount.statuses import check_uncounted
@@ -114,19 +114,19 @@ class _Recount:
 
         try:
             # The driver does not retry a cursor that was lost with its primary.
-            counted = retry(self._count_once, request.retry_policy, on_retry=report_retry)
+            counted = retry(self._attempt_count, request.retry_policy, on_retry=report_retry)
         except SnapshotTooOld as error:
             if request.customers is not None and request.not_before is not None:
                 raise  # live updates must not write anything older than `not_before`
             log.warning('snapshot_unavailable error="%s"', error)
-            counted = self._count_once(use_snapshot=False)
+            counted = self._attempt_count(use_snapshot=False)
         result.count, result.totals, updates = counted
         return updates
 
-    def _count_once(self, *, use_snapshot: bool = True) -> _Counted:
+    def _attempt_count(self, *, use_snapshot: bool = True) -> _Counted:
         try:
             return self._count(use_snapshot=use_snapshot)
-        except NonCanonicalIdFound:
+        except UpperCaseFound:
             log.info('single_query_count reason="upper-case or mixed-case hex ids"')
         return self._count(use_snapshot=use_snapshot, single_query=True)
 

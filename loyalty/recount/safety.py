@@ -14,7 +14,7 @@ from loyalty.recount.order_filter import is_counted
 from loyalty.recount.tally import Totals
 
 MIN_USERS = 10
-"""The checks of a percentage of users apply from this many affected users on."""
+"""A percentage of users is checked only if at least this many users are affected."""
 MIN_ORDERS = 10
 WARN_DECREASE_PERCENT = 10
 """Of the users with points. Live updates pause above it, or above MAX_DECREASE_PERCENT if lower."""
@@ -150,7 +150,10 @@ def _format_statuses(settings: Settings) -> str:
 
 
 def check_live_update(losing: int, with_points: int, settings: Settings) -> str | None:
-    """Return why live updates must pause; `losing` users are those since the last full recount."""
+    """Return why live updates must pause, or None.
+
+    `losing` is the number of decreases since the last full recount.
+    """
     percent = min(WARN_DECREASE_PERCENT, settings.max_decrease_percent)
     if settings.max_decrease_percent == 100 or not exceeds_share(losing, with_points, percent):
         return None

@@ -40,8 +40,8 @@ def _read_cluster_time(connection: Connection, read_concern: dict[str, Any]) -> 
     with map_driver_errors("find", users):
         reply = users.database.command({**read, "readConcern": read_concern})
         time: Timestamp | None = reply["cursor"].get("atClusterTime")
-        # Without atClusterTime: if there are no users, the collection does not exist, and any time
-        # will do; otherwise the server has ignored the read concern.
+        # The reply has no atClusterTime if the collection does not exist: then any time will do. If
+        # there are users, the server has ignored the read concern.
         if time is None and users.find_one({}, {"_id": 1}) is None:
             time = reply.get("operationTime")
     return time

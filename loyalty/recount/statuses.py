@@ -39,7 +39,7 @@ class CustomerOrders(NamedTuple):
 
 
 def count_statuses(connection: Connection, settings: Settings) -> StatusCounts:
-    """Return the number of orders with each status, for the 1,000 most frequent in this order.
+    """Return the 1,000 most frequent statuses with the number of orders, the most frequent first.
 
     Only orders that match ORDER_FILTER are counted. Raises ServiceError.
     """
@@ -100,7 +100,7 @@ def count_customer_orders(
     # If a parent field is an array, $group reads an array of statuses, which $in cannot find.
     has_arrays = "." in status and any(isinstance(value, list) for value in known)
     if len(known) < MAX_STATUSES and not has_arrays:
-        # The index begins with the status. Null finds the orders without one.
+        # Without equality fields, the index begins with the status. Null finds orders without one.
         match[status] = {"$in": [*known, None]}
     key = {"form": f"${settings.customer_field}", "status": f"${status}"}
     is_customer_expr = {"$eq": [canonical_expr("$_id.form", NO_CUSTOMER), {"$literal": group_key}]}

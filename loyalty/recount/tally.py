@@ -26,7 +26,7 @@ class User:
 
     id: Any
     points: Any
-    has_points: bool
+    has_points_field: bool
     created_path: str | None = None
 
 
@@ -97,7 +97,7 @@ class Totals:
     """Users who have a value that is not null and no number in the points field."""
     non_numeric_sample: str = ""
     initialized_to_zero: int = 0
-    """Users who had no points, and get 0."""
+    """Users who had no value in the points field, and get 0."""
     unknown_customers: int = 0
     orders_of_unknown_customers: int = 0
     orders_without_customer: int = 0

@@ -66,9 +66,10 @@ class UndoResult:
 
 
 def undo_leaves_old_points(connection: Connection, recount: LoggedRecount) -> bool:
-    """Return whether at least one user has the old points after an undo. Raises ServiceError.
+    """Return whether at least one user would have the old points after an undo.
 
     A user who already has them counts: a repeated undo completes the record of an interrupted one.
+    Raises ServiceError.
     """
     users = connection.users.database.get_collection(recount.users, codec_options=LENIENT_CODEC)
     return any(
@@ -177,20 +178,20 @@ def _build_updates(points_field: str, changes: Sequence[Document]) -> list[Updat
     for group in groups.values():
         change, ids = group[0], [change["user"] for change in group]
         # Expressions: the conditions of a query would also match elements of arrays.
-        has_points_expr = is_up_to_date_expr(f"${points_field}", change["after"])
-        condition = {"_id": {"$in": ids}, "$expr": has_points_expr}
+        has_after_expr = is_up_to_date_expr(f"${points_field}", change["after"])
+        condition = {"_id": {"$in": ids}, "$expr": has_after_expr}
         if "before" in change:
             updates.append(UpdateMany(condition, {"$set": {points_field: change["before"]}}))
             continue
         if created := change.get("created"):
-            # Remove the document that the recount created, unless it has other fields by now.
-            # For the field loyalty.points, this was {points: 5} in the field "loyalty".
+            # Remove the document that the recount created, unless it has other fields by now. For
+            # the field loyalty.points, `created` is "loyalty", and `created_value` is {points: 5}.
             created_value = change["after"]
             for name in reversed(points_field.removeprefix(f"{created}.").split(".")):
                 created_value = {name: created_value}
             has_only_points_expr = {"$eq": [f"${created}", {"$literal": created_value}]}
-            only_points = {**condition, "$expr": {"$and": [has_points_expr, has_only_points_expr]}}
+            only_points = {**condition, "$expr": {"$and": [has_after_expr, has_only_points_expr]}}
             updates.append(UpdateMany(only_points, {"$unset": {created: ""}}))
-            condition["$expr"] = {"$and": [has_points_expr, {"$not": [has_only_points_expr]}]}
+            condition["$expr"] = {"$and": [has_after_expr, {"$not": [has_only_points_expr]}]}
         updates.append(UpdateMany(condition, {"$unset": {points_field: ""}}))
     return updates

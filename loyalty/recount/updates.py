@@ -88,7 +88,7 @@ class PendingUpdates:
     def add(self, user: User, points: int) -> None:
         """Add a user to update. Raises NoTempSpace."""
         change = {"user": user.id, "before": user.points, "after": points}
-        if not user.has_points:
+        if not user.has_points_field:
             del change["before"]
             if user.created_path:
                 change["created"] = user.created_path
