@@ -30,7 +30,7 @@ class StepOutcome:
 
     status: str
     """One line for `systemctl status`."""
-    retry_after_seconds: float | None = None
+    next_after_seconds: float | None = None
     """When the next step is due, if that is before the interval has passed."""
 
 
@@ -165,7 +165,7 @@ class Daemon:
         self._job.connect()
         self._has_connected = True
         systemd.notify("READY=1")
-        return StepOutcome("connected", retry_after_seconds=0)
+        return StepOutcome("connected", next_after_seconds=0)
 
     def _recount(self) -> StepOutcome:
         self._report_progress("recounting")
@@ -183,7 +183,7 @@ class Daemon:
             self._handle_failure(error, started)
 
     def _handle_outcome(self, outcome: StepOutcome) -> None:
-        after, interval = outcome.retry_after_seconds, self._interval_seconds
+        after, interval = outcome.next_after_seconds, self._interval_seconds
         self._schedule_next(outcome.status, interval if after is None else min(after, interval))
 
     def _handle_failure(self, error: Exception, started: float) -> None:
@@ -211,7 +211,7 @@ class Daemon:
 
     def _reload(self) -> None:
         self._reload_requested.clear()
-        if self._has_connected:  # before, READY=1 would report the end of the start
+        if self._has_connected:  # otherwise READY=1 would report the end of the start
             # Type=notify-reload needs the time, to know that this answers its latest SIGHUP.
             systemd.notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
         status = "reload failed, the old settings are kept; see the log"

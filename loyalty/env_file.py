@@ -26,7 +26,7 @@ def load_settings(
 ) -> Settings:
     """Load the settings from the environment and a file; the environment takes precedence.
 
-    The file at `default_path` need not exist. This sets the level and the format of the log. The
+    The file at `default_path` need not exist. Also sets the level and the format of the log. The
     format is set even if other settings are wrong, because their problems are logged next.
     Raises ConfigurationError with all problems.
     """

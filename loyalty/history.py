@@ -26,13 +26,15 @@ from loyalty.mongo.values import Document
 
 _WRITE_TIMEOUT_SECONDS = 5  # a record is less important than the next recount
 
-NO_RECORD, UNKNOWN = "no record", "unknown"
-"""Outcomes of a recount without a record, and if no records are kept or can be read."""
+NO_RECORD = "no record"
+"""The outcome of a recount without a record."""
+UNKNOWN = "unknown"
+"""The outcome if no records are kept, or they cannot be read."""
 
 _SUCCESS_OUTCOMES = ["succeeded", "incomplete"]
 _UNDO_OUTCOMES = ["undoing", "undone"]
 """An undo inserts a record before it starts, and another one when it has finished."""
-_SHOWN_CONDITION = {"outcome": {"$nin": ["live", "undoing"]}}
+_FINISHED_CONDITION = {"outcome": {"$nin": ["live", "undoing"]}}
 _HEARTBEAT_CONDITION = {"outcome": "live"}
 
 _TARGET_SETTINGS = ("orders", "users", "points_field")
@@ -61,8 +63,8 @@ class History:
             if record["outcome"] in _UNDO_OUTCOMES:
                 success = self._find_success()
                 record["last_success"] = success and success["_id"]
-            # Before the first record of a connection, the operator may have changed the settings.
-            # Then only a refused recount causes a warning.
+            # At the first record of a connection, other settings may be this service's own former
+            # ones. A warning is then useful only if the recount was refused.
             elif self._has_written or record["outcome"] == "refused":
                 with suppress(ServiceError):
                     self._warn_of_other_service()
@@ -115,8 +117,8 @@ class History:
     def _warn_of_other_service(self) -> None:
         """Warn if a service with other settings last wrote the points. Raises ServiceError."""
         # A service with another ORDERS_COLLECTION has another target, but writes the same points.
-        # So this condition replaces the one on `settings.orders`.
-        newest = self._find_one({**_SHOWN_CONDITION, "settings.orders": {"$exists": True}})
+        # `$exists` replaces the target's condition on `settings.orders`.
+        newest = self._find_one({**_FINISHED_CONDITION, "settings.orders": {"$exists": True}})
         recorded = newest["settings"] if newest else {}
         differences = [
             f"{name}={value!r}"
@@ -153,7 +155,7 @@ class History:
             require_privileges(self._collection, "insert", "createIndex")
 
     def find_newest(
-        self, limit: int, condition: Document = _SHOWN_CONDITION, by: str = "finished_at"
+        self, limit: int, condition: Document = _FINISHED_CONDITION, by: str = "finished_at"
     ) -> list[Document]:
         """Return the target's records, newest first by the field `by`. Raises ServiceError."""
         if self._collection is None:

@@ -93,14 +93,15 @@ class _JsonFormatter(logging.Formatter):
 class _JournalFormatter(logging.Formatter):
     """The journal adds the time, and reads the priority at the start of a line (sd-daemon(3))."""
 
-    def __init__(self, line: logging.Formatter) -> None:
+    def __init__(self, formatter: logging.Formatter) -> None:
         super().__init__()
-        self._line = line
+        self._formatter = formatter
 
     def format(self, record: logging.LogRecord) -> str:
         level = record.levelno
         priority = 3 if level >= logging.ERROR else 4 if level >= logging.WARNING else 6
-        return "\n".join(f"<{priority}>{line}" for line in self._line.format(record).splitlines())
+        lines = self._formatter.format(record).splitlines()
+        return "\n".join(f"<{priority}>{line}" for line in lines)
 
 
 def _is_under_journal() -> bool:

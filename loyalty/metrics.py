@@ -30,7 +30,9 @@ _METRICS = {
     "loyalty_orders_of_unknown_customers": "Counted orders of unknown customers",
     "loyalty_orders_without_customer": "Counted orders without a customer id",
     "loyalty_live": "1 while live updates are running, otherwise 0",
-    "loyalty_live_as_of_timestamp_seconds": "Points include all changes until then; 0: not live",
+    "loyalty_live_as_of_timestamp_seconds": (
+        "The points include all changes before this time; 0 while live updates are not running"
+    ),
     "loyalty_live_waiting": "Pending changes: orders and customers to be counted",
     "loyalty_live_lag_seconds": "Age of the oldest pending change",
 }

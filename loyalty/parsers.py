@@ -51,7 +51,7 @@ def parse_field(text: str) -> str:
 
 
 def parse_points_field(text: str) -> str:
-    """Parse the name of a field to write: setting points.9 would extend an array points."""
+    """Parse the name of a field to write: `$set` of points.9 would extend an array `points`."""
     if any(part.isdecimal() for part in parse_field(text).split(".")[1:]):
         raise ValueError(f"{text!r} contains a number, which could be a position in an array")
     return text
@@ -71,7 +71,7 @@ def parse_order_filter(text: str) -> Mapping[str, Any]:
         conditions = json.loads(text, object_pairs_hook=_convert_object)
         if not isinstance(conditions, dict):
             raise TypeError("not an object")
-        bson.encode(conditions)  # such as integers of more than 64 bits
+        bson.encode(conditions)  # raises for integers of more than 64 bits
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError, BSONError) as error:
         reason = " ".join(str(error).split())
         example = '{"deleted": {"$ne": true}}'
@@ -93,8 +93,8 @@ def _convert_object(pairs: list[tuple[str, Any]]) -> Any:
 def parse_statuses(text: str) -> tuple[str, ...]:
     """Parse a list of statuses, which are separated by commas and quoted as in CSV.
 
-    Whitespace around a status is removed, except inside quotes, or if the whole value is one
-    status: `.env`, shells and YAML drop the quotes around a value.
+    Whitespace around a status is removed, except inside quotes. It also stays if the value is only
+    one status: `.env`, shells and YAML remove the quotes around a value.
     """
     found = []
     for match in _STATUS.finditer(text):
@@ -134,7 +134,10 @@ def duration_parser(max_days: int) -> Parser:
 
 
 def format_duration(time: timedelta) -> str:
-    """Return a time as `duration_parser` reads it; rounded down if it has 100 or more of a unit."""
+    """Return a time as `duration_parser` reads it.
+
+    From 100 of a unit on, it is rounded down to this unit: 6001 seconds to 100m.
+    """
     seconds = int(time.total_seconds())
     for unit, size in SECONDS_PER_UNIT.items():
         if seconds >= size and (seconds % size == 0 or seconds >= 100 * size):

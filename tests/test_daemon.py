@@ -191,7 +191,7 @@ def test_recounts_longer_than_the_interval_neither_overlap_nor_accumulate() -> N
 
 @pytest.mark.parametrize("seconds", [0.0, 0.3])
 def test_a_recount_can_request_an_earlier_next_recount(seconds: float) -> None:
-    outcomes = [StepOutcome("refused", retry_after_seconds=seconds), StepOutcome("done")]
+    outcomes = [StepOutcome("refused", next_after_seconds=seconds), StepOutcome("done")]
     job = FakeJob(lambda _: outcomes.pop(0))
     daemon = make(job)
     run_until(job, lambda: has_scheduled(job, 2), daemon)
@@ -202,7 +202,7 @@ def test_a_recount_can_request_an_earlier_next_recount(seconds: float) -> None:
 
 
 def test_an_unscheduled_recount_can_request_an_earlier_recount() -> None:
-    outcomes = [StepOutcome("refused", retry_after_seconds=0.3)]
+    outcomes = [StepOutcome("refused", next_after_seconds=0.3)]
 
     def run_between(seconds: float) -> StepOutcome | None:
         if job.count("recount") and outcomes:
@@ -237,7 +237,7 @@ def test_the_interval_begins_again_after_an_unscheduled_recount() -> None:
 
 
 def test_a_recount_cannot_request_a_later_next_recount(systemd: Callable[[], list[str]]) -> None:
-    job = FakeJob(lambda _: StepOutcome("refused", retry_after_seconds=1e6), interval=1)
+    job = FakeJob(lambda _: StepOutcome("refused", next_after_seconds=1e6), interval=1)
     run_until(job, lambda: systemd() and job.count("recount") == 2)
     (status, *_) = [message for message in systemd() if "refused" in message]
     at = datetime.fromisoformat(status.split("next at ")[1].replace(" UTC", "+00:00"))

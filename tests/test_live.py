@@ -828,13 +828,13 @@ def test_a_stream_that_does_not_open_does_not_stop_the_recount(
         assert not harness.is_live
         # Only a transient error causes an earlier recount.
         if is_transient:
-            assert outcome.retry_after_seconds
-            assert 60 <= outcome.retry_after_seconds <= 90
+            assert outcome.next_after_seconds
+            assert 60 <= outcome.next_after_seconds <= 90
         else:
-            assert outcome.retry_after_seconds is None
+            assert outcome.next_after_seconds is None
         outcome = harness.service.recount(ignore_progress)
         assert harness.state is LiveState.LIVE
-        assert outcome.retry_after_seconds is None
+        assert outcome.next_after_seconds is None
 
 
 @pytest.mark.parametrize("target", [None, "orders_old"])
@@ -853,7 +853,7 @@ def test_the_resync_is_refused_while_the_orders_are_missing(
         while outcome is None:
             outcome = harness.service.run_between(0.05, ignore_progress)
         assert outcome.status.startswith("refused")
-        assert outcome.retry_after_seconds == REFUSED_RETRY_SECONDS <= 600
+        assert outcome.next_after_seconds == REFUSED_RETRY_SECONDS <= 600
         assert not harness.is_live
         assert points(database) == [1] * 20
         assert harness.service.run_between(0, ignore_progress) is None

@@ -135,8 +135,9 @@ def _describe_index(connection: Connection, settings: Settings) -> str:
         number = orders.count_documents(arrays, maxTimeMS=settings.count_ms)
     if not number:
         return plan.advice
-    have = f"{pluralize(number, 'order')} {'has' if number == 1 else 'have'}"
-    return f"{plan.advice}; {have} an array in {' or '.join(fields)}. Correct these orders first"
+    orders_have = f"{pluralize(number, 'order')} {'has' if number == 1 else 'have'}"
+    names = " or ".join(fields)
+    return f"{plan.advice}; {orders_have} an array in {names}. Correct these orders first"
 
 
 def _build_settings_rows(settings: Settings, connection: Connection, permissions: str) -> Rows:

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace, settings: Settings, *, write: bool) -> Exit:
 def _recount(
     connection: Connection, settings: Settings, ids: Sequence[Any], *, write: bool
 ) -> tuple[Sequence[CustomerCount], bool]:
-    """Recount some customers; return what was counted, and whether all points are right now."""
+    """Recount some customers; return what was counted, and whether all points are now correct."""
     rows: list[CustomerCount] = []
     customers = [(id_, all_forms(id_)) for id_ in ids]
     request = RecountRequest(customers=customers, rows=rows, write=write)

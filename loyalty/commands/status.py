@@ -89,7 +89,7 @@ def _read_status(connection: Connection, settings: Settings) -> Status:
         unrecorded = find_unrecorded(connection, settings, history)
     age = history.compute_age(now)
     undo = history.find_undo_since_success()
-    # Last: if there is an age, there is at least one record now.
+    # Read last, so that there is a record if there is an age.
     records = history.find_newest(MAX_RECORDS)
     return Status(settings, now, records, heartbeat, age, undo, unrecorded)
 

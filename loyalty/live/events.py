@@ -29,7 +29,7 @@ def build_change_stream_pipeline(settings: Settings) -> list[Document]:
     ]
     names = [settings.status_field, settings.customer_field]
     if conditions := other_conditions(settings):
-        # Use the outermost field: the path of a changed array element contains its position.
+        # Only the outermost field: the event of a change in `items.sku` may name `items.0.sku`.
         names += sorted({name.split(".")[0] for name in conditions})
         truncated_arrays = {"$ifNull": ["$updateDescription.truncatedArrays", []]}
         changed_paths.append({"$map": {"input": truncated_arrays, "in": "$$this.field"}})
@@ -64,7 +64,7 @@ def build_change_stream_pipeline(settings: Settings) -> list[Document]:
 
 
 def _begins_with_expr(path: str, prefix: str) -> Document:
-    """Return an expression for whole names: `a.b` begins with `a`, and `ab` does not."""
+    """Return an expression: whether `path` is `prefix` or in it. `a.b` is in `a`, `ab` is not."""
     return {"$eq": [{"$indexOfBytes": [{"$concat": [path, "."]}, {"$concat": [prefix, "."]}]}, 0]}
 
 

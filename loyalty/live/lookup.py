@@ -60,6 +60,6 @@ def find_customers(
     for chunk in split_ids(orders, _MAX_IDS):
         found, at = retry(partial(find, chunk, at), SHORT_OUTAGE_RETRY)
         customers += [get_nested(order, settings.customer_field) for order in found]
-    # There is no `at` without updated orders, or if the collection was dropped. Some servers report
-    # no time to pin: then `not_before`.
+    # `at` is None without updated orders, or if the collection was dropped. The pinned time is None
+    # if the server has ignored the read concern.
     return customers, at or pin_cluster_time(connection, not_before) or not_before

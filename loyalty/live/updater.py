@@ -46,8 +46,8 @@ class LiveUpdater:
         self._limits = limits
         self._service_state = service_state
         self._watcher: ChangeStreamWatcher | None = None
-        self._is_blocked = False
-        """No change stream may be opened before a full recount has succeeded."""
+        self._is_opening_blocked = False
+        """Until a full recount has succeeded."""
         self._failed_openings = 0
         self._warn_once = WarnOnce()
         self._full_recount: Result | None = None
@@ -73,7 +73,7 @@ class LiveUpdater:
         Returns the oldest cluster time that the recount may read at. If the stream cannot be
         opened, this logs a warning, and the recount runs without it.
         """
-        if self._watcher is not None or not self._settings.live_updates or self._is_blocked:
+        if self._watcher is not None or not self._settings.live_updates or self._is_opening_blocked:
             return self.newest_read
         try:
             self._watcher = open_watcher(connection, self._settings, self._limits)
@@ -92,7 +92,7 @@ class LiveUpdater:
         """Go live after a full recount, if the change stream is open and no id is in mixed case."""
         self._full_recount = result
         self._decreased = 0
-        self._is_blocked = False
+        self._is_opening_blocked = False
         self.newest_read = max([self.newest_read, *result.count.snapshots])
         if self._watcher is None:
             self._enter(LiveState.OFF)
@@ -162,7 +162,7 @@ class LiveUpdater:
                 raise ResyncRequired(f"live updates need a usable index: {problem}")
 
     def _report_state(self) -> None:
-        """Report the progress of live updates; None in every state except LIVE."""
+        """Set the heartbeat in the state of the service: None in every state except LIVE."""
         live, lag_seconds = None, 0.0
         if self._watcher is not None and self.state is LiveState.LIVE:
             lag_seconds = self._watcher.lag_seconds()
@@ -189,7 +189,7 @@ class LiveUpdater:
         if changes.has_mixed_case_ids:
             # The full recount that follows is exact; it must not open the stream again, or each
             # change of such an order would cause another full recount.
-            self._is_blocked = True
+            self._is_opening_blocked = True
             self._warn_once("live_updates_unavailable", describe_mixed_case(self._settings))
             raise ResyncRequired("a changed order has a customer id in mixed case")
         if not changes.customers:
