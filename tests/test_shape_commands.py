@@ -49,10 +49,18 @@ def points(shop: Database[Any]) -> list[Any]:
 def test_the_default_settings_add_no_stage_for_other_data_models() -> None:
     settings = settings_for("mongodb://x/")
     convert = {"input": "$_id", "to": "objectId"}
+    text = {"$cond": [{"$eq": [{"$type": "$_id"}, "string"]}, "$_id", ""]}
+    is_hex_length = {"$eq": [{"$strLenBytes": text}, 24]}
     no_customer = {"$cond": [{"$eq": ["$_id", ""]}, [], "$_id"]}
     orders, users = (
-        {"$convert": {**convert, "onError": no_customer, "onNull": []}},
-        {"$convert": {**convert, "onError": "$_id", "onNull": None}},
+        {
+            "$cond": [
+                is_hex_length,
+                {"$convert": {**convert, "onError": other, "onNull": missing}},
+                {"$ifNull": [other, missing]},
+            ]
+        }
+        for other, missing in ((no_customer, []), ("$_id", None))
     )
     user = {"_id": "$_id", "points": "$loyalty_points"}
     read_users = [{"$match": {}}, {"$replaceWith": {"_id": users, "user": user}}]

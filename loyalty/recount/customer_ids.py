@@ -28,19 +28,17 @@ _UUID_REPRESENTATIONS = (
 )
 
 
-def canonical_expr(value: str, if_missing: Any, *, mostly_hex: bool = True) -> Document:
+def canonical_expr(value: str, if_missing: Any) -> Document:
     """Return the expression for the canonical id of the field path `value`.
 
-    Null and missing become `if_missing`. If that is not null, "" also becomes it. Unless
-    `mostly_hex`, only strings of 24 bytes are converted: a conversion that fails takes the server
-    some 30 us, which made a count of numbers 4 times as slow as one of hex strings.
+    Null and missing become `if_missing`. If that is not null, "" also becomes it. Only strings of
+    24 bytes are converted: a conversion that fails takes the server some 30 us. With it, a count of
+    numeric ids took 5.6 s instead of 1.0 s (1 M orders, 100,000 users).
     """
     other: Any = value
     if if_missing is not None:
         other = {"$cond": [{"$eq": [value, ""]}, if_missing, value]}
     convert = {"input": value, "to": "objectId", "onError": other, "onNull": if_missing}
-    if mostly_hex:
-        return {"$convert": convert}
     text = {"$cond": [{"$eq": [{"$type": value}, "string"]}, value, ""]}
     is_hex_length = {"$eq": [{"$strLenBytes": text}, 24]}
     return {"$cond": [is_hex_length, {"$convert": convert}, {"$ifNull": [other, if_missing]}]}

@@ -92,7 +92,7 @@ def _count_orders(settings: Settings, scope: Scope, bounds: Sequence[Document]) 
         key = "$_id.customer"
         group = {"customer": customer, "status": f"${settings.status_field}"}
         counted = {"$cond": [{"$isArray": "$_id.status"}, 0, "$orders"]}
-    key_expr = _group_key_expr(settings, scope, key, NO_CUSTOMER)
+    key_expr = _group_key_expr(scope, key, NO_CUSTOMER)
     return [
         {"$match": {**counted_orders(settings), **_match(settings.customer_field, bounds)}},
         {"$group": {"_id": group, "orders": {"$sum": 1}}},
@@ -105,7 +105,7 @@ def _read_users(settings: Settings, scope: Scope, bounds: Sequence[Document]) ->
     if "." in settings.points_field:
         user = {**user, "created_path": _created_path_expr(settings.points_field)}
     key = settings.user_key_field
-    key_expr = _group_key_expr(settings, scope, f"${key}", None)
+    key_expr = _group_key_expr(scope, f"${key}", None)
     if key != "_id":
         key_expr = _unique_if_no_key_expr(key_expr)
     return [
@@ -140,11 +140,9 @@ def _match(field: str, bounds: Sequence[Document]) -> Document:
     return {"$and": [{field: operator} for operator in bounds]} if bounds else {}
 
 
-def _group_key_expr(settings: Settings, scope: Scope, value: str, if_missing: Any) -> Document:
+def _group_key_expr(scope: Scope, value: str, if_missing: Any) -> Document:
     """Return the expression for the key that orders and users of one customer share."""
-    # Assumed: an `_id` is an ObjectId or its hex string, and another key is not.
-    mostly_hex = settings.user_key_field == "_id"
-    canonical = canonical_expr(value, if_missing, mostly_hex=mostly_hex)
+    canonical = canonical_expr(value, if_missing)
     if scope.has_all_forms:
         return canonical
     has_upper_case = has_upper_case_expr(value, "$$customer")
