@@ -108,8 +108,7 @@ def _build_plan(name: str, stages: list[Document], settings: Settings) -> Orders
     """Return the plan with an index of the right keys."""
     scans = _index_scans(stages)
     multikey = _multikey_fields(scans, [settings.status_field, settings.customer_field])
-    conditions = other_conditions(settings)
-    missing = [f for f in conditions if any(f not in s["keyPattern"] for s in scans)]
+    missing = [f for f, _ in index_keys(settings) if any(f not in s["keyPattern"] for s in scans)]
     kinds = {stage["stage"] for stage in stages}
     advice = ""
     if multikey:
@@ -123,7 +122,7 @@ def _build_plan(name: str, stages: list[Document], settings: Settings) -> Orders
         why = ""
         if "SHARDING_FILTER" in kinds:
             why = ", because the index lacks the shard key"
-        elif conditions:
+        elif settings.order_filter:
             why = ", because no index alone can evaluate a condition in ORDER_FILTER"
         advice = f"the server uses {name}, but also reads the orders{why}"
     return OrdersPlan(
