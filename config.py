@@ -154,6 +154,21 @@ class Settings:
         values["ORDER_FILTER"] = self.order_filter_json
         return {name: value for name, value in values.items() if name not in SECRETS}
 
+    def to_record(self) -> dict[str, Any]:
+        """Return the settings that say what is counted, and where, for the record of a recount."""
+        values = {
+            name: getattr(self, name)
+            for name, spec in setting_specs().items()
+            if spec.name.startswith(("ORDER", "POINTS", "USER"))
+        }
+        # Sorted: services with the same statuses or conditions in another order count the same.
+        values["order_statuses"] = sorted(self.order_statuses)
+        conditions = dict(sorted(self.order_filter.items()))
+        values["order_filter"] = dataclasses.replace(
+            self, order_filter=conditions
+        ).order_filter_json
+        return values
+
 
 def setting_specs() -> dict[str, SettingSpec]:
     """Return all declarations, by attribute of `Settings`."""

@@ -7,7 +7,7 @@ combination of orders collection, users collection and points field.
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -39,7 +39,6 @@ _HEARTBEAT_CONDITION = {"outcome": "live"}
 
 _TARGET_SETTINGS = ("orders", "users", "points_field")
 """The settings that tell two shops in one database apart."""
-_COUNTED_SETTINGS = ("points_per_order", "status_field", "customer_field", "user_key_field")
 
 
 class History:
@@ -47,7 +46,7 @@ class History:
 
     def __init__(self, collection: Collection[Any] | None, settings: Settings) -> None:
         self._collection = collection
-        self._recorded_settings = _select_recorded_settings(settings)
+        self._recorded_settings = settings.to_record()
         self._retention = settings.retention
         self._target = {name: self._recorded_settings[name] for name in _TARGET_SETTINGS}
         self._have_expiry_index: set[str] = set()
@@ -237,13 +236,3 @@ class History:
         if found := self._find_one(_HEARTBEAT_CONDITION):
             return Heartbeat(**{name: found[name] for name in Heartbeat.__slots__})
         return None
-
-
-def _select_recorded_settings(settings: Settings) -> dict[str, Any]:
-    """Return the settings that say what is counted, and where."""
-    values = {name: getattr(settings, name) for name in (*_TARGET_SETTINGS, *_COUNTED_SETTINGS)}
-    # Sorted: services with the same statuses or conditions in another order count the same orders.
-    values["order_statuses"] = sorted(settings.order_statuses)
-    conditions = dict(sorted(settings.order_filter.items()))
-    values["order_filter"] = replace(settings, order_filter=conditions).order_filter_json
-    return values
