@@ -11,6 +11,7 @@ import random
 import statistics
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from sandbox.mongod import Deployment
 
 SHAPES: dict[str, dict[str, str]] = {
     "default": {},
+    "numeric _id": {"ORDER_CUSTOMER_FIELD": "number", "USERS_COLLECTION": "numbered_users"},
     "customer number": {"ORDER_CUSTOMER_FIELD": "number", "USER_KEY_FIELD": "customer_no"},
     "DBRef": {"ORDER_CUSTOMER_FIELD": "customer.$id"},
     "not deleted": {"ORDER_FILTER": '{"deleted": {"$ne": true}}'},
@@ -53,10 +55,15 @@ def main() -> None:
             name: load({"MONGODB_URI": uri, **values, **fields[name]})
             for name, values in SHAPES.items()
         }
-        with connect(every["default"], writing=True) as connection:
+        with ExitStack() as stack:
+            shops = {
+                name: (stack.enter_context(connect(settings)), settings)
+                for name, settings in every.items()
+            }
+            connection, _ = shops["default"]
             _fill(connection, args.orders, args.users)
             server = int(connection.client.admin.command("serverStatus")["pid"])
-            _measure(connection, every, args.rounds, server)
+            _measure(shops, args.rounds, server)
 
 
 def _fill(connection: Connection, orders: int, users: int) -> None:
@@ -89,21 +96,23 @@ def _fill(connection: Connection, orders: int, users: int) -> None:
                 **({"deleted": True} if rng.random() < 0.1 else {}),
             }
 
+    numbered_users = connection.users.database["numbered_users"]
     for collection, documents in (
         (connection.users, new_users()),
+        (numbered_users, ({"_id": n} for n in range(users))),
         (connection.orders, new_orders()),
     ):
         while batch := list(islice(documents, _BATCH)):
             collection.insert_many(batch, ordered=False)
 
 
-def _measure(connection: Connection, every: dict[str, Settings], rounds: int, server: int) -> None:
+def _measure(shops: dict[str, tuple[Connection, Settings]], rounds: int, server: int) -> None:
     """Measure all shapes in each round, as other programs may slow down some rounds.
 
     The CPU time of the server hardly depends on other programs.
     """
-    passes: dict[str, list[tuple[float, float]]] = {name: [] for name in every}
-    for name, settings in every.items():
+    passes: dict[str, list[tuple[float, float]]] = {name: [] for name in shops}
+    for name, (connection, settings) in shops.items():
         create_index(connection.orders, settings)
         if settings.user_key_field != "_id":
             create_user_index(connection.users, settings)
@@ -111,7 +120,7 @@ def _measure(connection: Connection, every: dict[str, Settings], rounds: int, se
         plan = inspect_plan(connection.orders, settings)
         print(f"{name}: index {plan.index_name}, fetch={plan.needs_fetch}", flush=True)
     for _ in range(rounds):
-        for name, settings in every.items():
+        for name, (connection, settings) in shops.items():
             started, processor = time.perf_counter(), _read_processor_seconds(server)
             result = run_recount(connection, settings, History(None, settings))
             seconds = time.perf_counter() - started
