@@ -117,7 +117,7 @@ class Service:
             on_progress(progress)
 
         try:
-            with self.metrics.count_failures(), self._stop_live_updates_on_error():
+            with self.metrics.count_failures(), self._clean_up_on_error():
                 connection = self._connection or self.connect()
                 # The recount must not read at an earlier time than the last live update, also after
                 # a failover to a server that is behind: a stale count would replace newer points.
@@ -128,14 +128,6 @@ class Service:
         except RecountRefused as error:
             log.error('refused reason="%s"', error)
             return StepOutcome(f"refused: {error}", REFUSED_RETRY_SECONDS)
-        except ConfigurationError:  # the next recount connects again, and verifies the access
-            self.disconnect()
-            raise
-        except ClientUnusable:
-            self.disconnect()
-            # After a restore, the cluster time may be before that of the last recount.
-            self.updater = LiveUpdater(self.settings, self._limits, self.state)
-            raise
         self.state.result = result
         self.updater.finish_recount(result)
         self.metrics.record_recount(result)
@@ -147,7 +139,7 @@ class Service:
         if self._connection is None or not self.updater.state.has_stream:
             time.sleep(seconds)
             return None
-        with self._stop_live_updates_on_error():
+        with self._clean_up_on_error():
             try:
                 self.updater.update(self._connection, seconds, on_progress)
                 self._report_if_due(self._connection, on_progress)
@@ -167,12 +159,18 @@ class Service:
             self._resync_at = time.monotonic()
 
     @contextmanager
-    def _stop_live_updates_on_error(self) -> Iterator[None]:
+    def _clean_up_on_error(self) -> Iterator[None]:
         """Close the stream on any error: the changes of an update that failed are lost."""
         try:
             yield
         except BaseException as error:
             self.updater.stop(type(error).__name__)
+            # The next recount connects again, and verifies the access.
+            if isinstance(error, ConfigurationError | ClientUnusable):
+                self.disconnect()
+            if isinstance(error, ClientUnusable):
+                # After a restore, the cluster time may be before that of the last recount.
+                self.updater = LiveUpdater(self.settings, self._limits, self.state)
             raise
 
     def _report_if_due(self, connection: Connection, on_progress: ProgressCallback) -> None:

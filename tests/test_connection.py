@@ -105,6 +105,28 @@ def test_a_client_that_a_restore_made_unusable_is_replaced(
     assert shop.users.count_documents({"loyalty_points": 1}) == 50
 
 
+def test_a_client_that_became_unusable_in_a_live_update_is_replaced_by_the_next_recount(
+    shop: Database[Any], uri: str, deployment: Deployment
+) -> None:
+    settings = settings_for(uri, LIVE_UPDATES="yes")
+    service = Service(settings, lambda: settings)
+    service.connect()
+    service.recount(ignore_progress)
+    user = shop.users.find_one({"loyalty_points": 1}, {"_id": 1})
+    assert user
+    shop.orders.insert_one({"customer_id": user["_id"], "status": "Shipped"})
+
+    def update() -> None:
+        for _ in range(60):
+            service.run_between(1, ignore_progress)
+
+    with fail_command(deployment.primary(), "aggregate", 1, errorCode=204):
+        pytest.raises(ClientUnusable, update)
+    service.recount(ignore_progress)
+    service.disconnect()
+    assert shop.users.find_one(user) == {**user, "loyalty_points": 2}
+
+
 @pytest.mark.parametrize("code", [13, 8000, 59])
 def test_orphaned_writes_that_cannot_be_seen_cause_one_warning(
     uri: str, deployment: Deployment, caplog: pytest.LogCaptureFixture, code: int
