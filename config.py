@@ -163,10 +163,8 @@ class Settings:
         }
         # Sorted: services with the same statuses or conditions in another order count the same.
         values["order_statuses"] = sorted(self.order_statuses)
-        conditions = dict(sorted(self.order_filter.items()))
-        values["order_filter"] = dataclasses.replace(
-            self, order_filter=conditions
-        ).order_filter_json
+        by_field = dataclasses.replace(self, order_filter=dict(sorted(self.order_filter.items())))
+        values["order_filter"] = by_field.order_filter_json
         return values
 
 

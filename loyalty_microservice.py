@@ -16,8 +16,8 @@ def _exit_on_early_signal(number: int, _frame: object) -> None:
     os._exit(0 if _is_daemon() else 128 + number)
 
 
-# The imports take a second. A command keeps this handler of SIGTERM until it ends: a write that is
-# interrupted can be repeated.
+# The imports take a second. A command keeps this handler of SIGTERM until it ends. The handler may
+# interrupt a write, because every write can be repeated.
 if __name__ == "__main__":
     for _number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(_number, _exit_on_early_signal)

@@ -116,7 +116,7 @@ def _log_settings_problems(error: ConfigurationError, env_file: Path) -> None:
     for problem in error.problems:
         log.error('configuration_problem error="%s"', problem)
     explanation = "--help explains them"
-    if ENV_FILE.with_name(".env.example").exists():  # not in an installation
+    if ENV_FILE.with_name(".env.example").exists():  # an installation has none
         explanation = ".env.example explains them; to try the service without a database: make demo"
     log.info(
         'configuration_help env_file=%s text="settings come from the environment or this file; %s"',

@@ -31,8 +31,8 @@ def map_ordered(
 
     The threads keep the server busy while a reply is transferred or decoded. If one item takes
     long, up to `prefetch` later items are computed in advance. After an item has failed, no further
-    item is started. The end of the block waits for running calls: a write that ends later could
-    follow the next count. Ctrl-C does not wait. If there is only one item, the calling thread
+    item is started. The end of the block waits for running calls: otherwise a write could still
+    arrive after the next count. Ctrl-C does not wait. If there is only one item, the calling thread
     computes it.
     """
     first = list(islice(items, 2))

@@ -211,7 +211,7 @@ class Daemon:
 
     def _reload(self) -> None:
         self._reload_requested.clear()
-        if self._has_connected:  # otherwise READY=1 would report the end of the start
+        if self._has_connected:  # otherwise READY=1 below would report a complete start
             # Type=notify-reload needs the time, to know that this answers its latest SIGHUP.
             systemd.notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
         status = "reload failed, the old settings are kept; see the log"

@@ -81,7 +81,7 @@ def _check_names(
     misspelt = []
     for name in {**in_file, **from_environment}:
         if name in known:
-            if re.search(r"\s#", from_environment.get(name, "")):  # systemd does not remove it
+            if re.search(r"\s#", from_environment.get(name, "")):  # systemd keeps a comment
                 log.warning('comment_in_value name=%s effect="# is a part of the value"', name)
             continue
         for setting in get_close_matches(name.upper(), known, n=1, cutoff=_MIN_SIMILARITY):

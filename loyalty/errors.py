@@ -1,4 +1,4 @@
-"""The errors of the service, each with the exit code of a command that it ends."""
+"""The errors of the service, each with the exit code of a command that fails with it."""
 
 from collections.abc import Mapping
 from enum import IntEnum

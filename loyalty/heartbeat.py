@@ -22,7 +22,7 @@ class Heartbeat:
     waiting: int
     """Pending changes: orders and customers that are not counted yet."""
     at: datetime = field(default_factory=lambda: datetime.now(UTC))
-    """When it was written: the server's time, once it is stored."""
+    """When it was written; in the database by the server's clock."""
 
     def is_alive(self, now: datetime) -> bool:
         return now - self.at <= 3 * HEARTBEAT_INTERVAL

@@ -62,8 +62,8 @@ class History:
             if record["outcome"] in _UNDO_OUTCOMES:
                 success = self._find_success()
                 record["last_success"] = success and success["_id"]
-            # At the first record of a connection, other settings may be this service's own former
-            # ones. A warning is then useful only if the recount was refused.
+            # Before the first record of a connection, this service may have had other settings. Its
+            # newest record then warns of itself, which is useful only for a refused recount.
             elif self._has_written or record["outcome"] == "refused":
                 with suppress(ServiceError):
                     self._warn_of_other_service()
@@ -143,13 +143,13 @@ class History:
             self._warn_once.reset(event, collection.name)
 
     def check_collection(self) -> None:
-        """Raise ConfigurationError if the collection is not one for records; any ServiceError."""
+        """Raise ConfigurationError if the collection is not for records; other ServiceErrors."""
         if self._collection is not None:
             hint = "RECOUNTS_COLLECTION must name a collection that only this service uses"
             require_own_collection(self._collection, hint)
 
     def check_privileges(self) -> None:
-        """Raise NoPermission if records cannot be written; any ServiceError."""
+        """Raise NoPermission if records cannot be written; other ServiceErrors."""
         if self._collection is not None:
             require_privileges(self._collection, "insert", "createIndex")
 

@@ -27,13 +27,13 @@ def log_to_stderr() -> None:
 
 
 def set_log_format(name: str) -> None:
-    """Switch to the log format `name`: `json`, or lines for people."""
+    """Switch to the log format `name`: `json`, or else lines as `log_to_stderr` sets up."""
     for handler in logging.getLogger().handlers:
         handler.setFormatter(_make_formatter(name))
 
 
 class WarnOnce:
-    """Log each event of a subject as a warning once, and again only after a `reset`."""
+    """Log an event as a warning once for each `subject`, and again only after a `reset`."""
 
     def __init__(self) -> None:
         self._logged: set[tuple[str, str]] = set()
@@ -77,7 +77,7 @@ class _JsonFormatter(logging.Formatter):
     """One object a line, with the same keys in each."""
 
     def format(self, record: logging.LogRecord) -> str:
-        # Not from the formatted message, whose first word could be a stored value.
+        # The formatted message could begin with a stored value.
         event = getattr(record, "event", "") or str(record.msg).partition(" ")[0]
         line = {
             "time": f"{datetime.fromtimestamp(record.created, UTC):%Y-%m-%dT%H:%M:%S.%fZ}",

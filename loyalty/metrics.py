@@ -26,7 +26,7 @@ _METRICS = {
     "loyalty_interval_seconds": "RECOUNT_INTERVAL",
     "loyalty_users": f"Users in {_LAST}",
     "loyalty_changed_users": f"Users that were written by {_LAST}",
-    "loyalty_failed_updates": "Users that the last recount could not update",
+    "loyalty_failed_updates": "Users that the last recount that wrote could not update",
     "loyalty_orders_of_unknown_customers": "Counted orders of unknown customers",
     "loyalty_orders_without_customer": "Counted orders without a customer id",
     "loyalty_live": "1 while live updates are running, otherwise 0",
@@ -197,8 +197,8 @@ def _lock(directory: Path) -> Iterator[None]:
 
 def _replace(path: Path, text: str) -> None:
     """Replace a file as a whole, so that no reader sees an incomplete file."""
-    # node_exporter ignores the name, as it does not end in .prom. It is fixed: a process that is
-    # killed here leaves one file, which the next write replaces.
+    # node_exporter ignores the name, as it does not end in .prom. It is always the same, so
+    # that a killed process leaves only one file, which the next write replaces.
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.chmod(0o644)  # node_exporter runs as another user

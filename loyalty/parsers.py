@@ -93,8 +93,8 @@ def _convert_object(pairs: list[tuple[str, Any]]) -> Any:
 def parse_statuses(text: str) -> tuple[str, ...]:
     """Parse a list of statuses, which are separated by commas and quoted as in CSV.
 
-    Whitespace around a status is removed, except inside quotes. It also stays if the value is only
-    one status: `.env`, shells and YAML remove the quotes around a value.
+    Whitespace around a status is removed, except inside quotes. A single status keeps it, because
+    `.env`, shells and YAML have removed the quotes around it.
     """
     found = []
     for match in _STATUS.finditer(text):
@@ -136,7 +136,7 @@ def duration_parser(max_days: int) -> Parser:
 def format_duration(time: timedelta) -> str:
     """Return a time as `duration_parser` reads it.
 
-    From 100 of a unit on, it is rounded down to this unit: 6001 seconds to 100m.
+    100 or more of a unit are rounded down to that unit: 6001 seconds to 100m.
     """
     seconds = int(time.total_seconds())
     for unit, size in SECONDS_PER_UNIT.items():

@@ -53,8 +53,8 @@ ORPHANED_WRITES_RETRY = RetryPolicy(initial_seconds=0.05, max_seconds=0.5, jitte
 """The pauses until the server has finished the writes of an earlier process."""
 
 OPEN_STREAM_RETRY = RetryPolicy(timeout_seconds=5, initial_seconds=0.5, max_seconds=4)
-"""For one attempt to open the change stream. For example, a collection that was just created has
-no readable snapshot."""
+"""The pauses while the change stream is opened. This can fail at first: for example, a collection
+that was just created has no readable snapshot."""
 
 REOPEN_STREAM_BACKOFF = RetryPolicy(initial_seconds=60, max_seconds=600)
 """The pauses between full recounts while the change stream cannot be opened."""
@@ -98,8 +98,8 @@ def retry(
 class Backoff:
     """Computes the pauses after failures of a task that is repeated without end.
 
-    A failure counts as the first again after `reset_seconds` without one. The pause after the last
-    failure, and the time of work, are not included.
+    A failure counts as the first again after `reset_seconds` without one, not counting the pause
+    after the last failure and the time of successful work.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class Backoff:
         self._failed_at = -inf
 
     def record_work(self, seconds: float) -> None:
-        """Do not count successful work: treat the last failure as that much later."""
+        """Exclude the time of successful work from `reset_seconds`."""
         self._failed_at += seconds
 
     def record_failure(self, started: float, *, max_seconds: float = inf) -> float:

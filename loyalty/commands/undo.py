@@ -61,7 +61,7 @@ def run(args: argparse.Namespace, settings: Settings) -> Exit:
 
 
 def _require_ended(connection: Connection, history: History, recount: LoggedRecount) -> None:
-    """Raise RecountNotEnded if the recount may still be writing; any ServiceError."""
+    """Raise RecountNotEnded if the recount may still be writing; other ServiceErrors."""
     outcome = history.find_outcomes([recount.id])[recount.id]
     if outcome in (NO_RECORD, UNKNOWN) and not recount.is_silent(read_server_time(connection)):
         raise RecountNotEnded(

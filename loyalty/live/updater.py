@@ -52,7 +52,7 @@ class LiveUpdater:
         self._warn_once = WarnOnce()
         self._full_recount: Result | None = None
         self._decreased = 0
-        """Users who have lost points in live updates since the last full recount."""
+        """The number of decreases in live updates since the last full recount."""
         self._paused_at = self._update_started_at = -inf
         self._as_of = NEVER
         self._last_update: datetime | None = None
@@ -233,7 +233,7 @@ class LiveUpdater:
         """Pause until the mass change is over; a full recount then checks all of its changes.
 
         A second mass change within the interval is probably part of the first: live updates stop
-        until the next full recount. Otherwise full recounts could follow without a pause.
+        until the next full recount. Otherwise one full recount could follow another without end.
         """
         now = time.monotonic()
         is_repeated = now - self._paused_at < self._settings.recount_interval.total_seconds()

@@ -124,7 +124,7 @@ def _map_server_error(
 ) -> ServiceError:
     # Not str() of the driver's error: it ends with the whole reply, with commands and documents.
     name, reason = error_name(code), _shorten(str(details.get("errmsg", "no reason given")))
-    if name == "IllegalOperation" and "writeErrors" in details:  # the driver's result, no errmsg
+    if name == "IllegalOperation" and "writeErrors" in details:  # a result of the driver
         reason = "this server does not support retryable writes: add retryWrites=false to the URI"
     error_type = _find_error_type(code, details, reason, operation)
     if error_type is NoPermission:

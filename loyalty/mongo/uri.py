@@ -72,8 +72,8 @@ def read_uri(values: Mapping[str, str]) -> tuple[str, list[str]]:
 def check_uri(uri: str) -> list[str]:
     """Return a line for each problem of a URI.
 
-    The driver decides, but its messages are not shown: they quote the part that it could not
-    parse, which after an unescaped `/`, `?` or `@` is the end of the password.
+    The driver decides, but its messages are not shown. They quote the part that it could not parse:
+    if the password contains an unescaped `/`, `?` or `@`, that is the end of the password.
     """
     if not uri.startswith(("mongodb://", "mongodb+srv://")):
         return ["must begin with mongodb:// or mongodb+srv://"]

@@ -30,8 +30,8 @@ from loyalty.recount.tally import Row
 ROWS_PER_BATCH = 5_000
 """Rows in one reply. The server's own limit, 16 MB of BSON, needs about 100 MB in Python."""
 PREFETCH = 8
-"""Partitions counted before their turn: if a few customers order a lot, one takes several times as
-long as the others."""
+"""Partitions counted before their turn: if a few customers order a lot, their partition takes
+several times as long as the others."""
 MAX_CUSTOMERS_PER_QUERY = 1_000
 _RAW_CODEC = CodecOptions(document_class=RawBSONDocument)
 
@@ -70,8 +70,8 @@ class OrderCounter:
         else:
             scope = Scope(status_may_be_array=plan.status_is_multikey)
             _handle_rows(self._aggregate(scope, plan.advice), on_row)
-        # Only live updates need this. `single_query` means that the partitions contained an id in
-        # upper or mixed case; without partitions, live updates look up no ids in an index.
+        # Only live updates need this, and only after the partitions contained an id in upper or
+        # mixed case. If the index supports no partitions, live updates look up no ids in it.
         check_case = single_query and self.settings.live_updates
         return CountResult(
             tuple(self._snapshots),
@@ -88,7 +88,7 @@ class OrderCounter:
             self._snapshots.append(self.not_before)
         else:
             self._pin_snapshot()
-        # A query that reads all orders is made once, for all customers.
+        # A query that reads all orders is for as many customers as one command can contain.
         reads_all_orders = any(forms is None for _, forms in customers)
         size = len(customers) if reads_all_orders else MAX_CUSTOMERS_PER_QUERY
         for chunk in split_ids(customers, size):

@@ -81,8 +81,8 @@ def all_forms(customer: Any) -> list[Any]:
     """Return values for `$in` that find every form of a canonical id in an index.
 
     A pattern that ignores case makes the server read every string in the index: 20 s for 10 million
-    orders. Therefore each pattern begins with literal digits: the first ones, in one combination of
-    upper and lower case. There are at most 16 patterns.
+    orders. Therefore each pattern begins with literal digits. There is a pattern for each way to
+    write the first digits in upper and lower case, and at most 16 in all.
     """
     if not isinstance(customer, ObjectId):
         return [customer]

@@ -81,7 +81,7 @@ def _ensure_index(
 def _check_arrays(collection: Collection[Any], field: str, max_time_ms: int) -> None:
     """Raise ConfigurationError if a document holds an array in a field that must have none.
 
-    Partitions could not use the index. It would stay multikey after a correction of the documents.
+    An index that was built before their correction would stay multikey, and support no partitions.
     Raises QueryTimeout.
     """
     query = {"$or": array_conditions(field)}
@@ -102,7 +102,9 @@ def _build_index(collection: Collection[Any], keys: _Keys) -> str:
         return _wait_for_build(collection, keys)
     except ServiceError as error:
         code = error_name(getattr(error.__cause__, "code", None))
-        if code == "IndexKeySpecsConflict":  # partial, or with another collation
+        if (
+            code == "IndexKeySpecsConflict"
+        ):  # an index of this name is partial, or has another collation
             return _wait_for_build(collection, keys, name=_SECOND_NAME)
         # The same index with another name is hidden, or still being built.
         details = getattr(error.__cause__, "details", None) or {}

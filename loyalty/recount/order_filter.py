@@ -32,7 +32,8 @@ def _is_equality(condition: Any) -> bool:
         condition = condition["$eq"]
     elif isinstance(condition, dict) and any(name.startswith("$") for name in condition):
         return False
-    # Null also matches missing fields, and an array its elements: neither is one value of an index.
+    # Null also matches missing fields, and an array also matches arrays that contain it: neither is
+    # one value of an index.
     return condition is not None and not isinstance(condition, list | Regex)
 
 

@@ -37,7 +37,7 @@ class Scope:
 
     @property
     def has_all_forms(self) -> bool:
-        """Whether the scope has every form of each of its ids."""
+        """Whether no other scope of the count can have another form of an id in this one."""
         return self.partition == EVERYTHING or bool(self.customers)
 
 
@@ -61,7 +61,7 @@ def build_pipeline(settings: Settings, scope: Scope) -> list[Document]:
     row: dict[str, Any] = {
         "_id": {"$cond": [up_to_date_expr, None, {"customer": "$_id"}]},
         "orders": {"$sum": "$orders"},
-        # These two only for one customer, not for all who are up to date.
+        # These two are used only in the row of one customer.
         "points": {"$first": "$points"},
         "users": {"$first": "$users"},
         "user_count": {"$sum": user_count},

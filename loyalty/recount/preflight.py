@@ -18,8 +18,8 @@ from loyalty.recount.index import find_index_problem
 def connect_and_verify(settings: Settings, *, writing: bool, recording: bool = True) -> Connection:
     """Connect, verify that the server can do what a recount needs, and log its limits.
 
-    If `writing` and `recording`, no other program may use the collections of records and changes.
-    Raises ServiceError.
+    If `writing` and `recording`, also verify that no other program uses the collections of records
+    and changes. Raises ServiceError.
     """
     connection = connect(settings, writing=writing)
     log.info(

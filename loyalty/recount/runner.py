@@ -62,7 +62,7 @@ def run_recount(
 
     1. Count, and compare with the stored points.
     2. Check whether the changes are safe.
-    3. Log the changes and write them, if `write`.
+    3. Write the changes, if `write`; before, add them to the change log, if `is_recorded`.
     4. Record and log the result, if `is_recorded`.
 
     Raises RecountRefused if a safety check refuses it, and any other ServiceError that ended it.

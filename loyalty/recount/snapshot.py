@@ -41,7 +41,7 @@ def _read_cluster_time(connection: Connection, read_concern: dict[str, Any]) -> 
         reply = users.database.command({**read, "readConcern": read_concern})
         time: Timestamp | None = reply["cursor"].get("atClusterTime")
         # The reply has no atClusterTime if the collection does not exist: then any time will do. If
-        # there are users, the server has ignored the read concern.
+        # there are users, the server has ignored the read concern, and has no snapshots.
         if time is None and users.find_one({}, {"_id": 1}) is None:
             time = reply.get("operationTime")
     return time

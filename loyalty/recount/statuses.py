@@ -100,7 +100,7 @@ def count_customer_orders(
     # If a parent field is an array, $group reads an array of statuses, which $in cannot find.
     has_arrays = "." in status and any(isinstance(value, list) for value in known)
     if len(known) < MAX_STATUSES and not has_arrays:
-        # Without equality fields, the index begins with the status. Null finds orders without one.
+        # For the index, which usually begins with the status. Null finds orders without a status.
         match[status] = {"$in": [*known, None]}
     key = {"form": f"${settings.customer_field}", "status": f"${status}"}
     is_customer_expr = {"$eq": [canonical_expr("$_id.form", NO_CUSTOMER), {"$literal": group_key}]}

@@ -94,7 +94,7 @@ class Totals:
     users_with_a_value: int = 0
     """Users who have a non-null value in the points field."""
     non_numeric_values: int = 0
-    """Users who have a value that is not null and no number in the points field."""
+    """Users whose value in the points field is neither null nor a number."""
     non_numeric_sample: str = ""
     initialized_to_zero: int = 0
     """Users who had no value in the points field, and get 0."""

@@ -1,4 +1,4 @@
-"""Pending updates: spooled to a file, then written in overlapping batches.
+"""Pending updates: spooled to a file, then written in parallel batches.
 
 A batch that fails is repeated with one update for each user, so that one user whose update fails
 stops no other.
