@@ -120,8 +120,9 @@ def test_a_client_that_became_unusable_in_a_live_update_is_replaced_by_the_next_
         for _ in range(60):
             service.run_between(1, ignore_progress)
 
-    with fail_command(deployment.primary(), "aggregate", 1, errorCode=204):
-        pytest.raises(ClientUnusable, update)
+    failing = fail_command(deployment.primary(), "aggregate", 1, errorCode=204)
+    with failing, pytest.raises(ClientUnusable):
+        update()
     service.recount(ignore_progress)
     service.disconnect()
     assert shop.users.find_one(user) == {**user, "loyalty_points": 2}
