@@ -40,7 +40,7 @@ exit codes:
   1   a check found a problem, points would change, or some updates failed
   2   wrong usage
   65  the safety checks refused the recount
-  69  the database is unavailable or slow, or there is no space for the temporary file
+  69  the database is unavailable or slow, or there is no space for temporary files
   70  internal error
   78  wrong settings, credentials, privileges or server
 

@@ -37,7 +37,7 @@ class Status:
     undo: Document | None
     """The record of an undo after the last success."""
     unrecorded: LoggedRecount | None
-    """The newest recount, if it has no record: it is writing, or was interrupted."""
+    """The newest recount, if it has no record: `_print_freshness` says why."""
 
     @property
     def is_heartbeat_alive(self) -> bool:
