@@ -31,12 +31,12 @@ class ServiceError(Exception):
 
 
 class ConfigurationError(ServiceError):
-    """Settings, credentials, permissions or a server that only a person can correct."""
+    """Settings, credentials, privileges or a server that only a person can correct."""
 
     exit_code = Exit.CONFIG
 
 
-class NoPermission(ConfigurationError):
+class MissingPrivilege(ConfigurationError):
     """The database user lacks a privilege."""
 
 

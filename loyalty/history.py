@@ -149,7 +149,7 @@ class History:
             require_own_collection(self._collection, hint)
 
     def check_privileges(self) -> None:
-        """Raise NoPermission if records cannot be written; other ServiceErrors."""
+        """Raise MissingPrivilege if records cannot be written; other ServiceErrors."""
         if self._collection is not None:
             require_privileges(self._collection, "insert", "createIndex")
 

@@ -58,7 +58,7 @@ def test_settings_access_index_statuses_and_the_full_count_are_printed(
     code, out, _ = check(MAX_DECREASE_PERCENT="100")
     assert code == 0
     assert cell("ORDER_STATUSES", out) == "Shipped"
-    assert cell("permissions", out) == "sufficient"
+    assert cell("privileges", out) == "sufficient"
     assert cell("Shipped", out) == "44, counted"
     assert cell("Paid", out) == "21"
     assert cell("' Shipped'", out) == "1"
@@ -171,7 +171,7 @@ def test_a_slow_count_ends_with_69_after_printing_the_settings(
     with faults.fail_command(deployment.servers[0], "aggregate", 9, **counts):
         code, out, err = check()
     assert code == 69
-    assert cell("permissions", out) == "sufficient"
+    assert cell("privileges", out) == "sufficient"
     assert "took too long" in err
 
 
@@ -186,7 +186,7 @@ def test_each_mistake_is_found_and_does_not_hide_the_others(
     assert (code, "did you mean MONGODB_DATABASE?" in err) == (78, True)
     code, out, err = check(**names, RECOUNTS_COLLECTION="jobs")
     assert (code, ".jobs holds documents of other programs" in err) == (78, True)
-    assert cell("permissions", out) == "sufficient"
+    assert cell("privileges", out) == "sufficient"
     assert re.search("^PROBLEM: the safety checks .*no order has status Shipped", out, re.MULTILINE)
     code, out, _ = check(**names, USERS_COLLECTION="clients")
     assert code == 1
@@ -247,7 +247,7 @@ def test_check_config_finds_a_missing_privilege_on_the_records(
     )
     code, out, err = check(MONGODB_URI=uri)
     assert code == 1
-    assert "no permission for createIndex on examined.loyalty_recounts" in cell("permissions", out)
+    assert "no privilege for createIndex on examined.loyalty_recounts" in cell("privileges", out)
     assert "add a user name" not in out + err  # there is one
     assert cell("users", out) == "1"
     assert "PROBLEM" not in out
@@ -269,9 +269,9 @@ def test_a_missing_privilege_on_the_change_log_ends_with_78(
     )
     code, out, err = check(MONGODB_URI=uri)
     missing = "insert" if "find" in actions else "find"
-    text = f"no permission for {missing} on examined.loyalty_changes"
+    text = f"no privilege for {missing} on examined.loyalty_changes"
     assert code == 78
-    assert cell("permissions", out).startswith(text)
+    assert cell("privileges", out).startswith(text)
     assert text in err
     assert "CHANGES_COLLECTION=none" in err
     assert cell("users", out) == "1"

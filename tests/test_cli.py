@@ -348,11 +348,11 @@ def test_a_missing_privilege_to_record_causes_one_warning(
         assert count_points(client.oms_db) == {("number", 1): 1}
         assert find_mismatches(client.oms_db) == []
         assert sum("WARNING record_write_failed " in line for line in daemon.lines) == 1
-        assert "no permission for insert on oms_db.loyalty_recounts" in daemon.output
+        assert "no privilege for insert on oms_db.loyalty_recounts" in daemon.output
         assert "s3cr" not in daemon.output
         check = service("--check-config", MONGODB_URI=uri)
         assert check.wait() == 1
-        assert "no permission for find on oms_db.loyalty_recounts" in check.output
+        assert "no privilege for find on oms_db.loyalty_recounts" in check.output
         client.drop_database("oms_db")
         client.admin.command("dropUser", "svc")
         client.admin.command("dropRole", "loyalty")

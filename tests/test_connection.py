@@ -17,7 +17,7 @@ from pymongo.database import Database
 
 from loyalty.concurrency import ignore_progress
 from loyalty.env_file import load_settings
-from loyalty.errors import ClientUnusable, DatabaseUnavailable, NoPermission
+from loyalty.errors import ClientUnusable, DatabaseUnavailable, MissingPrivilege
 from loyalty.mongo.connection import connect
 from loyalty.mongo.privileges import find_missing_privileges, read_collection_type
 from loyalty.service import Service
@@ -250,7 +250,7 @@ def test_a_missing_update_privilege_is_detected_without_an_update(
 ) -> None:
     uri = allow((on("users"), ["find"]), (on("orders"), ["find"]))
     connect(settings_for(uri)).client.close()
-    with pytest.raises(NoPermission, match=r"no permission for update on limited\.users"):
+    with pytest.raises(MissingPrivilege, match=r"no privilege for update on limited\.users"):
         connect(settings_for(uri), writing=True)
 
 

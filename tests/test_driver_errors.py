@@ -26,7 +26,7 @@ from loyalty.errors import (
     ClientUnusable,
     ConfigurationError,
     DatabaseUnavailable,
-    NoPermission,
+    MissingPrivilege,
     QueryTimeout,
     ResyncRequired,
     ServiceError,
@@ -53,10 +53,10 @@ def failure(code: int, text: str, **details: Any) -> OperationFailure:
 @pytest.mark.parametrize(
     ("code", "text", "expected"),
     [
-        (13, "not authorized on shop to execute command { find: 'secret' }", NoPermission),
+        (13, "not authorized on shop to execute command { find: 'secret' }", MissingPrivilege),
         (18, "Authentication failed.", AuthenticationFailed),
         (8000, "bad auth : authentication failed", AuthenticationFailed),
-        (8000, "user is not allowed to do action [find] on [shop.orders]", NoPermission),
+        (8000, "user is not allowed to do action [find] on [shop.orders]", MissingPrivilege),
         (8000, "$currentOp is not allowed in this atlas tier", ConfigurationError),
         (50, "operation exceeded time limit", QueryTimeout),
         (239, "Snapshot too old", SnapshotTooOld),
@@ -190,7 +190,7 @@ def test_unavailable_write_results_of_a_shard_are_transient(code: int) -> None:
 
 
 def test_other_write_errors_keep_their_class() -> None:
-    assert isinstance(mapped(write_errors(INVALID, (13, "not authorized"))), NoPermission)
+    assert isinstance(mapped(write_errors(INVALID, (13, "not authorized"))), MissingPrivilege)
     assert isinstance(mapped(write_errors((211, "no keys"))), ClientUnusable)
 
 

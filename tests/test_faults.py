@@ -831,7 +831,7 @@ def test_the_role_allows_everything_but_creating_the_index(
 
     assert run("--check-config") == 0
     checked, log = capsys.readouterr()
-    assert re.search("permissions +sufficient", checked)
+    assert re.search("privileges +sufficient", checked)
     assert run("--dry-run") == 1
     daemon = service(MONGODB_URI=secured.uri, LOG_LEVEL="DEBUG")
     daemon.wait_for("outcome=succeeded")
@@ -842,7 +842,7 @@ def test_the_role_allows_everything_but_creating_the_index(
     assert run("--status") == 0
     assert run("--create-index") == 78
     output = "".join([checked, log, daemon.output, *capsys.readouterr()])
-    assert "no permission for createIndex on oms_db.orders" in output
+    assert "no privilege for createIndex on oms_db.orders" in output
     secured.allow(role(create_index=True)[2])
     assert run("--create-index") == 0
     output += "".join(capsys.readouterr())
@@ -863,7 +863,7 @@ def test_a_missing_privilege_at_start_ends_the_daemon_with_78(
     daemon = service(MONGODB_URI=secured.uri)
     assert daemon.wait() == 78
     (line,) = daemon.lines
-    assert f"no permission for {action}" in line
+    assert f"no privilege for {action}" in line
     assert f"oms_db.{collection}" in line
     assert_no_secret(daemon.output)
 
@@ -878,7 +878,7 @@ def test_a_missing_privilege_for_the_record_causes_one_warning(
     daemon.wait_for("outcome=succeeded", times=3)
     event = {"insert": "record_write_failed", "createIndex": "expiry_index_failed"}[action]
     assert len(lines_with(event, daemon)) == 1
-    assert len(lines_with(f"no permission for {action} on oms_db.loyalty_recounts", daemon)) == 1
+    assert len(lines_with(f"no privilege for {action} on oms_db.loyalty_recounts", daemon)) == 1
     assert find_mismatches(secured.database) == []
     assert daemon.stop() == 0
 
@@ -894,7 +894,7 @@ def test_without_find_on_records_only_commands_that_read_them_fail(
     for flag, code in (("--status", 78), ("--check-config", 1)):
         assert command(flag, MONGODB_URI=secured.uri) == code
         output = "".join(capsys.readouterr())
-        assert "no permission for find on oms_db.loyalty_recounts" in output
+        assert "no privilege for find on oms_db.loyalty_recounts" in output
 
 
 @pytest.mark.xdist_group("auth")
@@ -946,7 +946,7 @@ def test_recounts_fail_while_a_privilege_is_revoked(
 ) -> None:
     secured.allow_all_but(collection, action)
     secured.shop.ship_orders(50)
-    running.wait_for(f"no permission for {action}", times=2)
+    running.wait_for(f"no privilege for {action}", times=2)
     secured.allow(role()[2])
     assert_recovers(secured, running)
 

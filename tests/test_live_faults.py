@@ -1,4 +1,4 @@
-"""Live updates during faults: of the database, of permissions, of the service itself."""
+"""Live updates during faults: of the database, of privileges, of the service itself."""
 
 from __future__ import annotations
 
@@ -235,7 +235,7 @@ def test_live_updates_start_after_the_privilege_is_granted(
         assert not harness.is_live
         harness.recount()
         (line,) = (line for line in caplog.messages if "live_updates_unavailable" in line)
-        assert f"no permission for changeStream on {name}.orders" in line
+        assert f"no privilege for changeStream on {name}.orders" in line
         client.admin.command("updateRole", "liveRole", privileges=granted, roles=[])
         harness.recount()
         Shop(shop, random.Random(2)).ship_orders(5)

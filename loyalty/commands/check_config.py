@@ -17,7 +17,7 @@ from loyalty.commands.output import (
     print_line,
     print_table,
 )
-from loyalty.errors import ConfigurationError, Exit, NoPermission
+from loyalty.errors import ConfigurationError, Exit, MissingPrivilege
 from loyalty.history import History
 from loyalty.live.opening import find_live_updates_problem, keeps_pre_images
 from loyalty.metrics import Metrics
@@ -55,8 +55,8 @@ def run(args: argparse.Namespace, settings: Settings) -> Exit:
 
     with connect_and_verify(settings, writing=True, recording=False) as connection:
         missing, errors = _check_own_collections(connection, settings)
-        permissions = "; ".join(missing) or None
-        print_rows(*_build_settings_rows(settings, connection, permissions or "sufficient"))
+        missing_privileges = "; ".join(missing) or None
+        print_rows(*_build_settings_rows(settings, connection, missing_privileges or "sufficient"))
         live_problem = None
         if settings.live_updates:
             live_problem = find_live_updates_problem(connection, settings)
@@ -75,11 +75,15 @@ def run(args: argparse.Namespace, settings: Settings) -> Exit:
         if not args.json:
             _print_count(result, problems)
         elif not errors:
-            checks = {"problems": problems, "permissions": permissions, "index": index}
+            checks = {
+                "problems": problems,
+                "missing_privileges": missing_privileges,
+                "index": index,
+            }
             print_json({**checks, **_details_to_json(connection, settings, statuses, result)})
     if errors:
         raise ConfigurationError(*errors)
-    return Exit.FINDINGS if problems or permissions else Exit.OK
+    return Exit.FINDINGS if problems or missing_privileges else Exit.OK
 
 
 def _check_own_collections(
@@ -95,7 +99,7 @@ def _check_own_collections(
     try:
         history.check_collection()
         history.check_privileges()
-    except NoPermission as error:  # the service would start, and not record
+    except MissingPrivilege as error:  # the service would start, and not record
         missing.append(str(error))
     except ConfigurationError as error:
         errors.append(str(error))
@@ -103,7 +107,7 @@ def _check_own_collections(
         check_change_log(connection)
     except ConfigurationError as error:
         errors.append(str(error))
-        if isinstance(error, NoPermission):
+        if isinstance(error, MissingPrivilege):
             missing.append(str(error))
     return missing, errors
 
@@ -140,14 +144,14 @@ def _describe_index(connection: Connection, settings: Settings) -> str:
     return f"{plan.advice}; {orders_have} an array in {names}. Correct these orders first"
 
 
-def _build_settings_rows(settings: Settings, connection: Connection, permissions: str) -> Rows:
+def _build_settings_rows(settings: Settings, connection: Connection, privileges: str) -> Rows:
     reason = connection.snapshot_unsupported_reason
     return [
         ("hosts", settings.hosts),
         ("server", f"{connection.server_version}, {connection.topology.replace('_', ' ')}"),
         ("snapshots", f"not supported: {reason}" if reason else "supported"),
         *((name, format_cell(value)) for name, value in settings.to_dict().items()),
-        ("permissions", permissions),
+        ("privileges", privileges),
     ]
 
 

@@ -10,7 +10,7 @@ from bson import Decimal128
 from config import Settings
 from loyalty.commands.changes import change_to_json, print_outcomes
 from loyalty.commands.output import format_cell, print_json, print_line, print_table
-from loyalty.errors import Exit, NoPermission
+from loyalty.errors import Exit, MissingPrivilege
 from loyalty.history import UNKNOWN, History
 from loyalty.mongo.connection import Connection
 from loyalty.mongo.values import Document, format_value
@@ -136,7 +136,7 @@ def _find_changes(
     logged = find_user_changes(connection.changes, logged_target(settings), users)
     recounts = [row["recount"] for row in logged]
     outcomes = dict.fromkeys(recounts, UNKNOWN)
-    with suppress(NoPermission):  # a service that only appends records works without `find`
+    with suppress(MissingPrivilege):  # a service that only appends records works without `find`
         outcomes = History(connection.recounts, settings).find_outcomes(recounts)
     return [
         {

@@ -9,7 +9,7 @@ from itertools import takewhile
 
 from config import Settings
 from loyalty.commands.output import format_cell, pluralize, print_json, print_line, print_table
-from loyalty.errors import Exit, NoPermission
+from loyalty.errors import Exit, MissingPrivilege
 from loyalty.heartbeat import MAX_LIVE_AGE, Heartbeat
 from loyalty.history import History
 from loyalty.mongo.connection import Connection, connect
@@ -85,7 +85,7 @@ def _read_status(connection: Connection, settings: Settings) -> Status:
     now = read_server_time(connection)
     heartbeat = history.find_heartbeat()
     unrecorded = None
-    with suppress(NoPermission):  # a monitoring user may read the records only
+    with suppress(MissingPrivilege):  # a monitoring user may read the records only
         unrecorded = find_unrecorded(connection, settings, history)
     age = history.compute_age(now)
     undo = history.find_undo_since_success()

@@ -19,7 +19,7 @@ from loyalty.errors import (
     ClientUnusable,
     ConfigurationError,
     DatabaseUnavailable,
-    NoPermission,
+    MissingPrivilege,
     QueryTimeout,
     ResyncRequired,
     ServiceError,
@@ -48,12 +48,12 @@ def map_driver_errors(
         raise _map(error, f"{action} {preposition} {where}", if_too_slow) from error
 
 
-def build_permission_error(operation: str, *, has_user: bool = True) -> NoPermission:
+def build_privilege_error(operation: str, *, has_user: bool = True) -> MissingPrivilege:
     """Return the error for an operation, such as "find on shop.orders", that is not allowed."""
     hint = "grant it to the database user (deploy/mongodb-role.js)"
     if not has_user:
         hint += ", or add a user name and a password to MONGODB_URI"
-    return NoPermission(f"no permission for {operation}: {hint}")
+    return MissingPrivilege(f"no privilege for {operation}: {hint}")
 
 
 def _map(
@@ -127,8 +127,8 @@ def _map_server_error(
     if name == "IllegalOperation" and "writeErrors" in details:  # a result of the driver
         reason = "this server does not support retryable writes: add retryWrites=false to the URI"
     error_type = _find_error_type(code, details, reason, operation)
-    if error_type is NoPermission:
-        return build_permission_error(operation, has_user="requires authentication" not in reason)
+    if error_type is MissingPrivilege:
+        return build_privilege_error(operation, has_user="requires authentication" not in reason)
     if error_type is AuthenticationFailed:
         return AuthenticationFailed("the server rejects the user name or password in MONGODB_URI")
     if error_type is QueryTimeout:
@@ -151,7 +151,7 @@ def _find_error_type(
     """Return the type of an error, also if its code has several meanings."""
     name = error_name(code)
     if name == "AtlasError" and "not allowed to do action" in reason:
-        return NoPermission
+        return MissingPrivilege
     if name == "AtlasError" and "bad auth" in reason:
         return AuthenticationFailed
     if name == "SplitHorizonChange" and details.get("codeName") != name:

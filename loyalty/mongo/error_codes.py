@@ -13,7 +13,7 @@ from loyalty.errors import (
     ClientUnusable,
     ConfigurationError,
     DatabaseUnavailable,
-    NoPermission,
+    MissingPrivilege,
     QueryTimeout,
     ResyncRequired,
     ServiceError,
@@ -91,7 +91,7 @@ CODES: dict[type[ServiceError], dict[str, int]] = {
     AuthenticationFailed: {
         "UserNotFound": 11, "AuthenticationFailed": 18, "AuthenticationRestrictionUnmet": 214,
     },
-    NoPermission: {"Unauthorized": 13},
+    MissingPrivilege: {"Unauthorized": 13},
 }
 # fmt: on
 

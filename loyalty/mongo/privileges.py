@@ -9,7 +9,7 @@ from typing import Any
 from pymongo.collection import Collection
 
 from loyalty.errors import ConfigurationError
-from loyalty.mongo.driver_errors import build_permission_error, map_driver_errors
+from loyalty.mongo.driver_errors import build_privilege_error, map_driver_errors
 
 OWNER_FILTER = {"recorded_by": "loyalty-microservice"}
 """Matches the documents that this service wrote. Only these are read, and only these expire."""
@@ -19,9 +19,9 @@ _CHECKED_DOCUMENTS = 10
 
 
 def require_privileges(collection: Collection[Any], *actions: str) -> None:
-    """Raise NoPermission if an action is known to be not allowed. Raises DatabaseUnavailable."""
+    """Raise MissingPrivilege if an action is known to be forbidden. Raises DatabaseUnavailable."""
     if missing := find_missing_privileges(collection, *actions):
-        raise build_permission_error(f"{missing[0]} on {collection.full_name}")
+        raise build_privilege_error(f"{missing[0]} on {collection.full_name}")
 
 
 def find_missing_privileges(collection: Collection[Any], *actions: str) -> list[str]:
@@ -71,7 +71,7 @@ def read_collection_type(collection: Collection[Any]) -> str | None:
 def require_own_collection(collection: Collection[Any], hint: str) -> None:
     """Raise ConfigurationError with `hint` if this is a view or the like, or another program's.
 
-    Raises NoPermission without the privilege `find`.
+    Raises MissingPrivilege without the privilege `find`.
     """
     kind = read_collection_type(collection)
     if kind not in (None, "collection"):

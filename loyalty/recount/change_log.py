@@ -13,7 +13,7 @@ from bson import ObjectId, Timestamp
 from pymongo.collection import Collection
 
 from config import Settings
-from loyalty.errors import ConfigurationError, NoPermission, RecountNotFound
+from loyalty.errors import ConfigurationError, MissingPrivilege, RecountNotFound
 from loyalty.history import NO_RECORD, History
 from loyalty.mongo.connection import Connection
 from loyalty.mongo.driver_errors import map_driver_errors
@@ -74,9 +74,9 @@ def check_change_log(connection: Connection) -> None:
         require_privileges(collection, "find", "insert")
         hint = "CHANGES_COLLECTION must name a collection that only this service uses, or be none"
         require_own_collection(collection, hint)
-    except NoPermission as error:
+    except MissingPrivilege as error:
         hint = "to run without a change log, set CHANGES_COLLECTION=none"
-        raise NoPermission(f"{error}; {hint}") from error
+        raise MissingPrivilege(f"{error}; {hint}") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from bson import ObjectId
 
 from config import Settings
 from loyalty.concurrency import ignore_progress
-from loyalty.errors import ConfigurationError, DatabaseUnavailable, NoPermission, ServiceError
+from loyalty.errors import ConfigurationError, DatabaseUnavailable, MissingPrivilege, ServiceError
 from loyalty.history import History
 from loyalty.logs import log
 from loyalty.mongo.connection import Connection, connect
@@ -39,7 +39,7 @@ def connect_and_verify(settings: Settings, *, writing: bool, recording: bool = T
             if problem := find_index_problem(connection.orders, settings):
                 log.warning('index_missing reason="%s"', problem)
         if writing and recording:
-            with suppress(NoPermission):  # a missing record is a warning, not an error
+            with suppress(MissingPrivilege):  # a missing record is a warning, not an error
                 History(connection.recounts, settings).check_collection()
             check_change_log(connection)
     except BaseException:
