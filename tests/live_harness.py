@@ -33,8 +33,10 @@ class LiveHarness:
         """Do live updates for about `seconds`."""
         self.service.run_between(seconds, ignore_progress)
 
-    def update_until(self, is_ready: Callable[[], object]) -> None:
-        deadline = time.monotonic() + DEADLINE_SECONDS
+    def update_until(
+        self, is_ready: Callable[[], object], deadline_seconds: float = DEADLINE_SECONDS
+    ) -> None:
+        deadline = time.monotonic() + deadline_seconds
         while not is_ready():
             assert time.monotonic() < deadline
             self.update()

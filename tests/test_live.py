@@ -583,7 +583,9 @@ def test_renaming_a_status_pauses_live_updates_and_refuses_the_recount(
     make_index(database)
     with live_service(deployment, database) as harness:
         database.orders.update_many({}, {"$set": {"status": "SHIPPED"}})
-        harness.update_until(lambda: "refused" in caplog.text)
+        # A slow machine reads the events for as long as a pause may last.
+        deadline_seconds = LiveLimits().max_pause_seconds + 2 * DEADLINE_SECONDS
+        harness.update_until(lambda: "refused" in caplog.text, deadline_seconds)
         assert 'live_updates_paused reason="live updates would take points' in caplog.text
         assert "resync reason=" in caplog.text
         assert "SHIPPED" in caplog.text
