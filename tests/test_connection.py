@@ -106,8 +106,9 @@ def test_a_client_that_a_restore_made_unusable_is_replaced(
 
 
 def test_a_client_that_became_unusable_in_a_live_update_is_replaced_by_the_next_recount(
-    shop: Database[Any], uri: str, deployment: Deployment
+    shop: Database[Any], uri: str, deployment: Deployment, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, "loyalty")
     settings = settings_for(uri, LIVE_UPDATES="yes")
     service = Service(settings, lambda: settings)
     service.connect()
@@ -125,6 +126,7 @@ def test_a_client_that_became_unusable_in_a_live_update_is_replaced_by_the_next_
         update()
     service.recount(ignore_progress)
     service.disconnect()
+    assert sum(message.startswith("connected ") for message in caplog.messages) == 2
     assert shop.users.find_one(user) == {**user, "loyalty_points": 2}
 
 
