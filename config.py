@@ -155,7 +155,10 @@ class Settings:
         return {name: value for name, value in values.items() if name not in SECRETS}
 
     def to_record(self) -> dict[str, Any]:
-        """Return the settings that say what is counted, and where, for the record of a recount."""
+        """Return the settings that say what is counted, and where, for the record of a recount.
+
+        The names of their variables begin with ORDER, POINTS or USER.
+        """
         values = {
             name: getattr(self, name)
             for name, spec in setting_specs().items()

@@ -32,7 +32,7 @@ from loyalty.service import Service
 
 ENV_FILE = Path(__file__).parents[1] / ".env"
 _DESCRIPTION = """\
-Counts each customer's orders with a counted status, and stores each user's points.
+Counts each customer's shipped orders (ORDER_STATUSES), and stores each user's points.
 Without a command, it runs as a daemon: it recounts immediately, and then every RECOUNT_INTERVAL."""
 _EPILOG = """\
 exit codes:

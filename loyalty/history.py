@@ -62,8 +62,8 @@ class History:
             if record["outcome"] in _UNDO_OUTCOMES:
                 success = self._find_success()
                 record["last_success"] = success and success["_id"]
-            # Before the first record of a connection, this service may have had other settings. Its
-            # newest record then warns of itself, which is useful only for a refused recount.
+            # At the first record of a connection, the newest record may be this service's own, from
+            # before its settings were changed. A refusal may still be the fault of another service.
             elif self._has_written or record["outcome"] == "refused":
                 with suppress(ServiceError):
                     self._warn_of_other_service()

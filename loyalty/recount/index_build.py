@@ -102,9 +102,8 @@ def _build_index(collection: Collection[Any], keys: _Keys) -> str:
         return _wait_for_build(collection, keys)
     except ServiceError as error:
         code = error_name(getattr(error.__cause__, "code", None))
-        if (
-            code == "IndexKeySpecsConflict"
-        ):  # an index of this name is partial, or has another collation
+        # An index of this name is partial, or has another collation.
+        if code == "IndexKeySpecsConflict":
             return _wait_for_build(collection, keys, name=_SECOND_NAME)
         # The same index with another name is hidden, or still being built.
         details = getattr(error.__cause__, "details", None) or {}
