@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from itertools import islice, zip_longest
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from pymongo.database import Database
 from config import load
 from loyalty.mongo.values import SIMPLE_COLLATION
 from loyalty.recount.index import index_keys
-from loyalty.recount.partitions import build_partitions, partition_boundaries
+from loyalty.recount.partitions import build_partitions, find_boundaries
 from loyalty.recount.pipeline import Scope, build_pipeline
 from sandbox.mongod import Deployment
 from sandbox.shop import STATUSES, Document
@@ -133,7 +134,7 @@ class Shop:
         """Return the stages of a recount by the server's explain, summed over all partitions."""
         self.restore("quiet")
         stages: list[StageProfile] = []
-        for part in build_partitions(partition_boundaries(self._database.users)):
+        for part in build_partitions(partial(find_boundaries, self._database.users, "_id")):
             found = self._explain(Scope(part, status_may_be_array=False))
             if len(found) > len(stages):  # a partition of strings has the most stages
                 found, stages = stages, found

@@ -70,7 +70,10 @@ def map_ordered(
 
 
 class Progress:
-    """Reports the progress of long work every `report_seconds`, to the log and to a callback."""
+    """Reports the progress of long work every `report_seconds`, to the log and to a callback.
+
+    `total` may be an estimate.
+    """
 
     def __init__(
         self,
@@ -89,6 +92,7 @@ class Progress:
 
     def add(self, done: int) -> None:
         self._done += done
+        self._total = max(self._total, self._done)
         now = time.monotonic()
         if now - self._reported < self._report_seconds:
             self._on_progress("")

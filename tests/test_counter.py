@@ -9,6 +9,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from boundaries import fixed_boundaries
 from bson import Binary, ObjectId
 from conftest import MEMORY, settings_for
 from pymongo import MongoClient
@@ -56,14 +57,14 @@ def count_all(
 ) -> tuple[list[Row], CountResult]:
     rows: list[Row] = []
     counter = OrderCounter(
-        connection, SETTINGS, ignore_progress, find_boundaries=lambda *_: list(cuts)
+        connection, SETTINGS, ignore_progress, find_boundaries=fixed_boundaries(cuts)
     )
     return rows, counter.count_all(rows.append, single_query=single_query)
 
 
 def recount(connection: Connection, cuts: Sequence[Any] = (), **values: str) -> Any:
     settings = settings_for("mongodb://unused/", **{"LIVE_UPDATES": "yes", **values})
-    request = RecountRequest(force=True, find_boundaries=lambda *_: list(cuts))
+    request = RecountRequest(force=True, find_boundaries=fixed_boundaries(cuts))
     return run_recount(connection, settings, History(None, settings), request)
 
 
@@ -293,7 +294,7 @@ def test_a_count_longer_than_the_servers_snapshots_continues_at_a_new_time(
 
         with connect(settings, writing=True) as connection:
             create_index(connection.orders, settings)
-            request = RecountRequest(find_boundaries=lambda *_: list(range(4, 40, 4)))
+            request = RecountRequest(find_boundaries=fixed_boundaries(range(4, 40, 4)))
             before = datetime.now(UTC)
             result = run_recount(
                 connection, settings, History(None, settings), request, discard_now_and_then
@@ -330,7 +331,7 @@ def test_an_array_that_is_stored_between_two_snapshots_does_not_count(
 
         with connect(settings, writing=True) as connection:
             create_index(connection.orders, settings)
-            request = RecountRequest(find_boundaries=lambda *_: list(range(4, 40, 4)))
+            request = RecountRequest(find_boundaries=fixed_boundaries(range(4, 40, 4)))
             history = History(None, settings)
             result = run_recount(connection, settings, history, request, store_an_array_once)
         assert "snapshot_restarted done=" in caplog.text

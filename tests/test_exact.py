@@ -12,6 +12,7 @@ from unittest import mock
 from uuid import uuid4
 
 import pytest
+from boundaries import fixed_boundaries
 from conftest import MEMORY, Command, settings_for
 from pymongo import MongoClient
 from pymongo.database import Database
@@ -22,7 +23,7 @@ from loyalty.commands import once
 from loyalty.errors import QueryTimeout, SnapshotTooOld
 from loyalty.history import History
 from loyalty.mongo.connection import Connection, connect
-from loyalty.recount.partitions import partition_boundaries
+from loyalty.recount.partitions import find_boundaries
 from loyalty.recount.result import Result
 from loyalty.recount.runner import RecountRequest, run_recount
 from loyalty.recount.snapshot import pin_cluster_time
@@ -70,8 +71,8 @@ def busy(deployment: Deployment, client: MongoClient[Any]) -> Iterator[tuple[Con
 def recount(
     connection: Connection, settings: Settings, *, write: bool = True, cuts: list[Any] | None = None
 ) -> Result:
-    find_boundaries = partition_boundaries if cuts is None else lambda *_: cuts
-    request = RecountRequest(write=write, force=True, find_boundaries=find_boundaries)
+    boundaries = find_boundaries if cuts is None else fixed_boundaries(cuts)
+    request = RecountRequest(write=write, force=True, find_boundaries=boundaries)
     return run_recount(connection, settings, History(None, settings), request)
 
 

@@ -28,6 +28,7 @@ from urllib.parse import quote_plus
 from uuid import uuid4
 
 import pytest
+from boundaries import fixed_boundaries
 from bson import ObjectId
 from conftest import MEMORY, ROOT, Command, settings_for
 from hypothesis import given
@@ -249,7 +250,7 @@ def recount_with_fault(harness: FaultHarness, fault: Callable[[FaultHarness], No
     with connect(settings, writing=True) as connection:
         create_index(connection.orders, settings)
         history = History(connection.recounts, settings)
-        request = RecountRequest(find_boundaries=lambda *_: cuts)
+        request = RecountRequest(find_boundaries=fixed_boundaries(cuts))
         result = run_recount(connection, settings, history, request, disturb)
     faults.recover(harness.deployment)
     assert result.count.exact

@@ -9,11 +9,13 @@ import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from decimal import Decimal, InvalidOperation
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
 import bson
 import pytest
+from boundaries import fixed_boundaries
 from bson import Binary, Decimal128, ObjectId
 from bson.raw_bson import RawBSONDocument
 from conftest import examples, settings_for
@@ -28,7 +30,7 @@ from loyalty.mongo.connection import Connection, connect
 from loyalty.recount.customer_ids import all_forms, indexable_forms, parse_id_argument
 from loyalty.recount.index import index_keys, inspect_plan
 from loyalty.recount.index_build import create_index
-from loyalty.recount.partitions import Partition, build_partitions, partition_boundaries
+from loyalty.recount.partitions import Partition, build_partitions, find_boundaries
 from loyalty.recount.pipeline import Scope, build_pipeline
 from loyalty.recount.result import Result
 from loyalty.recount.runner import RecountRequest, run_recount
@@ -53,10 +55,10 @@ def connection(deployment: Deployment, request: pytest.FixtureRequest) -> Iterat
 
 
 def recount(connection: Connection, cuts: list[Any] | None = None, **values: str) -> Result:
-    """Recount, with boundaries at `cuts` or at every id that the service itself chooses."""
+    """Recount, with boundaries at `cuts` or at every second id of a user."""
     settings = settings_for(f"mongodb://unused/{connection.users.database.name}", **values)
-    find_boundaries = partition_boundaries if cuts is None else lambda *_: cuts
-    request = RecountRequest(force=True, find_boundaries=find_boundaries)
+    boundaries = partial(find_boundaries, size=2) if cuts is None else fixed_boundaries(cuts)
+    request = RecountRequest(force=True, find_boundaries=boundaries)
     return run_recount(connection, settings, History(None, settings), request)
 
 
@@ -416,7 +418,7 @@ def test_with_the_index_no_partition_fetches_an_order_or_needs_the_disk(
         assert found.supports_partitions
         assert not found.status_is_multikey
         assert not found.needs_fetch
-        cut = build_partitions(partition_boundaries(connection.users, size=40))
+        cut = list(build_partitions(partial(find_boundaries, connection.users, "_id", size=40)))
         assert len(cut) > 10
         for partition in cut:
             pipeline = build_pipeline(settings, Scope(partition, status_may_be_array=False))

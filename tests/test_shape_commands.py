@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -19,7 +21,7 @@ from loyalty.live.opening import find_live_updates_problem
 from loyalty.mongo.connection import connect
 from loyalty.recount.index import index_keys, inspect_plan
 from loyalty.recount.index_build import create_index, create_user_index
-from loyalty.recount.partitions import Partition, build_partitions, partition_boundaries
+from loyalty.recount.partitions import Partition, build_partitions, find_boundaries
 from loyalty.recount.pipeline import Scope, build_pipeline
 from loyalty.recount.runner import RecountRequest, run_recount
 from sandbox.mongod import Deployment
@@ -121,7 +123,8 @@ def test_with_the_indexes_no_partition_fetches_an_order_or_reads_all_users(
         assert (plan.supports_partitions, plan.needs_fetch, plan.advice) == (True, False, "")
         keys = list(connection.orders.index_information()[plan.index_name]["key"])
         assert index is None or [name for name, _ in keys] == index
-        cut = build_partitions(partition_boundaries(connection.users, settings.user_key_field, 15))
+        find = partial(find_boundaries, connection.users, settings.user_key_field, size=15)
+        cut = list(build_partitions(find))
         assert len(cut) > 6
         for partition in cut:
             pipeline = build_pipeline(settings, Scope(partition, status_may_be_array=False))
@@ -244,7 +247,9 @@ def test_a_key_that_fills_a_partition_is_one_boundary(
     users += [{"customer_no": f"c{n:03}"} for n in range(30)]
     database.users.insert_many(users)
     database.users.create_index("customer_no")
-    assert partition_boundaries(database.users, "customer_no", 10) == expected
+    types = ("number", "string", "objectid")
+    found = [find_boundaries(database.users, "customer_no", name, size=10) for name in types]
+    assert list(chain(*found)) == expected
 
 
 def test_users_who_share_a_key_get_the_points_of_all_its_orders_with_a_warning(

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
 import pytest
+from boundaries import fixed_boundaries
 from conftest import examples, settings_for
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -32,7 +34,7 @@ from config import Settings
 from loyalty.history import History
 from loyalty.mongo.connection import Connection, connect
 from loyalty.recount.index import index_keys
-from loyalty.recount.partitions import partition_boundaries
+from loyalty.recount.partitions import find_boundaries
 from loyalty.recount.runner import RecountRequest, run_recount
 from sandbox.mongod import Deployment
 from sandbox.shop import Names, Predicate, find_mismatches
@@ -232,8 +234,8 @@ def test_users_of_any_shape_have_the_points_that_python_counts(
             connection.orders.create_index(index_keys(values))
         if user_index is not None and shape.names.key != "_id":
             connection.users.create_index(shape.names.key, **user_index)
-        find_boundaries = partition_boundaries if cuts is None else lambda *_: cuts
-        request = RecountRequest(force=True, find_boundaries=find_boundaries)
+        boundaries = partial(find_boundaries, size=2) if cuts is None else fixed_boundaries(cuts)
+        request = RecountRequest(force=True, find_boundaries=boundaries)
         result = run_recount(connection, values, History(None, values), request)
         again = run_recount(connection, values, History(None, values), request)
         assert shape.mismatches(database) == []

@@ -1,8 +1,10 @@
 """One count: of all customers in partitions, or of some customers, at one cluster time."""
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Any
 
 from bson import Timestamp
@@ -20,7 +22,13 @@ from loyalty.mongo.values import SIMPLE_COLLATION, split_ids
 from loyalty.recount.customer_ids import MIXED_CASE_HEX_ID
 from loyalty.recount.index import OrdersPlan, inspect_plan
 from loyalty.recount.order_filter import counted_orders
-from loyalty.recount.partitions import EVERYTHING, Partition, build_partitions, partition_boundaries
+from loyalty.recount.partitions import (
+    EVERYTHING,
+    USERS_PER_PARTITION,
+    Partition,
+    build_partitions,
+    find_boundaries,
+)
 from loyalty.recount.pipeline import Scope, build_pipeline, parse_rows
 from loyalty.recount.result import CountResult
 from loyalty.recount.snapshot import pin_cluster_time
@@ -29,7 +37,7 @@ from loyalty.recount.tally import Row
 
 ROWS_PER_BATCH = 5_000
 """Rows in one reply. The server's own limit, 16 MB of BSON, needs about 100 MB in Python."""
-PREFETCH = 8
+PREFETCH = 20
 """Partitions counted before their turn: if a few customers order a lot, their partition takes
 several times as long as the others."""
 MAX_CUSTOMERS_PER_QUERY = 1_000
@@ -39,8 +47,8 @@ Customers = Sequence[tuple[Any, Sequence[Any] | None]]
 """Canonical ids, each with the forms to look up in an index. If None, a query reads all orders."""
 
 OnRow = Callable[[Row], None]
-FindBoundaries = Callable[[Collection[Any], str], list[Any]]
-"""Returns keys of the users in a collection, from the index on a field."""
+FindBoundaries = Callable[[Collection[Any], str, str], Iterable[Any]]
+"""Returns keys of one type from the index on a field of users, as `find_boundaries`."""
 
 
 @dataclass
@@ -52,7 +60,7 @@ class OrderCounter:
     on_progress: ProgressCallback
     not_before: Timestamp | None = None
     """No query reads at an earlier cluster time."""
-    find_boundaries: FindBoundaries = partition_boundaries
+    find_boundaries: FindBoundaries = find_boundaries
     use_snapshot: bool = True
     _snapshots: list[Timestamp] = field(default_factory=list, init=False)
     """The cluster times that were pinned; queries read at the last one."""
@@ -113,35 +121,44 @@ class OrderCounter:
                 self._snapshots.append(pinned)
 
     def _count_partitions(self, on_row: OnRow, plan: OrdersPlan) -> None:
-        users = self.connection.users
-        with map_driver_errors("find", users):
-            boundaries = self.find_boundaries(users, self.settings.user_key_field)
-        scopes = [
-            Scope(partition, status_may_be_array=plan.status_is_multikey)
-            for partition in build_partitions(boundaries)
-        ]
+        users, key = self.connection.users, self.settings.user_key_field
+        partitions = build_partitions(partial(self.find_boundaries, users, key))
         count = partial(self._aggregate, index_advice=plan.advice)
         workers = self.settings.count_workers
-        progress = Progress("counting", len(scopes), self.on_progress)
+        progress = Progress("counting", self._estimate_partitions(), self.on_progress)
+        started: deque[Scope] = deque()  # partitions that are not counted yet
+
+        def take() -> Iterator[Scope]:
+            yield from tuple(started)
+            for partition in partitions:
+                started.append(Scope(partition, status_may_be_array=plan.status_is_multikey))
+                yield started[-1]
+
         done = done_at_pin = 0
-        while done < len(scopes):
+        while True:
             try:
-                with map_ordered(count, iter(scopes[done:]), workers, prefetch=PREFETCH) as results:
+                with map_ordered(count, take(), workers, prefetch=PREFETCH) as results:
                     for batches in results:
                         _handle_rows(batches, on_row)
+                        started.popleft()
                         done += 1
                         progress.add(1)
             except SnapshotTooOld as error:
                 if done == done_at_pin:
                     raise  # one partition alone takes longer than the server keeps a snapshot
-                log.warning(
-                    'snapshot_restarted done=%d total=%d error="%s"', done, len(scopes), error
-                )
+                log.warning('snapshot_restarted done=%d error="%s"', done, error)
                 done_at_pin = done
                 # Each customer is still counted at one time, but not all of them at the same.
                 self._pin_snapshot()
                 if inspect_plan(self.connection.orders, self.settings) != plan:
                     raise  # an order holds an array now, or the index was dropped
+            else:
+                return
+
+    def _estimate_partitions(self) -> int:
+        users = self.connection.users
+        with map_driver_errors("find", users):
+            return users.estimated_document_count() // USERS_PER_PARTITION + 2
 
     def _aggregate(self, scope: Scope, index_advice: str = "") -> Spool:
         """Return all batches of the result, so that a partition is counted whole or not at all."""
@@ -158,12 +175,9 @@ class OrderCounter:
             options["readConcern"] = {"level": "snapshot", "atClusterTime": self._snapshots[-1]}
         advice = "; ".join(filter(None, ["raise COUNT_TIMEOUT", index_advice]))
         with map_driver_errors("find", orders, if_too_slow=advice):
-            if scope.customers:
-                # `aggregate_raw_batches` requests an empty first batch: one more round trip.
-                rows = orders.with_options(codec_options=_RAW_CODEC).aggregate(pipeline, **options)
-                spool.add(b"".join(row.raw for row in rows))
-                return spool
-            for batch in orders.aggregate_raw_batches(pipeline, **options):
+            # Not `aggregate_raw_batches`, which requests an empty first batch: one round trip more.
+            rows = orders.with_options(codec_options=_RAW_CODEC).aggregate(pipeline, **options)
+            while batch := b"".join(row.raw for row in islice(rows, ROWS_PER_BATCH)):
                 spool.add(batch)
                 self.on_progress("")
         return spool

@@ -15,7 +15,7 @@ from loyalty.logs import log
 from loyalty.mongo.connection import Connection
 from loyalty.recount.change_log import open_change_log
 from loyalty.recount.counter import Customers, FindBoundaries, OrderCounter
-from loyalty.recount.partitions import partition_boundaries
+from loyalty.recount.partitions import find_boundaries
 from loyalty.recount.pipeline import UpperCaseFound
 from loyalty.recount.result import CountResult, Result, build_record, log_result
 from loyalty.recount.safety import PreviousRecounts, check_totals, has_too_many_failed_updates
@@ -37,7 +37,7 @@ class RecountRequest:
     """Returns why it is refused; replaces the safety checks of a full recount."""
     rows: CustomerRows | None = None
     """Collects a row for each customer whose users are not up to date, or who is in `customers`."""
-    find_boundaries: FindBoundaries = partition_boundaries
+    find_boundaries: FindBoundaries = find_boundaries
     retry_policy: RetryPolicy = SHORT_OUTAGE_RETRY
 
     @property

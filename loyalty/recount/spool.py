@@ -6,7 +6,7 @@ from contextlib import suppress
 
 from loyalty.errors import NoTempSpace
 
-MAX_MEMORY_BYTES = 2 * 1024 * 1024
+MAX_MEMORY_BYTES = 1024 * 1024
 """More than this goes to the disk."""
 _LENGTH_BYTES = 4
 
