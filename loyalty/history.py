@@ -117,7 +117,8 @@ class History:
         """Warn if a service with other settings last wrote the points. Raises ServiceError."""
         # A service with another ORDERS_COLLECTION has another target, but writes the same points.
         # `$exists` replaces the target's condition on `settings.orders`.
-        newest = self._find_one({**_FINISHED_CONDITION, "settings.orders": {"$exists": True}})
+        wrote = {"outcome": {"$nin": ["live", "undoing", "refused"]}}
+        newest = self._find_one({**wrote, "settings.orders": {"$exists": True}})
         recorded = newest["settings"] if newest else {}
         differences = [
             f"{name}={value!r}"

@@ -246,6 +246,19 @@ def test_the_first_recount_of_a_process_names_the_other_service_if_it_is_refused
     assert "other: points_per_order=1" in caplog.text
 
 
+def test_another_service_whose_recounts_are_refused_causes_no_warning(
+    database: Database[Any], uri: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    ours = History(database.loyalty_recounts, settings_for(uri))
+    theirs = History(database.loyalty_recounts, settings_for(uri, ORDER_STATUSES="shipped"))
+    now = datetime.now(UTC)
+    ours.write(record(now))
+    theirs.write(record(now + timedelta(seconds=1), outcome="refused"))
+    caplog.clear()
+    ours.write(record(now + timedelta(seconds=2)))
+    assert "other_service" not in caplog.text
+
+
 def test_each_collection_without_a_ttl_index_causes_one_warning(
     database: Database[Any], uri: str, caplog: pytest.LogCaptureFixture
 ) -> None:
