@@ -36,7 +36,8 @@ def test_one_customer_is_shown_and_written_and_no_other(
     out = capsys.readouterr().out
     assert f"{str(ADA).upper()}\n  customer_id " in out
     assert "  66abcdefabcdefabcdefabcd  null  3\n" in out
-    assert "nobody\n  no orders\n  no user has this id" in out
+    assert "nobody\n  no orders of this customer, as a string, number, UUID or ObjectId\n" in out
+    assert "\n  no user has this id, as a string, number, UUID or ObjectId\n" in out
     assert {u["_id"]: u["loyalty_points"] for u in shop.users.find()} == {ADA: 3, "bob": 9}
     assert command("--once", "--customer", str(ADA)) == 0
     assert "  66abcdefabcdefabcdefabcd  3     3\n" in capsys.readouterr().out
@@ -120,9 +121,11 @@ def test_an_empty_id_shows_the_orders_without_customer(
     shop.orders.insert_many(
         [{"customer_id": c, "status": s} for c in ids for s in ("Shipped", "Paid")]
     )
-    shop.orders.insert_one({"status": "Shipped"})
+    shop.orders.insert_many([{"status": "Shipped"}, {"customer_id": None}])
     assert command("--dry-run", "--customer", "", "--json") == 1
     (found,) = json.loads(capsys.readouterr().out)["customers"]
+    labels = [(row["id"], row["status"]) for row in found["orders"]]
+    assert len(set(labels)) == len(labels)
     shipped = [row for row in found["orders"] if row["status"] == "Shipped"]
     assert sum(row["orders"] for row in shipped) == 5
     assert {row["why"] for row in shipped} == {"an order without customer"}

@@ -24,6 +24,8 @@ from loyalty.recount.similar_ids import find_similar_ids, find_user_ids
 from loyalty.recount.statuses import CustomerOrders, count_customer_orders
 from loyalty.recount.tally import CustomerCount
 
+_FORMS = ", as a string, number, UUID or ObjectId"
+
 
 def run(args: argparse.Namespace, settings: Settings, *, write: bool) -> Exit:
     """Recount each customer, and print the orders and the points.
@@ -155,12 +157,12 @@ def _print_customer(customer: Document, settings: Settings) -> None:
         names = (settings.customer_field, settings.status_field, "orders", "points", "")
         _print_rows(names, customer["orders"])
     else:
-        print_line("  no orders")
+        print_line(f"  no orders of this customer{_FORMS}")
     if customer["users"]:
         _print_rows(("user", "from", "to"), customer["users"])
     else:
         name = "id" if settings.user_key_field == "_id" else settings.user_key_field
-        print_line(f"  no user has this {name}, as a string, number, UUID or ObjectId")
+        print_line(f"  no user has this {name}{_FORMS}")
     if customer["similar_ids"]:
         print_line(f"  users with a similar id: {', '.join(customer['similar_ids'])}")
     if customer["changes"]:

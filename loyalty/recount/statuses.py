@@ -102,7 +102,11 @@ def count_customer_orders(
     if len(known) < MAX_STATUSES and not has_arrays:
         # For the index, which usually begins with the status. Null finds orders without a status.
         match[status] = {"$in": [*known, None]}
-    key = {"form": f"${settings.customer_field}", "status": f"${status}"}
+    # One row for null and missing, which are both shown as null.
+    key = {
+        "form": {"$ifNull": [f"${settings.customer_field}", None]},
+        "status": {"$ifNull": [f"${status}", None]},
+    }
     is_customer_expr = {"$eq": [canonical_expr("$_id.form", NO_CUSTOMER), {"$literal": group_key}]}
     count: list[Document] = [
         {"$group": {"_id": key, "orders": {"$sum": 1}}},
@@ -118,8 +122,8 @@ def count_customer_orders(
     (found,) = _aggregate(orders, [{"$match": match}, {"$facet": parts}], settings)
     return [
         CustomerOrders(
-            form=row["_id"].get("form"),
-            status=row["_id"].get("status"),
+            form=row["_id"]["form"],
+            status=row["_id"]["status"],
             number=row["orders"],
             points=row["points"],
             matches_filter=name == "matching",
