@@ -53,7 +53,7 @@ test-long: $(STAMP) ## run the tests of faults, busy writers and connection opti
 test-deep: $(STAMP) ## run the randomized and repeated tests with larger numbers
 	$(RUN) -m pytest $(WORKERS) --deep $(ARGS)
 
-test-servers: $(STAMP) ## run the tests that depend on the server with MongoDB 5.0.32 and 6.0.27
+test-servers: $(STAMP) ## run the tests that depend on the server's version, with MongoDB 5.0.32 and 6.0.27
 	$(RUN) -m sandbox.servers $(RUN) -m pytest $(WORKERS) $(SERVER_TESTS) $(ARGS)
 
 soak: $(STAMP) ## run the daemon with random faults while orders change: MINUTES=10

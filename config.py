@@ -55,7 +55,7 @@ class Settings:
         "MONGODB_URI", "", str, "connection string, required; or MONGODB_URI_FILE, a file with it"
     )
     database: str = setting(
-        "MONGODB_DATABASE", "", parse_database, "database; else that in MONGODB_URI, else oms_db"
+        "MONGODB_DATABASE", "", parse_database, "database; default: that in MONGODB_URI, or oms_db"
     )
     orders: str = setting("ORDERS_COLLECTION", "orders", parse_collection, "collection of orders")
     users: str = setting("USERS_COLLECTION", "users", parse_collection, "collection of users")
@@ -81,7 +81,10 @@ class Settings:
         "POINTS_PER_ORDER", "1", integer_parser(1, 10**6), "points for one order, 1 to 1,000,000"
     )
     status_field: str = setting(
-        "ORDER_STATUS_FIELD", "status", parse_field, "field of an order with its status, a or a.b"
+        "ORDER_STATUS_FIELD",
+        "status",
+        parse_field,
+        "field of an order with its status; order.state if nested",
     )
     customer_field: str = setting(
         "ORDER_CUSTOMER_FIELD",

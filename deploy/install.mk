@@ -61,7 +61,7 @@ install: check-prefix ## install or upgrade the systemd service, as root
 	set -e; for unit in $(unit) $(checks); do \
 	  sed 's#/opt/loyalty-microservice#$(PREFIX)#g; s#/etc/loyalty-microservice#$(SYSCONFDIR)#g' \
 	    "deploy/$$unit" > "$(DESTDIR)$(UNITDIR)/$$unit"; done
-# A user for each shop: by default, all instances have one, who could read the settings of each.
+# A user for each shop: by default, all instances share one, who could read the settings of each.
 	sed -e 's#loyalty\.env#%i.env#g; s#^Description=.*#& (%i)#; s#^SyslogIdentifier=.*#&@%i#' \
 	  -e 's#^DynamicUser=yes#&\nUser=loyalty-%i#' \
 	  '$(DESTDIR)$(UNITDIR)/$(unit)' > '$(DESTDIR)$(UNITDIR)/$(template)'
@@ -75,6 +75,8 @@ install: check-prefix ## install or upgrade the systemd service, as root
 	@echo '  2. $(PREFIX)/venv/bin/python $(PREFIX)/loyalty_microservice.py \'
 	@echo '       --env-file $(SYSCONFDIR)/loyalty.env --check-config'
 	@echo '  3. systemctl enable --now loyalty-microservice'
+	@case "$$(readlink -f '$(INSTALL_PYTHON)')" in /home/*|/root/*) \
+	  echo 'Warning: INSTALL_PYTHON=$(INSTALL_PYTHON): the service cannot read it (ProtectHome)';; esac
 	@echo 'Upgrade: run step 2, then systemctl restart loyalty-microservice'
 
 uninstall: check-prefix ## remove the service; with PURGE=1 its settings as well

@@ -20,13 +20,13 @@ _RECOUNTS = "loyalty_recounts_total"
 _LAST = "the last recount that succeeded or was incomplete"
 _METRICS = {
     _RECOUNTS: "Recounts by outcome",
-    "loyalty_last_success_timestamp_seconds": f"Time of {_LAST}; 0 if there is none",
+    "loyalty_last_success_timestamp_seconds": f"Time of {_LAST}; 0 if there is none in this file",
     "loyalty_as_of_timestamp_seconds": "The points include all changes before this time",
     "loyalty_recount_duration_seconds": f"Duration of {_LAST}",
     "loyalty_interval_seconds": "RECOUNT_INTERVAL",
     "loyalty_users": f"Users in {_LAST}",
     "loyalty_changed_users": f"Users that were written by {_LAST}",
-    "loyalty_failed_updates": "Users that the last recount that wrote could not update",
+    "loyalty_failed_updates": "Failed updates in the last recount",
     "loyalty_orders_of_unknown_customers": "Counted orders of unknown customers",
     "loyalty_orders_without_customer": "Counted orders without a customer id",
     "loyalty_live": "1 while live updates are running, otherwise 0",

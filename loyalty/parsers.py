@@ -102,7 +102,7 @@ def parse_statuses(text: str) -> tuple[str, ...]:
         if quote:
             found.append(quoted.replace(quote * 2, quote))
         elif plain.startswith(("'", '"')):
-            raise ValueError(f"{plain!r} begins with a quote that does not end at a comma")
+            raise ValueError(f"{plain!r} begins with a quote, but has no closing quote at its end")
         else:
             is_whole_value = match.start() == 0 and match.end(3) == len(text)
             found.append(text.strip("\r\n") if is_whole_value else plain.strip())

@@ -45,7 +45,7 @@ def test_the_daemon_recounts_at_start_and_after_every_interval(
     assert f"INFO connected host={host} database={shop.name} " in connected
     assert ' WARNING safety_warning text="2 of the 5 counted orders earn nothing: ' in nothing
     assert taken.endswith(
-        ' safety_warning text="1 of the 1 user with points lose points in the first recount"'
+        ' safety_warning text="1 of the 1 user with points loses points in the first recount"'
     )
     assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ INFO recount outcome=succeeded ", first)
     assert " changed=2 increased=1 decreased=1 unknown_customers=1 " in first

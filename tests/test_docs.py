@@ -430,9 +430,13 @@ def test_the_page_on_operation_shows_orders_without_customer(
     command: Command,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    shop.orders.insert_many([{"customer_id": "", "status": "Shipped"}, {"status": "Shipped"}])
-    (query,) = _mongosh_snippets("docs/operation.md", "Orders without customer")
-    assert len(_run_mongosh(shop, query)) == 2
+    found: list[Any] = ["", None, []]
+    shop.orders.insert_many([{"customer_id": one, "status": "Shipped"} for one in found])
+    query, repair = _mongosh_snippets("docs/operation.md", "Orders without customer")
+    assert len(_run_mongosh(shop, query)) == 3
+    assert _run_mongosh(shop, repair) == 1
+    assert len(_run_mongosh(shop, query)) == 3
+    assert not shop.orders.find_one({"customer_id": []})
     assert command("--dry-run", "--customer", "", MONGODB_URI=deployment.uri) == 1
     assert "an order without customer" in capsys.readouterr().out
 

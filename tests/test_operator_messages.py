@@ -113,7 +113,7 @@ def test_the_error_for_a_rejected_login_names_the_authentication_database(
     assert command("--once", MONGODB_URI=uri) == 78
     text = capsys.readouterr().err
     assert f"the user was looked up {looked_up}" in text
-    assert "?authSource=admin" in text
+    assert "set the option authSource=admin" in text
     assert command("--create-index", MONGODB_URI=authenticated_deployment.uri_for("x", "y")) == 78
     assert "looked up in the database 'admin'" in capsys.readouterr().err
 

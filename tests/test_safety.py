@@ -125,7 +125,7 @@ def test_a_points_field_whose_values_are_mostly_not_numbers_is_refused(
     ("losing", "is_first", "words"),
     [
         (0, True, None),
-        (1, True, "1 of the 1,000 users with points lose points in the first recount"),
+        (1, True, "1 of the 1,000 users with points loses points in the first recount"),
         (1, False, None),
         (100, False, None),  # exactly a tenth
         (101, False, "101 of the 1,000 users with points lose points"),

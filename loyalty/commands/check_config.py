@@ -158,15 +158,18 @@ def _build_settings_rows(settings: Settings, connection: Connection, privileges:
 def _describe_pre_images(connection: Connection) -> str:
     is_on = keeps_pre_images(connection)
     if is_on is None:
-        return "unknown: the option cannot be read, which needs the privilege listCollections"
+        return "unknown: to read the option, the service needs the privilege listCollections"
     if is_on:
         return "on"
+    effect = (
+        "after an order is deleted or its customer changes, points change only at the next full "
+        "recount"
+    )
     if not connection.supports_pre_images:
-        return "none before MongoDB 6.0: deleted orders wait for the next full recount"
+        return f"not supported before MongoDB 6.0: {effect}"
     option = "changeStreamPreAndPostImages: {enabled: true}"
     return (
-        "off: after an order is deleted or its customer changes, points change only at the next "
-        "full recount; to switch pre-images on: "
+        f"off: {effect}; to switch pre-images on: "
         f"db.runCommand({{collMod: '{connection.orders.name}', {option}}})"
     )
 

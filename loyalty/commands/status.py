@@ -163,7 +163,7 @@ def _print_freshness(status: Status) -> None:
             f"Recount {recount.id} of {format_cell(recount.at)} UTC has no record: it is still "
             "writing, was interrupted, or could not write its record (record_write_failed in the "
             "log). The next successful recount makes all points exact; "
-            f"--undo {recount.id} restores the points that users had before it"
+            f"--undo {recount.id} restores the points that users had before that recount"
         )
     if status.is_interrupted:
         print_line(_STALE)

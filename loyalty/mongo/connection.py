@@ -132,7 +132,7 @@ def _explain_login(uri: str) -> str:
     other = "NAME" if source == "admin" else "admin"
     return (
         f"the user was looked up in the database {source!r}{why}: if the user is defined in "
-        f"another database, add ?authSource={other}"
+        f"another database, set the option authSource={other}"
     )
 
 

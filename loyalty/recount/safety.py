@@ -99,6 +99,7 @@ def _check_users(totals: Totals, settings: Settings) -> SafetyReport:
 def _check_orders(totals: Totals, settings: Settings, previous: PreviousRecounts) -> SafetyReport:
     report = SafetyReport()
     counted, unmatched = totals.counted_orders, totals.orders_that_earn_nothing
+    earn = "earns" if unmatched == 1 else "earn"
     if totals.users and counted == unmatched and counted >= MIN_ORDERS:
         report.refusals.append(
             "no counted order matches a user: are "
@@ -108,7 +109,7 @@ def _check_orders(totals: Totals, settings: Settings, previous: PreviousRecounts
         )
     elif 100 * unmatched > WARN_EARNING_NOTHING_PERCENT * counted:
         report.warnings.append(
-            f"{unmatched:,} of the {counted:,} counted orders earn nothing: "
+            f"{unmatched:,} of the {counted:,} counted orders {earn} nothing: "
             f"{totals.orders_of_unknown_customers:,} of unknown customers, "
             f"{totals.orders_without_customer:,} without customer"
         )
@@ -128,15 +129,16 @@ def _check_changes(totals: Totals, settings: Settings, previous: PreviousRecount
     with_points, percent = totals.users_with_points_before, settings.max_decrease_percent
     statuses = _format_statuses(settings)
     users = f"{with_points:,} {'user' if with_points == 1 else 'users'} with points"
+    lose = "loses" if losing == 1 else "lose"
     if exceeds_share(losing, with_points, percent):
         report.refusals.append(
             f"{losing:,} of the {users} would lose points, more than MAX_DECREASE_PERCENT={percent}"
             f" allows: are {statuses} and MONGODB_DATABASE={settings.database} right?"
         )
     elif losing and previous.is_first:
-        report.warnings.append(f"{losing:,} of the {users} lose points in the first recount")
+        report.warnings.append(f"{losing:,} of the {users} {lose} points in the first recount")
     elif exceeds_share(losing, with_points, WARN_DECREASE_PERCENT):
-        report.warnings.append(f"{losing:,} of the {users} lose points")
+        report.warnings.append(f"{losing:,} of the {users} {lose} points")
     if exceeds_share(changed, with_points, WARN_CHANGED_PERCENT):
         report.warnings.append(
             f"{changed:,} of the {users} get different points: are "
