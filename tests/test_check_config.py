@@ -58,7 +58,7 @@ def test_settings_access_index_statuses_and_the_full_count_are_printed(
     code, out, _ = check(MAX_DECREASE_PERCENT="100")
     assert code == 0
     assert cell("ORDER_STATUSES", out) == "Shipped"
-    assert cell("privileges", out) == "sufficient"
+    assert cell("privileges", out) == "sufficient for recounts"
     assert cell("Shipped", out) == "44, counted"
     assert cell("Paid", out) == "21"
     assert cell("' Shipped'", out) == "1"
@@ -122,6 +122,18 @@ def test_a_warning_of_the_safety_checks_is_not_a_problem(shop: Database[Any], ch
     )
 
 
+@pytest.mark.parametrize(("failing", "code"), [(9, 0), (10, 1)])
+def test_so_many_failing_updates_that_the_recount_would_fail_are_a_problem(
+    shop: Database[Any], check: Check, failing: int, code: int
+) -> None:
+    shop.users.update_many({"_id": {"$lt": failing}}, {"$set": {"name": "Ada"}})
+    found, out, _ = check(USER_POINTS_FIELD="name.points")
+    warning = f"{failing} users cannot be updated: a parent field of name.points is not a document"
+    assert f"\nWarning: {warning}\n" in out
+    assert (f"PROBLEM: the recount would fail: {warning}" in out) is bool(code)
+    assert found == code
+
+
 def test_missing_collections_are_named_with_those_that_exist(
     shop: Database[Any], check: Check
 ) -> None:
@@ -171,7 +183,7 @@ def test_a_slow_count_ends_with_69_after_printing_the_settings(
     with faults.fail_command(deployment.servers[0], "aggregate", 9, **counts):
         code, out, err = check()
     assert code == 69
-    assert cell("privileges", out) == "sufficient"
+    assert cell("privileges", out) == "sufficient for recounts"
     assert "took too long" in err
 
 
@@ -186,7 +198,7 @@ def test_each_mistake_is_found_and_does_not_hide_the_others(
     assert (code, "did you mean MONGODB_DATABASE?" in err) == (78, True)
     code, out, err = check(**names, RECOUNTS_COLLECTION="jobs")
     assert (code, ".jobs holds documents of other programs" in err) == (78, True)
-    assert cell("privileges", out) == "sufficient"
+    assert cell("privileges", out) == "sufficient for recounts"
     assert re.search("^PROBLEM: the safety checks .*no order has status Shipped", out, re.MULTILINE)
     code, out, _ = check(**names, USERS_COLLECTION="clients")
     assert code == 1

@@ -348,7 +348,7 @@ def test_a_failed_update_makes_a_recount_incomplete(
     daemon = service(MONGODB_URI=uri, RECOUNT_INTERVAL="1s")
     daemon.wait_for("INFO recount outcome=incomplete", times=3)
     assert daemon.stop() == 0
-    assert "WARNING incomplete failed_updates=1 changed=5 " in daemon.output
+    assert "WARNING incomplete failed_updates=1 updates=5 " in daemon.output
     assert "DocumentValidationFailure" in daemon.output
     assert str(locked) not in daemon.output
     assert "retry_in" not in daemon.output

@@ -56,7 +56,8 @@ def run(args: argparse.Namespace, settings: Settings) -> Exit:
     with connect_and_verify(settings, writing=True, recording=False) as connection:
         missing, errors = _check_own_collections(connection, settings)
         missing_privileges = "; ".join(missing) or None
-        print_rows(*_build_settings_rows(settings, connection, missing_privileges or "sufficient"))
+        privileges = missing_privileges or "sufficient for recounts"
+        print_rows(*_build_settings_rows(settings, connection, privileges))
         live_problem = None
         if settings.live_updates:
             live_problem = find_live_updates_problem(connection, settings)
@@ -116,11 +117,12 @@ def _count_all(
     connection: Connection, settings: Settings, statuses: StatusCounts
 ) -> tuple[Result | None, list[str]]:
     """Count everything unless a collection is missing; return the result and the problems."""
-    result, problems = None, []
+    result, problems = None, list[str]()
     if missing := find_missing_collections(connection):
         problems.append(missing)
     else:
-        result = dry_run.make_dry_run(connection, settings)
+        result, problem = dry_run.make_dry_run(connection, settings)
+        problems += [problem] if problem else []
     has_counted_orders = any(is_counted(status, settings) for status, _ in statuses)
     if result is not None and result.refusal:
         problems.append(f"the safety checks would refuse the recount: {result.refusal}")

@@ -15,6 +15,7 @@ from loyalty.mongo.values import Document
 from loyalty.recount.preflight import connect_and_verify
 from loyalty.recount.result import Result
 from loyalty.recount.runner import RecountRequest, run_recount
+from loyalty.recount.safety import has_too_many_failed_updates
 
 
 def run(args: argparse.Namespace, settings: Settings) -> Exit:
@@ -22,7 +23,7 @@ def run(args: argparse.Namespace, settings: Settings) -> Exit:
     if args.customer:
         return customer.run(args, settings, write=False)
     with connect_and_verify(settings, writing=False) as connection:
-        result = make_dry_run(connection, settings)
+        result, _ = make_dry_run(connection, settings)
     if args.json:
         print_json(to_json(result))
     else:
@@ -30,17 +31,23 @@ def run(args: argparse.Namespace, settings: Settings) -> Exit:
     return Exit.FINDINGS if result.totals.changed or result.refusal else Exit.OK
 
 
-def make_dry_run(connection: Connection, settings: Settings) -> Result:
-    """Count and check everything, and write nothing. Raises ServiceError."""
+def make_dry_run(connection: Connection, settings: Settings) -> tuple[Result, str | None]:
+    """Count and check everything, and write nothing. Raises ServiceError.
+
+    Return the result, and why the recount would fail, if it would.
+    """
     history = History(connection.recounts, settings)  # only read
     result = run_recount(connection, settings, history, RecountRequest(write=False))
-    if failing := _count_failing_updates(connection, settings):
-        users = pluralize(failing, "user")
-        result.warnings.append(
-            f"{users} cannot be updated: a parent field of {settings.points_field} is not a "
-            "document"
-        )
-    return result
+    failing = _count_failing_updates(connection, settings)
+    if not failing:
+        return result, None
+    users = pluralize(failing, "user")
+    warning = (
+        f"{users} cannot be updated: a parent field of {settings.points_field} is not a document"
+    )
+    result.warnings.append(warning)
+    would_fail = has_too_many_failed_updates(failing, result.totals.users)
+    return result, f"the recount would fail: {warning}" if would_fail else None
 
 
 def _count_failing_updates(connection: Connection, settings: Settings) -> int:

@@ -202,15 +202,16 @@ def _print_age(status: Status, age: timedelta) -> None:
 def _print_live_updates(status: Status) -> None:
     """Print whether live updates are running; nothing if they are off, and not running."""
     heartbeat = status.heartbeat
+    last = "there is no heartbeat"
+    if heartbeat is not None:
+        age = max(timedelta(0), status.now - heartbeat.at)  # members have clocks of their own
+        last = f"the last heartbeat was {format_duration(age)} ago"
     if heartbeat is not None and status.is_heartbeat_alive:
         print_line(
             f"Live updates: running since {format_cell(heartbeat.live_since)} UTC, "
             f"as of {format_cell(heartbeat.as_of)} UTC, "
             f"{pluralize(heartbeat.users_updated, 'user')} updated, "
-            f"{pluralize(heartbeat.waiting, 'pending change')}"
+            f"{pluralize(heartbeat.waiting, 'pending change')}; {last}"
         )
     elif status.settings.live_updates:
-        last = "there is no heartbeat"
-        if heartbeat is not None:
-            last = f"the last heartbeat was {format_duration(status.now - heartbeat.at)} ago"
         print_line(f"Live updates: NOT running, {last}")

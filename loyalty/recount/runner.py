@@ -187,7 +187,7 @@ class _Recount:
                 f"{done.failed:,} of {totals.changed:,} updates failed ({errors})", done.failed
             )
         log.warning(
-            'incomplete failed_updates=%d changed=%d errors="%s"',
+            'incomplete failed_updates=%d updates=%d errors="%s"',
             *(done.failed, totals.changed, errors),
         )
 
