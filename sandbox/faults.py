@@ -30,8 +30,7 @@ class FaultPoint:
 
 
 COUNTING = FaultPoint("counting", "hangBeforeDocumentSourceCursorLoadBatch", "users")
-# The first is the access check when the service connects.
-FETCHING = FaultPoint("fetching", "waitWithPinnedCursorDuringGetMoreBatch", "orders", skip=1)
+FETCHING = FaultPoint("fetching", "waitWithPinnedCursorDuringGetMoreBatch", "orders")
 WRITING = FaultPoint("writing", "hangDuringBatchUpdate", "users", skip=5)
 RECORDING = FaultPoint("recording", "hangDuringBatchInsert", "loyalty_recounts")
 

@@ -23,6 +23,7 @@ from loyalty.commands import once
 from loyalty.errors import QueryTimeout, SnapshotTooOld
 from loyalty.history import History
 from loyalty.mongo.connection import Connection, connect
+from loyalty.recount.counter import ROWS_PER_BATCH
 from loyalty.recount.partitions import find_boundaries
 from loyalty.recount.result import Result
 from loyalty.recount.runner import RecountRequest, run_recount
@@ -33,6 +34,8 @@ from sandbox import faults
 from sandbox.mongod import Deployment, wait_until
 from sandbox.service import Process
 from sandbox.shop import find_mismatches
+
+MANY_USERS = ROWS_PER_BATCH + 1
 
 
 def fill(shop: Database[Any], users: int, points: int) -> None:
@@ -199,11 +202,11 @@ def test_after_one_of_two_services_is_killed_the_next_recount_is_exact(
 
 @pytest.fixture
 def wrong_shop(deployment: Deployment) -> Iterator[Connection]:
-    """A shop of 300 users, more than a first batch of a cursor, who all hold wrong points."""
+    """A shop whose users all hold wrong points, with more rows than the server's first reply."""
     settings = settings_for(deployment.uri_for(database=f"shop_{uuid4().hex[:12]}"))
     with connect(settings, writing=True) as connection:
         shop = connection.users.database
-        fill(shop, 300, 1)
+        fill(shop, MANY_USERS, 1)
         shop.users.update_many({}, {"$set": {"loyalty_points": 5}})
         yield connection
         connection.client.drop_database(shop.name)
@@ -225,7 +228,7 @@ def test_a_count_whose_read_fails_is_repeated(
     with faults.fail_command(deployment.servers[0], command, 2, errorCode=code):
         result = recount(wrong_shop, settings)
     totals = result.totals
-    assert totals.changed == totals.users == totals.counted_orders == 300
+    assert totals.changed == totals.users == totals.counted_orders == MANY_USERS
     assert find_mismatches(wrong_shop.users.database) == []
     assert result.count.exact
     retries = [m for m in caplog.messages if m.startswith("count_retry attempt=")]
@@ -258,7 +261,7 @@ def test_without_a_usable_snapshot_all_customers_are_counted_without_one(
     assert caplog.text.count("snapshot_unavailable") == 1
     assert not result.count.exact
     assert result.as_of == result.started_at
-    assert result.totals.counted_orders == 300
+    assert result.totals.counted_orders == MANY_USERS
     assert find_mismatches(wrong_shop.users.database) == []
 
 
@@ -275,7 +278,7 @@ def test_without_a_usable_snapshot_a_live_update_fails(
         pytest.raises(SnapshotTooOld),
     ):
         run_recount(wrong_shop, settings, History(None, settings), request)
-    assert wrong_shop.users.count_documents({"loyalty_points": 5}) == 300
+    assert wrong_shop.users.count_documents({"loyalty_points": 5}) == MANY_USERS
 
 
 def test_without_a_usable_snapshot_requested_customers_are_counted_without_one(
@@ -286,7 +289,7 @@ def test_without_a_usable_snapshot_requested_customers_are_counted_without_one(
     with faults.fail_command(deployment.servers[0], "aggregate", 2, errorCode=239):
         result = run_recount(wrong_shop, settings, History(None, settings), request)
     assert not result.count.exact
-    assert wrong_shop.users.count_documents({"loyalty_points": 5}) == 299
+    assert wrong_shop.users.count_documents({"loyalty_points": 5}) == MANY_USERS - 1
     (user,) = wrong_shop.users.find({"_id": 1})
     assert user["loyalty_points"] == wrong_shop.orders.count_documents(
         {"status": "Shipped", "customer_id": 1}

@@ -399,9 +399,9 @@ def test_failed_updates_are_counted_and_all_other_users_are_written(
     assert {mismatch.stored for mismatch in mismatches} == {-1}
     assert sorted(repr(m.user) for m in mismatches) == sorted(map(repr, failing))
     first, second = lines_with("WARNING incomplete", daemon)[:2]
-    assert "failed_updates=3 changed=1000 " in first
+    assert "failed_updates=3 updates=1000 " in first
     assert "DocumentValidationFailure" in first
-    assert "failed_updates=3 changed=3 " in second
+    assert "failed_updates=3 updates=3 " in second
     assert "@example.com" not in daemon.output  # the message of the server contains whole documents
     assert "retry_in" not in daemon.output
     assert [(r["outcome"], r["failed_updates"]) for r in harness.records[:2]] == [
