@@ -149,6 +149,8 @@ def test_create_index_asks_for_a_new_index_in_place_of_a_multikey_one(
         plan = inspect_plan(orders, SETTINGS)
         assert plan == expected
         assert "status_1_customer_id_1 is multikey: an order holds, or once held" in plan.advice
+        reads_orders = "so the server reads each order. Correct" in plan.advice
+        assert reads_orders is expected.supports_partitions
         assert command("--create-index") == (0 if expected.supports_partitions else 78)
         said = capsys.readouterr().err
         assert ("drop the index, and create it again" in said) is not expected.supports_partitions

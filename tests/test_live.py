@@ -1048,6 +1048,13 @@ def test_check_config_reports_live_updates_and_pre_images(
     small.shop.command("collMod", "orders", changeStreamPreAndPostImages={"enabled": True})
     command("--check-config", LIVE_UPDATES="yes")
     assert re.search("pre-images +on\n", capsys.readouterr().out)
+    order = {"customer_id": "66AbcdefabcdefabcdefabcD", "status": "Shipped"}
+    mixed_case = small.shop.orders.insert_one(order).inserted_id
+    assert command("--check-config", LIVE_UPDATES="yes") == 1
+    said = capsys.readouterr().out
+    assert "will NOT work: some customer ids are hex strings in mixed case" in said
+    assert "PROBLEM: live updates will not work: some customer ids are hex strings" in said
+    small.shop.orders.delete_one({"_id": mixed_case})
     small.shop.orders.insert_many({"status": "Paid"} for _ in range(low_limit + 1))
     small.shop.orders.drop_indexes()
     assert command("--check-config", LIVE_UPDATES="yes") == 1

@@ -19,7 +19,7 @@ from loyalty.commands.output import (
 )
 from loyalty.errors import ConfigurationError, Exit, MissingPrivilege
 from loyalty.history import History
-from loyalty.live.opening import find_live_updates_problem, keeps_pre_images
+from loyalty.live.opening import describe_mixed_case, find_live_updates_problem, keeps_pre_images
 from loyalty.metrics import Metrics
 from loyalty.mongo.connection import Connection
 from loyalty.mongo.driver_errors import map_driver_errors
@@ -58,21 +58,19 @@ def run(args: argparse.Namespace, settings: Settings) -> Exit:
         missing_privileges = "; ".join(missing) or None
         privileges = missing_privileges or "sufficient for recounts"
         print_rows(*_build_settings_rows(settings, connection, privileges))
-        live_problem = None
-        if settings.live_updates:
-            live_problem = find_live_updates_problem(connection, settings)
-            print_rows(
-                ("live updates", f"will NOT work: {live_problem}" if live_problem else "will work"),
-                ("pre-images", _describe_pre_images(connection)),
-            )
         index = _describe_index(connection, settings)
         statuses = count_statuses(connection, settings)
         print_rows(*_build_order_rows(settings, index, statuses))
         result, problems = _count_all(connection, settings, statuses)
+        if settings.live_updates:
+            problem = _find_live_updates_problem(connection, settings, result)
+            problems += [f"live updates will not work: {problem}"] if problem else []
+            print_rows(
+                ("live updates", f"will NOT work: {problem}" if problem else "will work"),
+                ("pre-images", _describe_pre_images(connection)),
+            )
         if problem := Metrics(settings).find_problem():
             problems.append(problem)
-        if live_problem:
-            problems.append(f"live updates will not work: {live_problem}")
         if not args.json:
             _print_count(result, problems)
         elif not errors:
@@ -155,6 +153,15 @@ def _build_settings_rows(settings: Settings, connection: Connection, privileges:
         *((name, format_cell(value)) for name, value in settings.to_dict().items()),
         ("privileges", privileges),
     ]
+
+
+def _find_live_updates_problem(
+    connection: Connection, settings: Settings, result: Result | None
+) -> str | None:
+    problem = find_live_updates_problem(connection, settings)
+    if problem is None and result is not None and result.count.has_mixed_case_ids:
+        return describe_mixed_case(settings)
+    return problem
 
 
 def _describe_pre_images(connection: Connection) -> str:

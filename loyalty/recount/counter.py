@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -14,7 +15,7 @@ from pymongo.collection import Collection
 
 from config import Settings
 from loyalty.concurrency import Progress, ProgressCallback, map_ordered
-from loyalty.errors import SnapshotTooOld
+from loyalty.errors import ConfigurationError, SnapshotTooOld
 from loyalty.logs import log
 from loyalty.mongo.connection import Connection
 from loyalty.mongo.driver_errors import map_driver_errors
@@ -157,8 +158,9 @@ class OrderCounter:
 
     def _estimate_partitions(self) -> int:
         users = self.connection.users
-        with map_driver_errors("find", users):
+        with suppress(ConfigurationError), map_driver_errors("count", users):
             return users.estimated_document_count() // USERS_PER_PARTITION + 2
+        return 0
 
     def _aggregate(self, scope: Scope, index_advice: str = "") -> Spool:
         """Return all batches of the result, so that a partition is counted whole or not at all."""

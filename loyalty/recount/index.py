@@ -111,8 +111,9 @@ def _build_plan(name: str, stages: list[Document], settings: Settings) -> Orders
     missing = [f for f, _ in index_keys(settings) if any(f not in s["keyPattern"] for s in scans)]
     kinds = {stage["stage"] for stage in stages}
     advice = ""
+    supports_partitions = settings.customer_field not in multikey
     if multikey:
-        advice = _describe_multikey(name, "an order", multikey)
+        advice = _describe_multikey(name, "an order", multikey, fetches=supports_partitions)
     elif missing:
         advice = (
             f"the server uses {name}, but reads each order, because the index lacks "
@@ -126,7 +127,7 @@ def _build_plan(name: str, stages: list[Document], settings: Settings) -> Orders
             why = ", because no index alone can evaluate a condition in ORDER_FILTER"
         advice = f"the server uses {name}, but also reads the orders{why}"
     return OrdersPlan(
-        supports_partitions=settings.customer_field not in multikey,
+        supports_partitions=supports_partitions,
         status_is_multikey=settings.status_field in multikey,
         needs_fetch=bool(multikey) or "FETCH" in kinds,
         advice=advice,
@@ -141,10 +142,12 @@ def _multikey_fields(scans: list[Document], fields: list[str]) -> list[str]:
     return [field for field in fields if not paths or any(p.get(field) != [] for p in paths)]
 
 
-def _describe_multikey(name: str, document: str, fields: list[str]) -> str:
+def _describe_multikey(name: str, document: str, fields: list[str], fetches: bool = False) -> str:
+    effect = "the server reads each order" if fetches else "a single query counts all customers"
     return (
-        f"{name} is multikey: {document} holds, or once held, an array in {' and '.join(fields)}. "
-        "Correct such documents, drop the index, and create it again with --create-index"
+        f"{name} is multikey: {document} holds, or once held, an array in {' and '.join(fields)}, "
+        f"so {effect}. Correct such documents, drop the index, and create it again with "
+        "--create-index"
     )
 
 
