@@ -537,6 +537,7 @@ def test_a_mixed_case_id_causes_a_full_recount_and_ends_live_updates(
     assert points(small.shop) == [1, 2, 1]
     assert not small.is_live
     assert sum(m.startswith("resync ") for m in caplog.messages) == 1
+    assert sum(m.startswith("live_updates_stopped ") for m in caplog.messages) == 1
     # The command in the warning normalizes the ids. Then live updates start again.
     found = re.search(r"updateMany\((\{.*?\}), \[(.*?)\]\)\. A", caplog.text)
     assert found
@@ -589,6 +590,7 @@ def test_renaming_a_status_pauses_live_updates_and_refuses_the_recount(
         assert 'live_updates_paused reason="live updates would take points' in caplog.text
         assert "resync reason=" in caplog.text
         assert "SHIPPED" in caplog.text
+        assert caplog.text.count("live_updates_stopped ") == 1
         unchanged = [number for number in points(database) if number == 5]
         assert len(unchanged) > 0.8 * users
         assert "ERROR" not in {r.levelname for r in caplog.records if "refused" not in r.message}

@@ -46,6 +46,8 @@ class LiveUpdater:
         self._limits = limits
         self._service_state = service_state
         self._watcher: ChangeStreamWatcher | None = None
+        self._is_started = False
+        """Whether the log says that live updates are running."""
         self._is_opening_blocked = False
         """Until a full recount has succeeded."""
         self._failed_openings = 0
@@ -95,7 +97,7 @@ class LiveUpdater:
         self._is_opening_blocked = False
         self.newest_read = max([self.newest_read, *result.count.snapshots])
         if self._watcher is None:
-            self._enter(LiveState.OFF)
+            self.stop("no change stream")
             return
         if result.count.has_mixed_case_ids:
             self._warn_once("live_updates_unavailable", describe_mixed_case(self._settings))
@@ -106,6 +108,7 @@ class LiveUpdater:
             self._warn_once.reset("live_updates_unavailable")
             since = self._watcher.start_after.as_datetime()
             log.info("live_updates_started since=%s", f"{since:%Y-%m-%dT%H:%M:%SZ}")
+            self._is_started = True
         self._enter(LiveState.LIVE)
 
     def retry_after_seconds(self) -> float | None:
@@ -115,8 +118,9 @@ class LiveUpdater:
 
     def stop(self, reason: str) -> None:
         """Close the change stream until the next full recount, and discard the pending changes."""
-        if self.state in (LiveState.LIVE, LiveState.PAUSED):
+        if self._is_started:
             log.info('live_updates_stopped until="the next full recount" reason="%s"', reason)
+            self._is_started = False
         self._enter(LiveState.OFF)
 
     def stop_for_resync(self) -> None:
