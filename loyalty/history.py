@@ -117,15 +117,15 @@ class History:
         """Warn if a service with other settings last wrote the points. Raises ServiceError."""
         # A service with another ORDERS_COLLECTION has another target, but writes the same points.
         # `$exists` replaces the target's condition on `settings.orders`.
-        wrote = {"outcome": {"$nin": ["live", "undoing", "refused"]}}
-        newest = self._find_one({**wrote, "settings.orders": {"$exists": True}})
-        recorded = newest["settings"] if newest else {}
+        newest = self._find_one({**_FINISHED_CONDITION, "settings.orders": {"$exists": True}})
+        if newest is None or newest["outcome"] == "refused":  # a refused recount writes no points
+            return
         differences = [
             f"{name}={value!r}"
-            for name, value in recorded.items()
+            for name, value in newest["settings"].items()
             if value != self._recorded_settings.get(name)
         ]
-        if newest and differences:
+        if differences:
             self._warn_once(
                 "other_service",
                 f"a service on host {newest['host']} last wrote the same points with other "

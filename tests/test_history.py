@@ -254,8 +254,9 @@ def test_another_service_whose_recounts_are_refused_causes_no_warning(
     now = datetime.now(UTC)
     ours.write(record(now))
     theirs.write(record(now + timedelta(seconds=1), outcome="refused"))
-    caplog.clear()
-    ours.write(record(now + timedelta(seconds=2)))
+    caplog.clear()  # their first record warns of ours
+    theirs.write(record(now + timedelta(seconds=2), outcome="refused"))
+    ours.write(record(now + timedelta(seconds=3)))
     assert "other_service" not in caplog.text
 
 
