@@ -251,7 +251,12 @@ def test_while_live_updates_run_points_are_fresh_for_thirty_seconds(
     verdict = "STALE, older than" if code else "fresh, not older than"
     assert f"old: {verdict} 30s (the limit with live updates)" in out
     assert ("acknowledges no write by a majority" in out) is bool(code)
-    # Without live updates, the limit is two intervals.
+    # Also if only the daemon has the setting.
+    assert command("--status") == code
+    # Without a heartbeat, the limit is two intervals.
+    shop.loyalty_recounts.update_one(
+        {"outcome": "live"}, {"$set": {"at": now - timedelta(minutes=5)}}
+    )
     assert command("--status") == 0
     # Points of a newer recount are fresh, also with an old heartbeat.
     assert command("--once") == 0

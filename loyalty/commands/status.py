@@ -44,11 +44,6 @@ class Status:
         return self.heartbeat is not None and self.heartbeat.is_alive(self.now)
 
     @property
-    def has_live_updates(self) -> bool:
-        """Whether live updates are running, and the settings expect them."""
-        return self.settings.live_updates and self.is_heartbeat_alive
-
-    @property
     def is_interrupted(self) -> bool:
         """Whether the newest recount was interrupted, and some users lack its points."""
         return self.unrecorded is not None and self.unrecorded.is_silent(self.now)
@@ -57,7 +52,7 @@ class Status:
     def max_age(self) -> timedelta:
         """The maximum age of fresh points."""
         limit = 2 * self.settings.recount_interval
-        return min(limit, MAX_LIVE_AGE) if self.has_live_updates else limit
+        return min(limit, MAX_LIVE_AGE) if self.is_heartbeat_alive else limit
 
     @property
     def is_fresh(self) -> bool:
@@ -183,7 +178,7 @@ def _describe_undo(undo: Document) -> str:
 
 
 def _print_age(status: Status, age: timedelta) -> None:
-    is_live = status.has_live_updates
+    is_live = status.is_heartbeat_alive
     source = "the limit with live updates" if is_live else "twice RECOUNT_INTERVAL"
     limit = f"{format_duration(status.max_age)} ({source})"
     verdict = f"fresh, not older than {limit}"
