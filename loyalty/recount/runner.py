@@ -180,7 +180,7 @@ class _Recount:
         updates.write(self.connection.users, self.on_progress, self._open_change_log())
         if not done.failed:
             return
-        log.debug("failed_updates users=%s", ", ".join(done.failed_sample))
+        log.debug("failed_updates user_ids=%s", ", ".join(done.failed_sample))
         errors = done.describe_failures()
         if has_too_many_failed_updates(done.failed, totals.users):
             raise TooManyFailedUpdates(
