@@ -26,7 +26,7 @@ _METRICS = {
     "loyalty_interval_seconds": "RECOUNT_INTERVAL",
     "loyalty_users": f"Users in {_LAST}",
     "loyalty_changed_users": f"Users that were written by {_LAST}",
-    "loyalty_failed_updates": "Failed updates in the last recount",
+    "loyalty_failed_updates": "Failed updates in the last recount that wrote points",
     "loyalty_orders_of_unknown_customers": "Counted orders of unknown customers",
     "loyalty_orders_without_customer": "Counted orders without a customer id",
     "loyalty_live": "1 while live updates are running, otherwise 0",

@@ -16,6 +16,7 @@ from pymongo import MongoClient
 from pymongo.errors import OperationFailure
 
 from loyalty.concurrency import ignore_progress
+from loyalty.errors import SnapshotTooOld
 from loyalty.history import History
 from loyalty.mongo.connection import Connection, connect
 from loyalty.mongo.values import SIMPLE_COLLATION
@@ -308,6 +309,33 @@ def test_a_count_longer_than_the_servers_snapshots_continues_at_a_new_time(
         assert result.totals.counted_orders == 400
         assert "snapshot_restarted done=" in caplog.text
         assert "count_retry" not in caplog.text
+
+
+def test_a_boundary_that_fails_after_some_partitions_repeats_the_whole_count(
+    connection: Connection, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Otherwise a restart at a new snapshot would end with the partitions found so far."""
+    connection.users.insert_many([{"_id": n} for n in range(50)])
+    ship(connection, *range(50))
+    attempts = 0
+
+    def fail_once(_users: Any, _key: str, type_name: str) -> Iterator[Any]:
+        nonlocal attempts
+        if type_name != "number":
+            return
+        attempts += 1
+        yield from range(1, 40)  # more than are counted in advance
+        if attempts == 1:
+            raise SnapshotTooOld("no snapshot")
+        yield from range(40, 50)
+
+    history = History(None, SETTINGS)
+    request = RecountRequest(find_boundaries=fail_once)
+    result = run_recount(connection, SETTINGS, history, request)
+    assert result.totals.counted_orders == result.totals.users == 50
+    assert result.count.exact
+    assert "count_retry attempt=2" in caplog.text
+    assert find_mismatches(connection.users.database) == []
 
 
 def test_an_array_that_is_stored_between_two_snapshots_does_not_count(

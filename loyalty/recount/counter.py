@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from typing import Any
 
 from bson import Timestamp
@@ -15,7 +14,7 @@ from pymongo.collection import Collection
 
 from config import Settings
 from loyalty.concurrency import Progress, ProgressCallback, map_ordered
-from loyalty.errors import ConfigurationError, SnapshotTooOld
+from loyalty.errors import ConfigurationError, DatabaseUnavailable, SnapshotTooOld
 from loyalty.logs import log
 from loyalty.mongo.connection import Connection
 from loyalty.mongo.driver_errors import map_driver_errors
@@ -37,7 +36,9 @@ from loyalty.recount.spool import Spool
 from loyalty.recount.tally import Row
 
 ROWS_PER_BATCH = 5_000
-"""Rows in one reply. The server's own limit, 16 MB of BSON, needs about 100 MB in Python."""
+"""Rows in one reply, which has at most 16 MB of BSON."""
+MAX_BATCH_BYTES = 1024 * 1024
+"""Rows that are decoded together; they need about seven times as much in Python."""
 PREFETCH = 20
 """Partitions counted before their turn: if a few customers order a lot, their partition takes
 several times as long as the others."""
@@ -131,9 +132,12 @@ class OrderCounter:
 
         def take() -> Iterator[Scope]:
             yield from tuple(started)
-            for partition in partitions:
-                started.append(Scope(partition, status_may_be_array=plan.status_is_multikey))
-                yield started[-1]
+            try:
+                for partition in partitions:
+                    started.append(Scope(partition, status_may_be_array=plan.status_is_multikey))
+                    yield started[-1]
+            except SnapshotTooOld as error:  # of a boundary: no partition follows, so count again
+                raise DatabaseUnavailable(str(error)) from error
 
         done = done_at_pin = 0
         while True:
@@ -179,9 +183,16 @@ class OrderCounter:
         with map_driver_errors("find", orders, if_too_slow=advice):
             # Not `aggregate_raw_batches`, which requests an empty first batch: one round trip more.
             rows = orders.with_options(codec_options=_RAW_CODEC).aggregate(pipeline, **options)
-            while batch := b"".join(row.raw for row in islice(rows, ROWS_PER_BATCH)):
-                spool.add(batch)
-                self.on_progress("")
+            batch = bytearray()
+            for row in rows:
+                batch += row.raw
+                if len(batch) >= MAX_BATCH_BYTES:
+                    spool.add(bytes(batch))
+                    batch.clear()
+                    self.on_progress("")
+        if batch:
+            spool.add(bytes(batch))
+        self.on_progress("")
         return spool
 
     def _find_mixed_case_ids(self) -> bool:
