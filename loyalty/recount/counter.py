@@ -192,7 +192,7 @@ class OrderCounter:
                     self.on_progress("")
         if batch:
             spool.add(bytes(batch))
-        self.on_progress("")
+            self.on_progress("")
         return spool
 
     def _find_mixed_case_ids(self) -> bool:
