@@ -35,9 +35,6 @@ _PYTHON_TYPES = {
     "objectid": ObjectId,
 }
 
-FindBoundaries = Callable[[str], Iterable[Any]]
-"""Returns the boundaries of one type of `_LEAST`, in the server's order."""
-
 
 @dataclass(frozen=True)
 class Partition:
@@ -77,12 +74,13 @@ def find_boundaries(
         bounds, skip = {"$gt": boundary}, size - 1
 
 
-def build_partitions(find: FindBoundaries) -> Iterator[Partition]:
+def build_partitions(find: Callable[[str], Iterable[Any]]) -> Iterator[Partition]:
     """Yield the partitions between the boundaries, and the rest.
 
-    The boundaries are found one by one, while the first partitions are counted. Strings and
-    ObjectIds are divided together. Numbers and binaries are divided at boundaries of their own
-    type, if there are any. All other types, and a missing id, are the rest.
+    `find` returns the boundaries of one type of `_LEAST`, in the server's order. It finds them one
+    by one, while the first partitions are counted. Strings and ObjectIds are divided together.
+    Numbers and binaries are divided at boundaries of their own type, if there are any. All other
+    types, and a missing id, are the rest.
     """
     divided_types = ["string", "objectid"]
     # ObjectIds are divided where their hex digits are, so that both forms are in one partition.
